@@ -1,0 +1,38 @@
+"""CLIP, complete: towers, tokenizer, weights in every published form, training and evaluation.
+
+    model, preprocess = clip_base.load("ViT-B/32")
+    logits_per_image, logits_per_text = model(preprocess(image)[None], clip_base.tokenize(["a cat", "a dog"]))
+
+`available_models`, `load` and `tokenize` have the names and the behaviour that users of openai/CLIP know. They are
+looked up when they are first used, so that `import clip_base` loads no PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clip_base.models.zoo import available_models as available_models
+    from clip_base.tokenizer import tokenize as tokenize
+    from clip_base.weights.load import load as load
+
+__all__ = ["available_models", "load", "tokenize"]
+
+_PLACES = {
+    "available_models": "clip_base.models.zoo",
+    "load": "clip_base.weights.load",
+    "tokenize": "clip_base.tokenizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PLACES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

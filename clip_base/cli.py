@@ -1,0 +1,186 @@
+"""The command line of every job: `clip-base JOB [FILE.yaml] [key=value …]`.
+
+`key=value`, `--key value` and `--key=value` are the same thing. A bad call ends with one line and exit code 2,
+a job that fails with one line and exit code 1; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from clip_base import config as configs
+from clip_base import plugins
+from clip_base.errors import InputError
+
+REGION_PREFIX = "region-"
+
+# OpenMP threads that spin while they wait bring a shared machine to a standstill: two jobs beside each other then
+# run forty times slower, not twice. Set before torch is imported, which reads it once.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `clip-base`; returns the exit code."""
+    return _run("clip-base", "", sys.argv[1:] if arguments is None else list(arguments))
+
+
+def main_regionclip(arguments: Sequence[str] | None = None) -> int:
+    """Runs `regionclip`, which lists the region jobs without their prefix; returns the exit code."""
+    return _run("regionclip", REGION_PREFIX, sys.argv[1:] if arguments is None else list(arguments))
+
+
+def _run(program: str, prefix: str, arguments: list[str]) -> int:
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        return _dispatch(program, prefix, arguments)
+    except KeyboardInterrupt:
+        return _end("stopped; the same command goes on from here", 130, debug)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except InputError as error:
+        return _end(str(error), 2, debug)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" while writing {error.filename}" if error.filename else ""
+            remedy = "make room and give the same command again: what was written before is kept"
+            return _end(f"the disk is full{where}; {remedy}", 1, debug)
+        return _end(f"{error}", 1, debug)
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        return _end(f"failed: {type(error).__name__}: {first} (--debug shows where)", 1, debug)
+
+
+def _end(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {message}" if code != 130 else message, file=sys.stderr)
+    return code
+
+
+def _dispatch(program: str, prefix: str, arguments: list[str]) -> int:
+    jobs = {
+        name.removeprefix(prefix): point
+        for name, point in plugins.found(plugins.JOBS).items()
+        if name.startswith(prefix)
+    }
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview(program, jobs))
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in jobs:
+        raise InputError(f"there is no job {name!r}; {plugins.nearest(name, list(jobs))}")
+    job: Callable[[Any], None] = jobs[name].load()
+    schema = plugins.schema_of(job)
+    if "-h" in rest or "--help" in rest:
+        print(job_help(f"{program} {name}", job, schema))
+        return 0
+    file, overrides = parse(schema, rest)
+    job(configs.resolve(schema, file, overrides))
+    return 0
+
+
+def parse(schema: type, arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Splits a job's arguments into its config file and its `key=value` overrides."""
+    fields = {key: (field, hint) for key, field, hint in configs.fields_of(schema)}
+    positional = next((key for key, (field, _) in fields.items() if field.metadata.get("positional")), None)
+    file, overrides, plain = None, [], []
+    queue = list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        if argument.startswith("--"):
+            key, equals, value = argument[2:].partition("=")
+            key = key.replace("-", "_")
+            if not equals:
+                is_flag = key in fields and fields[key][1] is bool
+                if is_flag and not (queue and queue[0].lower() in ("true", "false")):
+                    value = "true"
+                elif queue:
+                    value = queue.pop(0)
+                else:
+                    raise InputError(f"--{key} needs a value")
+            overrides.append(f"{key}={_quoted(value, fields.get(key))}")
+        elif "=" in argument and not Path(argument).exists():
+            key, _, value = argument.partition("=")
+            overrides.append(f"{key}={_quoted(value, fields.get(key))}")
+        elif argument.endswith((".yaml", ".yml")) and file is None:
+            file = argument
+        else:
+            plain.append(argument)
+    if plain and positional is None:
+        raise InputError(f"{plain[0]!r} is not of the form key=value (see --help)")
+    if plain and positional is not None:
+        is_list = str(fields[positional][1]).startswith("list")
+        if len(plain) > 1 and not is_list:
+            raise InputError(f"only one {positional} can be given, found {', '.join(plain)}")
+        values = ",".join(_quote(item) for item in plain)
+        overrides.append(f"{positional}=[{values}]" if is_list else f"{positional}={_quote(plain[0])}")
+    return file, overrides
+
+
+def _quote(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _quoted(value: str, known: tuple[dataclasses.Field[Any], Any] | None) -> str:
+    """Quotes a text option's value, so that commas, colons and braces in it stay what they are."""
+    if known is None:
+        return value
+    if known[1] is str and value[:1] not in ("'", '"') and "${" not in value:
+        return _quote(value)
+    if known[1] == list[str] and not value.startswith("["):
+        return "[" + ",".join(_quote(item.strip()) for item in value.split(",") if item.strip()) + "]"
+    return value
+
+
+def _overview(program: str, jobs: dict[str, Any]) -> str:
+    width = max(map(len, jobs), default=0)
+    lines = [f"usage: {program} JOB [FILE.yaml] [key=value …]", "", "jobs:"]
+    lines += [f"  {name:<{width}}  {plugins.summary(point)}" for name, point in sorted(jobs.items())]
+    lines += ["", f"`{program} JOB --help` lists a job's options; key=value and --key value are the same thing."]
+    return "\n".join(lines)
+
+
+def job_help(command: str, job: Callable[[Any], None], schema: type) -> str:
+    """Returns the text of `JOB --help`: what it does, and every option with type, default and meaning."""
+    rows: list[tuple[str, str]] = []
+    for key, field, hint in configs.fields_of(schema):
+        if dataclasses.is_dataclass(hint):
+            continue
+        rows += _help_rows(key, field, hint)
+        group = field.metadata.get("group")
+        if group:
+            rows += _part_rows(key, group)
+    lines = [f"usage: {command} [FILE.yaml] [key=value …]", "", (job.__doc__ or "").strip(), "", "options:"]
+    for left, right in rows:
+        lines += [f"  {left}", f"      {right}"]
+    return "\n".join(lines)
+
+
+def _help_rows(key: str, field: dataclasses.Field[Any], hint: Any) -> list[tuple[str, str]]:
+    kind = getattr(hint, "__name__", str(hint)) if not str(hint).startswith(("list", "dict")) else str(hint)
+    default = configs.default_of(field)
+    choices = field.metadata.get("choices")
+    if field.metadata.get("group"):
+        kind, default = "part", f"{default['name']}; known: {', '.join(sorted(plugins.found(field.metadata['group'])))}"
+        return [(f"{key}.name ({kind}, default {default})", str(field.metadata.get("meaning", "")))]
+    kind = "|".join(choices) if choices else kind
+    shown = "required" if default == configs.REQUIRED else f"default {default!r}"
+    return [(f"{key} ({kind}, {shown})", str(field.metadata.get("meaning", "")))]
+
+
+def _part_rows(key: str, group: str) -> list[tuple[str, str]]:
+    rows = []
+    for name in sorted(plugins.found(group)):
+        for option, field, hint in configs.fields_of(plugins.schema_of(plugins.load(group, name))):
+            (left, right) = _help_rows(f"{key}.{option}", field, hint)[0]
+            rows.append((f"{left}", f"[{name}] {right}"))
+    return rows

@@ -1,0 +1,166 @@
+"""One dataclass is a job's schema: YAML and `key=value` overrides are merged into it and checked.
+
+A field is declared with `option(default, meaning)`; a field that names a plugin with `part(group, name, meaning)`.
+The same declarations make `--help`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from clip_base import plugins
+from clip_base.errors import InputError
+from clip_base.files import existing
+
+T = TypeVar("T")
+REQUIRED: Any = MISSING
+Part = dict[str, Any]
+
+
+def option(
+    default: T, meaning: str, *, positional: bool = False, free: bool = False, choices: Sequence[str] = ()
+) -> T:
+    """Declares a field of a config dataclass.
+
+    Args:
+        default: the value without one given; `REQUIRED` makes the user give it.
+        meaning: one line for `--help`, with the unit.
+        positional: the command line's plain arguments go to this field.
+        free: a run may go on with another value (its result does not depend on it).
+        choices: the values it may take.
+    """
+    metadata = {"meaning": meaning, "positional": positional, "free": free, "choices": tuple(choices)}
+    if isinstance(default, list | dict) or dataclasses.is_dataclass(default):
+        return cast(T, dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata))
+    return cast(T, dataclasses.field(default=default, metadata=metadata))
+
+
+def part(group: str, name: str, meaning: str) -> Part:
+    """Declares a field that holds a plugin: `{name: …, its own options}`, by default the one called `name`.
+
+    A default of "none" makes the part optional.
+    """
+    metadata = {"meaning": meaning, "group": group}
+    return cast(Part, dataclasses.field(default_factory=lambda: {"name": name}, metadata=metadata))
+
+
+def resolve(schema: type[T], file: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Merges the dataclass's defaults, a YAML file and `key=value` overrides, in that order.
+
+    Raises:
+        InputError: an unknown key (the nearest right one is named), a value of the wrong type, a missing one.
+    """
+    config = OmegaConf.structured(schema)
+    if file is not None:
+        config = _merge(config, _read_yaml(existing(file, "config file")), f"{file}: ")
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"{override!r} is not of the form key=value")
+        try:
+            change = OmegaConf.from_dotlist([override])
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{override!r} cannot be read: {reason}; quote special characters") from None
+        config = _merge(config, change, "")
+    return _finish(schema, config, "")
+
+
+def check(schema: type[T], values: dict[str, Any], where: str) -> T:
+    """Returns a `schema` made from plain values, with the same checks as `resolve`."""
+    return _finish(schema, _merge(OmegaConf.structured(schema), OmegaConf.create(values), f"{where}: "), f"{where}: ")
+
+
+def to_yaml(config: Any) -> str:
+    """Returns a resolved config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:
+        raise InputError(f"config file {path} is not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(loaded, DictConfig):
+        raise InputError(f"config file {path} must hold keys and values, not a list")
+    return loaded
+
+
+def _merge(config: Any, change: Any, where: str) -> Any:
+    try:
+        # A part that is named anew starts from that part's defaults, not from another part's options.
+        for key, value in change.items():
+            if isinstance(value, DictConfig) and "name" in value and key in config:
+                node = config[key]
+                if isinstance(node, DictConfig) and node.get("name") not in (None, value.name):
+                    config[key] = {"name": value.name}
+        return OmegaConf.merge(config, change)
+    except ConfigKeyError as error:
+        key = str(error.full_key or error.key)
+        hint = plugins.nearest(key, [name for name, _, _ in fields_of(OmegaConf.get_type(config))])
+        raise InputError(f"{where}there is no option {key!r}; {hint}") from None
+    except (ValidationError, OmegaConfBaseException, AssertionError) as error:
+        key, reason = getattr(error, "full_key", ""), str(error).splitlines()[0]
+        raise InputError(f"{where}option {key!r}: {reason}") from None
+
+
+def _finish(schema: type[T], config: Any, where: str) -> T:
+    try:
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+        if missing:
+            raise InputError(f"{where}missing: {', '.join(f'{key}=…' for key in missing)}; see --help")
+        made = cast(T, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        cause = error.__cause__
+        if isinstance(cause, InputError):
+            raise cause from None
+        raise InputError(str(error).splitlines()[0]) from None
+    _check_fields(made)
+    return made
+
+
+def _check_fields(config: Any, prefix: str = "") -> None:
+    """Checks choices and fills in the options of parts, so that the resolved config is complete."""
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            _check_fields(value, f"{key}.")
+        choices = field.metadata.get("choices") or ()
+        if choices and value not in choices:
+            hint = plugins.nearest(str(value), list(choices))
+            raise InputError(f"option {key!r}: {value!r} is not one of {', '.join(choices)}; {hint}")
+        group = field.metadata.get("group")
+        if group:
+            name = str(value.get("name", ""))
+            if name == default_of(field)["name"] == "none":
+                object.__setattr__(config, field.name, {"name": name})
+                continue
+            target = plugins.load(group, name)
+            options = {k: v for k, v in value.items() if k != "name"}
+            checked = check(plugins.schema_of(target), options, f"{key} ({name})")
+            object.__setattr__(config, field.name, {"name": name, **dataclasses.asdict(cast(Any, checked))})
+
+
+def fields_of(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """Yields (dotted key, field, type) for every option of a schema, nested ones included."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        hint = hints[field.name]
+        yield f"{prefix}{field.name}", field, hint
+        if dataclasses.is_dataclass(hint):
+            yield from fields_of(cast(type, hint), f"{prefix}{field.name}.")
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """Returns a field's default, made when it has a factory."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default

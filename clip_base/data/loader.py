@@ -1,0 +1,154 @@
+"""Batches whose order is a function of seed and step alone, so that a run can go on at the next sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch.utils.data import DataLoader
+
+from clip_base.errors import InputError
+
+Item = TypeVar("Item", covariant=True)
+B = TypeVar("B")
+
+Key = tuple[int, int]  # (index, epoch)
+
+
+class Items(Protocol[Item]):
+    """What a Loader draws from."""
+
+    def __len__(self) -> int:
+        """The number of samples."""
+
+    def item(self, index: int, generator: torch.Generator) -> Item:
+        """Returns sample `index`; all chance comes from `generator`. An unusable sample raises InputError."""
+
+
+class Loader(Generic[B]):
+    """An endless, seekable stream of shuffled batches.
+
+    Sample i of step s is position s · batch_size + i of the concatenated epochs' permutations, and its augmentation
+    is seeded by (seed, epoch, index): nothing depends on workers or on what was drawn before.
+
+    Args:
+        items: the samples.
+        collate: makes a batch of a list of samples.
+        batch_size: samples a batch.
+        seed: decides order and augmentation.
+        workers: processes that load; 0: this one.
+        skipped: a file to list unusable samples in; each is replaced by its neighbour.
+        max_broken: the share of unusable samples above which the run stops.
+    """
+
+    def __init__(
+        self,
+        items: Items[Any],
+        collate: Callable[[list[Any]], B],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        workers: int = 0,
+        skipped: Path | None = None,
+        max_broken: float = 0.1,
+    ) -> None:
+        if not len(items):
+            raise InputError("there is nothing to train on: the data holds no usable sample")
+        self.items, self.collate, self.batch_size = items, collate, batch_size
+        self.seed, self.workers, self.max_broken = seed, workers, max_broken
+        self.broken: dict[int, str] = {}
+        self._skipped, self._step = skipped, 0
+
+    def __len__(self) -> int:
+        """The number of batches that make an epoch, rounded, at least one."""
+        return max(round(len(self.items) / self.batch_size), 1)
+
+    def seek(self, step: int) -> None:
+        """Makes the next iteration begin with the batch of `step`."""
+        self._step = step
+
+    def _keys(self) -> Iterator[list[Key]]:
+        """Yields the keys of one batch after another, for ever."""
+        position, epoch, order = self._step * self.batch_size, -1, torch.empty(0, dtype=torch.int64)
+        while True:
+            keys = []
+            for place in range(position, position + self.batch_size):
+                if place // len(self.items) != epoch:
+                    epoch = place // len(self.items)
+                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    order = torch.randperm(len(self.items), generator=generator)
+                keys.append((int(order[place % len(self.items)]), epoch))
+            yield keys
+            position += self.batch_size
+
+    def __iter__(self) -> Iterator[B]:
+        fetch = _Fetch(self.items, self.collate, self.seed)
+        if self.workers == 0:
+            batches: Any = map(fetch, self._keys())
+        else:
+            batches = DataLoader(
+                _Positions(fetch), sampler=_Stream(self), batch_size=None, num_workers=self.workers
+            )
+        for batch, broken in batches:
+            self._note(broken)
+            self._step += 1
+            yield batch
+
+    def _note(self, broken: dict[int, str]) -> None:
+        new = {index: reason for index, reason in broken.items() if index not in self.broken}
+        if not new:
+            return
+        self.broken |= new
+        if self._skipped is not None:
+            import json
+
+            with self._skipped.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"sample": i, "reason": reason}) + "\n" for i, reason in new.items())
+        if len(self.broken) > max(self.max_broken * len(self.items), 1):
+            where = f"; all are listed in {self._skipped}" if self._skipped else ""
+            raise InputError(
+                f"{len(self.broken)} of {len(self.items)} samples are unusable, more than {self.max_broken:.0%}; "
+                f"the last: {next(reversed(new.values()))}{where}"
+            )
+
+
+class _Fetch:
+    """Makes a batch of a list of keys; picklable, so that it can run in another process."""
+
+    def __init__(self, items: Items[Any], collate: Callable[[list[Any]], Any], seed: int) -> None:
+        self.items, self.collate, self.seed = items, collate, seed
+
+    def __call__(self, keys: Sequence[Key]) -> tuple[Any, dict[int, str]]:
+        broken: dict[int, str] = {}
+        return self.collate([self._one(key, broken) for key in keys]), broken
+
+    def _one(self, key: Key, broken: dict[int, str]) -> Any:
+        index, epoch = key
+        for shift in range(min(100, len(self.items))):
+            place = (index + shift) % len(self.items)
+            seed = ((self.seed * 1_000_003 + epoch) * 1_000_003 + index) % 2**63
+            try:
+                return self.items.item(place, torch.Generator().manual_seed(seed))
+            except InputError as error:
+                broken[place] = str(error)
+        raise InputError(f"100 samples in a row are unusable; the last: {next(reversed(broken.values()))}")
+
+
+class _Positions:
+    """A map-style dataset for torch's DataLoader whose index is a list of keys."""
+
+    def __init__(self, fetch: _Fetch) -> None:
+        self.fetch = fetch
+
+    def __getitem__(self, keys: Sequence[Key]) -> tuple[Any, dict[int, str]]:
+        return self.fetch(keys)
+
+
+class _Stream:
+    def __init__(self, loader: Loader[Any]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return self.loader._keys()

@@ -1,0 +1,151 @@
+"""Where image-text pairs come from. A source is a part: a class of one config with `pairs()`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from clip_base.config import REQUIRED, option
+from clip_base.errors import InputError
+from clip_base.files import existing, read_json
+
+SOURCES = "clip_base.sources"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image file and what was written about it (at least one caption)."""
+
+    image: Path
+    captions: tuple[str, ...]
+
+
+class Source(Protocol):
+    """A part that knows image-text pairs."""
+
+    def pairs(self) -> list[Pair]:
+        """Returns all pairs. Images are not opened here: one that does not decode is skipped when it is drawn."""
+
+
+@dataclass
+class CocoCaptionsConfig:
+    """Captions in COCO's form."""
+
+    captions: str = option(REQUIRED, "captions_*.json in COCO's form")
+    images: str = option(REQUIRED, "folder that the file names in it are relative to")
+
+
+class CocoCaptionsSource:
+    """COCO's captions JSON: several captions an image; images without a caption are left out."""
+
+    def __init__(self, config: CocoCaptionsConfig) -> None:
+        self.config = config
+
+    def pairs(self) -> list[Pair]:
+        """Returns one pair an image."""
+        folder = existing(self.config.images, "images folder")
+        captions, names = read_captions(self.config.captions)
+        return [Pair(folder / names[key], tuple(texts)) for key, texts in captions.items()]
+
+
+def read_captions(path: str | Path) -> tuple[dict[int, list[str]], dict[int, str]]:
+    """Reads COCO captions: (image id -> captions, image id -> file name).
+
+    Raises:
+        InputError: the file is missing or malformed, or a caption's image is not listed in it.
+    """
+    data = read_json(path, "captions file")
+    if not isinstance(data, dict) or "images" not in data or "annotations" not in data:
+        raise InputError(f"captions file {path} is not in COCO's form: it must hold 'images' and 'annotations'")
+    try:
+        names = {int(image["id"]): str(image["file_name"]) for image in data["images"]}
+        captions: dict[int, list[str]] = defaultdict(list)
+        for entry in data["annotations"]:
+            text = " ".join(str(entry["caption"]).split())
+            if text:
+                captions[int(entry["image_id"])].append(text)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"captions file {path} is not in COCO's form: an entry lacks or misuses {error}") from None
+    strangers = [key for key in captions if key not in names]
+    if strangers:
+        raise InputError(
+            f"captions file {path} has captions for {len(strangers)} images that it does not list "
+            f"(image_id {strangers[0]}, for one); add them to 'images' or remove the captions"
+        )
+    return dict(captions), names
+
+
+@dataclass
+class TableConfig:
+    """A table with one image and one caption a row."""
+
+    file: str = option(REQUIRED, "CSV or TSV file with a header line")
+    images: str = option("", "folder that the image paths are relative to; empty: the table's own")
+    image_column: str = option("image", "column of the image path")
+    caption_column: str = option("caption", "column of the caption")
+
+
+class TableSource:
+    """CSV or TSV (by the file's ending): rows of the same image are its several captions."""
+
+    def __init__(self, config: TableConfig) -> None:
+        self.config = config
+
+    def pairs(self) -> list[Pair]:
+        """Returns one pair an image, in the order of first mention."""
+        path = existing(self.config.file, "table")
+        delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab") else ","
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, delimiter=delimiter)
+            columns = reader.fieldnames or []
+            for column in (self.config.image_column, self.config.caption_column):
+                if column not in columns:
+                    raise InputError(f"table {path} has no column {column!r}; it has {', '.join(columns) or 'none'}")
+            rows = [(row[self.config.image_column], row[self.config.caption_column] or "") for row in reader]
+        return _grouped(rows, Path(self.config.images) if self.config.images else path.parent)
+
+
+@dataclass
+class JsonLinesConfig:
+    """A record a line."""
+
+    file: str = option(REQUIRED, "JSON Lines file")
+    images: str = option("", "folder that the image paths are relative to; empty: the file's own")
+    image_key: str = option("image", "key of the image path")
+    caption_key: str = option("caption", "key of the caption, a text or a list of texts")
+
+
+class JsonLinesSource:
+    """JSON Lines: an object a line, with an image path and one or several captions."""
+
+    def __init__(self, config: JsonLinesConfig) -> None:
+        self.config = config
+
+    def pairs(self) -> list[Pair]:
+        """Returns one pair an image, in the order of first mention."""
+        path = existing(self.config.file, "JSON Lines file")
+        rows: list[tuple[str, str]] = []
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                    image, texts = str(record[self.config.image_key]), record[self.config.caption_key]
+                except (json.JSONDecodeError, KeyError, TypeError) as error:
+                    raise InputError(f"{path}, line {number}: {error!r}; each line needs an image and a caption") from None
+                rows += [(image, str(text)) for text in (texts if isinstance(texts, list) else [texts])]
+        return _grouped(rows, Path(self.config.images) if self.config.images else path.parent)
+
+
+def _grouped(rows: list[tuple[str, str]], folder: Path) -> list[Pair]:
+    captions: dict[str, list[str]] = defaultdict(list)
+    for image, text in rows:
+        text = " ".join(text.split())
+        if image and text:
+            captions[image].append(text)
+    return [Pair(folder / image, tuple(texts)) for image, texts in captions.items()]

@@ -1,0 +1,65 @@
+"""Reading what people give and writing what must survive a kill: every file appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from clip_base.errors import InputError
+
+
+def existing(path: str | Path, what: str = "file") -> Path:
+    """Returns `path` when it exists; otherwise an InputError that names the nearest folder that does."""
+    path = Path(path)
+    if path.exists():
+        return path
+    parent = next((folder for folder in path.absolute().parents if folder.exists()), Path("/"))
+    raise InputError(f"{what} {path} does not exist ({parent} is the last folder on that path which does)")
+
+
+def read_json(path: str | Path, what: str = "JSON file") -> Any:
+    """Reads a JSON file; missing, empty and malformed files are InputErrors that name the file and the place."""
+    path = existing(path, what)
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not text.strip():
+        raise InputError(f"{what} {path} is empty; write it again or give another path")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{what} {path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
+            "was it cut off while being copied?"
+        ) from None
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is flushed to disk and renamed over `path`.
+
+    When the body raises (a full disk, say), the temporary file is removed and `path` is left as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes `text` to `path` atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
+    """Writes `value` as JSON to `path` atomically."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")

@@ -1,0 +1,1 @@
+"""CLIP's towers: vision (`resnet`, `vit`), `text`, both (`clip`), and the nine published sizes (`zoo`)."""

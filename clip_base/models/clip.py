@@ -1,0 +1,87 @@
+"""CLIP: a vision tower and a text tower into one space (arXiv 2103.00020)."""
+
+# B images, N texts, T token positions, D embedding size
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
+from clip_base.models.resnet import ModifiedResNet
+from clip_base.models.text import TextTower
+from clip_base.models.transformer import Transformer
+from clip_base.models.vit import VisionTransformer
+
+__all__ = ["CLIP", "CLIPConfig", "TextConfig", "VisionConfig", "from_openai_names", "to_openai_names"]
+
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+_TEXT_ROOTS = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
+# Numbers beside the weights in OpenAI's archives; the weights' shapes say the same.
+_OPENAI_NOTES = ("input_resolution", "context_length", "vocab_size")
+
+
+class CLIP(nn.Module):
+    """Both towers and the temperature between them.
+
+    Attributes:
+        config: what it was built from.
+        visual: the vision tower.
+        text: the text tower.
+        logit_scale: scalar, natural logarithm of the factor on the cosine; starts at ln(1 / 0.07).
+    """
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual: ModifiedResNet | VisionTransformer
+        if config.vision.kind == "resnet":
+            self.visual = ModifiedResNet(config.vision, config.embed_dim)
+        else:
+            self.visual = VisionTransformer(config.vision, config.embed_dim, config.activation)
+        self.text = TextTower(config.text, config.embed_dim, config.activation)
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Returns [B, D] image embeddings, not normalised, of [B, 3, H, W] normalised pixels."""
+        features: Tensor = self.visual(pixels)
+        return features
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Returns [N, D] text embeddings, not normalised, of [N, T] int64 token ids."""
+        features: Tensor = self.text(tokens)
+        return features
+
+    def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns cosines times exp(logit_scale): [B, N] a row per image, and [N, B] a row per text."""
+        images = F.normalize(self.encode_image(pixels), dim=-1)
+        texts = F.normalize(self.encode_text(tokens), dim=-1)
+        logits = self.logit_scale.exp().to(images.dtype) * images @ texts.T
+        return logits, logits.T
+
+
+def set_checkpointing(module: nn.Module, enabled: bool = True) -> None:
+    """Makes every tower below `module` save memory by recomputing blocks in the backward pass, or stop."""
+    for part in module.modules():
+        if isinstance(part, ModifiedResNet | Transformer):
+            part.checkpointing = enabled
+
+
+def from_openai_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames openai/CLIP's (and open_clip's) state dict to ours: text keys get the prefix `text.`.
+
+    The three scalars that OpenAI's archives carry beside the weights are dropped; every other key is kept.
+    """
+    return {
+        f"text.{name}" if name.split(".")[0] in _TEXT_ROOTS else name: value
+        for name, value in state.items()
+        if name not in _OPENAI_NOTES
+    }
+
+
+def to_openai_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames our state dict to openai/CLIP's (and open_clip's) names."""
+    return {name.removeprefix("text."): value for name, value in state.items()}

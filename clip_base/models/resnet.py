@@ -1,0 +1,245 @@
+"""CLIP's modified ResNet, split where regions enter: `head(trunk(x))`, or `head(roi_align(trunk(x)))`.
+
+Activations are kept channels-last throughout. Where a batch norm does not take statistics (evaluation, or
+frozen), it is folded into its convolution, which saves a pass over the activations.
+"""
+
+# B images, N feature maps (whole images or regions), C channels, D embedding size, S side of a map
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from clip_base.models.configs import VisionConfig
+from clip_base.models.positions import resample_positions
+from clip_base.models.transformer import attend_once
+
+M = TypeVar("M", bound=nn.Module)
+EXPANSION = 4  # output channels of a block per inner channel
+_state = threading.local()
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """A batch norm whose statistics and affine are constants, with the names of `nn.BatchNorm2d`."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        for name, value in norm.state_dict().items():
+            self.register_buffer(name, value.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [N, C, H, W] to the same shape."""
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+def freeze_batch_norm(module: M) -> M:
+    """Turns every `nn.BatchNorm2d` below `module` into a `FrozenBatchNorm2d`, in place; returns `module`."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, FrozenBatchNorm2d(child))
+        else:
+            freeze_batch_norm(child)
+    return module
+
+
+def convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """Returns `norm(conv(x))`; a norm that takes no statistics is folded into the convolution's weight."""
+    assert isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d)
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    if isinstance(norm, nn.BatchNorm2d) and norm.training:
+        out = conv(x)
+        if getattr(_state, "recomputing", False):
+            # The forward pass has counted this batch already, so copies take the update.
+            mean, variance = mean.clone(), variance.clone()
+            return F.batch_norm(out, mean, variance, norm.weight, norm.bias, training=True, eps=norm.eps)
+        normed: Tensor = norm(out)
+        return normed
+    scale = norm.weight * torch.rsqrt(variance + norm.eps)
+    weight, bias = conv.weight * scale[:, None, None, None], norm.bias - mean * scale
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding)
+
+
+class Bottleneck(nn.Module):
+    """Three convolutions (sides 1, 3, 1) beside a shortcut; an average pool before the last is the stride."""
+
+    def __init__(self, channels: int, inner: int, stride: int) -> None:
+        super().__init__()
+        outer = inner * EXPANSION
+        self.stride = stride
+        self.conv1 = nn.Conv2d(channels, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, outer, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outer)
+        self.downsample: nn.Sequential | None = None
+        if stride > 1 or channels != outer:
+            self.downsample = nn.Sequential(nn.Conv2d(channels, outer, 1, bias=False), nn.BatchNorm2d(outer))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [N, C, H, W] to [N, 4 · inner, H / stride, W / stride], rounded down."""
+        out = convolve(x, self.conv1, self.bn1).relu_()
+        out = convolve(out, self.conv2, self.bn2).relu_()
+        shortcut = x
+        if self.stride > 1:
+            out, shortcut = F.avg_pool2d(out, self.stride), F.avg_pool2d(x, self.stride)
+        out = convolve(out, self.conv3, self.bn3)
+        if self.downsample is not None:
+            conv, norm = self.downsample
+            assert isinstance(conv, nn.Conv2d)
+            shortcut = convolve(shortcut, conv, norm)
+        return out.add_(shortcut).relu_()
+
+
+class AttentionPool(nn.Module):
+    """One layer of multi-head attention whose single query is the mean of the map (arXiv 2103.00020, 2.4)."""
+
+    def __init__(self, side: int, channels: int, heads: int, embed_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(side * side + 1, channels) * channels**-0.5)
+        self.q_proj = nn.Linear(channels, channels)
+        self.k_proj = nn.Linear(channels, channels)
+        self.v_proj = nn.Linear(channels, channels)
+        self.c_proj = nn.Linear(channels, embed_dim)
+        for layer in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
+            nn.init.normal_(layer.weight, std=channels**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [N, C, h, w] to [N, D]; position embeddings are resampled for other grids."""
+        height, width = x.shape[-2:]
+        positions = resample_positions(self.positional_embedding, height, width).to(x.dtype)
+        cells = x.flatten(2).transpose(1, 2)  # [N, h·w, C], a view when x is channels-last
+        tokens = torch.cat([cells.mean(1, keepdim=True), cells], 1) + positions  # [N, 1 + h·w, C]
+        weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        biases = (self.q_proj.bias, self.k_proj.bias, self.v_proj.bias)
+        pooled: Tensor = self.c_proj(attend_once(tokens[:, 0], tokens, weights, biases, self.heads))
+        return pooled
+
+
+class ModifiedResNet(nn.Module):
+    """The ResNet of CLIP: a stem of three convolutions, anti-aliased strides, an attention pool at the end.
+
+    Attributes:
+        resolution: side of the square image it was made for, in pixels.
+        stride: pixels from one cell of the trunk's map to the next.
+        trunk_channels: channels of the trunk's map.
+        region_size: side of the trunk's map for an image of `resolution`: a region cut out at this size
+            takes the same path as a whole image.
+        embed_dim: D.
+        checkpointing: when True, training recomputes each block in the backward pass instead of keeping its
+            activations.
+    """
+
+    stride = 16
+
+    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
+        super().__init__()
+        width = config.width
+        self.resolution, self.region_size = config.resolution, config.resolution // self.stride
+        self.trunk_channels, self.embed_dim = width * 4 * EXPANSION, embed_dim
+        self.checkpointing = False
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.layer1 = _layer(width, width, config.layers[0], stride=1)
+        self.layer2 = _layer(width * 4, width * 2, config.layers[1], stride=2)
+        self.layer3 = _layer(width * 8, width * 4, config.layers[2], stride=2)
+        self.layer4 = _layer(width * 16, width * 8, config.layers[3], stride=2)
+        self.attnpool = AttentionPool(config.resolution // 32, width * 32, config.heads, embed_dim)
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """Returns the maps after layer1, layer2 and layer3: strides 4, 8 and 16 pixels.
+
+        Args:
+            images: [B, 3, H, W], normalised.
+        """
+        x = images.to(self.conv1.weight.dtype).contiguous(memory_format=torch.channels_last)
+        x = self._run(self._stem, x)
+        maps = []
+        for layer in (self.layer1, self.layer2, self.layer3):
+            for block in layer:
+                x = self._run(block, x)
+            maps.append(x)
+        return maps
+
+    def trunk(self, images: Tensor) -> Tensor:
+        """Returns [B, C, H / 16, W / 16], the map after layer3, from which regions are cut."""
+        return self.stages(images)[-1]
+
+    def head(self, feature_map: Tensor) -> Tensor:
+        """Returns [N, D], one embedding a map, not normalised: layer4 and the attention pool.
+
+        Args:
+            feature_map: [N, C, h, w] as the trunk makes them, whole or cut out; any size.
+        """
+        height, width = feature_map.shape[-2:]
+        if min(height, width) < 2:  # layer4 halves the map, so a single row or column is doubled
+            feature_map = F.interpolate(feature_map, (max(height, 2), max(width, 2)), mode="nearest")
+        x = feature_map.contiguous(memory_format=torch.channels_last)
+        for block in self.layer4:
+            x = self._run(block, x)
+        pooled: Tensor = self.attnpool(x)
+        return pooled
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns [B, D], one embedding an image, not normalised.
+
+        Args:
+            images: [B, 3, H, W], normalised; any size of at least 32 pixels, not only square.
+        """
+        return self.head(self.trunk(images))
+
+    def _stem(self, x: Tensor) -> Tensor:
+        x = convolve(x, self.conv1, self.bn1).relu_()
+        x = convolve(x, self.conv2, self.bn2).relu_()
+        x = convolve(x, self.conv3, self.bn3).relu_()
+        return F.avg_pool2d(x, 2)
+
+    def _run(self, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            out: Tensor = checkpoint(part, x, use_reentrant=False, context_fn=_checkpoint_contexts)
+            return out
+        return part(x)
+
+
+def _layer(channels: int, inner: int, blocks: int, stride: int) -> nn.Sequential:
+    layer = nn.Sequential(Bottleneck(channels, inner, stride))
+    for _ in range(1, blocks):
+        layer.append(Bottleneck(inner * EXPANSION, inner, 1))
+    for block in layer:
+        assert isinstance(block, Bottleneck)
+        nn.init.zeros_(block.bn3.weight)  # each block starts as the identity, as in openai/CLIP
+    return layer
+
+
+def _checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return contextlib.nullcontext(), _recomputing()
+
+
+@contextlib.contextmanager
+def _recomputing() -> Iterator[None]:
+    _state.recomputing = True
+    try:
+        yield
+    finally:
+        _state.recomputing = False

@@ -1,0 +1,77 @@
+"""CLIP's text tower: token ids to one embedding a text."""
+
+# B texts, T token positions, C channels, D embedding size
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from clip_base.errors import InputError
+from clip_base.models.configs import TextConfig
+from clip_base.models.transformer import ResidualBlock, Transformer, layer_norm
+
+
+class TextTower(nn.Module):
+    """A causal transformer, read at the end-of-text token (arXiv 2103.00020, section 2.4).
+
+    Attributes:
+        context_length: most positions it takes.
+        vocab_size: token ids it knows.
+        embed_dim: D.
+    """
+
+    def __init__(self, config: TextConfig, embed_dim: int, activation: str = "quick_gelu") -> None:
+        super().__init__()
+        self.context_length, self.vocab_size, self.embed_dim = (
+            config.context_length,
+            config.vocab_size,
+            embed_dim,
+        )
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
+        self.transformer = Transformer(config.width, config.heads, config.layers, activation)
+        self.ln_final = nn.LayerNorm(config.width)
+        self.text_projection = nn.Parameter(torch.empty(config.width, embed_dim))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Draws the weights as openai/CLIP does: deviations fall with width and depth."""
+        width = self.transformer.width
+        out_std = (width * 2 * self.transformer.layers) ** -0.5
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+        for block in self.transformer.resblocks:
+            assert isinstance(block, ResidualBlock)
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=out_std)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=out_std)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Returns one embedding a text, not normalised.
+
+        Args:
+            tokens: [B, T] int64, T at most `context_length`; the end-of-text token is each row's largest id,
+                as CLIP's vocabulary has it, and what follows it changes nothing.
+
+        Returns:
+            [B, D].
+
+        Raises:
+            InputError: T is more than the tower's positions.
+        """
+        if tokens.shape[1] > self.context_length:
+            raise InputError(
+                f"texts have {tokens.shape[1]} token positions, this text tower takes {self.context_length}; "
+                f"tokenize with context_length={self.context_length}"
+            )
+        ends = tokens.argmax(-1)
+        if len(tokens) and not torch.compiler.is_compiling():
+            # Attention is causal: nothing after the longest text's end can reach any end-of-text token.
+            tokens = tokens[:, : int(ends.max()) + 1]
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # [B, T, C]
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self.transformer(x, causal=True, at=ends)  # [B, C]
+        return layer_norm(x, self.ln_final) @ self.text_projection

@@ -1,0 +1,93 @@
+"""From a published name or a file in any known form to a model, and to the preprocessing that goes with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from clip_base.errors import InputError
+from clip_base.models import zoo
+from clip_base.models.clip import CLIP
+from clip_base.preprocess import Preprocess
+from clip_base.weights import published
+from clip_base.weights.reading import PRECISIONS, Report, read_clip
+
+
+def find(name_or_path: str | Path, folder: str | Path | None = None) -> Path:
+    """Returns the weights file: a path as it is, a published name's file, downloaded when it is not there yet.
+
+    Args:
+        name_or_path: a file, a folder, or one of `clip_base.available_models()`.
+        folder: where published files are kept; None: see `published.cache_folder`.
+
+    Raises:
+        InputError: there is neither such a file nor such a model, or it cannot be downloaded.
+    """
+    path = Path(name_or_path)
+    if path.exists():
+        return path
+    if str(name_or_path) in zoo.available_models():
+        return published.fetch(str(name_or_path), folder)
+    raise InputError(
+        f"there is no weights file {name_or_path} and no published model of that name; "
+        f"published are {', '.join(zoo.available_models())}"
+    )
+
+
+def read_any(
+    name_or_path: str | Path, activation: str = "", precision: str = "fp32", folder: str | Path | None = None
+) -> tuple[CLIP, Report]:
+    """Reads a published model by name, or any file; see `reading.read_clip`."""
+    return read_clip(find(name_or_path, folder), activation, precision)
+
+
+def load_clip(name_or_path: str | Path, activation: str = "", precision: str = "fp32") -> CLIP:
+    """Returns a CLIP from a published name or a file in any known form: on the CPU, evaluating, channels-last.
+
+    Args:
+        name_or_path: a file, a folder, or one of `clip_base.available_models()`.
+        activation: "quick_gelu" or "gelu" for files that do not say; "" assumes quick_gelu, as OpenAI's models.
+        precision: type of the weights: "fp32", "fp16", "bf16", or "stored" for the file's own.
+
+    Raises:
+        InputError: the file is missing, damaged, of no known form, or does not fit.
+    """
+    return read_any(name_or_path, activation, precision)[0]
+
+
+def load(
+    name: str | Path,
+    device: str | torch.device | None = None,
+    jit: bool = False,
+    download_root: str | None = None,
+    *,
+    precision: str = "auto",
+    activation: str = "",
+) -> tuple[CLIP, Preprocess]:
+    """Loads a CLIP, as openai/CLIP's function of that name.
+
+    Args:
+        name: one of `available_models()`, or a file or folder in any known form.
+        device: where the model goes; None: the GPU when there is one, else the CPU.
+        jit: only False; code inside archives is never run.
+        download_root: folder for published files; None: $CLIP_BASE_CACHE, else ~/.cache/clip.
+        precision: type of the weights: "fp32", "fp16", "bf16", or "auto": fp32 on the CPU, elsewhere what the
+            file holds (half precision in OpenAI's files), as openai/CLIP does.
+        activation: "quick_gelu" or "gelu" for files that do not say; "" assumes quick_gelu.
+
+    Returns:
+        The model in evaluation mode, and a function from a PIL image to its input: [3, R, R] float32, normalised.
+
+    Raises:
+        InputError: there is no such model or file, it cannot be downloaded, is damaged or does not fit.
+    """
+    if jit:
+        raise InputError("jit=True would run code from the file; leave it out, and use torch.compile(model) for speed")
+    if precision not in (*PRECISIONS, "auto"):
+        raise InputError(f"precision must be auto or one of {', '.join(PRECISIONS)}, found {precision!r}")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if precision == "auto":
+        precision = "fp32" if place.type == "cpu" else "stored"
+    model, _ = read_any(name, activation, precision, download_root)
+    return model.to(place), Preprocess(model.config.vision.resolution)

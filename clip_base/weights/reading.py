@@ -1,0 +1,246 @@
+"""One reader for every form in which a CLIP comes: it looks at the file and says what it found."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clip_base import config as configs
+from clip_base.checkpoint import load_exactly, read_weights
+from clip_base.errors import InputError
+from clip_base.files import existing, read_json
+from clip_base.models import zoo
+from clip_base.models.clip import CLIP
+from clip_base.models.configs import ACTIVATIONS, CLIPConfig
+from clip_base.weights import naming, pickles, sizes
+from clip_base.weights.native import FORMAT
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# The key under which a file that `convert` wrote for others carries our sizes.
+CONFIG_KEY = "clip_base.config"
+# What others put under "format": the framework, which says nothing about the content.
+FRAMEWORKS = ("pt", "np", "tf", "flax", "mlx")
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
+# The weights in a folder, in the order of preference.
+_FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a weights file turned out to be.
+
+    Attributes:
+        path: the file that holds the weights.
+        form: the form in words.
+        config: sizes of the towers.
+        tensors: how many tensors there are.
+        parameters: how many trainable numbers the model has.
+        precision: how many numbers of each type the file stores, e.g. {"float16": 102010000}.
+        matches: the published models that have these sizes.
+        notes: what the file does not say and was assumed.
+    """
+
+    path: Path
+    form: str
+    config: CLIPConfig
+    tensors: int
+    parameters: int
+    precision: dict[str, int]
+    matches: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Tensors by our names, and what is known of their sizes."""
+
+    path: Path
+    form: str
+    state: dict[str, Tensor]
+    hints: sizes.Hints
+    config: CLIPConfig | None = None
+    activation_matters: bool = False
+
+
+def read_clip(path: str | Path, activation: str = "", precision: str = "fp32") -> tuple[CLIP, Report]:
+    """Reads a CLIP from a file or folder in any known form.
+
+    Known are our own safetensors; OpenAI's TorchScript archives, whose code is not run; state dicts, plain or inside
+    a training checkpoint, as `torch.save` or safetensors write them; open_clip's files and folders; Hugging Face
+    CLIP folders. Sizes come from a config in or beside the file, else from the tensors' shapes.
+
+    Args:
+        path: file or folder.
+        activation: "quick_gelu" or "gelu" for files that do not say; a file that says otherwise is an error.
+        precision: type of the model's weights: "fp32", "fp16", "bf16", or "stored" for what the file holds most of.
+
+    Returns:
+        The model on the CPU, in evaluation mode and channels-last, and what the file turned out to be.
+
+    Raises:
+        InputError: the file is missing, damaged, of no known form, holds more than tensors, or its tensors are
+            missing, left over or misshapen (they are listed).
+    """
+    if activation and activation not in ACTIVATIONS:
+        raise InputError(f"activation must be one of {', '.join(ACTIVATIONS)}, found {activation!r}")
+    if precision not in PRECISIONS and precision != "stored":
+        raise InputError(f"precision must be one of {', '.join(PRECISIONS)} or stored, found {precision!r}")
+    found = _find(existing(path, "weights file"))
+    notes = _check_activation(found, activation)
+    hints = sizes.Hints(
+        activation or found.hints.activation, found.hints.head_width, found.hints.text_heads, found.hints.source
+    )
+    config = found.config or sizes.infer(found.state, hints, found.path)
+    if found.config is None and not found.hints.head_width:
+        notes.append(f"heads assumed {config.vision.head_width} (vision) and 64 (text) channels wide: no config beside it")
+    stored: Counter[str] = Counter()
+    for value in found.state.values():
+        stored[str(value.dtype).removeprefix("torch.")] += value.numel()
+    model = _build(config, found, _dtype(precision, found.state))
+    report = Report(
+        found.path,
+        found.form,
+        config,
+        len(found.state),
+        sum(parameter.numel() for parameter in model.parameters()),
+        dict(stored),
+        tuple(name for name in zoo.available_models() if zoo.config(name) == config),
+        tuple(notes),
+    )
+    return model, report
+
+
+def _build(config: CLIPConfig, found: _Found, dtype: torch.dtype) -> CLIP:
+    with torch.device("meta"):  # no time is spent on random weights that the file replaces
+        model = CLIP(config)
+    model = model.to(dtype).to_empty(device="cpu")
+    # Statistics' counters came later to batch norms than some files; they are not used with a fixed momentum.
+    own = model.state_dict()
+    counters = {k: torch.zeros_like(v) for k, v in own.items() if k.endswith("num_batches_tracked")}
+    load_exactly(model, {**counters, **found.state}, found.path)
+    return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _dtype(precision: str, state: Mapping[str, Tensor]) -> torch.dtype:
+    if precision != "stored":
+        return PRECISIONS[precision]
+    counts: Counter[torch.dtype] = Counter()
+    for value in state.values():
+        if value.is_floating_point():
+            counts[value.dtype] += value.numel()
+    return counts.most_common(1)[0][0]
+
+
+def _check_activation(found: _Found, asked: str) -> list[str]:
+    known = found.config.activation if found.config is not None else found.hints.activation
+    if known and asked and known != asked:
+        raise InputError(f"{found.path} was trained with {known} ({found.hints.source}); drop activation={asked}")
+    if known or asked:
+        return []
+    return [
+        "the file does not say which activation it was trained with; quick_gelu is assumed, as in OpenAI's models "
+        "(open_clip's own trainings use gelu: pass activation=gelu)"
+    ]
+
+
+def _find(path: Path) -> _Found:
+    if path.is_dir():
+        return _find_in_folder(path)
+    _check_magic(path)
+    if _is_pickle(path):
+        return _from_pickle(path)
+    weights, metadata = read_weights(path)
+    form = metadata.get("format", "")
+    if form == FORMAT:
+        config = configs.check(CLIPConfig, _json(metadata.get("config", ""), path), f"sizes in {path}")
+        return _Found(path, "clip_base", weights, sizes.Hints(source="its metadata"), config)
+    if form and form not in FRAMEWORKS:
+        raise InputError(f"{path} holds {form!r}, no CLIP; `clip-base inspect {path}` shows what is in it")
+    state = naming.strip(weights)
+    if CONFIG_KEY in metadata:
+        config = configs.check(CLIPConfig, _json(metadata[CONFIG_KEY], path), f"sizes in {path}")
+        hints = sizes.Hints(source="its metadata")
+        return _Found(path, f"{_style(state)}, safetensors", naming.to_ours(state), hints, config)
+    form = f"{'training ' if len(state) and set(state) != set(weights) else ''}{_style(state)}, safetensors"
+    return _Found(path, form, naming.to_ours(state), _hints(path, state))
+
+
+def _from_pickle(path: Path) -> _Found:
+    if pickles.is_torchscript(path):
+        state = naming.strip(pickles.read_torchscript(path))
+        hints = sizes.Hints("quick_gelu", source="OpenAI's archives use it")
+        return _Found(path, "OpenAI's TorchScript archive", naming.to_ours(state), hints)
+    state, wrapped = naming.unwrap(pickles.read_pickle(path), path)
+    form = f"{'training checkpoint' if wrapped else 'state dict'}: {_style(state)}"
+    return _Found(path, form, naming.to_ours(state), _hints(path, state))
+
+
+def _find_in_folder(folder: Path) -> _Found:
+    name = next((name for name in _FOLDER_FILES if (folder / name).exists()), None)
+    if name is None:
+        raise InputError(f"folder {folder} holds none of {', '.join(_FOLDER_FILES)}; give the weights file itself")
+    if not name.endswith(".index.json"):
+        return _find(folder / name)
+    index = read_json(folder / name, "list of shards")
+    shards = sorted(set(index["weight_map"].values())) if isinstance(index, dict) and "weight_map" in index else []
+    if not shards or any(Path(shard).name != shard for shard in shards):
+        raise InputError(f"{folder / name} names no shards in its own folder")
+    state: dict[str, Tensor] = {}
+    for shard in shards:
+        state |= read_weights(folder / shard)[0]
+    state = naming.strip(state)
+    form = f"{_style(state)}, {len(shards)} safetensors"
+    return _Found(folder / name, form, naming.to_ours(state), _hints(folder / name, state))
+
+
+def _hints(path: Path, state: Mapping[str, Tensor]) -> sizes.Hints:
+    """Returns what the config beside a weights file says: Hugging Face's for its names, open_clip's for the others."""
+    if naming.is_huggingface(state):
+        beside = path.with_name("config.json")
+        return sizes.from_huggingface(read_json(beside), str(beside)) if beside.exists() else sizes.Hints()
+    beside = path.with_name(_OPEN_CLIP_CONFIG)
+    return sizes.from_open_clip(read_json(beside), str(beside)) if beside.exists() else sizes.Hints()
+
+
+def _style(state: Mapping[str, Tensor]) -> str:
+    if naming.is_huggingface(state):
+        return "Hugging Face CLIP"
+    return "clip_base names" if any(name.startswith("text.") for name in state) else "open_clip or OpenAI names"
+
+
+def _is_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(2)
+    return head == b"PK" or head[:1] == b"\x80"
+
+
+def _check_magic(path: Path) -> None:
+    """Says what a file is when it is certainly no weights file."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise InputError(f"{path} is empty; copy it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
+    if head.lstrip()[:1] == b"<":
+        raise InputError(f"{path} is a web page, not weights; the download gave an error page: fetch it again")
+
+
+def _json(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"the sizes in {path} are not valid JSON ({error.msg}); write the file again") from None

@@ -1,0 +1,1 @@
+"""Regions of images and their names: mining, pretraining, open-vocabulary detection."""

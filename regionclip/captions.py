@@ -1,0 +1,122 @@
+"""Captions alone, from whatever file people keep them in; the images need not be there."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from clip_base.errors import InputError
+from clip_base.files import existing, read_json
+
+_COLUMNS = ("caption", "captions", "text", "title", "sentence")
+
+
+def read_texts(path: str | Path, column: str = "") -> Iterator[str]:
+    """Yields the captions of a file, without surrounding or repeated white space; empty ones are left out.
+
+    Args:
+        path: COCO's captions JSON (or a JSON list of texts or objects); `.txt`, one a line; `.jsonl`; `.csv`
+            and `.tsv`.
+        column: the caption's column or key; "" looks for caption, text or title. For a table without a first
+            line of names, its number from 0.
+
+    Raises:
+        InputError: a missing, empty or malformed file, or one without such a column.
+    """
+    path = existing(path, "captions file")
+    kind = path.suffix.lower()
+    if kind == ".json":
+        texts = _from_json(path, column)
+    elif kind in (".jsonl", ".ndjson"):
+        texts = _from_json_lines(path, column)
+    elif kind in (".csv", ".tsv"):
+        texts = _from_table(path, column, "\t" if kind == ".tsv" else ",")
+    elif kind == ".txt":
+        texts = _lines(path)
+    else:
+        raise InputError(f"captions file {path} is of no known kind; give .json, .jsonl, .csv, .tsv or .txt")
+    any_text = False
+    for text in texts:
+        clean = " ".join(text.split())
+        if clean:
+            any_text = True
+            yield clean
+    if not any_text:
+        raise InputError(f"captions file {path} holds no captions; is it the right file?")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            yield from file
+    except (UnicodeDecodeError, IsADirectoryError):
+        raise InputError(f"captions file {path} is not UTF-8 text; convert it first") from None
+
+
+def _from_json(path: Path, column: str) -> Iterator[str]:
+    loaded = read_json(path, "captions file")
+    entries = loaded.get("annotations") if isinstance(loaded, dict) else loaded
+    if not isinstance(entries, list):
+        raise InputError(
+            f"captions file {path} must have `annotations` as COCO's have, or be a list of captions"
+        )
+    for number, entry in enumerate(entries):
+        yield from _texts_of(entry, column, f"{path}, entry {number}")
+
+
+def _from_json_lines(path: Path, column: str) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"captions file {path}, line {number} is not valid JSON: {error.msg}") from None
+        yield from _texts_of(entry, column, f"{path}, line {number}")
+
+
+def _texts_of(entry: Any, column: str, where: str) -> list[str]:
+    """Returns the captions of one JSON entry: a text, or an object with a text or a list of texts."""
+    value = entry
+    if isinstance(entry, dict):
+        key = next((name for name in ((column,) if column else _COLUMNS) if name in entry), None)
+        if key is None:
+            found = ", ".join(entry)
+            raise InputError(f"captions file {where}: no {column or 'caption'!r} among {found}; set column=")
+        value = entry[key]
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"captions file {where}: the caption must be text, found {str(value)[:60]!r}")
+    return texts
+
+
+def _from_table(path: Path, column: str, delimiter: str) -> Iterator[str]:
+    # Tab-separated caption files are written without quoting; a lone quote must not swallow lines.
+    if delimiter == "\t":
+        rows = csv.reader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        rows = csv.reader(_lines(path), delimiter=delimiter)
+    try:
+        first = next(rows, [])
+        if column.isdecimal():
+            index, unread = int(column), [first]
+        else:
+            wanted = (column,) if column else _COLUMNS
+            found = next((name for name in wanted if name in first), None)
+            if found is None:
+                raise InputError(
+                    f"captions file {path} has no column {wanted[0]!r}, its first line is {str(first)[:80]}; "
+                    "set column= to a name there, or to a number from 0 when it has no line of names"
+                )
+            index, unread = first.index(found), []
+        for row in itertools.chain(unread, rows):
+            if row:
+                yield row[index]
+    except IndexError:
+        raise InputError(f"captions file {path}, line {rows.line_num} has no column {index}") from None
+    except csv.Error as error:
+        raise InputError(f"captions file {path}, line {rows.line_num}: {error}") from None

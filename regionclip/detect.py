@@ -1,0 +1,112 @@
+"""Detection by name in pictures: boxes drawn, and the detections in COCO's results form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clip_base import plugins
+from clip_base.config import REQUIRED, Part, option, part
+from clip_base.data.images import decode
+from clip_base.errors import InputError
+from clip_base.files import existing, replacing, write_json
+from clip_base.progress import track
+from clip_base.tokenizer import Tokenizer
+from clip_base.train import autocast, pick_device
+from regionclip.detector import Detector, DetectorConfig
+from regionclip.evaluate import load_any
+from regionclip.proposals.base import GROUP as PROPOSERS
+from regionclip.proposals.base import ImageKey, Proposer
+from regionclip.structures import Detections
+from regionclip.transforms import ResizeConfig, place, to_batch
+from regionclip.visualize import draw
+from regionclip.vocabulary import embed, parse_names
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+@dataclass
+class DetectConfig:
+    """Options of detection in pictures."""
+
+    photos: list[str] = option(REQUIRED, "pictures, or folders of them", positional=True)
+    weights: str = option(REQUIRED, "a detector, or a CLIP (then give a proposer)")
+    vocabulary: str = option(REQUIRED, 'names to look for: "cat, dog", a file with one a line, coco, coco65')
+    out: str = option("detections", "folder for the pictures with boxes and detections.json")
+    score: float = option(0.3, "boxes that score less are not drawn; detections.json keeps them")
+    proposer: Part = part(PROPOSERS, "none", "where regions come from; none: the detector's own network")
+    detector: DetectorConfig = option(DetectorConfig(), "scores and suppression, for a CLIP or with own_settings=false")
+    own_settings: bool = option(True, "a detector scores as it was trained to, not as `detector` says")
+    templates: list[str] = option(["a photo of {article} {}.", "{}"], "prompts, averaged; {} is the name")
+    resize: ResizeConfig = option(ResizeConfig(), "size of the pictures")
+    precision: str = option("auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16"))
+    device: str = option("auto", "auto takes a GPU when there is one")
+
+
+def pictures(places: Sequence[str]) -> list[Path]:
+    """Returns the picture files among some paths; a folder stands for the pictures directly in it.
+
+    Raises:
+        InputError: a path does not exist, or a folder holds no picture.
+    """
+    files: list[Path] = []
+    for place_ in places:
+        path = existing(place_, "picture")
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+            if not inside:
+                raise InputError(f"folder {path} holds no pictures ({', '.join(PICTURES)})")
+            files += inside
+        else:
+            files.append(path)
+    return files
+
+
+def detect(config: DetectConfig) -> None:
+    """Looks for named things in pictures; draws boxes and writes `out/detections.json`."""
+    files = pictures(config.photos)
+    names = parse_names(config.vocabulary)
+    device = pick_device(config.device)
+    detector = load_any(config.weights, config.detector, config.own_settings).to(device)
+    tokenizer = Tokenizer(detector.clip.config.text.context_length)
+    detector.set_vocabulary(embed(detector.clip, tokenizer, names, config.templates), config.weights)
+    proposer: Proposer | None = None
+    if config.proposer["name"] != "none":
+        proposer = plugins.build(PROPOSERS, config.proposer, device=device)
+    elif detector.network is None:
+        raise InputError(f"{config.weights} is a CLIP without a proposal network; give proposer.name=grid, say")
+    out = Path(config.out)
+    entries: list[dict[str, Any]] = []
+    broken: list[str] = []
+    for number, file in enumerate(track(files, "detecting"), 1):
+        try:
+            found = _in_picture(detector, proposer, file, number, config)
+        except InputError as error:
+            broken.append(str(error))
+            continue
+        entries += [
+            {**entry, "category_name": names[entry["category_id"] - 1], "file_name": str(file)}
+            for entry in found.to_coco(number, range(1, len(names) + 1))
+        ]
+        shown = found.above(config.score)
+        target = out / f"{file.stem}.jpg"
+        with replacing(target) as temporary:
+            draw(decode(file), shown).save(temporary, format="JPEG", quality=92)
+        print(f"{target}: {shown!r}")
+    write_json(out / "detections.json", entries)
+    if broken:
+        raise InputError(f"{len(broken)} of {len(files)} pictures could not be read, the others are done: {broken[0]}")
+
+
+def _in_picture(
+    detector: Detector, proposer: Proposer | None, file: Path, number: int, config: DetectConfig
+) -> Detections:
+    pixels, frame = place(decode(file), config.resize.short[0], config.resize.long)
+    device = detector.classifier.device
+    batch = to_batch([pixels], multiple=32).to(device)
+    with torch.no_grad(), autocast(config.precision, device):
+        return detector.detect_batch(batch, [frame], [ImageKey(number, *frame.original)], proposer)[0]

@@ -1,0 +1,91 @@
+"""Regions to embeddings: one encoder over a CLIP vision tower, by RoIAlign on its map or by crops of the pixels."""
+
+# B images, N regions in all, C channels of the map, s side of a region on the map, D embedding size
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from clip_base.batch import ImageBatch
+from clip_base.errors import InputError
+from clip_base.models.resnet import ModifiedResNet
+from clip_base.models.vit import VisionTransformer
+from regionclip.structures import Regions, whole_images
+
+MODES = ("roi_align", "crop", "dense")
+
+
+class RegionEncoder:
+    """Embeds regions with a CLIP vision tower.
+
+    It has no weights of its own and is no module, so that a model that holds it lists its tower's weights once.
+
+    Args:
+        visual: the vision tower.
+        mode: "roi_align" pools the trunk's map and runs the head on it (ResNets; arXiv 2112.09106, section 3.1);
+            "crop" cuts square crops out of the pixels and embeds each as an image of its own; "dense" averages the
+            projected patch tokens under a box (ViTs).
+        context: crop mode: side of the crop as a multiple of the box's longer side.
+        chunk: crops or regions embedded at once, to bound memory.
+    """
+
+    def __init__(
+        self,
+        visual: ModifiedResNet | VisionTransformer,
+        mode: str = "roi_align",
+        context: float = 1.2,
+        chunk: int = 1024,
+    ) -> None:
+        if mode not in MODES:
+            raise InputError(f"region mode {mode!r} is not one of {', '.join(MODES)}")
+        if mode == "roi_align" and not isinstance(visual, ModifiedResNet):
+            raise InputError("mode roi_align needs a ResNet tower (a ViT has no head for maps); use crop or dense")
+        if mode == "dense" and not isinstance(visual, VisionTransformer):
+            raise InputError("mode dense needs a ViT tower; use roi_align or crop")
+        self.visual, self.mode, self.context, self.chunk = visual, mode, context, chunk
+
+    def __call__(self, images: ImageBatch, regions: Regions) -> Tensor:
+        """Returns [N, D] unit-length embeddings of the regions."""
+        if self.mode == "crop":
+            return F.normalize(self._of_crops(images, regions).float(), dim=-1)
+        if isinstance(self.visual, VisionTransformer):
+            features = self.visual.dense(images.pixels)  # [B, D, h, w]
+            pooled = roi_align(
+                features.float(), regions.rois(), 4, features.shape[-1] / images.pixels.shape[-1], 2, aligned=True
+            )  # [N, D, 4, 4]
+            return F.normalize(pooled.mean((2, 3)), dim=-1)
+        return F.normalize(self.of_map(self.visual.trunk(images.pixels), regions).float(), dim=-1)
+
+    def encode_image(self, images: ImageBatch) -> Tensor:
+        """Returns [B, D] unit-length embeddings of whole images, their padding left out."""
+        return self(images, whole_images(images))
+
+    def of_map(self, feature_map: Tensor, regions: Regions) -> Tensor:
+        """Returns [N, D] embeddings, not normalised, of regions of a ResNet trunk's map [B, C, H/16, W/16]."""
+        visual = self.visual
+        assert isinstance(visual, ModifiedResNet)
+        side = visual.region_size
+        parts = []
+        for rois in torch.split(regions.rois(), self.chunk):
+            # [n, C, s, s]; with one sample a bin, a box that covers the image gives the image's own map back
+            pooled = roi_align(feature_map.float(), rois, side, 1 / visual.stride, 0, aligned=True)
+            parts.append(visual.head(pooled.contiguous(memory_format=torch.channels_last)))
+        return torch.cat(parts) if parts else feature_map.new_zeros(0, visual.embed_dim)
+
+    def _of_crops(self, images: ImageBatch, regions: Regions) -> Tensor:
+        side = self.visual.resolution
+        parts = []
+        for rois in torch.split(square_rois(regions, self.context), self.chunk):
+            crops = roi_align(images.pixels.float(), rois, side, 1.0, 2, aligned=True)  # [n, 3, side, side]
+            parts.append(self.visual(crops.contiguous(memory_format=torch.channels_last)))
+        return torch.cat(parts) if parts else images.pixels.new_zeros(0, self.visual.embed_dim)
+
+
+def square_rois(regions: Regions, context: float) -> Tensor:
+    """Returns [N, 5] (image index, box) with square boxes around the regions, `context` times their longer side."""
+    x1, y1, x2, y2 = regions.boxes.unbind(1)
+    half = torch.maximum(x2 - x1, y2 - y1) * context / 2
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    return torch.stack([regions.image_index.to(x.dtype), x - half, y - half, x + half, y + half], 1)

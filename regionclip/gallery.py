@@ -1,0 +1,261 @@
+"""The report's pictures: validation scenes with detections, and mined region-phrase pairs, both judged by the truth."""
+
+# D detections of an image, G true boxes, P mined pairs
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from clip_base.data.images import decode
+from regionclip.boxes import iou
+from regionclip.datasets import CocoDetection, Record
+from regionclip.pairs import Pair, judge_pairs
+from regionclip.shards import MinedRegion
+from regionclip.structures import Detections
+from regionclip.visualize import Colour, draw
+
+SCENES, PAIRS = 12, 36
+BASE: Colour = (47, 111, 208)
+NOVEL: Colour = (235, 135, 30)
+FALSE: Colour = (120, 124, 130)
+VERDICTS: dict[str, tuple[str, Colour]] = {
+    "right": ("right", (60, 200, 110)),
+    "wrong name": ("wrong", (235, 70, 80)),
+    "no object": ("nothing", (200, 204, 208)),
+    "unknown": ("nothing", (200, 204, 208)),
+}
+# Seen around a pair's box, in longer sides of the box: enough to tell what the box has cut.
+CONTEXT = 1.7
+CROP_SIDE = 240
+# A detection that scores less than this is never shown, however few there are.
+LEAST_SCORE = 0.05
+
+
+def data_uri(picture: Image.Image, quality: int = 84) -> str:
+    """Returns a picture as a JPEG inside a `data:` address."""
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, "JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def pick_scenes(truth: CocoDetection, novel: Sequence[str], count: int = SCENES) -> list[Record]:
+    """Picks scenes by what the truth says is in them, never by how well they were detected.
+
+    Three quarters hold novel objects, each novel category in turn with the earliest scene left that shows it; the rest
+    are the earliest scenes with base objects alone. Where one kind runs out, the other fills up.
+
+    Returns:
+        At most `count` records, in the file's order.
+    """
+    labels = [truth.categories.index(name) for name in novel if name in truth.categories]
+    holding = {label: [r for r in truth if bool((r.labels == label).any())] for label in labels}
+    chosen: dict[int, Record] = {}
+    wanted = count * 3 // 4
+    while len(chosen) < wanted:
+        before = len(chosen)
+        for label in labels:
+            fresh = next((r for r in holding[label] if r.image_id not in chosen), None)
+            if fresh is not None and len(chosen) < wanted:
+                chosen[fresh.image_id] = fresh
+        if len(chosen) == before:
+            break
+    with_novel = {record.image_id for records in holding.values() for record in records}
+    only_base = [r for r in truth if len(r.labels) and r.image_id not in with_novel]
+    for record in [*only_base, *truth]:
+        if len(chosen) >= count:
+            break
+        chosen[record.image_id] = record
+    return [record for record in truth if record.image_id in chosen]
+
+
+def best_threshold(truth: CocoDetection, found: dict[int, Detections]) -> float:
+    """Returns the score at which drawing a detection or not makes the fewest mistakes, by F1 over all scenes.
+
+    Args:
+        truth: the scenes' annotations.
+        found: image id -> detections; names in the order of `truth.categories`.
+    """
+    scored: list[tuple[float, bool]] = []
+    objects = 0
+    for record in truth:
+        single = record.without_crowds()
+        objects += len(single.boxes)
+        if record.image_id in found:
+            scored += _matches(found[record.image_id].above(LEAST_SCORE), single)
+    best, threshold, right = 0.0, 0.5, 0
+    for number, (score, is_right) in enumerate(sorted(scored, reverse=True), start=1):
+        right += is_right
+        f1 = 2 * right / (number + objects)
+        if f1 > best:
+            best, threshold = f1, score
+    return threshold
+
+
+def _matches(detections: Detections, record: Record) -> list[tuple[float, bool]]:
+    """Returns each detection's score and whether it takes a true box of its name, the best score first."""
+    same = detections.labels[:, None] == record.labels[None]
+    overlaps = iou(detections.boxes, record.boxes) * same  # [D, G]
+    free = torch.ones(len(record.boxes), dtype=torch.bool)
+    matches = []
+    hopeful = (overlaps >= 0.5).any(1).tolist()
+    for row in detections.scores.argsort(descending=True, stable=True).tolist():
+        taken = False
+        if hopeful[row]:
+            left = overlaps[row] * free
+            place = int(left.argmax())
+            taken = bool(left[place] >= 0.5)
+            free[place] &= not taken
+        matches.append((float(detections.scores[row]), taken))
+    return matches
+
+
+def scene_figure(record: Record, detections: Detections, truth: CocoDetection, novel: Sequence[str]) -> str:
+    """Returns a scene with its detections drawn, and under it which true objects they found and which not."""
+    names = [detections.names[label] for label in detections.labels.tolist()]
+    boxes = detections.boxes.tolist()
+    pairs = [Pair(record.image_id, _four(box), name) for box, name in zip(boxes, names, strict=True)]
+    right = [verdict == "right" for verdict in judge_pairs(pairs, truth)]
+    texts = [
+        f"{'' if true else '✗ '}{_starred(name, novel)} {score:.2f}"
+        for name, score, true in zip(names, detections.scores.tolist(), right, strict=True)
+    ]
+    colours = [
+        (NOVEL if name in novel else BASE) if true else FALSE for name, true in zip(names, right, strict=True)
+    ]
+    picture = draw(decode(record.path), detections, texts=texts, colours=colours)
+    single = record.without_crowds()
+    same = detections.labels[:, None] == single.labels[None]
+    is_found = ((iou(detections.boxes, single.boxes) >= 0.5) & same).any(0).tolist()  # [G]
+    true_names = [_starred(truth.categories[label], novel) for label in single.labels.tolist()]
+    lines = []
+    for word, wanted in (("found", True), ("missed", False)):
+        those = [name for name, one in zip(true_names, is_found, strict=True) if one is wanted]
+        if those:
+            lines.append(f"<b>{word}</b> {escape(_counted(those))}")
+    caption = " · ".join(lines) or "no object of these categories"
+    alt = f"detections in {record.path.name}"
+    return f'<figure><img src="{data_uri(picture)}" alt="{escape(alt)}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _starred(name: str, novel: Sequence[str]) -> str:
+    return f"★ {name}" if name in novel else name
+
+
+def _counted(names: Sequence[str]) -> str:
+    return ", ".join(name if count == 1 else f"{count} × {name}" for name, count in Counter(names).items())  # noqa: RUF001
+
+
+def pick_pairs(regions: Sequence[MinedRegion], count: int = PAIRS) -> list[int]:
+    """Picks pairs from all scores and over the concepts, whether they are right or wrong.
+
+    The pairs, sorted by probability, are cut into `count` equal parts; from each comes the first pair of the concept
+    that was picked least so far.
+
+    Returns:
+        Places in `regions`, the most probable first.
+    """
+    order = sorted(range(len(regions)), key=lambda place: (-regions[place].concept_probs[0], place))
+    count = min(count, len(order))
+    used: Counter[str] = Counter()
+    images: Counter[int] = Counter()
+    chosen = []
+    for part in range(count):
+        places = order[part * len(order) // count : (part + 1) * len(order) // count]
+        best = min(places, key=lambda place: (used[regions[place].concept], images[regions[place].image_id]))
+        used[regions[best].concept] += 1
+        images[regions[best].image_id] += 1
+        chosen.append(best)
+    return chosen
+
+
+def pair_figure(folder: Path, region: MinedRegion, verdict: str) -> str:
+    """Returns a mined region with its surroundings, its concept, probability, verdict and caption.
+
+    Args:
+        folder: what the region's file name is relative to.
+        region: the pair.
+        verdict: a key of VERDICTS.
+    """
+    style, colour = VERDICTS[verdict]
+    picture = _crop(folder / region.file_name, region.box, colour)
+    word = "cannot be judged" if verdict == "unknown" else verdict
+    parts = [
+        f"<b>{escape(region.concept)}</b> {region.concept_probs[0]:.2f} ",
+        f'<span class="tag {style}">{word}</span>',
+        f'<span class="caption">{_caption(region)}</span>',
+    ]
+    alt = f"a region of {Path(region.file_name).name} named {region.concept}"
+    return f'<figure><img src="{data_uri(picture)}" alt="{escape(alt)}"><figcaption>{"".join(parts)}</figcaption></figure>'
+
+
+def _caption(region: MinedRegion) -> str:
+    """Returns the caption with the phrase underlined where it stands in it word by word."""
+    if not region.caption:
+        return "in no caption of this image"
+    start = region.caption.casefold().find((region.phrase or "").casefold())
+    if not region.phrase or start < 0:
+        return escape(region.caption)
+    end = start + len(region.phrase)
+    before, within, after = region.caption[:start], region.caption[start:end], region.caption[end:]
+    return f"{escape(before)}<mark>{escape(within)}</mark>{escape(after)}"
+
+
+def _crop(path: Path, box: Sequence[float], colour: Colour) -> Image.Image:
+    """Returns a square around the box, moved into the picture where it reaches out, with the box drawn."""
+    picture = Image.fromarray(decode(path))
+    x1, y1, x2, y2 = box
+    side = min(CONTEXT * max(x2 - x1, y2 - y1, 8.0), min(picture.size))
+    left = min(max((x1 + x2 - side) / 2, 0), picture.width - side)
+    top = min(max((y1 + y2 - side) / 2, 0), picture.height - side)
+    crop = picture.resize(
+        (CROP_SIDE, CROP_SIDE), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
+    )
+    factor = CROP_SIDE / side
+    edges = [(x1 - left) * factor, (y1 - top) * factor, (x2 - left) * factor, (y2 - top) * factor]
+    inside = [min(max(edge, 1), CROP_SIDE - 2) for edge in edges]
+    pen = ImageDraw.Draw(crop)
+    pen.rectangle([inside[0] - 1, inside[1] - 1, inside[2] + 1, inside[3] + 1], outline=(20, 20, 20), width=5)
+    pen.rectangle(inside, outline=colour, width=3)
+    return crop
+
+
+def _four(values: Sequence[float]) -> tuple[float, float, float, float]:
+    x1, y1, x2, y2 = values
+    return x1, y1, x2, y2
+
+
+@dataclass(frozen=True)
+class JudgedPairs:
+    """Mined pairs and what the truth says of them.
+
+    Attributes:
+        regions: as mined.
+        verdicts: `judge_pairs`' word for each.
+    """
+
+    regions: list[MinedRegion]
+    verdicts: list[str]
+
+    def by_probability(self, bins: int = 10) -> tuple[list[str], dict[str, tuple[str, list[float]]], list[int]]:
+        """Returns labels of equal bins of probability, the shares of each verdict in them, and their counts.
+
+        Pairs that cannot be judged are left out.
+        """
+        counts = [Counter[str]() for _ in range(bins)]
+        for region, verdict in zip(self.regions, self.verdicts, strict=True):
+            if verdict != "unknown":
+                counts[min(int(region.concept_probs[0] * bins), bins - 1)][verdict] += 1
+        totals = [count.total() for count in counts]
+        shares = {
+            verdict: (VERDICTS[verdict][0], [count[verdict] / max(count.total(), 1) for count in counts])
+            for verdict in ("right", "wrong name", "no object")
+        }
+        return [f"{place / bins:.1f}" for place in range(bins)], shares, totals

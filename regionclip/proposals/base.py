@@ -1,0 +1,83 @@
+"""What a proposer is; whatever keeps this contract can be declared in the group `regionclip.proposers`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from clip_base.batch import ImageBatch
+from regionclip.structures import Regions
+
+GROUP = "regionclip.proposers"
+
+
+@dataclass(frozen=True)
+class ImageKey:
+    """Says which image a slot of a batch holds, and how large it is on disk.
+
+    Attributes:
+        image_id: the image's id in its dataset.
+        height: of the original image, pixels.
+        width: of the original image, pixels.
+    """
+
+    image_id: int
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        """Checks the size."""
+        if self.height < 1 or self.width < 1:
+            raise ValueError(
+                f"image {self.image_id} has size {self.height}x{self.width}, expected at least 1x1"
+            )
+
+
+class Proposer(Protocol):
+    """Proposes boxes where things may be, whatever they are.
+
+    Its constructor takes `config`, a dataclass with its options, and may take `device`.
+    """
+
+    def __call__(self, images: ImageBatch, keys: Sequence[ImageKey]) -> Regions:
+        """Returns boxes for every image of the batch.
+
+        The i-th image fills `images.sizes[i]` of its frame and is the whole of `keys[i]`, resized and not
+        cropped, so `frame_scale` brings an original box into the frame.
+
+        Args:
+            images: B images, normalised as CLIP's towers want them.
+            keys: B keys, in the batch's order.
+
+        Returns:
+            boxes in the batch's frame, inside each image's unpadded size, sorted by image, then by falling
+            score; `scores` in [0, 1]. An image may have none.
+        """
+        ...
+
+
+def frame_scale(images: ImageBatch, keys: Sequence[ImageKey]) -> Tensor:
+    """Returns [B, 4] float32 factors (x, y, x, y) that turn original pixels into pixels of the batch's frame.
+
+    Height and width have factors of their own, because a resized side is rounded to whole pixels.
+    """
+    if len(keys) != len(images):
+        raise ValueError(f"a batch of {len(images)} images needs as many keys, got {len(keys)}")
+    original = torch.tensor([(key.height, key.width) for key in keys], dtype=torch.float32).reshape(-1, 2)
+    factors = images.sizes.float().cpu() / original  # [B, 2] (y, x)
+    return factors[:, [1, 0, 1, 0]]
+
+
+def collect(boxes: Sequence[Tensor], scores: Sequence[Tensor], device: torch.device) -> Regions:
+    """Joins each image's [n, 4] boxes and [n] scores, already sorted, into one `Regions` on `device`."""
+    counts = torch.tensor([len(rows) for rows in boxes], dtype=torch.int64)
+    image_index = torch.repeat_interleave(torch.arange(len(boxes)), counts)
+    return Regions(
+        boxes=torch.cat([torch.zeros(0, 4, device=device), *(rows.to(device) for rows in boxes)]),
+        image_index=image_index.to(device),
+        scores=torch.cat([torch.zeros(0, device=device), *(rows.to(device) for rows in scores)]),
+    )

@@ -1,0 +1,153 @@
+"""The whole product on a generated world: every job in turn, ending with a table and a page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clip_base import config as configs
+from clip_base import plugins
+from clip_base.config import option
+from clip_base.errors import InputError
+from clip_base.files import read_json, write_json
+from clip_base.progress import clock
+from clip_base.run import RunFolder
+from regionclip.report import print_table, summary, write_report
+
+
+@dataclass
+class QuickstartConfig:
+    """Options of the whole path."""
+
+    out: str = option("quickstart", "folder for everything", free=True)
+    seed: int = option(0, "decides the world, the initial weights and the order of training")
+    preset: str = option("quickstart", "which of configs/*/PRESET.yaml the jobs use")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job with its overrides.
+
+    Attributes:
+        title: what it does, for the person who waits.
+        job: name in the entry-point group.
+        minutes: what it takes on two cores, for the estimate of the remaining time.
+        overrides: `key=value`, on top of configs/JOB/PRESET.yaml.
+    """
+
+    title: str
+    job: str
+    minutes: float
+    overrides: tuple[str, ...]
+
+
+def shipped(job: str, name: str) -> Path:
+    """Returns the config file configs/JOB/NAME.yaml that comes with the project.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    here = Path(__file__).parent
+    folders = [folder for folder in (here / "configs", here.parent / "configs") if folder.is_dir()]
+    for folder in folders:
+        path = folder / job / f"{name}.yaml"
+        if path.exists():
+            return path
+    known = sorted({path.stem for folder in folders for path in (folder / job).glob("*.yaml")})
+    raise InputError(f"there is no configs/{job}/{name}.yaml; known: {', '.join(known) or 'none'}")
+
+
+def stages(config: QuickstartConfig) -> list[Stage]:
+    """Returns the path from a drawn world to an evaluated detector."""
+    out = Path(config.out)
+    world, seed = out / "world", f"train.seed={config.seed}"
+    train = (f"annotations={world}/instances_train.json", f"images={world}/images", f"split={world}/split.json")
+    val = (f"annotations={world}/instances_val.json", f"images={world}/images", f"split={world}/split.json")
+    captions = (f"captions={world}/captions_train.json", f"images={world}/images")
+    clip, region, rpn = (f"{out}/{name}/model.safetensors" for name in ("clip", "regionclip", "rpn"))
+    own = ("proposer.name=rpn", f"proposer.weights={rpn}")
+    first = [
+        Stage("draw a world", "scenes", 0.5, (f"out={world}", f"seed={config.seed}")),
+        Stage(
+            "pretrain CLIP on image-text pairs",
+            "pretrain",
+            6,
+            (f"out={out}/clip", "source.name=coco", *(f"source.{pair}" for pair in captions), seed),
+        ),
+        Stage(
+            "train the proposal network on boxes of base classes",
+            "region-train-rpn",
+            1,
+            (*train, f"val_annotations={world}/instances_val.json", f"network.backbone_weights={clip}", f"out={out}/rpn", seed),
+        ),
+        Stage("collect concepts from the captions", "region-concepts", 0.5, (captions[0], f"out={out}/concepts.jsonl")),
+        Stage(
+            "mine region-phrase pairs",
+            "region-mine",
+            1,
+            (*captions, f"weights={clip}", f"concepts={out}/concepts.jsonl", *own, f"out={out}/mined"),
+        ),
+        Stage(
+            "pretrain regions",
+            "region-pretrain",
+            2.5,
+            (f"mined={out}/mined", f"weights={clip}", f"out={out}/regionclip", seed),
+        ),
+    ]
+    rest = []
+    for name, weights in (("clip", clip), ("regionclip", region)):
+        detector = f"detector-{name}"
+        tested = (*val, f"weights={weights}")
+        rest += [
+            Stage(f"name true boxes with {name}", "region-evaluate", 0.1,
+                  (*tested, "boxes=truth", f"out={out}/evaluation/{name}-truth")),
+            Stage(f"detect with {name}, zero-shot", "region-evaluate", 0.2,
+                  (*tested, *own, f"out={out}/evaluation/{name}-proposals")),
+            Stage(f"train the detector from {name} on base classes", "region-train-detector", 1,
+                  (*train, f"weights={weights}", f"rpn={rpn}", f"out={out}/{detector}", seed)),
+            Stage(f"detect with the detector from {name}", "region-evaluate", 0.2,
+                  (*val, f"weights={out}/{detector}/model.safetensors", f"out={out}/evaluation/{detector}")),
+        ]  # fmt: skip
+    return first + rest
+
+
+def quickstart(config: QuickstartConfig) -> None:
+    """Runs every job on a world it draws, about 15 minutes on two cores; ends with a table and report.html."""
+    run = RunFolder(config.out, config, "region-quickstart")
+    path = run.path / "timings.json"
+    timings: dict[str, float] = read_json(path, "timings") if path.exists() else {}
+    todo = stages(config)
+    pace = 1.0  # measured minutes over expected ones
+    for number, stage in enumerate(todo, 1):
+        left = sum(later.minutes for later in todo[number - 1 :] if later.title not in timings) * pace * 60
+        print(f"[{number}/{len(todo)}] {stage.title}" + (f" (about {clock(left)} left in all)" if left else ""), flush=True)
+        seconds = _run_stage(stage, config.preset)
+        if stage.title not in timings:
+            timings[stage.title] = round(seconds, 1)
+            write_json(path, timings, indent=2)
+            known = [one for one in todo if one.title in timings]
+            pace = sum(timings[one.title] for one in known) / 60 / sum(one.minutes for one in known)
+    page = write_report(run.path)
+    run.finish(summary(run.path))
+    print_table(run.path)
+    print(f"{clock(sum(timings.values()))} in all; open {page} in a browser")
+    print(f'try it: regionclip detect {run.path}/world/images/val weights={run.path}/detector-regionclip/model.safetensors '
+          f'vocabulary="umbrella, cup, star" {" ".join(detect_options(config.preset))}')  # fmt: skip
+
+
+def _run_stage(stage: Stage, preset: str) -> float:
+    """Runs a stage's job and returns how many seconds it took; a finished job returns at once."""
+    job: Callable[[Any], None] = plugins.load(plugins.JOBS, stage.job)
+    resolved = configs.resolve(plugins.schema_of(job), shipped(stage.job, preset), stage.overrides)
+    start = time.monotonic()
+    job(resolved)
+    return time.monotonic() - start
+
+
+def detect_options(preset: str) -> list[str]:
+    """Returns what a `regionclip detect` call needs to see pictures as the preset's detector was trained to."""
+    return [str(shipped("region-detect", preset))]
+

@@ -1,0 +1,115 @@
+"""Training samples of the region stages: an image, boxes that follow every augmentation, and what is known of them."""
+
+# n boxes of one image, K concepts kept a box, N boxes of a batch
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clip_base.data.images import ImageStore, Pixels
+from clip_base.tokenizer import Tokenizer
+from regionclip.datasets import Record
+from regionclip.structures import RegionBatch, Regions
+from regionclip.transforms import Frame, ResizeConfig, draw_placement, place, to_batch
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and its boxes, in pixels of the original image.
+
+    Attributes:
+        path: the picture's file.
+        boxes: [n, 4] float32 (x1, y1, x2, y2).
+        labels: [n] int64, or None.
+        concept_ids: [n, K] int64, or None.
+        concept_probs: [n, K], or None.
+        captions: of which one is drawn; may be empty when no tokenizer is used.
+    """
+
+    path: Path
+    boxes: Tensor
+    labels: Tensor | None = None
+    concept_ids: Tensor | None = None
+    concept_probs: Tensor | None = None
+    captions: tuple[str, ...] = ()
+
+    @classmethod
+    def of_record(cls, record: Record) -> Sample:
+        """Makes a sample of an annotated image."""
+        return cls(record.path, record.boxes, record.labels)
+
+
+class RegionSamples:
+    """Samples as a Loader takes them: resized, mirrored, boxes sampled.
+
+    Args:
+        samples: the images.
+        resize: their size in training.
+        max_boxes: most boxes an image; more are sampled at random. 0: all.
+        tokenizer: given, every batch carries the tokens of one caption an image.
+        cache: keep decoded images in memory.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        resize: ResizeConfig,
+        max_boxes: int = 0,
+        tokenizer: Tokenizer | None = None,
+        cache: bool = False,
+    ) -> None:
+        self.samples, self.resize, self.max_boxes, self.tokenizer = samples, resize, max_boxes, tokenizer
+        self.store = ImageStore(keep=cache)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def item(self, index: int, generator: torch.Generator) -> tuple[Pixels, Regions, str]:
+        """Returns the image in its frame, its regions there (image_index 0) and a caption."""
+        sample = self.samples[index]
+        short, flip = draw_placement(self.resize, generator)
+        pixels, frame = place(self.store(sample.path), short, self.resize.long, flip)
+        chosen = torch.arange(len(sample.boxes))
+        if self.max_boxes and len(chosen) > self.max_boxes:
+            chosen = torch.randperm(len(chosen), generator=generator)[: self.max_boxes]
+        caption = ""
+        if sample.captions:
+            caption = sample.captions[int(torch.randint(len(sample.captions), (1,), generator=generator))]
+        return pixels, _regions(sample, frame, chosen), caption
+
+    def collate(self, items: list[tuple[Pixels, Regions, str]]) -> RegionBatch:
+        """Makes a batch; images of unlike size are padded to a multiple of 32 pixels."""
+        images = to_batch([pixels for pixels, _, _ in items], multiple=32)
+        regions = Regions.cat([_moved(regions, slot) for slot, (_, regions, _) in enumerate(items)])
+        tokens = None
+        if self.tokenizer is not None:
+            tokens = self.tokenizer([caption for _, _, caption in items], truncate=True)
+        return RegionBatch(images, regions, tokens)
+
+
+def _regions(sample: Sample, frame: Frame, chosen: Tensor) -> Regions:
+    def pick(column: Tensor | None) -> Tensor | None:
+        return None if column is None else column[chosen]
+
+    return Regions(
+        frame.boxes_in(sample.boxes[chosen]),
+        torch.zeros(len(chosen), dtype=torch.int64),
+        labels=pick(sample.labels),
+        concept_ids=pick(sample.concept_ids),
+        concept_probs=pick(sample.concept_probs),
+    )
+
+
+def _moved(regions: Regions, slot: int) -> Regions:
+    index = torch.full_like(regions.image_index, slot)
+    return Regions(
+        regions.boxes,
+        index,
+        labels=regions.labels,
+        concept_ids=regions.concept_ids,
+        concept_probs=regions.concept_probs,
+    )

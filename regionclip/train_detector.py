@@ -1,0 +1,196 @@
+"""Training of the detector on base classes, with a frozen proposal network and a frozen text-embedding classifier."""
+
+# B images, N sampled regions of a batch, C base names, D embedding size
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip_base.config import REQUIRED, option
+from clip_base.data.loader import Loader
+from clip_base.errors import InputError
+from clip_base.pretrain import last_loss
+from clip_base.run import RunFolder
+from clip_base.tokenizer import Tokenizer
+from clip_base.train import TrainConfig, fit
+from clip_base.weights.native import load_clip
+from regionclip.boxes import encode_deltas, iou
+from regionclip.datasets import CocoDetection
+from regionclip.detector import DELTA_WEIGHTS, Detector, DetectorConfig, save_detector
+from regionclip.pretrain import freeze
+from regionclip.proposals.rpn import load_network
+from regionclip.samples import RegionSamples, Sample
+from regionclip.splits import load_split
+from regionclip.structures import RegionBatch, Regions
+from regionclip.transforms import ResizeConfig
+from regionclip.vocabulary import embed
+
+
+@dataclass
+class TrainDetectorConfig:
+    """Options of the detector's training. The defaults are the published recipe for COCO."""
+
+    annotations: str = option(REQUIRED, "instances_*.json in COCO's form; only boxes of base classes are read")
+    images: str = option(REQUIRED, "folder that its file names are relative to")
+    split: str = option("coco", "coco (48 base, 17 novel), or a JSON file with base and novel names")
+    weights: str = option(REQUIRED, "CLIP to start from, such as what `regionclip pretrain` wrote")
+    rpn: str = option(REQUIRED, "proposal network from `regionclip train-rpn`; stays frozen, becomes part of the detector")
+    out: str = option(REQUIRED, "folder for weights, log and metrics", free=True)
+    detector: DetectorConfig = option(DetectorConfig(), "scores and suppression; kept in the weights file")
+    resize: ResizeConfig = option(ResizeConfig(), "size of the training images")
+    templates: list[str] = option(["a photo of {article} {}.", "{}"], "prompts, averaged; {} is the class name")
+    keep_empty: bool = option(False, "train on images without base boxes too")
+    proposals: int = option(1000, "proposals an image from which regions are sampled")
+    rois: int = option(512, "regions an image in the loss")
+    positive_share: float = option(0.25, "largest share of objects among them")
+    positive_iou: float = option(0.5, "a proposal that overlaps a box so much is an object")
+    background_weight: float = option(0.2, "weight of background regions in the classification loss")
+    focal: float = option(0.5, "exponent of (1 - p) that favours hard regions; 0: plain cross entropy")
+    box_weight: float = option(1.0, "weight of the box regression loss")
+    freeze_stages: int = option(2, "stages kept as they are: 0 none, 1 the stem, 2 also layer1, … 4 also layer3")
+    freeze_batch_norm: bool = option(True, "keep the statistics and gains of batch norms as they are")
+    cache: bool = option(False, "keep decoded images in memory (for small data sets)", free=True)
+    train: TrainConfig = option(
+        TrainConfig(
+            steps=90_000,
+            batch_size=16,
+            optimizer="sgd",
+            lr=0.002,
+            weight_decay=1e-4,
+            warmup_steps=5_000,
+            schedule="step",
+            milestones=[0.6667, 0.8889],
+        ),
+        "the training loop",
+    )
+
+    def __post_init__(self) -> None:
+        if self.rois < 1 or not 0 < self.positive_share <= 1:
+            raise InputError(f"rois={self.rois} must be at least 1, positive_share={self.positive_share} in (0, 1]")
+
+
+class DetectorTask(nn.Module):
+    """Trains a detector's vision tower and box head.
+
+    Args:
+        detector: trained in place, but for its proposal network and text tower.
+        classifier: [C, D] text embeddings of the base names, frozen.
+        config: sampling and weights of the losses.
+    """
+
+    classifier: Tensor
+
+    def __init__(self, detector: Detector, classifier: Tensor, config: TrainDetectorConfig) -> None:
+        super().__init__()
+        self.detector, self.config = detector, config
+        assert detector.network is not None
+        detector.network.requires_grad_(False)
+        detector.clip.text.requires_grad_(False)
+        detector.clip.logit_scale.requires_grad_(False)
+        freeze(detector.clip.visual, config.freeze_stages, config.freeze_batch_norm)
+        self.register_buffer("classifier", classifier, persistent=False)
+
+    def train(self, mode: bool = True) -> DetectorTask:
+        """Sets the mode; the frozen proposal network stays in evaluation mode."""
+        super().train(mode)
+        assert self.detector.network is not None
+        self.detector.network.eval()
+        return self
+
+    def forward(self, batch: RegionBatch) -> dict[str, Tensor]:
+        """Returns the weighted losses `classification` and `box`."""
+        detector, config = self.detector, self.config
+        assert detector.network is not None
+        proposals = detector.network.propose(batch.images, config.proposals, detector.config.proposal_nms)
+        regions, targets = sample_regions(proposals, batch.regions, len(self.classifier), config)
+        labels = regions.labels
+        assert labels is not None
+        visual = detector.clip.visual
+        embeddings = detector.encoder.of_map(visual.trunk(batch.images.pixels), regions).float()  # [N, D]
+        with torch.autocast(embeddings.device.type, enabled=False):
+            classification = self._classification(detector.logits(embeddings, self.classifier, True), labels)
+            positive = labels < len(self.classifier)
+            assert detector.box_head is not None
+            moves = detector.box_head(embeddings[positive])
+            wanted = encode_deltas(regions.boxes[positive], targets[positive], DELTA_WEIGHTS)
+            box = F.smooth_l1_loss(moves, wanted, beta=1.0, reduction="sum") / max(len(labels), 1)
+        return {"classification": classification, "box": config.box_weight * box}
+
+    def _classification(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy with focal scaling and a weight for the background (arXiv 2112.09106, section 4)."""
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        weights = (1 - (-losses.detach()).exp()).clamp(min=0) ** self.config.focal
+        background = labels == len(self.classifier)
+        weights = torch.where(background, weights * self.config.background_weight, weights)
+        return (weights * losses).sum() / max(len(labels), 1)
+
+
+@torch.no_grad()
+def sample_regions(
+    proposals: Regions, truth: Regions, background: int, config: TrainDetectorConfig
+) -> tuple[Regions, Tensor]:
+    """Samples regions for the loss from proposals and the true boxes themselves.
+
+    Args:
+        proposals: of the whole batch.
+        truth: true boxes with labels.
+        background: the label of regions that overlap no true box enough.
+        config: how many, and what counts as an object.
+
+    Returns:
+        N regions with labels, and the [N, 4] true box of each (its own box when it is background).
+    """
+    assert truth.labels is not None
+    index = torch.cat([proposals.image_index, truth.image_index])
+    boxes = torch.cat([proposals.boxes, truth.boxes])  # [P, 4]
+    same = index[:, None] == truth.image_index[None, :]  # [P, G]
+    if len(truth):
+        overlap, best = (iou(boxes, truth.boxes) * same).max(1)
+        positive = overlap >= config.positive_iou
+        labels = torch.where(positive, truth.labels[best], background)
+        targets = torch.where(positive[:, None], truth.boxes[best], boxes)
+    else:
+        positive = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+        labels, targets = torch.full_like(index, background), boxes
+    chosen = []
+    order = torch.randperm(len(boxes), device=boxes.device)
+    for image in torch.unique(index).tolist():
+        mine = order[index[order] == image]
+        objects = mine[positive[mine]][: round(config.rois * config.positive_share)]
+        chosen += [objects, mine[~positive[mine]][: config.rois - len(objects)]]
+    picked = torch.cat(chosen) if chosen else order
+    return Regions(boxes[picked], index[picked], labels=labels[picked]), targets[picked]
+
+
+def train_detector(config: TrainDetectorConfig) -> None:
+    """Trains an open-vocabulary detector on base classes; leaves `out/model.safetensors`."""
+    run = RunFolder(config.out, config, "region-train-detector")
+    if run.finished() is not None:
+        print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
+        return
+    dataset = CocoDetection(config.annotations, config.images)
+    split = load_split(config.split, dataset.categories)
+    dataset = dataset.restrict(split.base, config.keep_empty).without_crowds()
+    print(dataset.report())
+    clip = load_clip(config.weights)
+    torch.manual_seed(config.train.seed)
+    detector = Detector(clip, config.detector, load_network(config.rpn), trained=True)
+    if detector.encoder.mode != "roi_align":
+        raise InputError(f"weights={config.weights}: a detector is trained on a ResNet tower, this one is a ViT")
+    tokenizer = Tokenizer(clip.config.text.context_length)
+    classifier = embed(clip, tokenizer, split.base, config.templates).embeddings
+    task = DetectorTask(detector, classifier, config)
+    data = RegionSamples([Sample.of_record(record) for record in dataset], config.resize, cache=config.cache)
+    train = config.train
+    skipped = run.path / "skipped.jsonl"
+    loader: Loader[Any] = Loader(
+        data, data.collate, train.batch_size, seed=train.seed, workers=train.workers, skipped=skipped
+    )
+    steps = fit(task, loader, train, run)
+    save_detector(detector, run.path / "model.safetensors", split.base)
+    run.finish({"steps": steps, "images": len(dataset), "loss": last_loss(run.log_path)})
+    print(f"{run.path / 'model.safetensors'}: {steps} steps on {len(dataset)} images")

@@ -1,0 +1,126 @@
+"""Training of the proposal network on boxes whose class does not matter."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clip_base.config import REQUIRED, option
+from clip_base.data.loader import Loader
+from clip_base.pretrain import last_loss
+from clip_base.progress import track
+from clip_base.run import RunFolder
+from clip_base.train import TrainConfig, autocast, fit, pick_device
+from clip_base.weights.native import load_clip
+from regionclip.datasets import CocoDetection
+from regionclip.evaluation import proposal_recall
+from regionclip.inference import batches_of
+from regionclip.proposals.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn import build_network, save_network
+from regionclip.samples import RegionSamples, Sample
+from regionclip.splits import load_split
+from regionclip.structures import RegionBatch
+from regionclip.transforms import ResizeConfig
+
+
+@dataclass
+class TrainRPNConfig:
+    """Options of the proposal network's training."""
+
+    annotations: str = option(REQUIRED, "instances_*.json in COCO's form; only boxes of base classes are read")
+    images: str = option(REQUIRED, "folder that its file names are relative to")
+    split: str = option("coco", "coco (48 base, 17 novel), or a JSON file with base and novel names")
+    out: str = option(REQUIRED, "folder for weights, log and metrics", free=True)
+    val_annotations: str = option("", "instances_*.json whose boxes measure recall at the end; empty: not measured")
+    network: ProposalNetworkConfig = option(ProposalNetworkConfig(), "the proposal network")
+    objectness_weight: float = option(1.0, "factor of the loss that tells objects from background")
+    box_weight: float = option(1.0, "factor of the loss that fits anchors to boxes")
+    resize: ResizeConfig = option(ResizeConfig(), "size of the images")
+    keep_empty: bool = option(False, "train on images without base boxes too")
+    cache: bool = option(False, "keep decoded images in memory (for small data sets)", free=True)
+    train: TrainConfig = option(
+        TrainConfig(steps=90_000, batch_size=16, optimizer="sgd", lr=0.02, weight_decay=1e-4, schedule="step"),
+        "the training loop",
+    )
+
+
+class RPNTask(nn.Module):
+    """Trains a proposal network: images and boxes in, its two weighted losses out.
+
+    Args:
+        network: trained in place.
+        objectness_weight: factor of the objectness loss.
+        box_weight: factor of the box loss.
+    """
+
+    def __init__(
+        self, network: ProposalNetwork, objectness_weight: float = 1.0, box_weight: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.weights = {"objectness": objectness_weight, "box": box_weight}
+
+    def forward(self, batch: RegionBatch) -> dict[str, Tensor]:
+        """Returns the weighted losses `objectness` and `box`, float32 scalars."""
+        return {name: self.weights[name] * loss for name, loss in self.network.losses(batch).items()}
+
+
+def make_network(config: TrainRPNConfig) -> ProposalNetwork:
+    """Returns the network to train; a backbone that starts from a CLIP file takes that tower's sizes."""
+    network = config.network
+    if network.backbone == "clip" and network.backbone_weights:
+        vision = load_clip(network.backbone_weights).config.vision
+        network = dataclasses.replace(network, vision=vision)
+    torch.manual_seed(config.train.seed)
+    return build_network(network)
+
+
+def train_rpn(config: TrainRPNConfig) -> None:
+    """Trains a class-agnostic proposal network on base-class boxes; leaves `out/model.safetensors`."""
+    run = RunFolder(config.out, config, "region-train-rpn")
+    if run.finished() is not None:
+        print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
+        return
+    everything = CocoDetection(config.annotations, config.images)
+    split = load_split(config.split, everything.categories)
+    dataset = everything.restrict(split.base, config.keep_empty).without_crowds()
+    print(dataset.report())
+    network = make_network(config)
+    task = RPNTask(network, config.objectness_weight, config.box_weight)
+    data = RegionSamples([Sample.of_record(record) for record in dataset], config.resize, cache=config.cache)
+    train = config.train
+    skipped = run.path / "skipped.jsonl"
+    loader: Loader[Any] = Loader(
+        data, data.collate, train.batch_size, seed=train.seed, workers=train.workers, skipped=skipped
+    )
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    steps = fit(task, loader, train, run)
+    save_network(network, run.path / "model.safetensors")
+    metrics: dict[str, Any] = {"steps": steps, "images": len(dataset), "loss": last_loss(run.log_path)}
+    if config.val_annotations:
+        metrics |= recall(network.eval(), config)
+        print(", ".join(f"{key} {metrics[key]:.3f}" for key in sorted(metrics) if key.startswith("recall@")))
+    run.finish(metrics)
+    print(f"{run.path / 'model.safetensors'}: {steps} steps on {len(dataset)} images")
+
+
+def recall(network: ProposalNetwork, config: TrainRPNConfig) -> dict[str, float]:
+    """Returns recall on the validation boxes, base and novel apart."""
+    dataset = CocoDetection(config.val_annotations, config.images)
+    split = load_split(config.split, dataset.categories)
+    dataset = dataset.restrict(split.all).without_crowds()
+    device = pick_device(config.train.device)
+    truth, proposals, novel = [], [], []
+    is_novel = torch.tensor(split.is_novel(dataset.categories))
+    for batch in track(batches_of(dataset, config.resize, 16, device), "recall"):
+        with torch.no_grad(), autocast(config.train.precision, device):
+            found = network.propose(batch.images, 1000).to("cpu")
+        for slot, (record, frame) in enumerate(zip(batch.records, batch.frames, strict=True)):
+            truth.append(record.boxes)
+            novel.append(is_novel[record.labels])
+            proposals.append(frame.boxes_out(found.of_image(slot).boxes))
+    return proposal_recall(truth, proposals, novel)

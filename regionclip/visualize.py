@@ -1,0 +1,186 @@
+"""Pictures with boxes and readable names on them."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from regionclip.structures import Detections
+
+Colour = tuple[int, int, int]
+Rectangle = tuple[float, float, float, float]
+Picture = Image.Image | Tensor | np.ndarray[Any, np.dtype[np.uint8]]
+
+# A picture whose long side is shorter is enlarged by a whole factor until text can stand in it.
+READABLE_SIDE = 384
+GOLDEN_RATIO = 0.618034
+
+
+def draw(
+    image: Picture,
+    detections: Detections | None = None,
+    *,
+    boxes: Tensor | Sequence[Sequence[float]] | None = None,
+    texts: Sequence[str] | None = None,
+    colours: Sequence[Colour] | None = None,
+) -> Image.Image:
+    """Returns a copy of the picture with boxes drawn and named; small ones are enlarged (`enlargement`).
+
+    Args:
+        image: a PIL image, [H, W, 3] or [H, W] uint8, or a uint8 tensor [3, H, W].
+        detections: what to draw; named "dog 0.91", a colour a name.
+        boxes: instead of detections: [N, 4] (x1, y1, x2, y2) in pixels of `image`.
+        texts: what to write at each box; an empty text writes nothing. With detections: instead of their
+            names.
+        colours: each box's colour (red, green, blue), 0 to 255; else a colour for each different text.
+    """
+    if (detections is None) == (boxes is None):
+        raise ValueError("draw needs either detections or boxes, not both")
+    if detections is not None:
+        boxes = detections.boxes
+        named = [
+            f"{detections.names[label]} {score:.2f}"
+            for label, score in zip(detections.labels.tolist(), detections.scores.tolist(), strict=True)
+        ]
+        colours = colours or [colour_of(label) for label in detections.labels.tolist()]
+        order = detections.scores.argsort(stable=True).tolist()  # the best last, on top
+        texts = named if texts is None else texts
+    else:
+        order = list(range(len(boxes or ())) if not isinstance(boxes, Tensor) else range(len(boxes)))
+    rectangles = [
+        tuple(map(float, box)) for box in (boxes.tolist() if isinstance(boxes, Tensor) else boxes or ())
+    ]
+    texts = [""] * len(rectangles) if texts is None else list(texts)
+    if colours is None:
+        different = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        colours = [colour_of(different[text]) for text in texts]
+    if not len(rectangles) == len(texts) == len(colours):
+        raise ValueError(
+            f"{len(rectangles)} boxes, {len(texts)} texts, {len(colours)} colours: give one each a box"
+        )
+
+    picture = to_picture(image)
+    factor = enlargement(picture.width, picture.height)
+    if factor > 1:
+        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
+    scaled = [_within(tuple(side * factor for side in box), picture.size) for box in rectangles]
+    _draw_boxes(picture, [scaled[i] for i in order], [colours[i] for i in order])
+    _draw_texts(picture, [scaled[i] for i in order], [texts[i] for i in order], [colours[i] for i in order])
+    return picture
+
+
+def enlargement(width: int, height: int) -> int:
+    """Returns the whole factor by which `draw` enlarges a picture: 3 for 128 pixels, 1 from 384 on."""
+    return max(1, -(-READABLE_SIDE // max(width, height)))
+
+
+def to_picture(image: Picture) -> Image.Image:
+    """Returns an RGB copy of a PIL image, an [H, W, 3] or [H, W] uint8 array, or a [3, H, W] uint8 tensor."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB") if image.mode != "RGB" else image.copy()
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] != 3:
+            raise ValueError(f"a tensor to draw on must be [3, H, W], got {list(image.shape)}")
+        image = image.permute(1, 2, 0).cpu().numpy()
+    if image.dtype != np.uint8:
+        raise ValueError(f"pixels to draw on must be uint8, got {image.dtype}")
+    return Image.fromarray(np.ascontiguousarray(image)).convert("RGB")
+
+
+def colour_of(number: int) -> Colour:
+    """Returns a strong colour; neighbouring numbers get very different ones (hues a golden section apart)."""
+    hue = (0.03 + number * GOLDEN_RATIO) % 1.0
+    lightness, saturation = ((0.50, 0.95), (0.62, 0.85), (0.40, 0.90))[number // 13 % 3]
+    red, green, blue = colorsys.hls_to_rgb(hue, lightness, saturation)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+@cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Returns the sans-serif font that ships with matplotlib, `size` pixels high."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def _within(box: tuple[float, ...], size: tuple[int, int]) -> Rectangle:
+    """Cuts a box at the picture's edges, so that all its sides can be seen."""
+    x1, y1, x2, y2 = box
+    width, height = size
+    left, right = sorted((min(max(x1, 0), width - 1), min(max(x2, 0), width - 1)))
+    top, bottom = sorted((min(max(y1, 0), height - 1), min(max(y2, 0), height - 1)))
+    return round(left), round(top), round(right), round(bottom)
+
+
+def _draw_boxes(picture: Image.Image, boxes: Sequence[Rectangle], colours: Sequence[Colour]) -> None:
+    pen = ImageDraw.Draw(picture)
+    thick = max(2, round(min(picture.size) / 220))
+    for box, colour in zip(boxes, colours, strict=True):
+        # A dark line around the coloured one keeps it visible on any ground.
+        outer = (box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1)
+        pen.rectangle(outer, outline=(20, 20, 20), width=1)
+        pen.rectangle(box, outline=colour, width=thick)
+
+
+def _draw_texts(
+    picture: Image.Image, boxes: Sequence[Rectangle], texts: Sequence[str], colours: Sequence[Colour]
+) -> None:
+    pen = ImageDraw.Draw(picture)
+    letters = font(max(11, round(max(picture.size) / 50)))
+    pad = max(2, letters.size // 5)
+    ascent, descent = letters.getmetrics()
+    high = ascent + descent + pad
+    taken: list[Rectangle] = []
+    # The last box is the most important one: it chooses its place first.
+    for box, text, colour in reversed(list(zip(boxes, texts, colours, strict=True))):
+        if not text:
+            continue
+        wide = min(pen.textlength(text, font=letters) + 2 * pad, picture.width)
+        place = _place(box, wide, high, picture.size, taken)
+        taken.append(place)
+        pen.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=colour)
+        ink = (0, 0, 0) if _luminance(colour) > 0.45 else (255, 255, 255)
+        pen.text((place[0] + pad, place[1] + pad / 2), text, fill=ink, font=letters)
+
+
+def _place(
+    box: Rectangle, wide: float, high: float, size: tuple[int, int], taken: Sequence[Rectangle]
+) -> Rectangle:
+    """Returns where a label goes: near its box, inside the picture, off other labels if there is room."""
+    x1, y1, x2, y2 = box
+    width, height = size
+    tops = (y1 - high, y1, y2, y2 - high, y1 + high, y1 - 2 * high, y2 + high)
+    best, least = None, 0.0
+    small = (x2 - x1) * (y2 - y1) < 4 * wide * high
+    for top in tops:
+        for left in (x1, x2 - wide):
+            left = min(max(left, 0), max(width - wide, 0))
+            inside = min(max(top, 0), max(height - high, 0))
+            place = (round(left), round(inside), round(left + wide), round(inside + high))
+            # Moved into the picture it would stand away from where it was meant to; another place may be
+            # better.
+            cost = sum(_shared(place, other) for other in taken) + abs(inside - top) * wide / 4
+            if small:  # a label must not hide the object it names
+                cost += _shared(place, box)
+            if best is None or cost < least:
+                best, least = place, cost
+            if not cost:
+                return place
+    assert best is not None
+    return best
+
+
+def _shared(a: Rectangle, b: Rectangle) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _luminance(colour: Colour) -> float:
+    """Relative luminance, roughly (the weights of ITU-R BT.709)."""
+    red, green, blue = (float((side / 255) ** 2.2) for side in colour)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue

@@ -1,10 +1,11 @@
 """CLIP, complete: towers, tokenizer, weights in every published form, training and evaluation.
 
     model, preprocess = clip_base.load("ViT-B/32")
-    logits_per_image, logits_per_text = model(preprocess(image)[None], clip_base.tokenize(["a cat", "a dog"]))
+    tokens = clip_base.tokenize(["a cat", "a dog"])
+    logits_per_image, logits_per_text = model(preprocess(image)[None], tokens)
 
-`available_models`, `load` and `tokenize` have the names and the behaviour that users of openai/CLIP know. They are
-looked up when they are first used, so that `import clip_base` loads no PyTorch.
+`available_models`, `load` and `tokenize` have the names and the behaviour that users of openai/CLIP know.
+They are looked up when they are first used, so that `import clip_base` loads no PyTorch.
 """
 
 from __future__ import annotations

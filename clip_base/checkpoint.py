@@ -1,22 +1,25 @@
 """Training checkpoints: a folder a step, whole or absent.
 
-`checkpoints/00000500/model.safetensors` holds the task's weights, `training.pt` beside it the optimiser, the random
-states and what else the loop needs to go on bit for bit. The folder is written under a hidden name and renamed.
+`checkpoints/00000500/model.safetensors` holds the task's weights, `training.pt` beside it the optimiser, the
+random states and what else the loop needs to go on bit for bit. The folder is written under a hidden name and
+renamed.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clip_base.errors import InputError
+from clip_base.files import existing, naming_full_disk, replacing
 
 KEPT = 2
 
@@ -29,8 +32,10 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], training: dict[str
         shutil.rmtree(leftover)
     temporary.mkdir()
     try:
-        save_file({k: v.detach().contiguous() for k, v in weights.items()}, temporary / "model.safetensors")
-        torch.save(training, temporary / "training.pt")
+        with naming_full_disk(temporary, SafetensorError, RuntimeError):
+            whole = {key: value.detach().contiguous() for key, value in weights.items()}
+            save_file(whole, temporary / "model.safetensors")
+            torch.save(training, temporary / "training.pt")
         for file in temporary.iterdir():
             with file.open("rb+") as handle:
                 os.fsync(handle.fileno())
@@ -60,9 +65,9 @@ def newest(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None
     path = folder / f"{known[-1]:08d}"
     try:
         weights = load_file(path / "model.safetensors")
-        training = torch.load(path / "training.pt", weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         onward = f"step {known[-2]}" if len(known) > 1 else "the beginning"
         raise InputError(
             f"checkpoint {path} is damaged ({reason}); delete that folder and give the same command again "
@@ -73,9 +78,8 @@ def newest(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None
 
 def write_weights(path: str | Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes weights as safetensors, atomically. Shared storage is copied, so every tensor stands alone."""
-    from clip_base.files import replacing
-
-    with replacing(path) as temporary:
+    path = Path(path)
+    with replacing(path) as temporary, naming_full_disk(path, SafetensorError):
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}, temporary, metadata)
 
 
@@ -85,10 +89,6 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         InputError: the file is missing, cut off or no safetensors file.
     """
-    from safetensors import safe_open
-
-    from clip_base.files import existing
-
     path = existing(path, "weights file")
     try:
         with safe_open(path, framework="pt") as file:
@@ -96,7 +96,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"weights file {path} cannot be read ({reason}); it was cut off or is no safetensors file: copy it again"
+            f"weights file {path} cannot be read ({reason}); it was cut off or is no safetensors file: "
+            "copy it again"
         ) from None
 
 

@@ -1,13 +1,15 @@
 """The command line of every job: `clip-base JOB [FILE.yaml] [key=value …]`.
 
-`key=value`, `--key value` and `--key=value` are the same thing. A bad call ends with one line and exit code 2,
-a job that fails with one line and exit code 1; `--debug` shows the traceback.
+`key=value`, `--key value` and `--key=value` are the same thing. A bad call ends with one line and exit
+code 2, a job that fails with one line and exit code 1; `--debug` shows the traceback.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import inspect
+import json
 import os
 import sys
 import traceback
@@ -21,8 +23,8 @@ from clip_base.errors import InputError
 
 REGION_PREFIX = "region-"
 
-# OpenMP threads that spin while they wait bring a shared machine to a standstill: two jobs beside each other then
-# run forty times slower, not twice. Set before torch is imported, which reads it once.
+# OpenMP threads that spin while they wait bring a shared machine to a standstill: two jobs beside each other
+# then run forty times slower, not twice. Set before torch is imported, which reads it once.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
@@ -40,7 +42,9 @@ def _run(program: str, prefix: str, arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        return _dispatch(program, prefix, arguments)
+        code = _dispatch(program, prefix, arguments)
+        sys.stdout.flush()  # a reader that has gone away (`| head`) shows here, not while Python shuts down
+        return code
     except KeyboardInterrupt:
         return _end("stopped; the same command goes on from here", 130, debug)
     except BrokenPipeError:
@@ -127,14 +131,19 @@ def parse(schema: type, arguments: Sequence[str]) -> tuple[str | None, list[str]
 
 
 def _quote(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+    return json.dumps(text, ensure_ascii=False)  # what JSON quotes, YAML reads
 
 
 def _quoted(value: str, known: tuple[dataclasses.Field[Any], Any] | None) -> str:
-    """Quotes a text option's value, so that commas, colons and braces in it stay what they are."""
-    if known is None:
+    """Quotes a text option's value, so that commas, colons and braces in it stay what they are.
+
+    The type of a part's option is not known here; quoted numbers and flags are converted where it is checked.
+    """
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" and value[0] not in value[1:-1]:
         return value
-    if known[1] is str and value[:1] not in ("'", '"') and "${" not in value:
+    if known is None:
+        return value if value[:1] in ("[", "{") else _quote(value)
+    if known[1] is str and "${" not in value:
         return _quote(value)
     if known[1] == list[str] and not value.startswith("["):
         return "[" + ",".join(_quote(item.strip()) for item in value.split(",") if item.strip()) + "]"
@@ -145,42 +154,47 @@ def _overview(program: str, jobs: dict[str, Any]) -> str:
     width = max(map(len, jobs), default=0)
     lines = [f"usage: {program} JOB [FILE.yaml] [key=value …]", "", "jobs:"]
     lines += [f"  {name:<{width}}  {plugins.summary(point)}" for name, point in sorted(jobs.items())]
-    lines += ["", f"`{program} JOB --help` lists a job's options; key=value and --key value are the same thing."]
+    hint = f"`{program} JOB --help` lists a job's options; key=value and --key value are the same thing."
+    lines += ["", hint]
     return "\n".join(lines)
 
 
 def job_help(command: str, job: Callable[[Any], None], schema: type) -> str:
     """Returns the text of `JOB --help`: what it does, and every option with type, default and meaning."""
     rows: list[tuple[str, str]] = []
+    defaults = configs.defaults_of(schema)
     for key, field, hint in configs.fields_of(schema):
         if dataclasses.is_dataclass(hint):
             continue
-        rows += _help_rows(key, field, hint)
+        rows.append(_help_row(key, field, hint, defaults[key]))
         group = field.metadata.get("group")
         if group:
             rows += _part_rows(key, group)
-    lines = [f"usage: {command} [FILE.yaml] [key=value …]", "", (job.__doc__ or "").strip(), "", "options:"]
+    what = (inspect.getdoc(job) or "").partition("\n\nRaises:")[0]
+    lines = [f"usage: {command} [FILE.yaml] [key=value …]", "", what, "", "options:"]
     for left, right in rows:
         lines += [f"  {left}", f"      {right}"]
     return "\n".join(lines)
 
 
-def _help_rows(key: str, field: dataclasses.Field[Any], hint: Any) -> list[tuple[str, str]]:
-    kind = getattr(hint, "__name__", str(hint)) if not str(hint).startswith(("list", "dict")) else str(hint)
-    default = configs.default_of(field)
-    choices = field.metadata.get("choices")
-    if field.metadata.get("group"):
-        kind, default = "part", f"{default['name']}; known: {', '.join(sorted(plugins.found(field.metadata['group'])))}"
-        return [(f"{key}.name ({kind}, default {default})", str(field.metadata.get("meaning", "")))]
-    kind = "|".join(choices) if choices else kind
+def _help_row(key: str, field: dataclasses.Field[Any], hint: Any, default: Any) -> tuple[str, str]:
+    meaning, choices = str(field.metadata.get("meaning", "")), field.metadata.get("choices")
+    group = field.metadata.get("group")
+    if group:
+        known = ", ".join(sorted(plugins.found(group)))
+        return f"{key}.name (part, default {default['name']}; known: {known})", meaning
+    kind = str(hint) if str(hint).startswith(("list", "dict")) else getattr(hint, "__name__", str(hint))
     shown = "required" if default == configs.REQUIRED else f"default {default!r}"
-    return [(f"{key} ({kind}, {shown})", str(field.metadata.get("meaning", "")))]
+    return f"{key} ({'|'.join(choices) if choices else kind}, {shown})", meaning
 
 
 def _part_rows(key: str, group: str) -> list[tuple[str, str]]:
     rows = []
     for name in sorted(plugins.found(group)):
-        for option, field, hint in configs.fields_of(plugins.schema_of(plugins.load(group, name))):
-            (left, right) = _help_rows(f"{key}.{option}", field, hint)[0]
-            rows.append((f"{left}", f"[{name}] {right}"))
+        schema = plugins.schema_of(plugins.load(group, name))
+        defaults = configs.defaults_of(schema)
+        for option, field, hint in configs.fields_of(schema):
+            if not dataclasses.is_dataclass(hint):
+                left, right = _help_row(f"{key}.{option}", field, hint, defaults[option])
+                rows.append((left, f"[{name}] {right}"))
     return rows

@@ -1,7 +1,7 @@
 """One dataclass is a job's schema: YAML and `key=value` overrides are merged into it and checked.
 
-A field is declared with `option(default, meaning)`; a field that names a plugin with `part(group, name, meaning)`.
-The same declarations make `--help`.
+A field is declared with `option(default, meaning)`; a field that names a plugin with
+`part(group, name, meaning)`. The same declarations make `--help`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def option(
     metadata = {"meaning": meaning, "positional": positional, "free": free, "choices": tuple(choices)}
     if isinstance(default, list | dict) or dataclasses.is_dataclass(default):
         return cast(T, dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata))
-    return cast(T, dataclasses.field(default=default, metadata=metadata))
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def part(group: str, name: str, meaning: str) -> Part:
@@ -61,22 +61,26 @@ def resolve(schema: type[T], file: str | Path | None = None, overrides: Sequence
     config = OmegaConf.structured(schema)
     if file is not None:
         config = _merge(config, _read_yaml(existing(file, "config file")), f"{file}: ")
+    changes = []
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise InputError(f"{override!r} is not of the form key=value")
         try:
-            change = OmegaConf.from_dotlist([override])
+            changes.append(OmegaConf.from_dotlist([override]))
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"{override!r} cannot be read: {reason}; quote special characters") from None
-        config = _merge(config, change, "")
+    if changes:
+        # All at once: a part's name and its options may then come in any order.
+        config = _merge(config, OmegaConf.merge(*changes), "")
     return _finish(schema, config, "")
 
 
 def check(schema: type[T], values: dict[str, Any], where: str) -> T:
     """Returns a `schema` made from plain values, with the same checks as `resolve`."""
-    return _finish(schema, _merge(OmegaConf.structured(schema), OmegaConf.create(values), f"{where}: "), f"{where}: ")
+    where = f"{where}: "
+    return _finish(schema, _merge(OmegaConf.structured(schema), OmegaConf.create(values), where), where)
 
 
 def to_yaml(config: Any) -> str:
@@ -96,16 +100,21 @@ def _read_yaml(path: Path) -> DictConfig:
 
 def _merge(config: Any, change: Any, where: str) -> Any:
     try:
-        # A part that is named anew starts from that part's defaults, not from another part's options.
         for key, value in change.items():
-            if isinstance(value, DictConfig) and "name" in value and key in config:
-                node = config[key]
-                if isinstance(node, DictConfig) and node.get("name") not in (None, value.name):
-                    config[key] = {"name": value.name}
+            node = config[key] if key in config else None
+            if not isinstance(node, DictConfig):
+                continue
+            if not isinstance(value, DictConfig):
+                inner = "name" if "name" in node else next(iter(node), "NAME")
+                raise InputError(f"{where}option {key!r} has options of its own: give {key}.{inner}=… or the like")
+            # A part that is named anew starts from that part's defaults, not from another part's options.
+            if "name" in value and node.get("name") not in (None, value.name):
+                config[key] = {"name": value.name}
         return OmegaConf.merge(config, change)
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
-        hint = plugins.nearest(key, [name for name, _, _ in fields_of(OmegaConf.get_type(config))])
+        schema = cast(type, OmegaConf.get_type(config))
+        hint = plugins.nearest(key, [name for name, _, _ in fields_of(schema)])
         raise InputError(f"{where}there is no option {key!r}; {hint}") from None
     except (ValidationError, OmegaConfBaseException, AssertionError) as error:
         key, reason = getattr(error, "full_key", ""), str(error).splitlines()[0]
@@ -122,21 +131,21 @@ def _finish(schema: type[T], config: Any, where: str) -> T:
         cause = error.__cause__
         if isinstance(cause, InputError):
             raise cause from None
-        raise InputError(str(error).splitlines()[0]) from None
-    _check_fields(made)
+        raise InputError(f"{where}{str(error).splitlines()[0]}") from None
+    _check_fields(made, where)
     return made
 
 
-def _check_fields(config: Any, prefix: str = "") -> None:
+def _check_fields(config: Any, where: str, prefix: str = "") -> None:
     """Checks choices and fills in the options of parts, so that the resolved config is complete."""
     for field in dataclasses.fields(config):
         value, key = getattr(config, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
-            _check_fields(value, f"{key}.")
+            _check_fields(value, where, f"{key}.")
         choices = field.metadata.get("choices") or ()
         if choices and value not in choices:
             hint = plugins.nearest(str(value), list(choices))
-            raise InputError(f"option {key!r}: {value!r} is not one of {', '.join(choices)}; {hint}")
+            raise InputError(f"{where}option {key!r}: {value!r} is not one of {', '.join(choices)}; {hint}")
         group = field.metadata.get("group")
         if group:
             name = str(value.get("name", ""))
@@ -145,8 +154,8 @@ def _check_fields(config: Any, prefix: str = "") -> None:
                 continue
             target = plugins.load(group, name)
             options = {k: v for k, v in value.items() if k != "name"}
-            checked = check(plugins.schema_of(target), options, f"{key} ({name})")
-            object.__setattr__(config, field.name, {"name": name, **dataclasses.asdict(cast(Any, checked))})
+            checked: Any = check(plugins.schema_of(target), options, f"{where}{key} ({name})")
+            object.__setattr__(config, field.name, {"name": name, **dataclasses.asdict(checked)})
 
 
 def fields_of(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
@@ -164,3 +173,20 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
+
+
+def defaults_of(schema: type, instance: Any = None, prefix: str = "") -> dict[str, Any]:
+    """Returns the default of every option by its dotted key, as the whole schema sets it.
+
+    A nested dataclass may be declared with an instance whose values differ from its own defaults.
+    """
+    hints = typing.get_type_hints(schema)
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(schema):
+        value = default_of(field) if instance is None else getattr(instance, field.name)
+        if dataclasses.is_dataclass(hints[field.name]):
+            nested = None if isinstance(value, str) else value  # a nested part may be REQUIRED as a whole
+            flat |= defaults_of(cast(type, hints[field.name]), nested, f"{prefix}{field.name}.")
+        else:
+            flat[f"{prefix}{field.name}"] = value
+    return flat

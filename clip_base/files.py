@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,11 @@ def existing(path: str | Path, what: str = "file") -> Path:
 
 
 def read_json(path: str | Path, what: str = "JSON file") -> Any:
-    """Reads a JSON file; missing, empty and malformed files are InputErrors that name the file and the place."""
+    """Reads a JSON file.
+
+    Raises:
+        InputError: the file is missing, empty or malformed; the file and the place in it are named.
+    """
     path = existing(path, what)
     text = path.read_text(encoding="utf-8", errors="replace")
     if not text.strip():
@@ -63,3 +69,19 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
     """Writes `value` as JSON to `path` atomically."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns a library's own error (one of `kinds`) into OSError(ENOSPC) when it stems from a full disk.
+
+    torch and safetensors write through code of their own and do not raise OSError.
+    """
+    try:
+        yield
+    except kinds as error:
+        told = f"(os error {errno.ENOSPC})" in str(error)
+        # The part that was written has taken what was left; torch does not tell why it stopped.
+        if told or shutil.disk_usage(path.parent).free < 1 << 16:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise

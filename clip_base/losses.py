@@ -15,8 +15,9 @@ def contrastive(images: Tensor, texts: Tensor, scale: Tensor, same: Tensor | Non
         images: [B, D], unit length.
         texts: [B, D], unit length; row i belongs to image i.
         scale: the factor on the cosines, exp(logit scale).
-        same: [B, B] bool, where text j says the same as text i; the target of a row is then spread evenly over its
-            equal texts, so that no text counts as the negative of itself. None: every text is unlike all others.
+        same: [B, B] bool, where text j says the same as text i; the target of a row is then spread evenly
+            over its equal texts, so that no text counts as the negative of itself. None: every text is unlike
+            all others.
 
     Returns:
         A scalar: the mean of the image-to-text and the text-to-image cross entropy.
@@ -26,11 +27,12 @@ def contrastive(images: Tensor, texts: Tensor, scale: Tensor, same: Tensor | Non
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     spread = same.to(logits.dtype)
-    spread = spread / spread.sum(1, keepdim=True)  # symmetric up to the row sums, which are equal within a group
+    spread = spread / spread.sum(1, keepdim=True)  # still symmetric: a group's rows have one sum
     return (F.cross_entropy(logits, spread) + F.cross_entropy(logits.T, spread)) / 2
 
 
 def equal_rows(tokens: Tensor) -> Tensor:
     """Returns [B, B] bool: whether captions i and j are the same tokens. `tokens` is [B, T]."""
     _, group = torch.unique(tokens, dim=0, return_inverse=True)
-    return group[:, None] == group[None, :]
+    same: Tensor = group[:, None] == group[None, :]
+    return same

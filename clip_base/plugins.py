@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import importlib
 import importlib.util
 import inspect
 from functools import cache
@@ -34,7 +33,8 @@ def found(group: str) -> dict[str, EntryPoint]:
     for point in entry_points(group=group):
         other = points.get(point.name)
         if other is not None and other.value != point.value:
-            raise InputError(f"two packages declare {point.name!r} in {group}: {other.value} and {point.value}")
+            both = f"{other.value} and {point.value}"
+            raise InputError(f"two packages declare {point.name!r} in {group}: {both}; uninstall one of them")
         points[point.name] = point
     return points
 
@@ -52,15 +52,13 @@ def load(group: str, name: str) -> Any:
         InputError: nothing is declared or importable under that name.
     """
     points = found(group)
-    if name in points:
-        return points[name].load()
-    if ":" not in name:
+    if name not in points and ":" not in name:
         raise InputError(f"{name!r} is not among {group}; {nearest(name, list(points))}")
-    module, _, attribute = name.partition(":")
+    value = points[name].value if name in points else name
     try:
-        return getattr(importlib.import_module(module), attribute)
+        return EntryPoint(name, value, group).load()
     except (ImportError, AttributeError) as error:
-        raise InputError(f"cannot import {name!r} for {group}: {error}") from error
+        raise InputError(f"{group}: {name!r} cannot be imported from {value}: {error}") from error
 
 
 def schema_of(target: Any) -> type:
@@ -92,11 +90,12 @@ def summary(point: EntryPoint) -> str:
     """Returns the first docstring line of what `point` names, read from its source without importing it."""
     try:
         spec = importlib.util.find_spec(point.module)
-    except ImportError as error:
+        if spec is None or spec.origin is None:
+            return f"(module {point.module} is missing)"
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    except (ImportError, SyntaxError) as error:
         return f"(cannot be imported: {error})"
-    if spec is None or spec.origin is None:
-        return f"(module {point.module} is missing)"
-    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+    for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == point.attr:
             return (ast.get_docstring(node) or "").partition("\n")[0]
     return ""

@@ -13,8 +13,8 @@ from clip_base.data.images import normalise
 class Preprocess:
     """Resizes the short side to `resolution` pixels, cuts the middle square out and normalises it.
 
-    The same numbers as openai/CLIP's torchvision pipeline: Pillow's antialiased bicubic filter, the long side rounded
-    down, CLIP's mean and deviation.
+    The same numbers as openai/CLIP's torchvision pipeline: Pillow's antialiased bicubic filter, the long side
+    rounded down, CLIP's mean and deviation.
 
     Args:
         resolution: R, side of the square in pixels.

@@ -24,7 +24,8 @@ from clip_base.models.configs import CLIPConfig
 from clip_base.run import RunFolder
 from clip_base.tokenizer import Tokenizer
 from clip_base.train import TrainConfig, fit
-from clip_base.weights.native import load_clip, save_clip
+from clip_base.weights import load_clip
+from clip_base.weights.native import save_clip
 
 MAX_LOGIT_SCALE = math.log(100)  # arXiv 2103.00020, section 2.5
 

@@ -1,7 +1,7 @@
 """A job's output folder: which run it holds, its log, its metrics.
 
-Every job leaves `config.yaml` (resolved; itself a valid config file), `log.jsonl` (a line a step) and, when it has
-ended well, `metrics.json`. The same command on a finished folder returns at once; another command is refused.
+Every job leaves `config.yaml` (resolved; itself a valid config file), `log.jsonl` (a line a step) and, when
+it has ended well, `metrics.json`. The same command on a finished folder returns at once; another is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RunFolder:
         here, held = self.path / "config.yaml", f"# {job}\n{configs.to_yaml(config)}"
         if here.exists():
             self._same_run(here, config, job)
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(not _is_leftover(path) for path in self.path.iterdir()):
             raise InputError(f"{out} is not empty and holds no run of {job}; give another out= or empty it")
         write_text(here, held)
         self.log_path = self.path / "log.jsonl"
@@ -88,6 +88,11 @@ class RunFolder:
         """Appends one line to `log.jsonl`."""
         with self.log_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a kill left this file of `replacing`."""
+    return path.name.startswith(".config.yaml.") and path.name.endswith(".tmp")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The one training loop. A task is a module: a batch in, a dict of named, already weighted scalar losses out."""
+"""The one training loop. A task is a module: a batch in, a dict of named, weighted scalar losses out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TrainConfig:
     steps: int = option(0, "optimiser steps in all; 0: as many as `epochs` says")
     epochs: float = option(0.0, "passes over the data; 0: as `steps` says")
     batch_size: int = option(256, "images a step")
-    optimizer: str = option("adamw", "adamw (decoupled weight decay) or sgd (momentum)", choices=("adamw", "sgd"))
+    optimizer: str = option("adamw", "adamw: decoupled weight decay; sgd: momentum", choices=("adamw", "sgd"))
     lr: float = option(5e-4, "peak learning rate")
     beta1: float = option(0.9, "Adam's first decay, or the momentum of SGD")
     beta2: float = option(0.98, "Adam's second decay")
@@ -37,7 +37,7 @@ class TrainConfig:
     weight_decay: float = option(0.2, "decay of everything but gains, biases and the logit scale")
     warmup_steps: int = option(0, "steps in which the learning rate rises linearly from zero")
     schedule: str = option("cosine", "course of the learning rate", choices=("cosine", "step", "constant"))
-    milestones: list[float] = option([], "schedule=step: shares of the steps after which lr is divided by ten")
+    milestones: list[float] = option([], "schedule=step: shares of the steps after which lr falls to a tenth")
     max_grad_norm: float = option(0.0, "gradients are scaled down to this norm; 0: never")
     precision: str = option(
         "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
@@ -52,7 +52,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.steps > 0 and self.epochs > 0:
-            raise InputError("give train.steps or train.epochs, not both")
+            raise InputError(
+                f"train.steps={self.steps} and train.epochs={self.epochs:g} both say how long to train; "
+                "set the one that shall not count to 0"
+            )
         if self.batch_size < 1:
             raise InputError(f"batch_size must be at least 1, found {self.batch_size}")
 
@@ -74,7 +77,7 @@ def pick_device(name: str) -> torch.device:
 def computes_in_bf16(device: torch.device) -> bool:
     """Whether `device` multiplies bfloat16 matrices in hardware (AVX512-BF16, AMX, Ampere and later)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False
@@ -110,7 +113,8 @@ def make_optimizer(task: nn.Module, config: TrainConfig) -> torch.optim.Optimize
     if not groups:
         raise InputError("nothing to train: every parameter of the task is frozen")
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+        betas = (config.beta1, config.beta2)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.beta1, fused=True)
 
 
@@ -141,11 +145,11 @@ def fit(
     run: RunFolder,
     evaluate: Callable[[int], dict[str, float]] | None = None,
 ) -> int:
-    """Trains `task`: forward, sum the losses, backward, clip, step, log, evaluate, save. Goes on where `run` is.
+    """Trains `task`: forward, sum the losses, backward, clip, step, log, evaluate, save; resumes `run`.
 
     Args:
         task: a batch in, a dict of named, already weighted scalar losses out. Trained in place.
-        loader: endless when `steps` asks for it; `seek(step)` moves it, `len` is the number of batches in an epoch.
+        loader: begins anew when it ends; `seek(step)` moves it, `len` is the number of batches in an epoch.
         config: how to train.
         run: takes the log and the checkpoints.
         evaluate: called with the step every `evaluate_every` steps and at the end; its figures go to the log.
@@ -165,7 +169,7 @@ def fit(
     optimizer = make_optimizer(task, config)
     loop = _Loop(task, optimizer, config, run, device, steps)
     step = loop.resume()
-    if step == steps:
+    if step >= steps:
         return step
     if hasattr(loader, "seek"):
         loader.seek(step)
@@ -238,8 +242,9 @@ class _Loop:
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
         if not torch.isfinite(total):
             shown = ", ".join(f"{name} {float(loss.detach()):.4g}" for name, loss in losses.items())
-            raise InputError(f"the loss is not finite at step {step} ({shown}); lower train.lr or use precision=fp32")
-        total.backward()
+            remedy = "lower train.lr or use train.precision=fp32"
+            raise InputError(f"the loss is not finite at step {step + 1} ({shown}); {remedy}")
+        torch.autograd.backward(total)
         self._count(losses)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if config.max_grad_norm:
@@ -286,4 +291,3 @@ class _Loop:
         }
         checkpoint.save(self.folder, step, self.task.state_dict(), training)
         self._saved = time.monotonic()
-

@@ -236,5 +236,5 @@ def load_detector(path: str | Path, config: DetectorConfig | None = None) -> tup
     settings = config or configs.check(DetectorConfig, json.loads(metadata["detector"]), where)
     detector = Detector(clip, settings, network, trained=True)
     load_exactly(detector, weights, path)
-    detector.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    detector.eval().to(memory_format=torch.channels_last)
     return detector, tuple(json.loads(metadata["base"]))

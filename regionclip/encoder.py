@@ -41,7 +41,9 @@ class RegionEncoder:
         if mode not in MODES:
             raise InputError(f"region mode {mode!r} is not one of {', '.join(MODES)}")
         if mode == "roi_align" and not isinstance(visual, ModifiedResNet):
-            raise InputError("mode roi_align needs a ResNet tower (a ViT has no head for maps); use crop or dense")
+            raise InputError(
+                "mode roi_align needs a ResNet tower (a ViT has no head for maps); use crop or dense"
+            )
         if mode == "dense" and not isinstance(visual, VisionTransformer):
             raise InputError("mode dense needs a ViT tower; use roi_align or crop")
         self.visual, self.mode, self.context, self.chunk = visual, mode, context, chunk
@@ -53,7 +55,7 @@ class RegionEncoder:
         if isinstance(self.visual, VisionTransformer):
             features = self.visual.dense(images.pixels)  # [B, D, h, w]
             pooled = roi_align(
-                features.float(), regions.rois(), 4, features.shape[-1] / images.pixels.shape[-1], 2, aligned=True
+                features.float(), regions.rois(), 4, 1 / self.visual.stride, 2, aligned=True
             )  # [N, D, 4, 4]
             return F.normalize(pooled.mean((2, 3)), dim=-1)
         return F.normalize(self.of_map(self.visual.trunk(images.pixels), regions).float(), dim=-1)

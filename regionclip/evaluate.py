@@ -3,14 +3,14 @@
 # n boxes of one image, C names of the split
 from __future__ import annotations
 
-import json
+import csv
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clip_base import plugins
 from clip_base.checkpoint import read_weights
 from clip_base.config import REQUIRED, Part, option, part
 from clip_base.errors import InputError
@@ -19,19 +19,21 @@ from clip_base.progress import Progress
 from clip_base.run import RunFolder
 from clip_base.tokenizer import Tokenizer
 from clip_base.train import autocast, pick_device
-from clip_base.weights.native import load_clip
+from clip_base.weights import load_clip
 from regionclip.coco import read_instances
 from regionclip.datasets import CocoDetection
 from regionclip.detector import FORMAT as DETECTOR
 from regionclip.detector import Detector, DetectorConfig, load_detector
 from regionclip.evaluation import classification_accuracy, evaluate_detections
-from regionclip.inference import RecordBatch, batches_of
+from regionclip.inference import RecordBatch, batches_of, build_proposer, write_skipped
 from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import Proposer
 from regionclip.splits import Split, load_split
 from regionclip.structures import Regions
 from regionclip.transforms import ResizeConfig
 from regionclip.vocabulary import embed
+
+PER_CLASS = ("name", "category_id", "novel", "boxes", "detections", "AP", "AP50")
 
 
 @dataclass
@@ -41,23 +43,37 @@ class EvaluateConfig:
     annotations: str = option(REQUIRED, "instances_*.json in COCO's form")
     out: str = option(REQUIRED, "folder for metrics.json, per_class.csv and results.json", free=True)
     results: str = option("", "a results file in COCO's form to evaluate; then no weights are needed")
-    split: str = option("", "coco, or a JSON file with base and novel names; empty: all categories, none novel")
+    split: str = option(
+        "", "coco, or a JSON file with base and novel names; empty: all categories, none novel"
+    )
     images: str = option("", "folder that the annotations' file names are relative to")
     weights: str = option("", "a detector, or a CLIP to evaluate without detector training")
-    boxes: str = option("proposals", "what is named: proposals, or the true boxes", choices=("proposals", "truth"))
-    proposer: Part = part(PROPOSERS, "none", "for a CLIP: where regions come from; none: a detector's own network")
-    detector: DetectorConfig = option(DetectorConfig(), "scores and suppression, for a CLIP or with own_settings=false")
+    boxes: str = option(
+        "proposals", "what is named: proposals, or the true boxes", choices=("proposals", "truth")
+    )
+    proposer: Part = part(
+        PROPOSERS, "none", "for a CLIP: where regions come from; none: a detector's own network"
+    )
+    detector: DetectorConfig = option(
+        DetectorConfig(), "scores and suppression, for a CLIP or with own_settings=false"
+    )
     own_settings: bool = option(True, "a detector scores as it was trained to, not as `detector` says")
-    templates: list[str] = option(["a photo of {article} {}.", "{}"], "prompts, averaged; {} is the class name")
+    templates: list[str] = option(
+        ["a photo of {article} {}.", "{}"], "prompts, averaged; {} is the class name"
+    )
     resize: ResizeConfig = option(ResizeConfig(), "size of the images")
     max_detections: int = option(100, "detections an image that count; LVIS: 300")
     batch_size: int = option(8, "images at once")
-    precision: str = option("auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16"))
+    precision: str = option(
+        "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
+    )
     device: str = option("auto", "auto takes a GPU when there is one", free=True)
 
     def __post_init__(self) -> None:
         if bool(self.results) == bool(self.weights):
-            raise InputError("give either results=FILE (to evaluate it) or weights=FILE images=DIR (to detect first)")
+            raise InputError(
+                "give either results=FILE (to evaluate it) or weights=FILE images=DIR (to detect first)"
+            )
         if self.weights and not self.images:
             raise InputError("weights= needs images=DIR, the folder of the annotated images")
 
@@ -82,16 +98,19 @@ def _measure(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
     names = [str(entry["name"]) for entry in read_instances(config.annotations)["categories"]]
     split = load_split(config.split, names) if config.split else None
     evaluation = evaluate_detections(config.annotations, results, split, config.max_detections)
-    lines = ["name,category_id,novel,boxes,detections,AP,AP50"]
-    lines += [
-        f"{json.dumps(row['name'])},{row['category_id']},{row['novel']},{row['boxes']},{row['detections']},"
-        f"{row['AP']:.6f},{row['AP50']:.6f}"
-        for row in evaluation.per_class
-    ]
-    write_text(run.path / "per_class.csv", "\n".join(lines) + "\n")
+    _write_per_class(run.path / "per_class.csv", evaluation.per_class)
     if evaluation.ignored:
         metrics["ignored_results"] = evaluation.ignored
     return metrics | evaluation.metrics
+
+
+def _write_per_class(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(PER_CLASS)
+    for row in rows:
+        table.writerow([f"{row[key]:.6f}" if key.startswith("AP") else row[key] for key in PER_CLASS])
+    write_text(path, text.getvalue())
 
 
 def load_any(weights: str, config: DetectorConfig, own_settings: bool = True) -> Detector:
@@ -110,12 +129,16 @@ def _detect(config: EvaluateConfig, results: Path) -> dict[str, Any]:
     detector = load_any(config.weights, config.detector, config.own_settings).to(device)
     proposer: Proposer | None = None
     if config.proposer["name"] != "none":
-        proposer = plugins.build(PROPOSERS, config.proposer, device=device)
+        proposer = build_proposer(config.proposer, device)
     elif config.boxes == "proposals" and detector.network is None:
-        raise InputError(f"{config.weights} is a CLIP without a proposal network; give proposer.name=rpn, say")
+        raise InputError(
+            f"{config.weights} is a CLIP without a proposal network; give proposer.name=rpn, say"
+        )
     tokenizer = Tokenizer(detector.clip.config.text.context_length)
     novel = torch.tensor(split.is_novel(split.all))
-    detector.set_vocabulary(embed(detector.clip, tokenizer, split.all, config.templates, novel), config.weights)
+    detector.set_vocabulary(
+        embed(detector.clip, tokenizer, split.all, config.templates, novel), config.weights
+    )
     entries: list[dict[str, Any]] = []
     skipped: dict[int, str] = {}
     named: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -128,10 +151,13 @@ def _detect(config: EvaluateConfig, results: Path) -> dict[str, Any]:
                     named.append(scores)
                 else:
                     for record, one in zip(
-                        batch.records, detector.detect_batch(batch.images, batch.frames, batch.keys, proposer), strict=True
+                        batch.records,
+                        detector.detect_batch(batch.images, batch.frames, batch.keys, proposer),
+                        strict=True,
                     ):
                         entries += one.to_coco(record.image_id, dataset.category_ids)
             progress.advance(len(batch.records))
+    write_skipped(results.with_name("skipped.jsonl"), skipped)
     write_json(results, entries)
     metrics: dict[str, Any] = {"images": len(dataset) - len(skipped), "skipped": len(skipped)}
     if named:
@@ -156,7 +182,9 @@ def name_true_boxes(
     probabilities = detector.classify(batch.images, regions, background=False)[0].cpu()
     labels = torch.cat([record.labels for record in records])
     entries = []
-    for row, (image, box) in enumerate(zip(index.tolist(), torch.cat([r.boxes for r in records]), strict=True)):
+    for row, (image, box) in enumerate(
+        zip(index.tolist(), torch.cat([r.boxes for r in records]), strict=True)
+    ):
         x1, y1, x2, y2 = box.tolist()
         best = probabilities[row].topk(min(5, probabilities.shape[1]))
         entries += [

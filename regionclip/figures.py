@@ -1,7 +1,7 @@
 """Charts of the report as inline SVG: drawn from numbers alone, coloured by the page's own style sheet.
 
-Colours are CSS classes (`s1`, `s2`, …, `base`, `novel`, `right`, `wrong`, `nothing`), so that a chart follows the page
-into the dark. Every text that comes from outside is escaped here.
+Colours are CSS classes (`s1`, `s2`, …, `base`, `novel`, `right`, `wrong`, `nothing`), so that a chart follows
+the page into the dark. Every text that comes from outside is escaped here.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from html import escape
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 40
 MOST_POINTS = 160
+DASH = "–"  # noqa: RUF001 a dash is meant
 
 Points = Sequence[tuple[float, float]]
 
 
-def percent(value: float | None, digits: int = 1) -> str:
+def percent(value: float, digits: int = 1) -> str:
     """Returns a share in [0, 1] as a percentage without the sign: 41.2; a dash where nothing was measured."""
-    return "–" if value is None or value < 0 else f"{100 * value:.{digits}f}"  # noqa: RUF001 a dash is meant
+    return DASH if value < 0 else f"{100 * value:.{digits}f}"
 
 
 def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
@@ -36,7 +37,9 @@ def thinned(points: Points, most: int = MOST_POINTS) -> list[tuple[float, float]
     """Returns at most `most` points, each the mean of as many neighbours as it takes."""
     size = -(-len(points) // most) if points else 1
     groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+    return [
+        (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups
+    ]
 
 
 def line_chart(title: str, series: Mapping[str, Points], x_label: str = "step") -> str:
@@ -51,9 +54,10 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str = "step") 
     points = [point for line in lines.values() for point in line]
     if not points:
         return _figure(title, _frame([], []), list(lines))
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    y_ticks, x_ticks = ticks(min(ys), max(ys)), ticks(0, max(xs), 4)
-    bottom, top, right = y_ticks[0], y_ticks[-1], max(max(xs), 1e-9)
+    ys = [y for _, y in points]
+    right = max(x for line in series.values() for x, _ in line) or 1.0
+    y_ticks, x_ticks = ticks(min(ys), max(ys)), ticks(0, right)
+    bottom, top = y_ticks[0], y_ticks[-1]
     x_ticks = [x for x in x_ticks if x <= right * 1.001]
 
     def x_of(x: float) -> float:
@@ -67,6 +71,9 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str = "step") 
     for number, line in enumerate(lines.values(), start=1):
         path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in line)
         body.append(f'<polyline class="line s{number}" points="{path}"/>')
+        if len(line) == 1:  # which a line would not show
+            x, y = line[0]
+            body.append(f'<circle class="fill s{number}" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="4"/>')
     legend = {name: f"s{number}" for number, name in enumerate(lines, start=1)}
     return _figure(title, "".join(body), legend)
 
@@ -77,7 +84,7 @@ def grouped_bars(title: str, groups: Sequence[str], series: Mapping[str, Sequenc
     Args:
         title: what is shown.
         groups: labels along the axis.
-        series: CSS class, which is the name too, -> a share in [0, 1] for each group; negative is nothing measured.
+        series: CSS class, which is the name too -> a share in [0, 1] for each group; negative: not measured.
     """
     body = [_frame([(_y_of_share(share / 4), f"{25 * share} %") for share in range(5)], [])]
     room = (WIDTH - LEFT - RIGHT) / max(len(groups), 1)
@@ -152,7 +159,8 @@ def _short(value: float) -> str:
 def _figure(title: str, body: str, legend: Mapping[str, str] | Sequence[str]) -> str:
     styles = legend if isinstance(legend, Mapping) else dict.fromkeys(legend, "nothing")
     keys = "".join(
-        f'<span class="key"><i class="swatch {escape(style)}"></i>{escape(name)}</span>' for name, style in styles.items()
+        f'<span class="key"><i class="swatch {escape(style)}"></i>{escape(name)}</span>'
+        for name, style in styles.items()
     )
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'

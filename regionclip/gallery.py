@@ -1,4 +1,4 @@
-"""The report's pictures: validation scenes with detections, and mined region-phrase pairs, both judged by the truth."""
+"""The report's pictures: scenes with detections and mined region-phrase pairs, both judged by the truth."""
 
 # D detections of an image, G true boxes, P mined pairs
 from __future__ import annotations
@@ -37,6 +37,8 @@ CONTEXT = 1.7
 CROP_SIDE = 240
 # A detection that scores less than this is never shown, however few there are.
 LEAST_SCORE = 0.05
+# A detector that has learnt nothing would cover a scene with boxes.
+MOST_DRAWN = 10
 
 
 def data_uri(picture: Image.Image, quality: int = 84) -> str:
@@ -49,8 +51,8 @@ def data_uri(picture: Image.Image, quality: int = 84) -> str:
 def pick_scenes(truth: CocoDetection, novel: Sequence[str], count: int = SCENES) -> list[Record]:
     """Picks scenes by what the truth says is in them, never by how well they were detected.
 
-    Three quarters hold novel objects, each novel category in turn with the earliest scene left that shows it; the rest
-    are the earliest scenes with base objects alone. Where one kind runs out, the other fills up.
+    Three quarters hold novel objects, each novel category in turn with the earliest scene left that shows it;
+    the rest are the earliest scenes with base objects alone. Where one kind runs out, the other fills up.
 
     Returns:
         At most `count` records, in the file's order.
@@ -99,6 +101,12 @@ def best_threshold(truth: CocoDetection, found: dict[int, Detections]) -> float:
     return threshold
 
 
+def worth_drawing(detections: Detections, threshold: float) -> Detections:
+    """Returns the best MOST_DRAWN of the detections that score at least `threshold`."""
+    enough = detections.above(threshold)
+    return enough[enough.scores.argsort(descending=True, stable=True)[:MOST_DRAWN]]
+
+
 def _matches(detections: Detections, record: Record) -> list[tuple[float, bool]]:
     """Returns each detection's score and whether it takes a true box of its name, the best score first."""
     same = detections.labels[:, None] == record.labels[None]
@@ -142,7 +150,7 @@ def scene_figure(record: Record, detections: Detections, truth: CocoDetection, n
             lines.append(f"<b>{word}</b> {escape(_counted(those))}")
     caption = " · ".join(lines) or "no object of these categories"
     alt = f"detections in {record.path.name}"
-    return f'<figure><img src="{data_uri(picture)}" alt="{escape(alt)}"><figcaption>{caption}</figcaption></figure>'
+    return _figure(picture, alt, caption)
 
 
 def _starred(name: str, novel: Sequence[str]) -> str:
@@ -156,8 +164,8 @@ def _counted(names: Sequence[str]) -> str:
 def pick_pairs(regions: Sequence[MinedRegion], count: int = PAIRS) -> list[int]:
     """Picks pairs from all scores and over the concepts, whether they are right or wrong.
 
-    The pairs, sorted by probability, are cut into `count` equal parts; from each comes the first pair of the concept
-    that was picked least so far.
+    The pairs, sorted by probability, are cut into `count` equal parts; from each comes the first pair of the
+    concept that was picked least so far.
 
     Returns:
         Places in `regions`, the most probable first.
@@ -188,18 +196,23 @@ def pair_figure(folder: Path, region: MinedRegion, verdict: str) -> str:
     picture = _crop(folder / region.file_name, region.box, colour)
     word = "cannot be judged" if verdict == "unknown" else verdict
     parts = [
-        f"<b>{escape(region.concept)}</b> {region.concept_probs[0]:.2f} ",
+        f"<b>{escape(region.concept)}</b> {region.concept_probs[0]:.2f}",
         f'<span class="tag {style}">{word}</span>',
         f'<span class="caption">{_caption(region)}</span>',
     ]
     alt = f"a region of {Path(region.file_name).name} named {region.concept}"
-    return f'<figure><img src="{data_uri(picture)}" alt="{escape(alt)}"><figcaption>{"".join(parts)}</figcaption></figure>'
+    return _figure(picture, alt, "".join(parts))
+
+
+def _figure(picture: Image.Image, alt: str, caption: str) -> str:
+    image = f'<img src="{data_uri(picture)}" alt="{escape(alt)}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def _caption(region: MinedRegion) -> str:
     """Returns the caption with the phrase underlined where it stands in it word by word."""
     if not region.caption:
-        return "in no caption of this image"
+        return "not named in a caption"
     start = region.caption.casefold().find((region.phrase or "").casefold())
     if not region.phrase or start < 0:
         return escape(region.caption)
@@ -244,7 +257,9 @@ class JudgedPairs:
     regions: list[MinedRegion]
     verdicts: list[str]
 
-    def by_probability(self, bins: int = 10) -> tuple[list[str], dict[str, tuple[str, list[float]]], list[int]]:
+    def by_probability(
+        self, bins: int = 10
+    ) -> tuple[list[str], dict[str, tuple[str, list[float]]], list[int]]:
         """Returns labels of equal bins of probability, the shares of each verdict in them, and their counts.
 
         Pairs that cannot be judged are left out.

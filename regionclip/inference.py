@@ -1,17 +1,23 @@
-"""Batches of images for evaluation: in order, nothing mirrored, with the way back to the original frames."""
+"""What jobs over images share: batches in order, nothing mirrored, with the way back, and the proposer they name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import inspect
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from clip_base import plugins
 from clip_base.batch import ImageBatch
+from clip_base.config import Part
 from clip_base.data.images import Pixels, decode
 from clip_base.errors import InputError
+from clip_base.files import write_text
 from regionclip.datasets import Record
-from regionclip.proposals.base import ImageKey
+from regionclip.proposals.base import GROUP, ImageKey, Proposer
 from regionclip.transforms import Frame, ResizeConfig, place, to_batch
 
 
@@ -70,3 +76,26 @@ def _batch(chunk: list[tuple[Record, Pixels, Frame]], device: torch.device) -> R
     keys = [ImageKey(record.image_id, *frame.original) for record, _, frame in chunk]
     images = to_batch([pixels for _, pixels, _ in chunk], multiple=32).to(device)
     return RecordBatch([record for record, _, _ in chunk], images, frames, keys)
+
+
+def build_proposer(spec: Part, device: torch.device) -> Proposer:
+    """Builds the proposer that a job's options name; `device` goes to those whose constructor takes one.
+
+    Args:
+        spec: the proposer's name and its own options.
+        device: where a network is to run.
+
+    Raises:
+        InputError: no such proposer, or options that it does not have.
+    """
+    takes = inspect.signature(plugins.load(GROUP, str(spec.get("name", "")))).parameters
+    context = {"device": device} if "device" in takes else {}
+    proposer: Proposer = plugins.build(GROUP, spec, **context)
+    return proposer
+
+
+def write_skipped(path: Path, skipped: Mapping[int, str]) -> None:
+    """Writes one line for every image that could not be read: its id and the reason. None: no file."""
+    if skipped:
+        lines = (json.dumps({"image_id": key, "reason": reason}) + "\n" for key, reason in skipped.items())
+        write_text(path, "".join(lines))

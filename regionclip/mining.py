@@ -17,20 +17,22 @@ from clip_base.config import REQUIRED, Part, option, part
 from clip_base.data.images import Pixels, decode
 from clip_base.data.sources import read_captions
 from clip_base.errors import InputError
-from clip_base.files import existing, write_json, write_text
+from clip_base.files import existing, read_json, write_json, write_text
 from clip_base.models.clip import CLIP
 from clip_base.progress import Progress
 from clip_base.run import RunFolder
 from clip_base.tokenizer import Tokenizer
 from clip_base.train import autocast, pick_device
-from clip_base.weights.native import file_hash, load_clip
+from clip_base.weights import load_clip
+from clip_base.weights.native import file_hash
 from regionclip.concepts import read_concepts
 from regionclip.encoder import RegionEncoder
+from regionclip.inference import build_proposer
 from regionclip.matching.base import GROUP as MATCHERS
 from regionclip.matching.base import Evidence, Matcher
 from regionclip.phrases import Phrase, PhraseParser
 from regionclip.proposals.base import GROUP as PROPOSERS
-from regionclip.proposals.base import ImageKey, Proposer
+from regionclip.proposals.base import ImageKey
 from regionclip.shards import MANIFEST, VERSION, MinedRegion, read_manifest, shard_path, write_shard
 from regionclip.transforms import Frame, ResizeConfig, place, to_batch
 from regionclip.vocabulary import Vocabulary, embed
@@ -50,12 +52,16 @@ class MineConfig:
     teacher: str = option("crop", "how the teacher sees a region", choices=("crop", "roi_align", "dense"))
     context: float = option(1.2, "teacher=crop: side of the square crop, in longer sides of the box")
     templates: list[str] = option(["a photo of {article} {}.", "{}"], "prompts, averaged; {} is the concept")
-    temperature: float = option(0.0, "what cosines are divided by; 0: the teacher's own, 1 / exp(logit scale)")
+    temperature: float = option(
+        0.0, "what cosines are divided by; 0: the teacher's own, 1 / exp(logit scale)"
+    )
     resize: ResizeConfig = option(ResizeConfig(), "size of the images; nothing is mirrored")
     language: str = option("", "spaCy model for phrases; empty: the small English one")
     batch_size: int = option(16, "images at once")
     shard_images: int = option(2000, "images a shard")
-    precision: str = option("auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16"))
+    precision: str = option(
+        "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
+    )
     device: str = option("auto", "auto takes a GPU when there is one", free=True)
     workers: int = option(1, "processes that parse captions", free=True)
 
@@ -82,9 +88,10 @@ class CaptionedImage:
 def mine(config: MineConfig) -> None:
     """Mines region-phrase pairs from captioned images into Parquet shards with a manifest."""
     run = RunFolder(config.out, config, "region-mine")
-    if run.finished() is not None:
+    if run.finished() is not None and is_whole(run.path):
         print(f"{run.path} is complete: {read_manifest(run.path)['regions']} regions")
         return
+    hashes = _same_inputs(run.path / ".inputs.json", config)
     miner = Miner(config)
     images = miner.read_images()
     size = config.shard_images
@@ -99,15 +106,49 @@ def mine(config: MineConfig) -> None:
             # The list goes first: where the shard is, its list is.
             write_text(_list_path(path), "".join(json.dumps(entry) + "\n" for entry in skipped))
             write_shard(path, regions)
-    manifest = _finish(run, config, miner.vocabulary, len(pieces), len(images))
-    print(f"{run.path}: {manifest['regions']} regions of {manifest['images']} images, {manifest['skipped']} skipped")
+    manifest = _finish(run, config, miner.vocabulary, len(pieces), len(images), hashes)
+    print(
+        f"{run.path}: {manifest['regions']} regions of {manifest['images']} images, {manifest['skipped']} skipped"
+    )
 
 
 def _list_path(shard: Path) -> Path:
     return shard.with_name(f".{shard.stem}.skipped.jsonl")
 
 
-def _finish(run: RunFolder, config: MineConfig, vocabulary: Vocabulary, shards: int, images: int) -> dict[str, Any]:
+def is_whole(folder: Path) -> bool:
+    """Whether a finished folder still holds every shard that its manifest lists; a deleted one is mined again."""
+    return (folder / MANIFEST).exists() and all(
+        (folder / name).exists() for name in read_manifest(folder)["shards"]
+    )
+
+
+def _same_inputs(record: Path, config: MineConfig) -> dict[str, str]:
+    """Returns the hashes of the files that decide the result; a restarted run must find them as they were."""
+    files = {"teacher": config.weights, "captions": config.captions, "concepts": config.concepts}
+    hashes = {what: file_hash(file) for what, file in files.items()}
+    if not record.exists():
+        write_json(record, hashes)
+        return hashes
+    before = read_json(record, "record of the inputs")
+    changed = [files[what] for what in files if before.get(what) != hashes[what]]
+    if changed:
+        raise InputError(
+            f"{' and '.join(changed)} changed since mining into {record.parent} began; "
+            "give another out= or delete that folder"
+        )
+    return hashes
+
+
+def _finish(
+    run: RunFolder,
+    config: MineConfig,
+    vocabulary: Vocabulary,
+    shards: int,
+    images: int,
+    hashes: dict[str, str],
+) -> dict[str, Any]:
+    """Writes what makes a folder of shards a finished one: the list of skipped images, vocabulary and manifest."""
     import pyarrow.parquet as pq
 
     paths = [shard_path(run.path, number) for number in range(shards)]
@@ -121,9 +162,7 @@ def _finish(run: RunFolder, config: MineConfig, vocabulary: Vocabulary, shards: 
         "images_folder": str(Path(config.images).absolute()),
         "regions": sum(pq.read_metadata(path).num_rows for path in paths),
         "skipped": sum(text.count("\n") for text in lists),
-        "teacher": file_hash(config.weights),
-        "captions": file_hash(config.captions),
-        "concepts": file_hash(config.concepts),
+        **hashes,
         "vocabulary": vocabulary.fingerprint,
         "proposer": config.proposer,
         "matcher": config.matcher,
@@ -140,23 +179,28 @@ class Miner:
     def __init__(self, config: MineConfig) -> None:
         self.config, self.device = config, pick_device(config.device)
         self.folder = existing(config.images, "images folder")
-        self.names = [concept.concept for concept in read_concepts(config.concepts)]
+        pool = read_concepts(config.concepts)
+        self.names = [concept.concept for concept in pool]
+        # The concepts job keeps given names of several words whole, so this one must too.
+        self.given = [concept.concept for concept in pool if concept.kind == "given"]
         if not self.names:
-            raise InputError(f"concept pool {config.concepts} is empty; lower min_count of `regionclip concepts`")
+            raise InputError(
+                f"concept pool {config.concepts} is empty; lower min_count of `regionclip concepts`"
+            )
         teacher: CLIP = load_clip(config.weights).to(self.device)
         tokenizer = Tokenizer(teacher.config.text.context_length)
         self.vocabulary = embed(teacher, tokenizer, self.names, config.templates)
         self.concepts = self.vocabulary.embeddings.to(self.device)  # [C, D]
         self.temperature = config.temperature or float(torch.exp(-teacher.logit_scale.detach()))
         self.encoder = RegionEncoder(teacher.visual, config.teacher, config.context)
-        self.proposer: Proposer = plugins.build(PROPOSERS, config.proposer, device=self.device)
+        self.proposer = build_proposer(config.proposer, self.device)
         self.matcher: Matcher = plugins.build(MATCHERS, config.matcher, names=self.names)
 
     def read_images(self) -> list[CaptionedImage]:
         """Returns all captioned images in the order of their ids, with what their captions mention."""
         captions, names = read_captions(self.config.captions)
         rows = {name: row for row, name in enumerate(self.names)}
-        parser = PhraseParser(self.config.language, workers=self.config.workers)
+        parser = PhraseParser(self.config.language, workers=self.config.workers, names=self.given)
         ids = sorted(captions)
         texts = [text for key in ids for text in captions[key]]
         with Progress("phrases", len(texts)) as progress:
@@ -176,7 +220,9 @@ class Miner:
             images.append(CaptionedImage(key, names[key], mentions))
         return images
 
-    def mine(self, images: Sequence[CaptionedImage], progress: Progress) -> tuple[list[MinedRegion], list[Any]]:
+    def mine(
+        self, images: Sequence[CaptionedImage], progress: Progress
+    ) -> tuple[list[MinedRegion], list[Any]]:
         """Returns the regions of some images, in their order, and one entry for each that gave none."""
         regions: list[MinedRegion] = []
         skipped: list[dict[str, Any]] = []
@@ -187,7 +233,9 @@ class Miner:
             for (image, _, _), (rows, reason) in zip(chunk, found, strict=True):
                 regions += rows
                 if not rows:
-                    skipped.append({"image_id": image.image_id, "file_name": image.file_name, "reason": reason})
+                    skipped.append(
+                        {"image_id": image.image_id, "file_name": image.file_name, "reason": reason}
+                    )
             progress.advance(len(chunk), f"{len(regions)} regions in this shard")
         return regions, skipped
 
@@ -199,7 +247,9 @@ class Miner:
             try:
                 pixels = decode(self.folder / image.file_name)
             except InputError as error:
-                skipped.append({"image_id": image.image_id, "file_name": image.file_name, "reason": str(error)})
+                skipped.append(
+                    {"image_id": image.image_id, "file_name": image.file_name, "reason": str(error)}
+                )
                 continue
             chunk.append((image, *place(pixels, self.config.resize.short[0], self.config.resize.long)))
             if len(chunk) == self.config.batch_size:
@@ -217,7 +267,9 @@ class Miner:
         similarity = (embeddings @ self.concepts.T).float().cpu()  # [N, C]
         proposals = proposals.to("cpu")
         return [
-            self._of_image(image, frame, similarity[mask], proposals.boxes[mask], _scores(proposals.scores, mask))
+            self._of_image(
+                image, frame, similarity[mask], proposals.boxes[mask], _scores(proposals.scores, mask)
+            )
             for (image, frame), mask in zip(
                 images, (proposals.image_index == i for i in range(len(images))), strict=True
             )
@@ -242,7 +294,17 @@ class Miner:
             height, width = frame.original
             regions.append(
                 MinedRegion(
-                    image.image_id, image.file_name, height, width, box, level, ids, probs, name, phrase, caption
+                    image.image_id,
+                    image.file_name,
+                    height,
+                    width,
+                    box,
+                    level,
+                    ids,
+                    probs,
+                    name,
+                    phrase,
+                    caption,
                 )
             )
         reason = "no region matches a concept" if len(own) else "no caption names a concept of the pool"

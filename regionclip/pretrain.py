@@ -24,7 +24,8 @@ from clip_base.pretrain import last_loss
 from clip_base.run import RunFolder
 from clip_base.tokenizer import Tokenizer
 from clip_base.train import TrainConfig, fit
-from clip_base.weights.native import load_clip, save_clip
+from clip_base.weights import load_clip
+from clip_base.weights.native import save_clip
 from regionclip.encoder import RegionEncoder
 from regionclip.losses import distillation, region_text_contrastive
 from regionclip.matching.base import families
@@ -122,9 +123,8 @@ class RegionTextTask(nn.Module):
         losses = {}
         # Whole images go the way of regions, and with them: one pass over the map for both.
         wanted = Regions.cat([_bare(regions), whole_images(batch.images)] if config.image_text else [_bare(regions)])
-        embeddings, images = self.encoder(batch.images, wanted).split(
-            [len(regions), len(wanted) - len(regions)]
-        )  # [N, D], [B, D]
+        both = self.encoder(batch.images, wanted)
+        embeddings, images = both[: len(regions)], both[len(regions) :]  # [N, D], [B, D] or [0, D]
         with torch.autocast(embeddings.device.type, enabled=False):
             if config.distillation:
                 logits = self.scale * embeddings @ self.concepts.T  # [N, C]

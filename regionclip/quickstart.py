@@ -141,7 +141,7 @@ def quickstart(config: QuickstartConfig) -> None:
 def _run_stage(stage: Stage, preset: str) -> float:
     """Runs a stage's job and returns how many seconds it took; a finished job returns at once."""
     job: Callable[[Any], None] = plugins.load(plugins.JOBS, stage.job)
-    resolved = configs.resolve(plugins.schema_of(job), shipped(stage.job, preset), stage.overrides)
+    resolved: Any = configs.resolve(plugins.schema_of(job), shipped(stage.job, preset), stage.overrides)
     start = time.monotonic()
     job(resolved)
     return time.monotonic() - start

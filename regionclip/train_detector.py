@@ -17,7 +17,7 @@ from clip_base.pretrain import last_loss
 from clip_base.run import RunFolder
 from clip_base.tokenizer import Tokenizer
 from clip_base.train import TrainConfig, fit
-from clip_base.weights.native import load_clip
+from clip_base.weights import load_clip
 from regionclip.boxes import encode_deltas, iou
 from regionclip.datasets import CocoDetection
 from regionclip.detector import DELTA_WEIGHTS, Detector, DetectorConfig, save_detector

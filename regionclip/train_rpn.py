@@ -15,7 +15,7 @@ from clip_base.pretrain import last_loss
 from clip_base.progress import track
 from clip_base.run import RunFolder
 from clip_base.train import TrainConfig, autocast, fit, pick_device
-from clip_base.weights.native import load_clip
+from clip_base.weights import load_clip
 from regionclip.datasets import CocoDetection
 from regionclip.evaluation import proposal_recall
 from regionclip.inference import batches_of
@@ -36,6 +36,7 @@ class TrainRPNConfig:
     split: str = option("coco", "coco (48 base, 17 novel), or a JSON file with base and novel names")
     out: str = option(REQUIRED, "folder for weights, log and metrics", free=True)
     val_annotations: str = option("", "instances_*.json whose boxes measure recall at the end; empty: not measured")
+    val_images: str = option("", "folder of the validation images; empty: the same as `images`")
     network: ProposalNetworkConfig = option(ProposalNetworkConfig(), "the proposal network")
     objectness_weight: float = option(1.0, "factor of the loss that tells objects from background")
     box_weight: float = option(1.0, "factor of the loss that fits anchors to boxes")
@@ -97,7 +98,7 @@ def train_rpn(config: TrainRPNConfig) -> None:
     loader: Loader[Any] = Loader(
         data, data.collate, train.batch_size, seed=train.seed, workers=train.workers, skipped=skipped
     )
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(memory_format=torch.channels_last)
     steps = fit(task, loader, train, run)
     save_network(network, run.path / "model.safetensors")
     metrics: dict[str, Any] = {"steps": steps, "images": len(dataset), "loss": last_loss(run.log_path)}
@@ -110,7 +111,7 @@ def train_rpn(config: TrainRPNConfig) -> None:
 
 def recall(network: ProposalNetwork, config: TrainRPNConfig) -> dict[str, float]:
     """Returns recall on the validation boxes, base and novel apart."""
-    dataset = CocoDetection(config.val_annotations, config.images)
+    dataset = CocoDetection(config.val_annotations, config.val_images or config.images)
     split = load_split(config.split, dataset.categories)
     dataset = dataset.restrict(split.all).without_crowds()
     device = pick_device(config.train.device)

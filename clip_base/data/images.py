@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from pathlib import Path
 
@@ -20,11 +21,16 @@ Pixels = npt.NDArray[np.uint8]
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
+_AS_STORED = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+
 cv2.setNumThreads(0)  # the training step has the cores
+cv2.utils.logging.setLogLevel(
+    cv2.utils.logging.LOG_LEVEL_SILENT
+)  # what does not decode is reported once, as an InputError
 
 
 def decode(path: str | Path) -> Pixels:
-    """Returns the image in `path` as [H, W, 3] RGB, in the file's own frame (an EXIF rotation is not applied).
+    """Returns the image in `path` as [H, W, 3] RGB, in the file's own frame: an EXIF rotation is not applied.
 
     Greyscale, palette, CMYK and transparent files become RGB.
 
@@ -42,7 +48,9 @@ def decode_bytes(data: bytes, name: str) -> Pixels:
     """Returns the encoded image `data` as [H, W, 3] RGB; `name` is for the error message."""
     if data:
         # OpenCV knows the usual formats and is the faster; what it does not know is left to Pillow.
-        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        decoded = None
+        with contextlib.suppress(cv2.error):  # it refuses very large pictures so; Pillow then says why
+            decoded = cv2.imdecode(np.frombuffer(data, np.uint8), _AS_STORED)
         if decoded is not None:
             return np.asarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), dtype=np.uint8)
     try:
@@ -86,6 +94,7 @@ class ImageStore:
         self._kept: dict[Path, Pixels] = {}
 
     def __call__(self, path: Path) -> Pixels:
+        """Returns the image in `path` as [H, W, 3] RGB; see `decode`."""
         if path in self._kept:
             return self._kept[path]
         image = decode(path)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from clip_base.errors import InputError
+from clip_base.files import write_text
 
 Item = TypeVar("Item", covariant=True)
 B = TypeVar("B")
@@ -30,8 +32,8 @@ class Items(Protocol[Item]):
 class Loader(Generic[B]):
     """An endless, seekable stream of shuffled batches.
 
-    Sample i of step s is position s · batch_size + i of the concatenated epochs' permutations, and its augmentation
-    is seeded by (seed, epoch, index): nothing depends on workers or on what was drawn before.
+    Sample i of step s is position s · batch_size + i of the concatenated epochs' permutations, and its
+    augmentation is seeded by (seed, epoch, index): nothing depends on workers or on what was drawn before.
 
     Args:
         items: the samples.
@@ -39,7 +41,8 @@ class Loader(Generic[B]):
         batch_size: samples a batch.
         seed: decides order and augmentation.
         workers: processes that load; 0: this one.
-        skipped: a file to list unusable samples in; each is replaced by its neighbour.
+        skipped: a file to list unusable samples in; each is replaced by its neighbour. What it already lists
+            counts, so that a resumed run ends with the same list.
         max_broken: the share of unusable samples above which the run stops.
     """
 
@@ -60,6 +63,8 @@ class Loader(Generic[B]):
         self.seed, self.workers, self.max_broken = seed, workers, max_broken
         self.broken: dict[int, str] = {}
         self._skipped, self._step = skipped, 0
+        if skipped is not None and skipped.exists():
+            self._recall(skipped)
 
     def __len__(self) -> int:
         """The number of batches that make an epoch, rounded, at least one."""
@@ -89,12 +94,31 @@ class Loader(Generic[B]):
             batches: Any = map(fetch, self._keys())
         else:
             batches = DataLoader(
-                _Positions(fetch), sampler=_Stream(self), batch_size=None, num_workers=self.workers
+                _Positions(fetch),
+                sampler=_Stream(self),
+                batch_size=None,
+                num_workers=self.workers,
+                collate_fn=_as_it_is,
+                # Without one of its own it would draw from the generator that the task draws from.
+                generator=torch.Generator(),
             )
         for batch, broken in batches:
             self._note(broken)
+            if isinstance(batch, InputError):
+                raise batch
             self._step += 1
             yield batch
+
+    def _recall(self, skipped: Path) -> None:
+        whole = []
+        for line in skipped.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                break  # the line that a kill cut off
+            self.broken[int(entry["sample"])] = str(entry["reason"])
+            whole.append(line + "\n")
+        write_text(skipped, "".join(whole))
 
     def _note(self, broken: dict[int, str]) -> None:
         new = {index: reason for index, reason in broken.items() if index not in self.broken}
@@ -102,27 +126,32 @@ class Loader(Generic[B]):
             return
         self.broken |= new
         if self._skipped is not None:
-            import json
-
+            lines = [json.dumps({"sample": i, "reason": reason}) + "\n" for i, reason in new.items()]
             with self._skipped.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"sample": i, "reason": reason}) + "\n" for i, reason in new.items())
+                file.writelines(lines)
         if len(self.broken) > max(self.max_broken * len(self.items), 1):
             where = f"; all are listed in {self._skipped}" if self._skipped else ""
-            raise InputError(
-                f"{len(self.broken)} of {len(self.items)} samples are unusable, more than {self.max_broken:.0%}; "
-                f"the last: {next(reversed(new.values()))}{where}"
-            )
+            share = f"{len(self.broken)} of {len(self.items)} samples are unusable"
+            last = next(reversed(new.values()))
+            raise InputError(f"{share}, more than {self.max_broken:.0%}; the last: {last}{where}")
 
 
 class _Fetch:
-    """Makes a batch of a list of keys; picklable, so that it can run in another process."""
+    """Makes a batch of a list of keys; picklable, so that it can run in another process.
+
+    That no batch can be made is returned instead of raised: torch would prefix the message with a worker's
+    traceback.
+    """
 
     def __init__(self, items: Items[Any], collate: Callable[[list[Any]], Any], seed: int) -> None:
         self.items, self.collate, self.seed = items, collate, seed
 
     def __call__(self, keys: Sequence[Key]) -> tuple[Any, dict[int, str]]:
         broken: dict[int, str] = {}
-        return self.collate([self._one(key, broken) for key in keys]), broken
+        try:
+            return self.collate([self._one(key, broken) for key in keys]), broken
+        except InputError as error:
+            return error, broken
 
     def _one(self, key: Key, broken: dict[int, str]) -> Any:
         index, epoch = key
@@ -133,16 +162,21 @@ class _Fetch:
                 return self.items.item(place, torch.Generator().manual_seed(seed))
             except InputError as error:
                 broken[place] = str(error)
-        raise InputError(f"100 samples in a row are unusable; the last: {next(reversed(broken.values()))}")
+        last = next(reversed(broken.values()))
+        raise InputError(f"{shift + 1} samples in a row are unusable; the last: {last}")
 
 
-class _Positions:
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class _Positions(Dataset[tuple[Any, dict[int, str]]]):
     """A map-style dataset for torch's DataLoader whose index is a list of keys."""
 
     def __init__(self, fetch: _Fetch) -> None:
         self.fetch = fetch
 
-    def __getitem__(self, keys: Sequence[Key]) -> tuple[Any, dict[int, str]]:
+    def __getitem__(self, keys: Any) -> tuple[Any, dict[int, str]]:
         return self.fetch(keys)
 
 

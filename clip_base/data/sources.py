@@ -28,7 +28,7 @@ class Source(Protocol):
     """A part that knows image-text pairs."""
 
     def pairs(self) -> list[Pair]:
-        """Returns all pairs. Images are not opened here: one that does not decode is skipped when it is drawn."""
+        """Returns all pairs. Images are not opened: one that does not decode is skipped when it is drawn."""
 
 
 @dataclass
@@ -60,16 +60,20 @@ def read_captions(path: str | Path) -> tuple[dict[int, list[str]], dict[int, str
     """
     data = read_json(path, "captions file")
     if not isinstance(data, dict) or "images" not in data or "annotations" not in data:
-        raise InputError(f"captions file {path} is not in COCO's form: it must hold 'images' and 'annotations'")
+        raise InputError(
+            f"captions file {path} is not in COCO's form: it must hold 'images' and 'annotations', at its top"
+        )
     try:
         names = {int(image["id"]): str(image["file_name"]) for image in data["images"]}
         captions: dict[int, list[str]] = defaultdict(list)
         for entry in data["annotations"]:
-            text = " ".join(str(entry["caption"]).split())
+            text = " ".join(_text(entry["caption"]).split())
             if text:
                 captions[int(entry["image_id"])].append(text)
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"captions file {path} is not in COCO's form: an entry lacks or misuses {error}") from None
+        raise InputError(
+            f"captions file {path} is not in COCO's form: an entry lacks or misuses {error}"
+        ) from None
     strangers = [key for key in captions if key not in names]
     if strangers:
         raise InputError(
@@ -99,13 +103,19 @@ class TableSource:
         """Returns one pair an image, in the order of first mention."""
         path = existing(self.config.file, "table")
         delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab") else ","
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter)
-            columns = reader.fieldnames or []
-            for column in (self.config.image_column, self.config.caption_column):
-                if column not in columns:
-                    raise InputError(f"table {path} has no column {column!r}; it has {', '.join(columns) or 'none'}")
-            rows = [(row[self.config.image_column], row[self.config.caption_column] or "") for row in reader]
+        image, caption = self.config.image_column, self.config.caption_column
+        try:
+            # Spreadsheets put a byte order mark in front, which utf-8-sig drops.
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                reader = csv.DictReader(file, delimiter=delimiter)
+                columns = reader.fieldnames or []
+                for column in (image, caption):
+                    if column not in columns:
+                        has = ", ".join(columns) or "none"
+                        raise InputError(f"table {path} has no column {column!r}; it has {has}")
+                rows = [(row[image] or "", row[caption] or "") for row in reader]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise InputError(f"table {path} cannot be read: {error}; save it as UTF-8") from None
         return _grouped(rows, Path(self.config.images) if self.config.images else path.parent)
 
 
@@ -129,17 +139,24 @@ class JsonLinesSource:
         """Returns one pair an image, in the order of first mention."""
         path = existing(self.config.file, "JSON Lines file")
         rows: list[tuple[str, str]] = []
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8", errors="replace") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 try:
                     record = json.loads(line)
                     image, texts = str(record[self.config.image_key]), record[self.config.caption_key]
+                    rows += [(image, _text(text)) for text in (texts if isinstance(texts, list) else [texts])]
                 except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise InputError(f"{path}, line {number}: {error!r}; each line needs an image and a caption") from None
-                rows += [(image, str(text)) for text in (texts if isinstance(texts, list) else [texts])]
+                    needs = f"each line needs {self.config.image_key!r} and {self.config.caption_key!r}"
+                    raise InputError(f"{path}, line {number}: {error!r}; {needs}") from None
         return _grouped(rows, Path(self.config.images) if self.config.images else path.parent)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a caption, which must be a text, not {value!r}")
+    return value
 
 
 def _grouped(rows: list[tuple[str, str]], folder: Path) -> list[Pair]:

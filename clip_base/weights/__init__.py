@@ -1,6 +1,7 @@
-"""Weights in files: our own form (`native`) and the published ones (`reading`), inspected, converted, downloaded.
+"""Weights in files: our own form (`native`), the published ones (`reading`), and how to get them.
 
-`load_clip(path_or_name)` reads any of them; it is looked up late, so that importing this package costs nothing.
+`load_clip(path_or_name)` reads any of them; it is looked up late, so that importing this package costs
+nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a published name or a file in any known form to a model, and to the preprocessing that goes with it."""
+"""From a published name, or a file in any known form, to a model and the preprocessing that goes with it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clip_base.weights.reading import PRECISIONS, Report, read_clip
 
 
 def find(name_or_path: str | Path, folder: str | Path | None = None) -> Path:
-    """Returns the weights file: a path as it is, a published name's file, downloaded when it is not there yet.
+    """Returns the weights file: a path as it is, or a published file, downloaded when it is not there.
 
     Args:
         name_or_path: a file, a folder, or one of `clip_base.available_models()`.
@@ -43,11 +43,12 @@ def read_any(
 
 
 def load_clip(name_or_path: str | Path, activation: str = "", precision: str = "fp32") -> CLIP:
-    """Returns a CLIP from a published name or a file in any known form: on the CPU, evaluating, channels-last.
+    """Returns a CLIP from a published name or any known file: on the CPU, evaluating, channels-last.
 
     Args:
         name_or_path: a file, a folder, or one of `clip_base.available_models()`.
-        activation: "quick_gelu" or "gelu" for files that do not say; "" assumes quick_gelu, as OpenAI's models.
+        activation: "quick_gelu" or "gelu" for files that do not say; "" assumes quick_gelu, as OpenAI's
+            models.
         precision: type of the weights: "fp32", "fp16", "bf16", or "stored" for the file's own.
 
     Raises:
@@ -77,13 +78,16 @@ def load(
         activation: "quick_gelu" or "gelu" for files that do not say; "" assumes quick_gelu.
 
     Returns:
-        The model in evaluation mode, and a function from a PIL image to its input: [3, R, R] float32, normalised.
+        The model in evaluation mode, and a function from a PIL image to its input: [3, R, R] float32,
+            normalised.
 
     Raises:
         InputError: there is no such model or file, it cannot be downloaded, is damaged or does not fit.
     """
     if jit:
-        raise InputError("jit=True would run code from the file; leave it out, and use torch.compile(model) for speed")
+        raise InputError(
+            "jit=True would run code from the file; leave it out, and use torch.compile(model) for speed"
+        )
     if precision not in (*PRECISIONS, "auto"):
         raise InputError(f"precision must be auto or one of {', '.join(PRECISIONS)}, found {precision!r}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -44,7 +44,7 @@ _HF_PROJECTION = re.compile(r"(.*\.resblocks\.\d+\.)self_attn\.([qkv])_proj\.(we
 
 
 def unwrap(content: Any, path: object) -> tuple[dict[str, Tensor], bool]:
-    """Returns the state dict in what a pickle held, without wrappers and prefixes, and whether it was wrapped.
+    """Returns the state dict in what a pickle held, without prefixes, and whether it was wrapped.
 
     Raises:
         InputError: there is none, or it holds values that are no tensors.

@@ -1,9 +1,9 @@
 """Weights out of PyTorch's pickled files without running anything that is in them.
 
-A pickle is a program; what it can call is decided by the reader. State dicts go through `torch.load(weights_only=
-True)`. TorchScript archives, which `torch.load` leaves to an interpreter for the code inside, are opened here as what
-they are: a zip file whose `data.pkl` names modules and tensors and whose `data/N` hold the numbers. The code in the
-archive is not looked at.
+A pickle is a program; what it can call is decided by the reader. State dicts go through `torch.load` with
+`weights_only=True`. TorchScript archives, which `torch.load` leaves to an interpreter for the code inside,
+are opened here as what they are: a zip file whose `data.pkl` names modules and tensors and whose `data/N`
+hold the numbers. The code in the archive is not looked at.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _root(archive: zipfile.ZipFile) -> str | None:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether `path` is a zip file as `torch.jit.save` writes it: it has constants and code beside the data."""
+    """Whether `path` is a zip file as `torch.jit.save` writes it: with constants beside the data."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -119,10 +119,11 @@ def is_torchscript(path: Path) -> bool:
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a TorchScript archive by their dotted names, in the precision they are stored in.
+    """Returns the tensors of a TorchScript archive by their dotted names, in the precision stored.
 
     Raises:
-        InputError: the archive is damaged, or its pickle asks for anything but modules, tensors and containers.
+        InputError: the archive is damaged, or its pickle asks for anything but modules, tensors and
+            containers.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -188,4 +189,6 @@ def _refusal(path: Path, found: str) -> InputError:
 
 def _damaged(path: Path, error: BaseException) -> InputError:
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    return InputError(f"weights file {path} cannot be read ({reason}); it was cut off or is damaged: copy it again")
+    return InputError(
+        f"weights file {path} cannot be read ({reason}); it was cut off or is damaged: copy it again"
+    )

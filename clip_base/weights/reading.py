@@ -72,27 +72,27 @@ class _Found:
     state: dict[str, Tensor]
     hints: sizes.Hints
     config: CLIPConfig | None = None
-    activation_matters: bool = False
 
 
 def read_clip(path: str | Path, activation: str = "", precision: str = "fp32") -> tuple[CLIP, Report]:
     """Reads a CLIP from a file or folder in any known form.
 
-    Known are our own safetensors; OpenAI's TorchScript archives, whose code is not run; state dicts, plain or inside
-    a training checkpoint, as `torch.save` or safetensors write them; open_clip's files and folders; Hugging Face
-    CLIP folders. Sizes come from a config in or beside the file, else from the tensors' shapes.
+    Known are our own safetensors; OpenAI's TorchScript archives, whose code is not run; state dicts, plain or
+    inside a training checkpoint, as `torch.save` or safetensors write them; open_clip's files and folders;
+    Hugging Face CLIP folders. Sizes come from a config in or beside the file, else from the tensors' shapes.
 
     Args:
         path: file or folder.
         activation: "quick_gelu" or "gelu" for files that do not say; a file that says otherwise is an error.
-        precision: type of the model's weights: "fp32", "fp16", "bf16", or "stored" for what the file holds most of.
+        precision: type of the model's weights: "fp32", "fp16", "bf16", or "stored" for what the file holds
+            most of.
 
     Returns:
         The model on the CPU, in evaluation mode and channels-last, and what the file turned out to be.
 
     Raises:
-        InputError: the file is missing, damaged, of no known form, holds more than tensors, or its tensors are
-            missing, left over or misshapen (they are listed).
+        InputError: the file is missing, damaged, of no known form, holds more than tensors, or its tensors
+            are missing, left over or misshapen (they are listed).
     """
     if activation and activation not in ACTIVATIONS:
         raise InputError(f"activation must be one of {', '.join(ACTIVATIONS)}, found {activation!r}")
@@ -101,11 +101,15 @@ def read_clip(path: str | Path, activation: str = "", precision: str = "fp32") -
     found = _find(existing(path, "weights file"))
     notes = _check_activation(found, activation)
     hints = sizes.Hints(
-        activation or found.hints.activation, found.hints.head_width, found.hints.text_heads, found.hints.source
+        activation or found.hints.activation,
+        found.hints.head_width,
+        found.hints.text_heads,
+        found.hints.source,
     )
     config = found.config or sizes.infer(found.state, hints, found.path)
     if found.config is None and not found.hints.head_width:
-        notes.append(f"heads assumed {config.vision.head_width} (vision) and 64 (text) channels wide: no config beside it")
+        wide = config.vision.head_width
+        notes.append(f"heads are taken to be {wide} (vision) and 64 (text) channels wide: there is no config")
     stored: Counter[str] = Counter()
     for value in found.state.values():
         stored[str(value.dtype).removeprefix("torch.")] += value.numel()
@@ -124,6 +128,15 @@ def read_clip(path: str | Path, activation: str = "", precision: str = "fp32") -
 
 
 def _build(config: CLIPConfig, found: _Found, dtype: torch.dtype) -> CLIP:
+    odd = [
+        f"{name} ({str(value.dtype).removeprefix('torch.')})"
+        for name, value in found.state.items()
+        if not value.is_floating_point() and not name.endswith("num_batches_tracked")
+    ]
+    if odd:
+        raise InputError(
+            f"{found.path}: {len(odd)} weights are no floating-point numbers: {', '.join(odd[:4])}"
+        )
     with torch.device("meta"):  # no time is spent on random weights that the file replaces
         model = CLIP(config)
     model = model.to(dtype).to_empty(device="cpu")
@@ -131,7 +144,7 @@ def _build(config: CLIPConfig, found: _Found, dtype: torch.dtype) -> CLIP:
     own = model.state_dict()
     counters = {k: torch.zeros_like(v) for k, v in own.items() if k.endswith("num_batches_tracked")}
     load_exactly(model, {**counters, **found.state}, found.path)
-    return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return model.eval().to(memory_format=torch.channels_last)
 
 
 def _dtype(precision: str, state: Mapping[str, Tensor]) -> torch.dtype:
@@ -141,18 +154,20 @@ def _dtype(precision: str, state: Mapping[str, Tensor]) -> torch.dtype:
     for value in state.values():
         if value.is_floating_point():
             counts[value.dtype] += value.numel()
-    return counts.most_common(1)[0][0]
+    return counts.most_common(1)[0][0] if counts else torch.float32
 
 
 def _check_activation(found: _Found, asked: str) -> list[str]:
     known = found.config.activation if found.config is not None else found.hints.activation
     if known and asked and known != asked:
-        raise InputError(f"{found.path} was trained with {known} ({found.hints.source}); drop activation={asked}")
+        raise InputError(
+            f"{found.path} was trained with {known} ({found.hints.source}); drop activation={asked}"
+        )
     if known or asked:
         return []
     return [
-        "the file does not say which activation it was trained with; quick_gelu is assumed, as in OpenAI's models "
-        "(open_clip's own trainings use gelu: pass activation=gelu)"
+        "the file does not say which activation it was trained with; quick_gelu is assumed, as in OpenAI's "
+        "models (open_clip's own trainings use gelu: pass activation=gelu)"
     ]
 
 
@@ -191,11 +206,15 @@ def _from_pickle(path: Path) -> _Found:
 def _find_in_folder(folder: Path) -> _Found:
     name = next((name for name in _FOLDER_FILES if (folder / name).exists()), None)
     if name is None:
-        raise InputError(f"folder {folder} holds none of {', '.join(_FOLDER_FILES)}; give the weights file itself")
+        raise InputError(
+            f"folder {folder} holds none of {', '.join(_FOLDER_FILES)}; give the weights file itself"
+        )
     if not name.endswith(".index.json"):
         return _find(folder / name)
     index = read_json(folder / name, "list of shards")
-    shards = sorted(set(index["weight_map"].values())) if isinstance(index, dict) and "weight_map" in index else []
+    shards = (
+        sorted(set(index["weight_map"].values())) if isinstance(index, dict) and "weight_map" in index else []
+    )
     if not shards or any(Path(shard).name != shard for shard in shards):
         raise InputError(f"{folder / name} names no shards in its own folder")
     state: dict[str, Tensor] = {}
@@ -207,7 +226,7 @@ def _find_in_folder(folder: Path) -> _Found:
 
 
 def _hints(path: Path, state: Mapping[str, Tensor]) -> sizes.Hints:
-    """Returns what the config beside a weights file says: Hugging Face's for its names, open_clip's for the others."""
+    """Returns what the config beside a weights file says: Hugging Face's or open_clip's, by the names."""
     if naming.is_huggingface(state):
         beside = path.with_name("config.json")
         return sizes.from_huggingface(read_json(beside), str(beside)) if beside.exists() else sizes.Hints()
@@ -218,7 +237,18 @@ def _hints(path: Path, state: Mapping[str, Tensor]) -> sizes.Hints:
 def _style(state: Mapping[str, Tensor]) -> str:
     if naming.is_huggingface(state):
         return "Hugging Face CLIP"
-    return "clip_base names" if any(name.startswith("text.") for name in state) else "open_clip or OpenAI names"
+    return (
+        "clip_base names" if any(name.startswith("text.") for name in state) else "open_clip or OpenAI names"
+    )
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do: with the length of a JSON object, and that object."""
+    if path.is_dir():
+        return False
+    with path.open("rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
 
 
 def _is_pickle(path: Path) -> bool:
@@ -236,11 +266,15 @@ def _check_magic(path: Path) -> None:
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
     if head.lstrip()[:1] == b"<":
-        raise InputError(f"{path} is a web page, not weights; the download gave an error page: fetch it again")
+        raise InputError(
+            f"{path} is a web page, not weights; the download gave an error page: fetch it again"
+        )
 
 
 def _json(text: str, path: Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"the sizes in {path} are not valid JSON ({error.msg}); write the file again") from None
+        raise InputError(
+            f"the sizes in {path} are not valid JSON ({error.msg}); write the file again"
+        ) from None

@@ -1,4 +1,4 @@
-"""Sizes of a CLIP from the shapes of its tensors, and from the configs that lie beside open_clip's and others' files."""
+"""Sizes of a CLIP from the shapes of its tensors, and from the configs that others put beside weights."""
 
 from __future__ import annotations
 
@@ -51,9 +51,13 @@ def infer(state: Mapping[str, Tensor], hints: Hints, path: object) -> CLIPConfig
     def shape(name: str, dimensions: int) -> list[int]:
         if name not in state:
             shown = ", ".join(sorted(state)[:4])
-            raise InputError(f"{path} is no whole CLIP: {name} is missing ({len(state)} tensors found: {shown}, …)")
+            raise InputError(
+                f"{path} is no whole CLIP: {name} is missing ({len(state)} tensors found: {shown}, …)"
+            )
         if state[name].ndim != dimensions:
-            raise InputError(f"{path}: {name} has shape {list(state[name].shape)}, expected {dimensions} dimensions")
+            raise InputError(
+                f"{path}: {name} has shape {list(state[name].shape)}, expected {dimensions} dimensions"
+            )
         return list(state[name].shape)
 
     def side(name: str) -> int:
@@ -113,7 +117,9 @@ def from_open_clip(config: Any, source: str) -> Hints:
         wrong = [f"{key}={tower[key]!r}" for key, value in fixed.items() if tower.get(key, value) != value]
         wrong += [f"{key}={tower[key]!r}" for key in _OPEN_CLIP_REFUSED if tower.get(key)]
         if wrong:
-            raise InputError(f"{source}: {part} has {', '.join(wrong)}, which CLIP's published towers do not have")
+            raise InputError(
+                f"{source}: {part} has {', '.join(wrong)}, which CLIP's published towers do not have"
+            )
     vision, text = model.get("vision_cfg") or {}, model.get("text_cfg") or {}
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
     return Hints(activation, int(vision.get("head_width") or 64), int(text.get("heads") or 8), source)
@@ -149,7 +155,9 @@ def from_huggingface(config: Any, source: str) -> Hints:
     vision = {**(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
     activations = {str(tower.get("hidden_act", "quick_gelu")) for tower in (text, vision)}
     if len(activations) > 1 or not activations <= {"quick_gelu", "gelu"}:
-        raise InputError(f"{source} has hidden_act {sorted(activations)}; both towers take quick_gelu, or both gelu")
+        raise InputError(
+            f"{source} has hidden_act {sorted(activations)}; both towers take quick_gelu, or both gelu"
+        )
     for tower in (text, vision):
         if not math.isclose(float(tower.get("layer_norm_eps", 1e-5)), 1e-5, rel_tol=1e-3):
             raise InputError(f"{source} has layer_norm_eps {tower['layer_norm_eps']}, these towers have 1e-5")
@@ -165,7 +173,9 @@ def to_huggingface(config: CLIPConfig) -> dict[str, Any]:
     """
     vision, text = config.vision, config.text
     if vision.kind != "vit":
-        raise InputError("transformers has no CLIP with a ResNet; convert this one with to=open_clip or to=native")
+        raise InputError(
+            "transformers has no CLIP with a ResNet; convert this one with to=open_clip or to=native"
+        )
 
     def tower(width: int, layers: int, heads: int) -> dict[str, Any]:
         return {
@@ -185,7 +195,11 @@ def to_huggingface(config: CLIPConfig) -> dict[str, Any]:
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "projection_dim": config.embed_dim,
-        "text_config": {"model_type": "clip_text_model", **tower(text.width, text.layers, text.heads), **texts},
+        "text_config": {
+            "model_type": "clip_text_model",
+            **tower(text.width, text.layers, text.heads),
+            **texts,
+        },
         "vision_config": {
             "model_type": "clip_vision_model",
             **tower(vision.width, vision.layers[0], vision.heads),

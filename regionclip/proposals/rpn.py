@@ -19,7 +19,7 @@ from clip_base.config import REQUIRED, option
 from clip_base.errors import InputError
 from clip_base.files import existing
 from clip_base.models.resnet import ModifiedResNet
-from clip_base.weights.native import load_clip
+from clip_base.weights import load_clip
 from regionclip.proposals.base import ImageKey
 from regionclip.proposals.network import ProposalNetwork, ProposalNetworkConfig
 from regionclip.structures import Regions

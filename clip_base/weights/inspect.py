@@ -1,0 +1,123 @@
+"""The job `inspect`: what a weights file is, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from clip_base.checkpoint import read_weights
+from clip_base.config import REQUIRED, option
+from clip_base.errors import InputError
+from clip_base.models.configs import ACTIVATIONS, CLIPConfig
+from clip_base.weights import native, published
+from clip_base.weights.load import find
+from clip_base.weights.reading import FRAMEWORKS, Report, is_safetensors, read_clip
+
+
+@dataclass
+class InspectConfig:
+    """Options of `inspect`."""
+
+    file: str = option(REQUIRED, "weights file or folder, or a published model's name", positional=True)
+    activation: str = option("", "activation of a file that does not say it", choices=("", *ACTIVATIONS))
+
+
+def inspect(config: InspectConfig) -> None:
+    """Shows what a weights file is: form, towers, parameters; fails unless it is known and whole."""
+    path = find(config.file)
+    other = _metadata_of_another_form(path)
+    rows = _rows_of_parts(path, *other) if other is not None else _rows_of_clip(path, config.activation)
+    table = Table("", "", title=str(path), title_justify="left", show_header=False)
+    for left, right in rows:
+        table.add_row(left, right)
+    Console(highlight=False, markup=False).print(table)
+
+
+def _rows_of_clip(path: Path, activation: str) -> list[tuple[str, str]]:
+    _, report = read_clip(path, activation, precision="stored")
+    vision, text = _towers(report.config)
+    return [
+        ("form", report.form),
+        ("file", f"{report.path.stat().st_size / 2**20:,.1f} MiB"),
+        ("image tower", vision),
+        ("text tower", text),
+        ("embedding", f"{report.config.embed_dim} numbers"),
+        ("activation", report.config.activation),
+        ("parameters", f"{report.parameters:,} in {report.tensors} tensors"),
+        ("precision", ", ".join(f"{kind}: {count:,}" for kind, count in sorted(report.precision.items()))),
+        ("same sizes as", ", ".join(report.matches) or "none of the published models"),
+        ("published file", _published(report)),
+        ("whole", "yes: every tensor is there and fits, none is left over"),
+        *(("note", note) for note in report.notes),
+    ]
+
+
+def _towers(config: CLIPConfig) -> tuple[str, str]:
+    vision, text = config.vision, config.text
+    layers = "-".join(map(str, vision.layers))
+    shape = f"width {vision.width}, {vision.heads} heads, {vision.resolution} pixels square"
+    if vision.kind == "resnet":
+        first = f"ResNet, blocks {layers}, {shape}"
+    else:
+        first = f"ViT, {layers} blocks, patches of {vision.patch}, {shape}"
+    second = f"{text.layers} blocks, width {text.width}, {text.heads} heads, "
+    return first, second + f"{text.context_length} positions, {text.vocab_size:,} ids"
+
+
+def _published(report: Report) -> str:
+    name = published.recognise(native.file_hash(report.path))
+    return f"yes: OpenAI's {name}, sha256 equal" if name else "no, its sha256 is not among them"
+
+
+def _metadata_of_another_form(path: Path) -> tuple[dict[str, str], dict[str, Any]] | None:
+    """Returns the metadata and tensors of a safetensors file that names another form than a CLIP's."""
+    if not is_safetensors(path):
+        return None
+    weights, metadata = read_weights(path)
+    form = metadata.get("format", "")
+    return None if not form or form in (native.FORMAT, *FRAMEWORKS) else (metadata, weights)
+
+
+def _rows_of_parts(path: Path, metadata: dict[str, str], weights: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns the rows of a file that says what it is and brings its own sizes, whoever wrote it."""
+    if not weights:
+        raise InputError(f"{path} names the form {metadata['format']!r} but holds no tensors; write it again")
+    precision: Counter[str] = Counter()
+    parts: Counter[str] = Counter()
+    for name, value in weights.items():
+        precision[str(value.dtype).removeprefix("torch.")] += value.numel()
+        parts[name.partition(".")[0]] += value.numel()
+    try:
+        described = native.describe(metadata)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"the metadata of {path} are not valid JSON ({error.msg}); write the file again"
+        ) from None
+    rows = [("form", metadata["format"]), ("file", f"{path.stat().st_size / 2**20:,.1f} MiB")]
+    rows += [(key, _shown(value)) for key, value in sorted(described.items()) if key != "format"]
+    rows += [
+        ("numbers", f"{sum(parts.values()):,} in {len(weights)} tensors"),
+        ("parts", ", ".join(f"{part}: {count:,}" for part, count in parts.most_common(12))),
+        ("precision", ", ".join(f"{kind}: {count:,}" for kind, count in sorted(precision.items()))),
+        ("whole", "yes: every tensor in its index is there"),
+    ]
+    return rows
+
+
+def _shown(value: Any, indent: str = "") -> str:
+    """Returns a config as `key: value` lines, a long list by its beginning."""
+    if isinstance(value, dict):
+        parts = []
+        for key, inner in value.items():
+            nested = isinstance(inner, dict)
+            parts.append(f"{indent}{key}:{chr(10) if nested else ' '}{_shown(inner, indent + '  ')}")
+        return "\n".join(parts)
+    if isinstance(value, list) and len(value) > 12:
+        return f"{', '.join(map(str, value[:12]))}, … ({len(value)} in all)"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

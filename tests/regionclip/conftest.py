@@ -1,0 +1,163 @@
+"""Fixtures of the region tests: a small drawn world and the tiny models that run on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from clip_base.cli import main_regionclip
+from clip_base.data.scenes import ScenesConfig, generate
+from clip_base.files import read_json, write_text
+from clip_base.models.clip import CLIP
+from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
+from clip_base.models.resnet import Bottleneck
+from clip_base.weights.native import save_clip
+from regionclip.detector import Detector, DetectorConfig, save_detector
+from regionclip.proposals.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn import save_network
+
+RESNET = VisionConfig(layers=[1, 1, 1, 1], width=8, head_width=32, resolution=64)
+VIT = VisionConfig(kind="vit", layers=[2], width=32, head_width=16, patch=16, resolution=64)
+TEXT = TextConfig(width=32, heads=1, layers=1, context_length=24)
+
+MakeClip = Callable[..., CLIP]
+Command = Callable[..., tuple[int, str]]
+
+
+def _make_clip(kind: str = "resnet", seed: int = 0, embed_dim: int = 32) -> CLIP:
+    torch.manual_seed(seed)
+    model = CLIP(CLIPConfig(embed_dim, VIT if kind == "vit" else RESNET, TEXT))
+    for module in model.modules():
+        if isinstance(module, Bottleneck):  # as initialised every block is the identity, which tests little
+            nn.init.uniform_(module.bn3.weight, 0.5, 1.0)
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    model.eval()
+    if kind == "resnet":
+        _spread(model)
+    return model
+
+
+@torch.no_grad()
+def _spread(model: CLIP) -> None:
+    """Takes out what all images' embeddings share, which in random towers is nearly everything."""
+    images = torch.randn(8, 3, 1, 1) + torch.rand(8, 1, 1, 1) * torch.randn(8, 3, 64, 64)
+    shared = model.encode_image(images).mean(0)
+    model.visual.attnpool.c_proj.bias -= shared  # type: ignore[union-attr, operator]
+
+
+@pytest.fixture(scope="session")
+def make_clip() -> MakeClip:
+    """Makes a tiny CLIP in evaluation mode: make_clip(kind="resnet", seed=0, embed_dim=32)."""
+    return _make_clip
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve training and four validation scenes of 64 pixels; twelve base categories, four novel ones."""
+    folder = tmp_path_factory.mktemp("scenes") / "world"
+    generate(ScenesConfig(out=str(folder), images=12, val_images=4, size=64, object_min=0.3, workers=1, seed=5))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny ResNet CLIP as a file."""
+    path = tmp_path_factory.mktemp("clip") / "model.safetensors"
+    save_clip(_make_clip(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_network() -> Callable[[], ProposalNetwork]:
+    """Makes a tiny proposal network in evaluation mode whose proposals spread over the image."""
+
+    def make() -> ProposalNetwork:
+        torch.manual_seed(1)
+        network = ProposalNetwork(ProposalNetworkConfig(vision=RESNET, channels=16))
+        return network.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def rpn_file(tmp_path_factory: pytest.TempPathFactory, make_network: Callable[[], ProposalNetwork]) -> Path:
+    """The tiny proposal network as a file."""
+    path = tmp_path_factory.mktemp("rpn") / "model.safetensors"
+    save_network(make_network(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_detector(make_network: Callable[[], ProposalNetwork]) -> Callable[..., Detector]:
+    """Makes a tiny trained-like detector: make_detector(**options of DetectorConfig)."""
+
+    def make(**options: object) -> Detector:
+        settings = DetectorConfig(**{"proposals": 20, **options})  # type: ignore[arg-type]
+        return Detector(_make_clip(), settings, make_network(), trained=True).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def detector_file(tmp_path_factory: pytest.TempPathFactory, make_detector: Callable[..., Detector]) -> Path:
+    """The tiny detector as a file."""
+    path = tmp_path_factory.mktemp("detector") / "model.safetensors"
+    save_detector(make_detector(), path, ["cup"])
+    return path
+
+
+@pytest.fixture(scope="session")
+def concepts_file(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A concept pool of the world's category names."""
+    path = tmp_path_factory.mktemp("pool") / "concepts.jsonl"
+    names = [entry["name"] for entry in read_json(world / "instances_train.json")["categories"]]
+    entries = [{"concept": name, "count": 3, "examples": [], "kind": "given"} for name in names]
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+@pytest.fixture
+def regionclip(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command line in this process: exit code and what stood on stderr, progress left out."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        capsys.readouterr()
+        code = main_regionclip([str(argument) for argument in arguments])
+        return code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def mining_options(world: Path, clip_file: Path, concepts_file: Path) -> list[str]:
+    """What mining the world needs, but for `out`: a grid of proposals and a matcher that keeps a lot."""
+    return [
+        f"images={world / 'images'}",
+        f"captions={world / 'captions_train.json'}",
+        f"weights={clip_file}",
+        f"concepts={concepts_file}",
+        "proposer.name=grid",
+        "proposer.sizes=[0.5,1.0]",
+        "matcher.name=caption",
+        "matcher.min_probability=0.0",
+        "resize.short=[64]",
+        "resize.long=64",
+        "batch_size=4",
+        "shard_images=5",
+        "precision=fp32",
+    ]
+
+
+@pytest.fixture(scope="session")
+def mined(mining_options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The world, mined."""
+    folder = tmp_path_factory.mktemp("mining") / "mined"
+    assert main_regionclip(["mine", *mining_options, f"out={folder}"]) == 0
+    return folder

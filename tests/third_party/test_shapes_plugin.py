@@ -1,0 +1,119 @@
+"""Someone else's package adds a job and a proposer by declaring them; nothing here knows of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+PACKAGE = Path(__file__).parent / "shapes_plugin"
+
+
+def install(target: Path) -> None:
+    """Puts the package and the metadata that pip would write into `target`, without a build and without network."""
+    declared = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]
+    name, version = declared["name"].replace("-", "_"), declared["version"]
+    shutil.copytree(PACKAGE / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    info = target / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {declared['name']}\nVersion: {version}\n")
+    lines: list[str] = []
+    for group, points in declared["entry-points"].items():
+        lines += [f"[{group}]", *(f"{key} = {value}" for key, value in points.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("site")
+    install(target)
+    return target
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """Three pictures, one of each shape; in each a thing fills the middle."""
+    (tmp_path / "images").mkdir()
+    images, annotations = [], []
+    for number, (height, width) in enumerate([(40, 80), (80, 40), (60, 60)], 1):
+        pixels = np.full((height, width, 3), 90, np.uint8)
+        box = [width // 4, height // 4, width // 2, height // 2]
+        pixels[box[1] : box[1] + box[3], box[0] : box[0] + box[2]] = 255
+        cv2.imwrite(str(tmp_path / "images" / f"{number}.png"), pixels)
+        images.append({"id": number, "file_name": f"{number}.png", "height": height, "width": width})
+        annotations.append({"id": number, "image_id": number, "category_id": 1, "bbox": box, "iscrowd": 0})
+        annotations[-1]["area"] = box[2] * box[3]
+    categories = [{"id": 1, "name": "thing"}]
+    data = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "instances.json").write_text(json.dumps(data))
+    return tmp_path
+
+
+def command(program: str, site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Types `PROGRAM ARGUMENTS…` where the plugin is installed in `site`."""
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+    code = f"import sys; from clip_base.cli import {program}; sys.exit({program}())"
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
+
+
+def test_its_job_is_listed_explained_and_run(installed: Path, dataset: Path) -> None:
+    overview = command("main", installed)
+    assert "count-shapes" in overview.stdout
+    assert "Counts pictures that are wide, tall and square." in overview.stdout
+    assert "tolerance (float, default 0.1)" in command("main", installed, "count-shapes", "--help").stdout
+    arguments = ["count-shapes", f"images={dataset / 'images'}", f"out={dataset / 'out'}", "--tolerance", "0.2"]
+    done = command("main", installed, *arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "square 1, tall 1, wide 1\n", "")
+    assert json.loads((dataset / "out" / "metrics.json").read_text()) == {"square": 1, "tall": 1, "wide": 1}
+    wrong = command("main", installed, *arguments, "toleranse=1")
+    assert (wrong.returncode, "did you mean 'tolerance'" in wrong.stderr) == (2, True)
+
+
+def test_its_proposer_is_named_like_our_own(installed: Path, dataset: Path) -> None:
+    arguments = ["propose", f"annotations={dataset / 'instances.json'}", f"images={dataset / 'images'}"]
+    arguments += [f"out={dataset / 'out'}", "proposer.name=centre"]
+    done = command("main_regionclip", installed, *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    proposals = json.loads((dataset / "out" / "proposals.json").read_text())
+    boxes = {entry["image_id"]: entry["bbox"] for entry in proposals}
+    expected = {1: [20, 10, 40, 20], 2: [10, 20, 20, 40], 3: [15, 15, 30, 30]}
+    assert boxes.keys() == expected.keys()
+    for number, box in expected.items():
+        assert boxes[number] == pytest.approx(box, abs=1)
+    assert "share: 0.5" in (dataset / "out" / "config.yaml").read_text()
+    wrong = command("main_regionclip", installed, *arguments[:-1], "proposer.name=centre", "proposer.share=3")
+    assert wrong.returncode == 2
+    assert wrong.stderr == "error: share must be above 0 and at most 1, found 3.0\n"
+
+
+def test_it_is_built_through_the_seam_once_installed(installed: Path) -> None:
+    code = """
+from clip_base import plugins
+proposer = plugins.build("regionclip.proposers", {"name": "centre", "share": 0.25})
+assert type(proposer).__module__ == "shapes_plugin.proposer" and proposer.config.share == 0.25
+"""
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (child.returncode, child.stderr) == (0, "")
+
+
+def test_pip_writes_the_metadata_that_we_wrote(installed: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("setuptools") is None or importlib.util.find_spec("pip") is None:
+        pytest.skip("setuptools and pip are not installed here")
+    source, target = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(PACKAGE, source)  # a build leaves files beside the source
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", str(target), str(source)], check=True, capture_output=True)
+    (metadata,) = target.glob("shapes_plugin-*.dist-info/entry_points.txt")
+    ours = installed / "shapes_plugin-1.0.dist-info" / "entry_points.txt"
+    assert metadata.read_text().split() == ours.read_text().split()

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from clip_base import distributed
 from clip_base.errors import InputError
 from clip_base.files import existing, naming_full_disk, replacing
 
@@ -77,10 +78,15 @@ def newest(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None
 
 
 def write_weights(path: str | Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes weights as safetensors, atomically. Shared storage is copied, so every tensor stands alone."""
-    path = Path(path)
+    """Writes weights as safetensors, atomically. Shared storage is copied, so every tensor stands alone.
+
+    Several processes must all call it; the first writes.
+    """
+    path, whole = Path(path), distributed.full(weights)
+    if not distributed.is_first():
+        return
     with replacing(path) as temporary, naming_full_disk(path, SafetensorError):
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}, temporary, metadata)
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in whole.items()}, temporary, metadata)
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -122,4 +128,4 @@ def load_exactly(module: torch.nn.Module, weights: dict[str, Tensor], source: st
             faults.append(f"{len(keys)} {what}: {', '.join(keys[:4])}{more}")
     if faults:
         raise InputError(f"weights {source} do not fit the model: {'; '.join(faults)}")
-    module.load_state_dict(weights)
+    module.load_state_dict({key: distributed.shard_like(weights[key], value) for key, value in own.items()})

@@ -88,7 +88,12 @@ def _dispatch(program: str, prefix: str, arguments: list[str]) -> int:
         print(job_help(f"{program} {name}", job, schema))
         return 0
     file, overrides = parse(schema, rest)
-    job(configs.resolve(schema, file, overrides))
+    config: Any = configs.resolve(schema, file, overrides)
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun; torch is imported only for it
+        from clip_base import distributed
+
+        distributed.start()
+    job(config)
     return 0
 
 

@@ -101,12 +101,12 @@ def _read_yaml(path: Path) -> DictConfig:
 def _merge(config: Any, change: Any, where: str) -> Any:
     try:
         for key, value in change.items():
-            node = config[key] if key in config else None
+            node = config.get(key, None) if key in config else None
             if not isinstance(node, DictConfig):
                 continue
             if not isinstance(value, DictConfig):
-                inner = "name" if "name" in node else next(iter(node), "NAME")
-                raise InputError(f"{where}option {key!r} has options of its own: give {key}.{inner}=… or the like")
+                inner = f"{key}.name" if "name" in node else f"{key}.{next(map(str, node), 'NAME')}"
+                raise InputError(f"{where}option {key!r} has options of its own: give {inner}=… or the like")
             # A part that is named anew starts from that part's defaults, not from another part's options.
             if "name" in value and node.get("name") not in (None, value.name):
                 config[key] = {"name": value.name}

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -32,13 +32,19 @@ class Progress:
         description: what is being done.
         total: how many steps there are; None when it is not known.
         done: steps that an earlier, interrupted run has already made.
+        quiet: show nothing, as all but the first of several processes do.
     """
 
-    def __init__(self, description: str, total: int | None = None, done: int = 0) -> None:
+    _live: ClassVar[Progress | None] = None
+
+    def __init__(
+        self, description: str, total: int | None = None, done: int = 0, quiet: bool = False
+    ) -> None:
         self.description, self.total, self.done = description, total, done
         self._first, self._start, self._printed = done, time.monotonic(), time.monotonic()
         self._bar: Bar | None = None
-        if sys.stderr.isatty():
+        self._quiet = quiet
+        if sys.stderr.isatty() and not quiet:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -51,8 +57,12 @@ class Progress:
             self._task = self._bar.add_task(description, total=total, completed=done, note="")
 
     def __enter__(self) -> Progress:
+        if self._bar is not None and Progress._live is not None:
+            # Another bar is on the screen, where there is room for one: an evaluation within a training.
+            self._bar, self._quiet = None, True
         if self._bar is not None:
             self._bar.start()
+            Progress._live = self
         return self
 
     def __exit__(
@@ -60,6 +70,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+            Progress._live = None
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Counts `steps` more; `note` is shown behind the bar."""
@@ -68,7 +79,7 @@ class Progress:
             self._bar.update(self._task, completed=self.done, note=note)
             return
         now = time.monotonic()
-        if now - self._printed >= SECONDS_BETWEEN_LINES:
+        if now - self._printed >= SECONDS_BETWEEN_LINES and not self._quiet:
             self._printed = now
             print(self._line(now, note), file=sys.stderr, flush=True)
 

@@ -1,13 +1,15 @@
 """A job's output folder: which run it holds, its log, its metrics.
 
 Every job leaves `config.yaml` (resolved; itself a valid config file), `log.jsonl` (a line a step) and, when
-it has ended well, `metrics.json`. The same command on a finished folder returns at once; another is refused.
+it has ended well, `metrics.json`; of several processes the first writes them. The same command on a finished
+folder returns at once; another is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,8 @@ class RunFolder:
             self._same_run(here, config, job)
         elif self.path.exists() and any(not _is_leftover(path) for path in self.path.iterdir()):
             raise InputError(f"{out} is not empty and holds no run of {job}; give another out= or empty it")
-        write_text(here, held)
+        if _writes():
+            write_text(here, held)
         self.log_path = self.path / "log.jsonl"
 
     def _same_run(self, here: Path, config: Any, job: str) -> None:
@@ -68,11 +71,13 @@ class RunFolder:
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Writes the metrics; from now on the run counts as ended."""
+        if not _writes():
+            return
         write_json(self.metrics_path, metrics, indent=2)
 
     def rewind_log(self, step: int) -> None:
         """Drops what was logged after `step`, so that a resumed run's log is an undisturbed run's."""
-        if not self.log_path.exists():
+        if not self.log_path.exists() or not _writes():
             return
         kept = []
         for line in self.log_path.read_text(encoding="utf-8").splitlines():
@@ -86,8 +91,16 @@ class RunFolder:
 
     def log(self, entry: dict[str, Any]) -> None:
         """Appends one line to `log.jsonl`."""
+        if not _writes():
+            return
         with self.log_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def _writes() -> bool:
+    """Whether this process is the one of its group that writes; a job without torch has no group."""
+    distributed = sys.modules.get("clip_base.distributed")
+    return distributed is None or bool(distributed.is_first())
 
 
 def _is_leftover(path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,19 +16,31 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from clip_base import checkpoint
+from clip_base import checkpoint, distributed
+from clip_base.board import Board
 from clip_base.config import option
+from clip_base.distributed import KINDS, Parallel
+from clip_base.ema import Average
 from clip_base.errors import InputError
+from clip_base.files import write_json
+from clip_base.models.clip import set_checkpointing
+from clip_base.precision import PRECISIONS
+from clip_base.precision import autocast as autocast
+from clip_base.precision import computes_in_bf16 as computes_in_bf16
+from clip_base.precision import pick_device as pick_device
 from clip_base.progress import Progress
 from clip_base.run import RunFolder
+
+# What stands beside the losses in a line of log.jsonl.
+NO_LOSS = frozenset({"step", "lr", "images_per_second", "logit_scale", "bias"})
 
 
 @dataclass
 class TrainConfig:
     """How a task is trained."""
 
-    steps: int = option(0, "optimiser steps in all; 0: as many as `epochs` says")
-    epochs: float = option(0.0, "passes over the data; 0: as `steps` says")
+    steps: int = option(0, "optimiser steps in all; 0: as many as make `epochs`")
+    epochs: float = option(0.0, "passes over the data, when steps is 0")
     batch_size: int = option(256, "images a step")
     optimizer: str = option("adamw", "adamw: decoupled weight decay; sgd: momentum", choices=("adamw", "sgd"))
     lr: float = option(5e-4, "peak learning rate")
@@ -40,24 +53,27 @@ class TrainConfig:
     milestones: list[float] = option([], "schedule=step: shares of the steps after which lr falls to a tenth")
     max_grad_norm: float = option(0.0, "gradients are scaled down to this norm; 0: never")
     precision: str = option(
-        "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
+        "auto", "auto takes bf16 where the processor computes in it; fp16 is for GPUs", choices=PRECISIONS
     )
     compile: bool = option(False, "torch.compile the task")
+    checkpointing: bool = option(False, "recompute activations in the backward pass: less memory", free=True)
+    parallel: str = option(
+        "auto", "several processes (torchrun): ddp, or fsdp to split the weights", choices=KINDS, free=True
+    )
+    ema: float = option(0.0, "decay of the moving average that becomes the final weights; 0: none")
     seed: int = option(0, "decides initial weights, order and augmentation")
     workers: int = option(0, "processes that load data; 0: the training process itself", free=True)
     save_every: float = option(60.0, "seconds between checkpoints", free=True)
     log_every: int = option(10, "steps between lines in log.jsonl")
+    tensorboard: bool = option(False, "write the log's figures to out/tensorboard too", free=True)
     evaluate_every: int = option(0, "steps between evaluations along the way; 0: none")
     device: str = option("auto", "auto takes a GPU when there is one", free=True)
 
     def __post_init__(self) -> None:
-        if self.steps > 0 and self.epochs > 0:
-            raise InputError(
-                f"train.steps={self.steps} and train.epochs={self.epochs:g} both say how long to train; "
-                "set the one that shall not count to 0"
-            )
         if self.batch_size < 1:
             raise InputError(f"batch_size must be at least 1, found {self.batch_size}")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema must lie in [0, 1), found {self.ema:g}; 0.9999 is usual for long runs")
 
 
 class Batch(Protocol):
@@ -65,29 +81,6 @@ class Batch(Protocol):
 
     def to(self, device: torch.device | str) -> Any:
         """Returns the batch on `device`."""
-
-
-def pick_device(name: str) -> torch.device:
-    """Returns the device called `name`; "auto" is the first GPU, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def computes_in_bf16(device: torch.device) -> bool:
-    """Whether `device` multiplies bfloat16 matrices in hardware (AVX512-BF16, AMX, Ampere and later)."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return False
-
-
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Returns the context in which a forward pass runs at `precision` ("auto", "fp32" or "bf16")."""
-    if precision == "bf16" or (precision == "auto" and computes_in_bf16(device)):
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -119,23 +112,27 @@ def make_optimizer(task: nn.Module, config: TrainConfig) -> torch.optim.Optimize
 
 
 class _Stop:
-    """Turns SIGTERM into a request to save and leave after the current step."""
+    """Turns SIGTERM and the first Ctrl-C into a request to save and leave after the current step."""
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Stop:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._request)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._request)
         return self
 
     def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:  # asked twice: at once, from the last checkpoint on
+            raise KeyboardInterrupt
         self.requested = True
+        print("stopping after this step; its state is saved", file=sys.stderr)
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
 
 def fit(
@@ -148,42 +145,56 @@ def fit(
     """Trains `task`: forward, sum the losses, backward, clip, step, log, evaluate, save; resumes `run`.
 
     Args:
-        task: a batch in, a dict of named, already weighted scalar losses out. Trained in place.
-        loader: begins anew when it ends; `seek(step)` moves it, `len` is the number of batches in an epoch.
+        task: a batch in, a dict of named, already weighted scalar losses out. Trained in place. It may have
+            `after_step()`, and `figures()` with further numbers for the log.
+        loader: begins anew when it ends; `seek(step)` moves it, `len` is the number of batches in an epoch,
+            `names(step)` says what a batch's samples are called.
         config: how to train.
         run: takes the log and the checkpoints.
         evaluate: called with the step every `evaluate_every` steps and at the end; its figures go to the log.
 
     Returns:
-        The number of steps made in all.
+        The number of steps made in all. With `config.ema` the task ends with the averaged weights; those of
+        the last step are in its checkpoint.
 
     Raises:
         InputError: a loss is not a number (the step is named), or the newest checkpoint is damaged.
-        KeyboardInterrupt: after SIGTERM, once the state is saved.
+        KeyboardInterrupt: after SIGTERM or Ctrl-C, once the state is saved.
     """
+    distributed.start()
     device = pick_device(config.device)
     steps = config.steps or round(config.epochs * len(cast(Any, loader)))
     if steps < 1:
         raise InputError("nothing to do: set train.steps or train.epochs")
     task.to(device).train()
-    optimizer = make_optimizer(task, config)
-    loop = _Loop(task, optimizer, config, run, device, steps)
+    loop = _Loop(task, config, run, device, steps, getattr(loader, "names", None))
     step = loop.resume()
-    if step >= steps:
-        return step
+    if step < steps:
+        step = _steps(loop, loader, step, evaluate)
+    loop.finish()
+    return step
+
+
+def _steps(
+    loop: _Loop, loader: Iterable[Batch], step: int, evaluate: Callable[[int], dict[str, float]] | None
+) -> int:
+    """Trains from `step` on; returns the number of steps made in all."""
+    config, run, steps = loop.config, loop.run, loop.steps
     if hasattr(loader, "seek"):
         loader.seek(step)
-    with Progress(run.path.name, steps, step) as progress, _Stop() as stop:
+    progress = Progress(run.path.name, steps, step, quiet=not distributed.is_first())
+    with progress, _Stop() as stop:
         for batch in _endless(loader):
-            loop.step(step, batch.to(device))
+            loop.step(step, batch.to(loop.device))
             step += 1
             progress.advance(note=loop.note)
             due = config.evaluate_every and step % config.evaluate_every == 0
             if evaluate is not None and (due or step == steps):
                 loop.evaluate(step, evaluate)
-            if step == steps or stop.requested or loop.save_is_due():
+            stopping, saving = distributed.any_of(stop.requested, loop.save_is_due())
+            if step == steps or stopping or saving:
                 loop.save(step)
-            if stop.requested and step < steps:
+            if stopping and step < steps:
                 raise KeyboardInterrupt
             if step == steps:
                 break
@@ -206,31 +217,42 @@ class _Loop:
     def __init__(
         self,
         task: nn.Module,
-        optimizer: torch.optim.Optimizer,
         config: TrainConfig,
         run: RunFolder,
         device: torch.device,
         steps: int,
+        names: Callable[[int], list[str]] | None,
     ) -> None:
-        self.task, self.optimizer, self.config, self.run = task, optimizer, config, run
-        self.device, self.steps, self.note = device, steps, ""
-        self.forward = torch.compile(task) if config.compile else task
+        self.task, self.config, self.run = task, config, run
+        self.device, self.steps, self.names, self.note = device, steps, names, ""
+        set_checkpointing(task, config.checkpointing)
+        self.parallel = Parallel(task, config.parallel, device)
+        self.optimizer = make_optimizer(task, config)
+        self.forward = torch.compile(self.parallel.forward) if config.compile else self.parallel.forward
+        self.average = Average(task, config.ema) if config.ema else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.folder = run.path / "checkpoints"
+        self.board: Board | None = None
         self._saved = self._logged = time.monotonic()
         self._sums: dict[str, Tensor] = {}
         self._images = 0
 
     def resume(self) -> int:
         found = checkpoint.newest(self.folder)
-        if found is None:
-            self.run.rewind_log(0)
-            return 0
-        step, weights, training = found
-        checkpoint.load_exactly(self.task, weights, self.folder / f"{step:08d}")
-        self.optimizer.load_state_dict(training["optimizer"])
-        torch.set_rng_state(training["random"])
+        step = 0
+        if found is not None:
+            step, weights, training = found
+            checkpoint.load_exactly(self.task, weights, self.folder / f"{step:08d}")
+            distributed.load_optimizer(self.optimizer, training["optimizer"])
+            torch.set_rng_state(training["random"])
+            self._sums = training["sums"]
+            if self.average is not None:
+                self.average.load(training["average"])
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(training["scaler"])
         self.run.rewind_log(step)
-        self._sums = training["sums"]
+        if self.config.tensorboard and distributed.is_first():
+            self.board = Board(self.run.path / "tensorboard", step)
         return step
 
     def step(self, step: int, batch: Any) -> None:
@@ -241,22 +263,39 @@ class _Loop:
             losses = self.forward(batch)
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
         if not torch.isfinite(total):
-            shown = ", ".join(f"{name} {float(loss.detach()):.4g}" for name, loss in losses.items())
-            remedy = "lower train.lr or use train.precision=fp32"
-            raise InputError(f"the loss is not finite at step {step + 1} ({shown}); {remedy}")
-        torch.autograd.backward(total)
+            raise InputError(self._not_finite(step, losses))
+        torch.autograd.backward(self.scaler.scale(total))
+        self.parallel.after_backward()
         self._count(losses)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if config.max_grad_norm:
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         after = getattr(self.task, "after_step", None)
         if after is not None:
             after()
+        if self.average is not None:
+            self.average.update(step)
         self._images += config.batch_size
         if (step + 1) % config.log_every == 0 or step + 1 == self.steps:
             self._log(step + 1)
+
+    def _not_finite(self, step: int, losses: dict[str, Tensor]) -> str:
+        """Returns what to tell about a loss that is not a number; lists the batch's samples in a file."""
+        shown = ", ".join(f"{name} {float(loss.detach()):.4g}" for name, loss in losses.items())
+        remedy = "lower train.lr or use train.precision=fp32"
+        message = f"the loss is not finite at step {step + 1} ({shown}); {remedy}"
+        if self.names is None:
+            return message
+        samples = self.names(step)
+        path = distributed.own_file(self.run.path / "not_finite.json")
+        write_json(path, {"step": step + 1, "samples": samples}, indent=1)
+        return (
+            f"{message}; the batch begins with {samples[0]}, its {len(samples)} samples are listed in {path}"
+        )
 
     def _count(self, losses: dict[str, Tensor]) -> None:
         for name, loss in losses.items():
@@ -266,28 +305,51 @@ class _Loop:
     def _log(self, step: int) -> None:
         now = time.monotonic()
         rate = self._images / max(now - self._logged, 1e-9)
-        means = {name: float(total / count) for name, (total, count) in self._sums.items()}
+        sums = {name: distributed.mean(both) for name, both in self._sums.items()}
+        means = {name: float(total / count) for name, (total, count) in sums.items()}
         lr = self.optimizer.param_groups[0]["lr"]
-        self.run.log({"step": step, **means, "lr": lr, "images_per_second": round(rate, 1)})
-        shown = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-        self.note = f"{shown}, lr {lr:.2e}, {rate:.0f} images/s"
+        figures: dict[str, float] = getattr(self.task, "figures", dict)()
+        self._write(step, {**means, **figures, "lr": lr, "images_per_second": round(rate, 1)})
+        shown = [f"{name} {mean:.3f}" for name, mean in means.items()]
+        shown += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items()]
+        self.note = f"{', '.join(shown)}, lr {lr:.2e}, {rate:.0f} images/s"
         self._sums, self._logged, self._images = {}, now, 0
 
+    def _write(self, step: int, figures: dict[str, float]) -> None:
+        self.run.log({"step": step, **figures})
+        if self.board is not None:
+            self.board.add(step, figures)
+
     def evaluate(self, step: int, evaluate: Callable[[int], dict[str, float]]) -> None:
+        averaged = contextlib.nullcontext() if self.average is None else self.average.applied()
         self.task.eval()
-        with torch.no_grad(), autocast(self.config.precision, self.device):
+        with averaged, self.parallel.whole(), torch.no_grad(), autocast(self.config.precision, self.device):
             figures = evaluate(step)
         self.task.train()
-        self.run.log({"step": step, **figures})
+        self._write(step, figures)
 
     def save_is_due(self) -> bool:
         return time.monotonic() - self._saved >= self.config.save_every
 
     def save(self, step: int) -> None:
         training = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": distributed.full(self.optimizer.state_dict()),
             "random": torch.get_rng_state(),
-            "sums": self._sums,
+            "sums": {name: distributed.mean(both) for name, both in self._sums.items()},
         }
-        checkpoint.save(self.folder, step, self.task.state_dict(), training)
+        if self.average is not None:
+            training["average"] = distributed.full(self.average.weights)
+        if self.scaler.is_enabled():
+            training["scaler"] = self.scaler.state_dict()
+        weights = distributed.full(self.task.state_dict())
+        if distributed.is_first():
+            checkpoint.save(self.folder, step, weights, training)
+        distributed.wait()
         self._saved = time.monotonic()
+
+    def finish(self) -> None:
+        """Leaves the averaged weights in the task, if there are any."""
+        if self.average is not None:
+            self.average.swap()
+        if self.board is not None:
+            self.board.close()

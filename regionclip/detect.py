@@ -43,9 +43,13 @@ class DetectConfig:
     detector: DetectorConfig = option(
         DetectorConfig(), "scores and suppression, for a CLIP or with own_settings=false"
     )
-    own_settings: bool = option(True, "a detector scores as it was trained to, not as `detector` says")
+    own_settings: bool = option(
+        True, "a detector sees and scores as it was trained to, not as `resize` and `detector` say"
+    )
     templates: list[str] = option(["a photo of {article} {}.", "{}"], "prompts, averaged; {} is the name")
-    resize: ResizeConfig = option(ResizeConfig(), "size of the pictures")
+    resize: ResizeConfig = option(
+        ResizeConfig(), "size of the pictures, for a CLIP or with own_settings=false"
+    )
     precision: str = option(
         "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
     )
@@ -140,7 +144,8 @@ def _upright(file: Path) -> Pixels:
 def _in_picture(
     detector: Detector, proposer: Proposer | None, original: Pixels, number: int, config: DetectConfig
 ) -> Detections:
-    pixels, frame = place(original, config.resize.short[0], config.resize.long)
+    resize = detector.resize or config.resize
+    pixels, frame = place(original, resize.short[0], resize.long)
     device = detector.classifier.device
     batch = to_batch([pixels], multiple=32).to(device)
     with torch.no_grad(), autocast(config.precision, device):

@@ -26,7 +26,7 @@ from regionclip.encoder import RegionEncoder
 from regionclip.proposals.base import ImageKey, Proposer
 from regionclip.proposals.network import ProposalNetwork, ProposalNetworkConfig
 from regionclip.structures import Detections, Regions
-from regionclip.transforms import Frame
+from regionclip.transforms import Frame, ResizeConfig
 from regionclip.vocabulary import Vocabulary
 
 FORMAT = "regionclip.detector/1"
@@ -43,8 +43,12 @@ class DetectorConfig:
     alpha_base: float = option(0.5, "exponent of objectness in the score of base names, in [0, 1]")
     alpha_novel: float = option(0.5, "exponent of objectness in the score of novel names, in [0, 1]")
     min_score: float = option(0.001, "detections that score less are dropped")
-    suppression: str = option("soft", "nms drops overlapping boxes, soft lowers their scores", choices=("soft", "nms"))
-    nms: float = option(0.5, "suppression=nms: IoU above which the lower scored of two boxes of a name is dropped")
+    suppression: str = option(
+        "soft", "nms drops overlapping boxes, soft lowers their scores", choices=("soft", "nms")
+    )
+    nms: float = option(
+        0.5, "suppression=nms: IoU above which the lower scored of two boxes of a name is dropped"
+    )
     sigma: float = option(0.5, "suppression=soft: width of the Gaussian")
     detections: int = option(100, "most detections an image")
     candidates: int = option(1000, "best (region, name) pairs an image that go into suppression")
@@ -62,22 +66,32 @@ class Detector(nn.Module):
         clip: both towers; the text tower embeds new names.
         config: scores and suppression.
         network: the proposal network; None when proposals come from elsewhere.
-        trained: whether the detector has a box head and a background, as training makes them. Without, boxes stay
-            the proposals' and a region is always one of the names (zero-shot).
+        trained: whether the detector has a box head and a background, as training makes them. Without, boxes
+            stay the proposals' and a region is always one of the names (zero-shot).
+
+    Attributes:
+        resize: the size of images that it was trained on; None when it was not trained.
     """
 
     classifier: Tensor
     alpha: Tensor
 
     def __init__(
-        self, clip: CLIP, config: DetectorConfig, network: ProposalNetwork | None = None, trained: bool = False
+        self,
+        clip: CLIP,
+        config: DetectorConfig,
+        network: ProposalNetwork | None = None,
+        trained: bool = False,
     ) -> None:
         super().__init__()
         self.clip, self.config, self.network = clip, config, network
-        self.encoder = RegionEncoder(clip.visual, "roi_align" if isinstance(clip.visual, ModifiedResNet) else "crop")
+        self.encoder = RegionEncoder(
+            clip.visual, "roi_align" if isinstance(clip.visual, ModifiedResNet) else "crop"
+        )
         width = clip.config.embed_dim
         self.box_head = nn.Linear(width, 4) if trained else None
         self.trained = trained
+        self.resize: ResizeConfig | None = None
         self.vocabulary: Vocabulary | None = None
         self.register_buffer("classifier", torch.zeros(0, width), persistent=False)
         self.register_buffer("alpha", torch.zeros(0), persistent=False)
@@ -101,7 +115,11 @@ class Detector(nn.Module):
         vocabulary.require_width(self.clip.config.embed_dim, source)
         self.vocabulary = vocabulary
         self.classifier = vocabulary.embeddings.to(self.classifier.device)
-        novel = torch.zeros(len(vocabulary.names), dtype=torch.bool) if vocabulary.novel is None else vocabulary.novel
+        novel = (
+            torch.zeros(len(vocabulary.names), dtype=torch.bool)
+            if vocabulary.novel is None
+            else vocabulary.novel
+        )
         alphas = torch.where(novel, self.config.alpha_novel, self.config.alpha_base)
         self.alpha = alphas.to(self.classifier.device)
 
@@ -111,8 +129,8 @@ class Detector(nn.Module):
         Args:
             embeddings: [N, D], not necessarily of unit length.
             classifier: [C, D], unit length.
-            background: whether a region may be none of the names. The background's embedding has length 0, so that
-                its logit is 0 whatever the region (arXiv 2112.09106, section 4).
+            background: whether a region may be none of the names. The background's embedding has length 0, so
+                that its logit is 0 whatever the region (arXiv 2112.09106, section 4).
         """
         cosines = F.normalize(embeddings.float(), dim=-1) @ classifier.T
         return F.pad(self.scale * cosines, (0, 1)) if background else self.scale * cosines
@@ -145,7 +163,11 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def detect_batch(
-        self, images: ImageBatch, frames: Sequence[Frame], keys: Sequence[ImageKey], proposer: Proposer | None = None
+        self,
+        images: ImageBatch,
+        frames: Sequence[Frame],
+        keys: Sequence[ImageKey],
+        proposer: Proposer | None = None,
     ) -> list[Detections]:
         """Detects in a batch.
 
@@ -162,7 +184,9 @@ class Detector(nn.Module):
             raise ValueError("no vocabulary is set; call set_vocabulary first")
         regions = self.propose(images) if proposer is None else proposer(images, keys)
         probabilities, boxes = self.classify(images, regions, self.trained)
-        objectness = torch.ones(len(regions), device=boxes.device) if regions.scores is None else regions.scores
+        objectness = (
+            torch.ones(len(regions), device=boxes.device) if regions.scores is None else regions.scores
+        )
         scores = fuse(objectness, probabilities, self.alpha)
         found = []
         for slot, frame in enumerate(frames):
@@ -203,7 +227,7 @@ def fuse(objectness: Tensor, probabilities: Tensor, alpha: Tensor) -> Tensor:
 
 
 def save_detector(detector: Detector, path: str | Path, base: Sequence[str]) -> None:
-    """Writes a trained detector whole: towers, proposal network, box head, and the base names it was trained on."""
+    """Writes a trained detector whole: towers, proposal network, box head, and the base names it learned."""
     if detector.network is None:
         raise ValueError("a detector without its proposal network cannot be used from a file")
     proposals = {**dataclasses.asdict(detector.network.config), "backbone_weights": ""}
@@ -212,6 +236,7 @@ def save_detector(detector: Detector, path: str | Path, base: Sequence[str]) -> 
         "clip": json.dumps(dataclasses.asdict(detector.clip.config)),
         "proposals": json.dumps(proposals),
         "detector": json.dumps(dataclasses.asdict(detector.config)),
+        "resize": json.dumps(dataclasses.asdict(detector.resize or ResizeConfig())),
         "base": json.dumps(list(base)),
     }
     write_weights(path, detector.state_dict(), metadata)
@@ -236,5 +261,6 @@ def load_detector(path: str | Path, config: DetectorConfig | None = None) -> tup
     settings = config or configs.check(DetectorConfig, json.loads(metadata["detector"]), where)
     detector = Detector(clip, settings, network, trained=True)
     load_exactly(detector, weights, path)
+    detector.resize = configs.check(ResizeConfig, json.loads(metadata["resize"]), where)
     detector.eval().to(memory_format=torch.channels_last)
     return detector, tuple(json.loads(metadata["base"]))

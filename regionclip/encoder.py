@@ -1,4 +1,4 @@
-"""Regions to embeddings: one encoder over a CLIP vision tower, by RoIAlign on its map or by crops of the pixels."""
+"""Regions to embeddings, over a CLIP vision tower: by RoIAlign on its map or by crops of the pixels."""
 
 # B images, N regions in all, C channels of the map, s side of a region on the map, D embedding size
 from __future__ import annotations
@@ -20,13 +20,14 @@ MODES = ("roi_align", "crop", "dense")
 class RegionEncoder:
     """Embeds regions with a CLIP vision tower.
 
-    It has no weights of its own and is no module, so that a model that holds it lists its tower's weights once.
+    It has no weights of its own and is no module, so that a model that holds it lists its tower's weights
+    once.
 
     Args:
         visual: the vision tower.
-        mode: "roi_align" pools the trunk's map and runs the head on it (ResNets; arXiv 2112.09106, section 3.1);
-            "crop" cuts square crops out of the pixels and embeds each as an image of its own; "dense" averages the
-            projected patch tokens under a box (ViTs).
+        mode: "roi_align" pools the trunk's map and runs the head on it (ResNets; arXiv 2112.09106, section
+            3.1); "crop" cuts square crops out of the pixels and embeds each as an image of its own; "dense"
+            averages the projected patch tokens under a box (ViTs).
         context: crop mode: side of the crop as a multiple of the box's longer side.
         chunk: crops or regions embedded at once, to bound memory.
     """
@@ -65,7 +66,7 @@ class RegionEncoder:
         return self(images, whole_images(images))
 
     def of_map(self, feature_map: Tensor, regions: Regions) -> Tensor:
-        """Returns [N, D] embeddings, not normalised, of regions of a ResNet trunk's map [B, C, H/16, W/16]."""
+        """Returns [N, D], not normalised: regions of a ResNet trunk's map [B, C, H/16, W/16]."""
         visual = self.visual
         assert isinstance(visual, ModifiedResNet)
         side = visual.region_size
@@ -86,7 +87,7 @@ class RegionEncoder:
 
 
 def square_rois(regions: Regions, context: float) -> Tensor:
-    """Returns [N, 5] (image index, box) with square boxes around the regions, `context` times their longer side."""
+    """Returns [N, 5] (image index, box): squares around the regions, `context` times their longer side."""
     x1, y1, x2, y2 = regions.boxes.unbind(1)
     half = torch.maximum(x2 - x1, y2 - y1) * context / 2
     x, y = (x1 + x2) / 2, (y1 + y2) / 2

@@ -1,4 +1,4 @@
-"""The evaluation job: any results file, or weights over true boxes or proposals; novel, base and all classes."""
+"""The evaluation job: a results file, or weights over true boxes or proposals; novel, base, all."""
 
 # n boxes of one image, C names of the split
 from __future__ import annotations
@@ -57,11 +57,13 @@ class EvaluateConfig:
     detector: DetectorConfig = option(
         DetectorConfig(), "scores and suppression, for a CLIP or with own_settings=false"
     )
-    own_settings: bool = option(True, "a detector scores as it was trained to, not as `detector` says")
+    own_settings: bool = option(
+        True, "a detector sees and scores as it was trained to, not as `resize` and `detector` say"
+    )
     templates: list[str] = option(
         ["a photo of {article} {}.", "{}"], "prompts, averaged; {} is the class name"
     )
-    resize: ResizeConfig = option(ResizeConfig(), "size of the images")
+    resize: ResizeConfig = option(ResizeConfig(), "size of the images, for a CLIP or with own_settings=false")
     max_detections: int = option(100, "detections an image that count; LVIS: 300")
     batch_size: int = option(8, "images at once")
     precision: str = option(
@@ -115,9 +117,11 @@ def _write_per_class(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def load_any(weights: str, config: DetectorConfig, own_settings: bool = True) -> Detector:
     """Returns a detector from a detector's file, or a zero-shot one from a CLIP's."""
-    _, metadata = read_weights(weights)
-    if metadata.get("format") == DETECTOR:
-        return load_detector(weights, None if own_settings else config)[0]
+    is_ours = weights.endswith(".safetensors")
+    if is_ours and read_weights(weights)[1].get("format") == DETECTOR:
+        detector = load_detector(weights, None if own_settings else config)[0]
+        detector.resize = detector.resize if own_settings else None
+        return detector
     return Detector(load_clip(weights), config).eval()
 
 
@@ -143,7 +147,9 @@ def _detect(config: EvaluateConfig, results: Path) -> dict[str, Any]:
     skipped: dict[int, str] = {}
     named: list[tuple[torch.Tensor, torch.Tensor]] = []
     with Progress("detecting", len(dataset)) as progress:
-        for batch in batches_of(dataset, config.resize, config.batch_size, device, skipped):
+        for batch in batches_of(
+            dataset, detector.resize or config.resize, config.batch_size, device, skipped
+        ):
             with torch.no_grad(), autocast(config.precision, device):
                 if config.boxes == "truth":
                     found, scores = name_true_boxes(detector, batch, dataset.category_ids)

@@ -13,7 +13,7 @@ from html import escape
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 40
 MOST_POINTS = 160
-DASH = "–"  # noqa: RUF001 a dash is meant
+DASH = "–"
 
 Points = Sequence[tuple[float, float]]
 

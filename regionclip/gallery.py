@@ -158,7 +158,7 @@ def _starred(name: str, novel: Sequence[str]) -> str:
 
 
 def _counted(names: Sequence[str]) -> str:
-    return ", ".join(name if count == 1 else f"{count} × {name}" for name, count in Counter(names).items())  # noqa: RUF001
+    return ", ".join(name if count == 1 else f"{count} × {name}" for name, count in Counter(names).items())
 
 
 def pick_pairs(regions: Sequence[MinedRegion], count: int = PAIRS) -> list[int]:

@@ -1,4 +1,4 @@
-"""What jobs over images share: batches in order, nothing mirrored, with the way back, and the proposer they name."""
+"""What jobs over images share: batches in order with the way back, and the proposer they name."""
 
 from __future__ import annotations
 

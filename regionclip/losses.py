@@ -11,7 +11,8 @@ from torch import Tensor
 def distillation(logits: Tensor, concept_ids: Tensor, concept_probs: Tensor) -> Tensor:
     """Cross entropy between the teacher's stored top-K and the student over the whole pool.
 
-    It differs from the Kullback-Leibler divergence by the teacher's entropy, which no weight of the student moves.
+    It differs from the Kullback-Leibler divergence by the teacher's entropy, which no weight of the student
+    moves.
 
     Args:
         logits: [N, C], the student's cosines over temperature.
@@ -31,14 +32,15 @@ def distillation(logits: Tensor, concept_ids: Tensor, concept_probs: Tensor) -> 
 def region_text_contrastive(
     regions: Tensor, texts: Tensor, concepts: Tensor, scale: Tensor | float, families: Tensor
 ) -> Tensor:
-    """Contrasts regions with the concepts that the batch holds; regions of one concept are positives of its text.
+    """Contrasts regions with the batch's concepts; all regions of a concept are positives of its text.
 
     Args:
         regions: [N, D], unit length.
         texts: [C, D], unit length, the whole pool.
         concepts: [N] int64, each region's concept.
         scale: factor on the cosines.
-        families: [C] int64: concepts of one family ("red umbrella", "umbrella") are no negatives of each other.
+        families: [C] int64: concepts of one family ("red umbrella", "umbrella") are no negatives of each
+            other.
 
     Returns:
         A scalar: the mean of region-to-text and text-to-region cross entropy; zero without regions.

@@ -1,4 +1,4 @@
-"""From captioned images to region-phrase pairs: proposals, a frozen teacher, a matcher; offline, once, restartable."""
+"""From captioned images to region-phrase pairs: proposals, a frozen teacher, a matcher; restartable."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ def mine(config: MineConfig) -> None:
             write_shard(path, regions)
     manifest = _finish(run, config, miner.vocabulary, len(pieces), len(images), hashes)
     print(
-        f"{run.path}: {manifest['regions']} regions of {manifest['images']} images, {manifest['skipped']} skipped"
+        f"{run.path}: {manifest['regions']} regions of {manifest['images']} images, "
+        f"{manifest['skipped']} skipped"
     )
 
 
@@ -117,7 +118,7 @@ def _list_path(shard: Path) -> Path:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a finished folder still holds every shard that its manifest lists; a deleted one is mined again."""
+    """Whether a finished folder still holds every shard of its manifest; a deleted one is mined again."""
     return (folder / MANIFEST).exists() and all(
         (folder / name).exists() for name in read_manifest(folder)["shards"]
     )
@@ -148,10 +149,12 @@ def _finish(
     images: int,
     hashes: dict[str, str],
 ) -> dict[str, Any]:
-    """Writes what makes a folder of shards a finished one: the list of skipped images, vocabulary and manifest."""
+    """Writes what makes a folder of shards a finished one: skipped images, vocabulary, manifest."""
     import pyarrow.parquet as pq
 
     paths = [shard_path(run.path, number) for number in range(shards)]
+    for leftover in run.path.glob(".*.tmp"):  # what a killed run was writing
+        leftover.unlink()
     lists = [_list_path(path).read_text(encoding="utf-8") for path in paths]
     write_text(run.path / "skipped.jsonl", "".join(lists))
     vocabulary.save(run.path / "vocabulary.safetensors")
@@ -318,6 +321,7 @@ def _scores(scores: Tensor | None, mask: Tensor) -> Tensor:
 def row_of(phrase: Phrase, rows: dict[str, int]) -> int | None:
     """Returns the vocabulary's row for a phrase: its head noun's, else the whole phrase's, else None.
 
-    The head comes first since a detector is asked for things, and since what describes them ("red") is seldom said.
+    The head comes first since a detector is asked for things, and since what describes them ("red") is seldom
+    said.
     """
     return rows.get(phrase.head, rows.get(phrase.text))

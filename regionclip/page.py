@@ -133,11 +133,11 @@ def places(folder: Path) -> str:
     return escape("\n".join(f"{folder / place!s:<{wide}}  {what}" for place, what in listed.items()))
 
 
-def detect_call(folder: Path, names: Sequence[str], short: int, long: int) -> str:
-    """Returns a command that looks for `names` in validation scenes, made `short` to `long` pixels large."""
+def detect_call(folder: Path, names: Sequence[str]) -> str:
+    """Returns a command that looks for `names` in validation scenes."""
     lines = (
         f"regionclip detect {folder}/world/images/val",
         f"weights={folder}/detector-regionclip/model.safetensors",
-        f'vocabulary="{", ".join(names)}" "resize.short=[{short}]" resize.long={long} out=found',
+        f'vocabulary="{", ".join(names)}" out=found',
     )
     return escape(" \\\n    ".join(lines))

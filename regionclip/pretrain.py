@@ -17,7 +17,7 @@ from clip_base.data.loader import Loader
 from clip_base.data.sources import read_captions
 from clip_base.errors import InputError
 from clip_base.files import existing
-from clip_base.losses import contrastive, equal_rows
+from clip_base.losses import contrastive
 from clip_base.models.clip import CLIP
 from clip_base.models.resnet import ModifiedResNet, freeze_batch_norm
 from clip_base.pretrain import last_loss
@@ -42,7 +42,9 @@ class RegionPretrainConfig:
 
     mined: str = option(REQUIRED, "folder that `regionclip mine` has filled")
     weights: str = option(REQUIRED, "the student's start: a CLIP")
-    captions: str = option("", "captions_*.json for the image-text loss; empty: those the shards were mined from")
+    captions: str = option(
+        "", "captions_*.json for the image-text loss; empty: those the shards were mined from"
+    )
     images: str = option("", "folder of the images; empty: the one the shards were mined from")
     out: str = option(REQUIRED, "folder for weights, log and metrics", free=True)
     resize: ResizeConfig = option(ResizeConfig(), "size of the training images")
@@ -50,8 +52,12 @@ class RegionPretrainConfig:
     distillation: float = option(1.0, "weight of the cross entropy to the teacher's stored concepts")
     contrastive: float = option(1.0, "weight of the region-text contrastive loss")
     image_text: float = option(1.0, "weight of the image-text contrastive loss")
-    temperature: float = option(0.0, "what cosines are divided by; 0: the student's own, 1 / exp(logit scale), fixed")
-    freeze_stages: int = option(2, "stages kept as they are: 0 none, 1 the stem, 2 also layer1, … 4 also layer3")
+    temperature: float = option(
+        0.0, "what cosines are divided by; 0: the student's own, 1 / exp(logit scale), fixed"
+    )
+    freeze_stages: int = option(
+        2, "stages kept as they are: 0 none, 1 the stem, 2 also layer1, … 4 also layer3"
+    )
     freeze_batch_norm: bool = option(True, "keep the statistics and gains of batch norms as they are")
     cache: bool = option(False, "keep decoded images in memory (for small data sets)", free=True)
     train: TrainConfig = option(
@@ -70,11 +76,13 @@ class RegionPretrainConfig:
 
     def __post_init__(self) -> None:
         if max(self.distillation, self.contrastive, self.image_text) <= 0:
-            raise InputError("all three losses have weight 0: give distillation, contrastive or image_text a weight")
+            raise InputError(
+                "all three losses have weight 0: give distillation, contrastive or image_text a weight"
+            )
 
 
 def freeze(visual: nn.Module, stages: int, batch_norm: bool) -> None:
-    """Freezes the first `stages` stages of a ResNet tower (stem, layer1, layer2, layer3), and batch norms if asked.
+    """Freezes the first `stages` stages of a ResNet (stem, layer1, layer2, layer3), and batch norms if asked.
 
     Raises:
         InputError: stages of a tower that has none, or more than there are.
@@ -122,7 +130,8 @@ class RegionTextTask(nn.Module):
         assert regions.concept_probs is not None
         losses = {}
         # Whole images go the way of regions, and with them: one pass over the map for both.
-        wanted = Regions.cat([_bare(regions), whole_images(batch.images)] if config.image_text else [_bare(regions)])
+        whole = [whole_images(batch.images)] if config.image_text else []
+        wanted = Regions.cat([_bare(regions), *whole])
         both = self.encoder(batch.images, wanted)
         embeddings, images = both[: len(regions)], both[len(regions) :]  # [N, D], [B, D] or [0, D]
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -145,7 +154,7 @@ class RegionTextTask(nn.Module):
             texts = F.normalize(self.model.encode_text(tokens).float(), dim=-1)
         scale = torch.tensor(self.scale, device=images.device)
         with torch.autocast(images.device.type, enabled=False):
-            return contrastive(images, texts, scale, equal_rows(tokens))
+            return contrastive(images, texts, scale)
 
 
 def _bare(regions: Regions) -> Regions:

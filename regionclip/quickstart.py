@@ -64,7 +64,11 @@ def stages(config: QuickstartConfig) -> list[Stage]:
     """Returns the path from a drawn world to an evaluated detector."""
     out = Path(config.out)
     world, seed = out / "world", f"train.seed={config.seed}"
-    train = (f"annotations={world}/instances_train.json", f"images={world}/images", f"split={world}/split.json")
+    train = (
+        f"annotations={world}/instances_train.json",
+        f"images={world}/images",
+        f"split={world}/split.json",
+    )
     val = (f"annotations={world}/instances_val.json", f"images={world}/images", f"split={world}/split.json")
     captions = (f"captions={world}/captions_train.json", f"images={world}/images")
     clip, region, rpn = (f"{out}/{name}/model.safetensors" for name in ("clip", "regionclip", "rpn"))
@@ -81,9 +85,20 @@ def stages(config: QuickstartConfig) -> list[Stage]:
             "train the proposal network on boxes of base classes",
             "region-train-rpn",
             1,
-            (*train, f"val_annotations={world}/instances_val.json", f"network.backbone_weights={clip}", f"out={out}/rpn", seed),
+            (
+                *train,
+                f"val_annotations={world}/instances_val.json",
+                f"network.backbone_weights={clip}",
+                f"out={out}/rpn",
+                seed,
+            ),
         ),
-        Stage("collect concepts from the captions", "region-concepts", 0.5, (captions[0], f"out={out}/concepts.jsonl")),
+        Stage(
+            "collect concepts from the captions",
+            "region-concepts",
+            0.5,
+            (captions[0], f"out={out}/concepts.jsonl"),
+        ),
         Stage(
             "mine region-phrase pairs",
             "region-mine",
@@ -97,25 +112,54 @@ def stages(config: QuickstartConfig) -> list[Stage]:
             (f"mined={out}/mined", f"weights={clip}", f"out={out}/regionclip", seed),
         ),
     ]
+    return first + _detectors(config, train, val, own, rpn, {"clip": clip, "regionclip": region})
+
+
+def _detectors(
+    config: QuickstartConfig,
+    train: tuple[str, ...],
+    val: tuple[str, ...],
+    own: tuple[str, ...],
+    rpn: str,
+    towers: dict[str, str],
+) -> list[Stage]:
+    """Returns, for each CLIP by name, its zero-shot evaluations, its detector and that one's evaluation."""
+    out, seed = Path(config.out), f"train.seed={config.seed}"
     rest = []
-    for name, weights in (("clip", clip), ("regionclip", region)):
+    for name, weights in towers.items():
         detector = f"detector-{name}"
         tested = (*val, f"weights={weights}")
         rest += [
-            Stage(f"name true boxes with {name}", "region-evaluate", 0.1,
-                  (*tested, "boxes=truth", f"out={out}/evaluation/{name}-truth")),
-            Stage(f"detect with {name}, zero-shot", "region-evaluate", 0.2,
-                  (*tested, *own, f"out={out}/evaluation/{name}-proposals")),
-            Stage(f"train the detector from {name} on base classes", "region-train-detector", 1,
-                  (*train, f"weights={weights}", f"rpn={rpn}", f"out={out}/{detector}", seed)),
-            Stage(f"detect with the detector from {name}", "region-evaluate", 0.2,
-                  (*val, f"weights={out}/{detector}/model.safetensors", f"out={out}/evaluation/{detector}")),
-        ]  # fmt: skip
-    return first + rest
+            Stage(
+                f"name true boxes with {name}",
+                "region-evaluate",
+                0.1,
+                (*tested, "boxes=truth", f"out={out}/evaluation/{name}-truth"),
+            ),
+            Stage(
+                f"detect with {name}, zero-shot",
+                "region-evaluate",
+                0.2,
+                (*tested, *own, f"out={out}/evaluation/{name}-proposals"),
+            ),
+            Stage(
+                f"train the detector from {name} on base classes",
+                "region-train-detector",
+                1,
+                (*train, f"weights={weights}", f"rpn={rpn}", f"out={out}/{detector}", seed),
+            ),
+            Stage(
+                f"detect with the detector from {name}",
+                "region-evaluate",
+                0.2,
+                (*val, f"weights={out}/{detector}/model.safetensors", f"out={out}/evaluation/{detector}"),
+            ),
+        ]
+    return rest
 
 
 def quickstart(config: QuickstartConfig) -> None:
-    """Runs every job on a world it draws, about 15 minutes on two cores; ends with a table and report.html."""
+    """Runs every job on a world it draws, about 15 minutes on two cores; ends with table and report.html."""
     run = RunFolder(config.out, config, "region-quickstart")
     path = run.path / "timings.json"
     timings: dict[str, float] = read_json(path, "timings") if path.exists() else {}
@@ -123,7 +167,10 @@ def quickstart(config: QuickstartConfig) -> None:
     pace = 1.0  # measured minutes over expected ones
     for number, stage in enumerate(todo, 1):
         left = sum(later.minutes for later in todo[number - 1 :] if later.title not in timings) * pace * 60
-        print(f"[{number}/{len(todo)}] {stage.title}" + (f" (about {clock(left)} left in all)" if left else ""), flush=True)
+        print(
+            f"[{number}/{len(todo)}] {stage.title}" + (f" (about {clock(left)} left in all)" if left else ""),
+            flush=True,
+        )
         seconds = _run_stage(stage, config.preset)
         if stage.title not in timings:
             timings[stage.title] = round(seconds, 1)
@@ -134,8 +181,10 @@ def quickstart(config: QuickstartConfig) -> None:
     run.finish(summary(run.path))
     print_table(run.path)
     print(f"{clock(sum(timings.values()))} in all; open {page} in a browser")
-    print(f'try it: regionclip detect {run.path}/world/images/val weights={run.path}/detector-regionclip/model.safetensors '
-          f'vocabulary="umbrella, cup, star" {" ".join(detect_options(config.preset))}')  # fmt: skip
+    print(
+        f"try it: regionclip detect {run.path}/world/images/val "
+        f'weights={run.path}/detector-regionclip/model.safetensors vocabulary="umbrella, cup, star"'
+    )
 
 
 def _run_stage(stage: Stage, preset: str) -> float:
@@ -145,9 +194,3 @@ def _run_stage(stage: Stage, preset: str) -> float:
     start = time.monotonic()
     job(resolved)
     return time.monotonic() - start
-
-
-def detect_options(preset: str) -> list[str]:
-    """Returns what a `regionclip detect` call needs to see pictures as the preset's detector was trained to."""
-    return [str(shipped("region-detect", preset))]
-

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Any, cast
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from clip_base.errors import InputError
 from clip_base.files import read_json, write_text
 from clip_base.progress import clock
+from clip_base.train import NO_LOSS
 from regionclip import gallery, page
 from regionclip.datasets import CocoDetection
 from regionclip.figures import Points, grouped_bars, line_chart, percent, stacked_bars
@@ -247,7 +247,7 @@ def write_report(folder: Path) -> Path:
         "loss_charts": "".join(_loss_charts(folder)),
         "timings": page.timings_table(timings),
         "places": page.places(folder),
-        "detect": page.detect_call(folder, (*split.novel[:2], split.base[0]), *_resize(folder)),
+        "detect": page.detect_call(folder, (*split.novel[:2], split.base[0])),
     }
     path = folder / "report.html"
     write_text(path, Template(_packaged("report.html")).substitute(values))
@@ -259,13 +259,6 @@ _MINING = ("precision", "wrong_name", "no_object", "recall_base", "recall_novel"
 
 def _packaged(name: str) -> str:
     return (files("regionclip") / "data_files" / name).read_text(encoding="utf-8")
-
-
-def _resize(folder: Path) -> tuple[int, int]:
-    """Returns the short and the long side at which the detector was evaluated."""
-    path = _left(folder, "evaluation/detector-regionclip/config.yaml")
-    resize = cast(DictConfig, OmegaConf.load(path)).resize
-    return int(resize.short[0]), int(resize.long)
 
 
 def _scenes(folder: Path, split: Split) -> tuple[str, float]:
@@ -325,7 +318,7 @@ def _losses(folder: Path, stage: str) -> dict[str, Points]:
                 f"{path}, line {number}, is not valid JSON; delete {folder / stage} and run again"
             ) from None
         if "lr" in entry:  # other lines are measurements
-            for name in entry.keys() - {"step", "lr", "images_per_second"}:
+            for name in entry.keys() - NO_LOSS:
                 losses.setdefault(name.replace("_", "-"), []).append((entry["step"], entry[name]))
     return dict(sorted(losses.items()))
 

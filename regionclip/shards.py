@@ -1,4 +1,4 @@
-"""Mined region-phrase pairs on disk: Parquet shards of bounded size and a manifest that says how they were made."""
+"""Mined region-phrase pairs on disk: Parquet shards, and a manifest that says how they were made."""
 
 from __future__ import annotations
 
@@ -70,10 +70,14 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = existing(folder, "folder of mined pairs") / MANIFEST
     if not path.exists():
-        raise InputError(f"{folder} has no {MANIFEST}: mining there has not ended; run `regionclip mine` again")
+        raise InputError(
+            f"{folder} has no {MANIFEST}: mining there has not ended; run `regionclip mine` again"
+        )
     manifest: dict[str, Any] = read_json(path, "manifest")
     if manifest.get("version") != VERSION:
-        raise InputError(f"{path} is of version {manifest.get('version')}, this program reads {VERSION}; mine again")
+        raise InputError(
+            f"{path} is of version {manifest.get('version')}, this program reads {VERSION}; mine again"
+        )
     return manifest
 
 
@@ -86,9 +90,16 @@ def read_regions(folder: str | Path) -> Iterator[MinedRegion]:
     for name in read_manifest(folder)["shards"]:
         path = existing(Path(folder) / name, "shard")
         try:
-            table = pq.read_table(path, schema=SCHEMA)
+            table = pq.read_table(path)
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise InputError(f"shard {path} is damaged ({reason}); delete it and run `regionclip mine` again") from None
+            raise InputError(
+                f"shard {path} is damaged ({reason}); delete it and run `regionclip mine` again"
+            ) from None
+        if not table.schema.equals(SCHEMA):
+            found = ", ".join(table.schema.names[:5])
+            raise InputError(
+                f"{path} is no shard of mined regions (its columns: {found}); mine into another folder"
+            )
         for row in table.to_pylist():
             yield MinedRegion(**row)

@@ -1,4 +1,4 @@
-"""Training of the detector on base classes, with a frozen proposal network and a frozen text-embedding classifier."""
+"""Training of the detector on base classes; proposal network and text-embedding classifier stay frozen."""
 
 # B images, N sampled regions of a batch, C base names, D embedding size
 from __future__ import annotations
@@ -34,15 +34,21 @@ from regionclip.vocabulary import embed
 class TrainDetectorConfig:
     """Options of the detector's training. The defaults are the published recipe for COCO."""
 
-    annotations: str = option(REQUIRED, "instances_*.json in COCO's form; only boxes of base classes are read")
+    annotations: str = option(
+        REQUIRED, "instances_*.json in COCO's form; only boxes of base classes are read"
+    )
     images: str = option(REQUIRED, "folder that its file names are relative to")
     split: str = option("coco", "coco (48 base, 17 novel), or a JSON file with base and novel names")
     weights: str = option(REQUIRED, "CLIP to start from, such as what `regionclip pretrain` wrote")
-    rpn: str = option(REQUIRED, "proposal network from `regionclip train-rpn`; stays frozen, becomes part of the detector")
+    rpn: str = option(
+        REQUIRED, "proposal network from `regionclip train-rpn`; stays frozen, becomes part of the detector"
+    )
     out: str = option(REQUIRED, "folder for weights, log and metrics", free=True)
     detector: DetectorConfig = option(DetectorConfig(), "scores and suppression; kept in the weights file")
     resize: ResizeConfig = option(ResizeConfig(), "size of the training images")
-    templates: list[str] = option(["a photo of {article} {}.", "{}"], "prompts, averaged; {} is the class name")
+    templates: list[str] = option(
+        ["a photo of {article} {}.", "{}"], "prompts, averaged; {} is the class name"
+    )
     keep_empty: bool = option(False, "train on images without base boxes too")
     proposals: int = option(1000, "proposals an image from which regions are sampled")
     rois: int = option(512, "regions an image in the loss")
@@ -51,7 +57,9 @@ class TrainDetectorConfig:
     background_weight: float = option(0.2, "weight of background regions in the classification loss")
     focal: float = option(0.5, "exponent of (1 - p) that favours hard regions; 0: plain cross entropy")
     box_weight: float = option(1.0, "weight of the box regression loss")
-    freeze_stages: int = option(2, "stages kept as they are: 0 none, 1 the stem, 2 also layer1, … 4 also layer3")
+    freeze_stages: int = option(
+        2, "stages kept as they are: 0 none, 1 the stem, 2 also layer1, … 4 also layer3"
+    )
     freeze_batch_norm: bool = option(True, "keep the statistics and gains of batch norms as they are")
     cache: bool = option(False, "keep decoded images in memory (for small data sets)", free=True)
     train: TrainConfig = option(
@@ -70,7 +78,9 @@ class TrainDetectorConfig:
 
     def __post_init__(self) -> None:
         if self.rois < 1 or not 0 < self.positive_share <= 1:
-            raise InputError(f"rois={self.rois} must be at least 1, positive_share={self.positive_share} in (0, 1]")
+            raise InputError(
+                f"rois={self.rois} must be at least 1, positive_share={self.positive_share} in (0, 1]"
+            )
 
 
 class DetectorTask(nn.Module):
@@ -179,8 +189,11 @@ def train_detector(config: TrainDetectorConfig) -> None:
     clip = load_clip(config.weights)
     torch.manual_seed(config.train.seed)
     detector = Detector(clip, config.detector, load_network(config.rpn), trained=True)
+    detector.resize = config.resize
     if detector.encoder.mode != "roi_align":
-        raise InputError(f"weights={config.weights}: a detector is trained on a ResNet tower, this one is a ViT")
+        raise InputError(
+            f"weights={config.weights}: a detector is trained on a ResNet tower, this one is a ViT"
+        )
     tokenizer = Tokenizer(clip.config.text.context_length)
     classifier = embed(clip, tokenizer, split.base, config.templates).embeddings
     task = DetectorTask(detector, classifier, config)

@@ -31,11 +31,15 @@ from regionclip.transforms import ResizeConfig
 class TrainRPNConfig:
     """Options of the proposal network's training."""
 
-    annotations: str = option(REQUIRED, "instances_*.json in COCO's form; only boxes of base classes are read")
+    annotations: str = option(
+        REQUIRED, "instances_*.json in COCO's form; only boxes of base classes are read"
+    )
     images: str = option(REQUIRED, "folder that its file names are relative to")
     split: str = option("coco", "coco (48 base, 17 novel), or a JSON file with base and novel names")
     out: str = option(REQUIRED, "folder for weights, log and metrics", free=True)
-    val_annotations: str = option("", "instances_*.json whose boxes measure recall at the end; empty: not measured")
+    val_annotations: str = option(
+        "", "instances_*.json whose boxes measure recall at the end; empty: not measured"
+    )
     val_images: str = option("", "folder of the validation images; empty: the same as `images`")
     network: ProposalNetworkConfig = option(ProposalNetworkConfig(), "the proposal network")
     objectness_weight: float = option(1.0, "factor of the loss that tells objects from background")
@@ -44,7 +48,9 @@ class TrainRPNConfig:
     keep_empty: bool = option(False, "train on images without base boxes too")
     cache: bool = option(False, "keep decoded images in memory (for small data sets)", free=True)
     train: TrainConfig = option(
-        TrainConfig(steps=90_000, batch_size=16, optimizer="sgd", lr=0.02, weight_decay=1e-4, schedule="step"),
+        TrainConfig(
+            steps=90_000, batch_size=16, optimizer="sgd", lr=0.02, weight_decay=1e-4, schedule="step"
+        ),
         "the training loop",
     )
 

@@ -18,7 +18,7 @@ from clip_base.errors import InputError
 
 @dataclass
 class ResizeConfig:
-    """How large images are made. The published recipe: short side 800, long side at most 1333 (arXiv 2112.09106)."""
+    """How large images are made. The published recipe: sides of 800 and at most 1333 (arXiv 2112.09106)."""
 
     short: list[int] = option([800], "pixels of the short side; of several, training draws one an image")
     long: int = option(1333, "pixels that the long side may have at most")
@@ -26,7 +26,9 @@ class ResizeConfig:
 
     def __post_init__(self) -> None:
         if not self.short or min(self.short) < 16 or self.long < max(self.short):
-            raise InputError(f"resize.short={self.short} must be at least 16 and at most resize.long={self.long}")
+            raise InputError(
+                f"resize.short={self.short} must be at least 16 and at most resize.long={self.long}"
+            )
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Frame:
 
 
 def place(image: Pixels, short: int, long: int, flip: bool = False) -> tuple[Pixels, Frame]:
-    """Resizes an [H, W, 3] image so that its short side is `short`, unless the long one would exceed `long`."""
+    """Makes the short side of an [H, W, 3] image `short`, unless the long one would exceed `long`."""
     height, width = image.shape[:2]
     scale = min(short / min(height, width), long / max(height, width))
     h, w = max(round(height * scale), 1), max(round(width * scale), 1)
@@ -82,7 +84,11 @@ def draw_placement(config: ResizeConfig, generator: torch.Generator) -> tuple[in
 
 def to_batch(images: Sequence[Pixels], multiple: int = 1) -> ImageBatch:
     """Normalises and pads [h, w, 3] images into one batch; padded sides are multiples of `multiple`."""
-    if len({image.shape for image in images}) == 1 and not any(side % multiple for side in images[0].shape[:2]):
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # [B, 3, h, w], channels last in memory
+    if len({image.shape for image in images}) == 1 and not any(
+        side % multiple for side in images[0].shape[:2]
+    ):
+        pixels = torch.from_numpy(np.stack(images)).permute(
+            0, 3, 1, 2
+        )  # [B, 3, h, w], channels last in memory
         return ImageBatch.whole(normalise(pixels))
     return ImageBatch.pad([normalise(torch.from_numpy(image).permute(2, 0, 1)) for image in images], multiple)

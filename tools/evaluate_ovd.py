@@ -1,4 +1,7 @@
-"""Evaluates detections on base and novel classes: the job `regionclip evaluate`, for those who start things by path. Options: `python tools/evaluate_ovd.py --help`."""
+"""Evaluates detections on base and novel classes: the job `regionclip evaluate`.
+
+For those who start things by path. Options: `python tools/evaluate_ovd.py --help`.
+"""
 
 import sys
 

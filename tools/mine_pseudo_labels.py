@@ -1,4 +1,7 @@
-"""Mines region-phrase pairs from captioned images: the job `regionclip mine`, for those who start things by path. Options: `python tools/mine_pseudo_labels.py --help`."""
+"""Mines region-phrase pairs from captioned images: the job `regionclip mine`.
+
+For those who start things by path. Options: `python tools/mine_pseudo_labels.py --help`.
+"""
 
 import sys
 

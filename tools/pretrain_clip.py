@@ -1,4 +1,7 @@
-"""Pretrains a CLIP on image-text pairs: the job `clip-base pretrain`, for those who start things by path. Options: `python tools/pretrain_clip.py --help`."""
+"""Pretrains a CLIP on image-text pairs: the job `clip-base pretrain`.
+
+For those who start things by path. Options: `python tools/pretrain_clip.py --help`.
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""Pretrains regions on mined pairs: the job `regionclip pretrain`, for those who start things by path. Options: `python tools/pretrain_regions.py --help`."""
+"""Pretrains regions on mined pairs: the job `regionclip pretrain`.
+
+For those who start things by path. Options: `python tools/pretrain_regions.py --help`.
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""Trains the open-vocabulary detector on base classes: the job `regionclip train-detector`, for those who start things by path. Options: `python tools/train_detector.py --help`."""
+"""Trains the open-vocabulary detector on base classes: the job `regionclip train-detector`.
+
+For those who start things by path. Options: `python tools/train_detector.py --help`.
+"""
 
 import sys
 

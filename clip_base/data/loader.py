@@ -10,13 +10,15 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from clip_base import distributed
+from clip_base.data.order import epoch_length, epoch_order
 from clip_base.errors import InputError
 from clip_base.files import write_text
 
 Item = TypeVar("Item", covariant=True)
 B = TypeVar("B")
 
-Key = tuple[int, int]  # (index, epoch)
+Key = tuple[int, int]  # (index, turn)
 
 
 class Items(Protocol[Item]):
@@ -34,16 +36,20 @@ class Loader(Generic[B]):
 
     Sample i of step s is position s · batch_size + i of the concatenated epochs' permutations, and its
     augmentation is seeded by (seed, epoch, index): nothing depends on workers or on what was drawn before.
+    Where an epoch may show a sample more than once, the position takes the epoch's place in that seed.
+    Of W processes each loads its own W-th of every batch: what they load together is one process's order.
 
     Args:
         items: the samples.
         collate: makes a batch of a list of samples.
-        batch_size: samples a batch.
+        batch_size: samples a batch, of all processes together.
         seed: decides order and augmentation.
         workers: processes that load; 0: this one.
         skipped: a file to list unusable samples in; each is replaced by its neighbour. What it already lists
             counts, so that a resumed run ends with the same list.
         max_broken: the share of unusable samples above which the run stops.
+        weights: [N], how often an epoch shows each sample on average; None: once. See `epoch_order`.
+        replacement: draw samples independently of each other instead of each once an epoch.
     """
 
     def __init__(
@@ -56,42 +62,54 @@ class Loader(Generic[B]):
         workers: int = 0,
         skipped: Path | None = None,
         max_broken: float = 0.1,
+        weights: torch.Tensor | None = None,
+        replacement: bool = False,
     ) -> None:
         if not len(items):
             raise InputError("there is nothing to train on: the data holds no usable sample")
         self.items, self.collate, self.batch_size = items, collate, batch_size
         self.seed, self.workers, self.max_broken = seed, workers, max_broken
+        self.weights, self.replacement = weights, replacement
+        self.epoch_length = epoch_length(len(items), weights)
         self.broken: dict[int, str] = {}
-        self._skipped, self._step = skipped, 0
-        if skipped is not None and skipped.exists():
-            self._recall(skipped)
+        self._skipped, self._step = None if skipped is None else distributed.own_file(skipped), 0
+        if self._skipped is not None and self._skipped.exists():
+            self._recall(self._skipped)
 
     def __len__(self) -> int:
         """The number of batches that make an epoch, rounded, at least one."""
-        return max(round(len(self.items) / self.batch_size), 1)
+        return max(round(self.epoch_length / self.batch_size), 1)
 
     def seek(self, step: int) -> None:
         """Makes the next iteration begin with the batch of `step`."""
         self._step = step
 
-    def _keys(self) -> Iterator[list[Key]]:
-        """Yields the keys of one batch after another, for ever."""
-        position, epoch, order = self._step * self.batch_size, -1, torch.empty(0, dtype=torch.int64)
+    def names(self, step: int) -> list[str]:
+        """Returns what the samples of this process's batch of `step` are called: a name, or a number."""
+        name = getattr(self.items, "name", str)
+        return [name(index) for index, _ in next(self._keys(step))]
+
+    def _keys(self, step: int) -> Iterator[list[Key]]:
+        """Yields the keys of this process's share of one batch after another, from `step` on, for ever."""
+        position, epoch, order = step * self.batch_size, -1, torch.empty(0, dtype=torch.int64)
+        rows = distributed.share(self.batch_size)
+        first = distributed.rank() * rows
+        repeats = self.weights is not None or self.replacement
         while True:
             keys = []
             for place in range(position, position + self.batch_size):
-                if place // len(self.items) != epoch:
-                    epoch = place // len(self.items)
+                if place // self.epoch_length != epoch:
+                    epoch = place // self.epoch_length
                     generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                    order = torch.randperm(len(self.items), generator=generator)
-                keys.append((int(order[place % len(self.items)]), epoch))
-            yield keys
+                    order = epoch_order(len(self.items), generator, self.weights, self.replacement)
+                keys.append((int(order[place % self.epoch_length]), place if repeats else epoch))
+            yield keys[first : first + rows]
             position += self.batch_size
 
     def __iter__(self) -> Iterator[B]:
         fetch = _Fetch(self.items, self.collate, self.seed)
         if self.workers == 0:
-            batches: Any = map(fetch, self._keys())
+            batches: Any = map(fetch, self._keys(self._step))
         else:
             batches = DataLoader(
                 _Positions(fetch),
@@ -129,7 +147,7 @@ class Loader(Generic[B]):
             lines = [json.dumps({"sample": i, "reason": reason}) + "\n" for i, reason in new.items()]
             with self._skipped.open("a", encoding="utf-8") as file:
                 file.writelines(lines)
-        if len(self.broken) > max(self.max_broken * len(self.items), 1):
+        if len(self.broken) > max(self.max_broken * len(self.items) / distributed.world(), 1):
             where = f"; all are listed in {self._skipped}" if self._skipped else ""
             share = f"{len(self.broken)} of {len(self.items)} samples are unusable"
             last = next(reversed(new.values()))
@@ -154,10 +172,10 @@ class _Fetch:
             return error, broken
 
     def _one(self, key: Key, broken: dict[int, str]) -> Any:
-        index, epoch = key
+        index, turn = key
         for shift in range(min(100, len(self.items))):
             place = (index + shift) % len(self.items)
-            seed = ((self.seed * 1_000_003 + epoch) * 1_000_003 + index) % 2**63
+            seed = ((self.seed * 1_000_003 + turn) * 1_000_003 + index) % 2**63
             try:
                 return self.items.item(place, torch.Generator().manual_seed(seed))
             except InputError as error:
@@ -185,4 +203,4 @@ class _Stream:
         self.loader = loader
 
     def __iter__(self) -> Iterator[list[Key]]:
-        return self.loader._keys()
+        return self.loader._keys(self.loader._step)

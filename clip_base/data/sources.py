@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from clip_base.config import REQUIRED, option
+from clip_base.data.images import Stored
 from clip_base.errors import InputError
 from clip_base.files import existing, read_json
 
@@ -18,16 +19,31 @@ SOURCES = "clip_base.sources"
 
 @dataclass(frozen=True)
 class Pair:
-    """An image file and what was written about it (at least one caption)."""
+    """An image and what was written about it (at least one caption).
 
-    image: Path
+    Attributes:
+        image: a path, or what else holds an encoded image.
+        captions: texts, white space made single spaces.
+    """
+
+    image: Stored
     captions: tuple[str, ...]
+
+
+class Pairs(Protocol):
+    """Pairs by number. A list is one; others read a pair when it is drawn."""
+
+    def __len__(self) -> int:
+        """The number of pairs."""
+
+    def __getitem__(self, index: int, /) -> Pair:
+        """Returns pair `index`. One that cannot be used raises InputError, and the Loader skips it."""
 
 
 class Source(Protocol):
     """A part that knows image-text pairs."""
 
-    def pairs(self) -> list[Pair]:
+    def pairs(self) -> Pairs:
         """Returns all pairs. Images are not opened: one that does not decode is skipped when it is drawn."""
 
 
@@ -116,7 +132,7 @@ class TableSource:
                 rows = [(row[image] or "", row[caption] or "") for row in reader]
         except (csv.Error, UnicodeDecodeError) as error:
             raise InputError(f"table {path} cannot be read: {error}; save it as UTF-8") from None
-        return _grouped(rows, Path(self.config.images) if self.config.images else path.parent)
+        return grouped(rows, Path(self.config.images) if self.config.images else path.parent)
 
 
 @dataclass
@@ -150,7 +166,7 @@ class JsonLinesSource:
                 except (json.JSONDecodeError, KeyError, TypeError) as error:
                     needs = f"each line needs {self.config.image_key!r} and {self.config.caption_key!r}"
                     raise InputError(f"{path}, line {number}: {error!r}; {needs}") from None
-        return _grouped(rows, Path(self.config.images) if self.config.images else path.parent)
+        return grouped(rows, Path(self.config.images) if self.config.images else path.parent)
 
 
 def _text(value: object) -> str:
@@ -159,7 +175,8 @@ def _text(value: object) -> str:
     return value
 
 
-def _grouped(rows: list[tuple[str, str]], folder: Path) -> list[Pair]:
+def grouped(rows: list[tuple[str, str]], folder: Path) -> list[Pair]:
+    """Returns one pair an image of (image path, caption) rows; rows that lack one of them are left out."""
     captions: dict[str, list[str]] = defaultdict(list)
     for image, text in rows:
         text = " ".join(text.split())

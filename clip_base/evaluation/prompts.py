@@ -43,7 +43,7 @@ def read_templates(name: str) -> list[str]:
     return templates
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def classifier(
     model: CLIP, names: Sequence[str], templates: Sequence[str], batch_size: int = 256, truncate: bool = False
 ) -> Tensor:

@@ -3,30 +3,25 @@
 # B images in a batch, C classes, D embedding size
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import json
-import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
 from clip_base.config import REQUIRED, option
 from clip_base.data.images import decode, normalise
 from clip_base.errors import InputError
+from clip_base.evaluation.pictures import Picture, batches, coco_pictures, folder_pictures, load_picture
 from clip_base.evaluation.prompts import classifier, read_templates
-from clip_base.files import existing, read_json, write_text
+from clip_base.evaluation.tables import print_classes, summarise, to_csv
+from clip_base.files import write_text
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import ACTIVATIONS
 from clip_base.preprocess import Preprocess
@@ -34,10 +29,6 @@ from clip_base.progress import Progress
 from clip_base.run import RunFolder
 from clip_base.train import autocast, pick_device
 from clip_base.weights.load import load_clip
-
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif"}
-_SHOWN = 40  # classes up to which the table lists all of them
-_EXTREMES = 5  # classes at either end that it lists otherwise
 
 
 @dataclass
@@ -75,21 +66,6 @@ class ZeroshotConfig:
             raise InputError(f"max_broken must lie in [0, 1], found {self.max_broken}")
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One image, or one box of it, and its class.
-
-    Attributes:
-        path: the image file.
-        label: index of the class.
-        box: (x, y, width, height) in pixels; None is the whole image.
-    """
-
-    path: Path
-    label: int
-    box: tuple[float, float, float, float] | None = None
-
-
 def zeroshot(config: ZeroshotConfig) -> None:
     """Classifies images by class names alone; leaves metrics.json, per_class.csv and skipped.jsonl."""
     run = RunFolder(config.out, config, "zeroshot")
@@ -117,64 +93,9 @@ def zeroshot(config: ZeroshotConfig) -> None:
         )
     labels = torch.tensor([picture.label for picture in pictures])
     figures, classes = summarise(ranks, labels, names)
-    write_text(run.path / "per_class.csv", _csv(classes))
+    write_text(run.path / "per_class.csv", to_csv(classes))
     run.finish({**figures, "skipped": len(skipped)})
-    _print(figures, classes, len(skipped))
-
-
-def folder_pictures(folder: str) -> tuple[list[str], list[Picture]]:
-    """Returns the subfolders' names, sorted, `_` as a space, and the images in them.
-
-    Raises:
-        InputError: the folder is missing, or holds no subfolders with images.
-    """
-    root = existing(folder, "image folder")
-    subfolders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    pictures = [
-        Picture(path, label)
-        for label, subfolder in enumerate(subfolders)
-        for path in sorted(subfolder.rglob("*"))
-        if path.suffix.lower() in _SUFFIXES
-    ]
-    if not pictures:
-        raise InputError(
-            f"{folder} holds no images in subfolders; put each class's images into a folder of its name, "
-            "or give annotations=FILE in COCO's form"
-        )
-    return [path.name.replace("_", " ") for path in subfolders], pictures
-
-
-def coco_pictures(annotations: str, images: str) -> tuple[list[str], list[Picture]]:
-    """Returns the categories of a COCO instances file, by id, and the boxes of its single objects.
-
-    Raises:
-        InputError: the file is no such file, or an annotation names an image or category that it does not
-            list.
-    """
-    content, folder = read_json(annotations, "annotations"), existing(images, "image folder")
-    try:
-        categories = sorted(content["categories"], key=lambda category: int(category["id"]))
-        label_of = {category["id"]: label for label, category in enumerate(categories)}
-        path_of = {image["id"]: folder / str(image["file_name"]) for image in content["images"]}
-        pictures = [
-            Picture(path_of[entry["image_id"]], label_of[entry["category_id"]], _box(entry["bbox"]))
-            for entry in content["annotations"]
-            if not entry.get("iscrowd")
-        ]
-        names = [str(category["name"]) for category in categories]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{annotations} is no COCO instances file: {type(error).__name__} at {error}; it needs images, "
-            "categories and annotations with image_id, category_id and bbox"
-        ) from None
-    if not pictures:
-        raise InputError(f"{annotations} holds no boxes of single objects")
-    return names, sorted(pictures, key=lambda picture: picture.path)
-
-
-def _box(values: Any) -> tuple[float, float, float, float]:
-    x, y, width, height = (float(value) for value in values)
-    return x, y, width, height
+    print_classes("zero-shot classification", figures, classes, len(skipped))
 
 
 def class_names(given: Sequence[str], found: Sequence[str]) -> list[str]:
@@ -204,12 +125,15 @@ def _ranks(
     """Returns [N] int64, how many classes score above the true one (-1: unusable), and what is unusable."""
     ranks = torch.full((len(pictures),), -1)
     skipped: list[dict[str, Any]] = []
+    preprocess = Preprocess(model.visual.resolution)
     load = functools.partial(
-        _load, functools.lru_cache(4 * config.workers)(decode), Preprocess(model.visual.resolution)
+        load_picture,
+        functools.lru_cache(4 * config.workers)(decode),
+        lambda pixels: preprocess.pixels(Image.fromarray(pixels)),
     )
     start = 0
     with Progress("zero-shot images", len(pictures)) as progress:
-        for loaded in _batches(pictures, load, config.batch_size, config.workers):
+        for loaded in batches(pictures, load, config.batch_size, config.workers):
             kept = [start + offset for offset, item in enumerate(loaded) if isinstance(item, Tensor)]
             for offset, item in enumerate(loaded):
                 if isinstance(item, str):
@@ -228,95 +152,3 @@ def _ranks(
             start += len(loaded)
             progress.advance(len(loaded))
     return ranks, skipped
-
-
-def _batches(
-    pictures: list[Picture], load: Callable[[Picture], Tensor | str], size: int, workers: int
-) -> Iterator[list[Tensor | str]]:
-    """Yields loaded batches in order; the next one is loading meanwhile."""
-    waiting: deque[Iterator[Tensor | str]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(pictures), size):
-            waiting.append(pool.map(load, pictures[start : start + size]))
-            if len(waiting) > 1:
-                yield list(waiting.popleft())
-        while waiting:
-            yield list(waiting.popleft())
-
-
-def _load(decode: Callable[[Path], Any], preprocess: Preprocess, picture: Picture) -> Tensor | str:
-    """Returns [3, R, R] uint8, or why the picture cannot be used."""
-    try:
-        pixels = decode(picture.path)  # [H, W, 3]
-    except InputError as error:
-        return str(error)
-    if picture.box is not None:
-        x, y, width, height = picture.box
-        if not all(math.isfinite(value) for value in picture.box):
-            return f"box {picture.box} is not finite"
-        top, left = max(math.floor(y), 0), max(math.floor(x), 0)
-        pixels = pixels[top : max(math.ceil(y + height), 0), left : max(math.ceil(x + width), 0)]
-        if width <= 0 or height <= 0 or not pixels.size:
-            return f"box {picture.box} holds no pixels of the image"
-    return preprocess.pixels(Image.fromarray(pixels))
-
-
-def summarise(
-    ranks: Tensor, labels: Tensor, names: Sequence[str]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Returns the figures over all pictures, and those of each class.
-
-    Args:
-        ranks: [N] int64, how many classes score above the true one; -1 is left out.
-        labels: [N] int64, the true class.
-        names: C class names.
-
-    Returns:
-        `top1`, `top5` (shares of pictures), `mean_per_class` (mean of the classes' top1), `images`,
-        `classes`; and for each class `class`, `name`, `images`, `top1`, `top5` (None without pictures).
-    """
-    used = ranks >= 0
-    ranks, labels = ranks[used], labels[used]
-    classes: list[dict[str, Any]] = []
-    for label, name in enumerate(names):
-        own = ranks[labels == label]
-        top1, top5 = (float((own < k).float().mean()) if len(own) else None for k in (1, 5))
-        classes.append({"class": label, "name": name, "images": len(own), "top1": top1, "top5": top5})
-    seen = [entry["top1"] for entry in classes if entry["top1"] is not None]
-    figures = {
-        "top1": float((ranks < 1).double().mean()),
-        "top5": float((ranks < 5).double().mean()),
-        "mean_per_class": sum(seen) / len(seen),
-        "images": len(ranks),
-        "classes": len(names),
-    }
-    return figures, classes
-
-
-def _csv(classes: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["class", "name", "images", "top1", "top5"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(classes)
-    return text.getvalue()
-
-
-def _print(figures: dict[str, Any], classes: list[dict[str, Any]], skipped: int) -> None:
-    """Prints all classes, or the best and the worst of many, and the figures over all of them."""
-    ranked = sorted((entry for entry in classes if entry["images"]), key=lambda entry: -entry["top1"])
-    table = Table(title="zero-shot classification", title_justify="left")
-    for column in ("class", "images", "top 1", "top 5"):
-        table.add_column(column, justify="left" if column == "class" else "right")
-    shown = ranked if len(ranked) <= _SHOWN else [*ranked[:_EXTREMES], None, *ranked[-_EXTREMES:]]
-    for entry in shown:
-        if entry is None:
-            table.add_row("…", "", "", "")
-        else:
-            table.add_row(entry["name"], str(entry["images"]), f"{entry['top1']:.1%}", f"{entry['top5']:.1%}")
-    table.add_section()
-    table.add_row("all", str(figures["images"]), f"{figures['top1']:.1%}", f"{figures['top5']:.1%}")
-    table.add_row("mean of classes", "", f"{figures['mean_per_class']:.1%}", "")
-    console = Console(highlight=False, markup=False)
-    console.print(table)
-    if skipped:
-        console.print(f"{skipped} unusable images are listed in skipped.jsonl")

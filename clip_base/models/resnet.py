@@ -217,7 +217,7 @@ class ModifiedResNet(nn.Module):
 
     def _run(self, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self.checkpointing and self.training and torch.is_grad_enabled():
-            out: Tensor = checkpoint(part, x, use_reentrant=False, context_fn=_checkpoint_contexts)
+            out: Tensor = checkpoint(part, x, use_reentrant=False, context_fn=recompute_contexts)
             return out
         return part(x)
 
@@ -232,14 +232,16 @@ def _layer(channels: int, inner: int, blocks: int, stride: int) -> nn.Sequential
     return layer
 
 
-def _checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def recompute_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """`context_fn` for torch's checkpoint: batch norms do not count a batch again when it is recomputed."""
     return contextlib.nullcontext(), _recomputing()
 
 
 @contextlib.contextmanager
 def _recomputing() -> Iterator[None]:
+    before = getattr(_state, "recomputing", False)
     _state.recomputing = True
     try:
         yield
     finally:
-        _state.recomputing = False
+        _state.recomputing = before

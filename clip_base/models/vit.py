@@ -44,9 +44,13 @@ class VisionTransformer(nn.Module):
             images: [B, 3, H, W], normalised; any size of at least one patch. What is left over beside the
                 last whole patch is not seen; position embeddings are resampled for other grids than its own.
         """
+        return self.pooled(images) @ self.proj
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Returns [B, C], the class token before the projection into the space of the embeddings."""
         tokens, _, _ = self._embed(images)
         x = self.transformer(tokens, at=0)  # [B, C]
-        return layer_norm(x, self.ln_post) @ self.proj
+        return layer_norm(x, self.ln_post)
 
     def trunk(self, images: Tensor) -> Tensor:
         """Returns [B, C, h, w], the patch tokens after the last block, without the class token."""

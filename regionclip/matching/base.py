@@ -37,7 +37,8 @@ class Match:
     Attributes:
         kept: [m] int64, rows of the evidence.
         concept_ids: [m, K] int64, most probable first.
-        concept_probs: [m, K] probabilities; a row sums to at most 1, the rest is what was cut off or is unmatched.
+        concept_probs: [m, K] probabilities; a row sums to at most 1, the rest is what was cut off or is
+            unmatched.
         from_caption: [m] bool, whether the first concept is one that the image's own captions name.
     """
 
@@ -68,8 +69,8 @@ def top_k(probabilities: Tensor, kept: Tensor, k: int, own: Tensor) -> Match:
 def families(names: Sequence[str]) -> Tensor:
     """Returns [C] int64: the row of the most general name that a name ends with, its own when there is none.
 
-    "small red umbrella" and "red umbrella" belong to the family of "umbrella" when the vocabulary holds it: the one
-    is no counterexample of the other.
+    "small red umbrella" and "red umbrella" belong to the family of "umbrella" when the vocabulary holds it:
+    the one is no counterexample of the other.
     """
     rows = {name: row for row, name in enumerate(names)}
     roots = []

@@ -33,9 +33,10 @@ class CaptionConfig:
 class CaptionMatcher:
     """Bayes' rule with the captions as prior.
 
-    A region shows one of the P own concepts with prior `trust`, evenly spread, or any other concept of the pool with
-    prior 1 − trust; the likelihood is exp(cosine / temperature). What falls to the others is the unmatched slot.
-    Concepts of an own concept's family ("red umbrella" of "umbrella") are neither own nor others.
+    A region shows one of the P own concepts with prior `trust`, evenly spread, or any other concept of the
+    pool with prior 1 - trust; the likelihood is exp(cosine / temperature). What falls to the others is the
+    unmatched slot. Concepts of an own concept's family ("red umbrella" of "umbrella") are neither own nor
+    others.
     """
 
     def __init__(self, config: CaptionConfig, names: Sequence[str]) -> None:

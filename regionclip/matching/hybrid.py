@@ -18,7 +18,9 @@ from regionclip.matching.pool import PoolConfig, PoolMatcher
 class HybridConfig(CaptionConfig):
     """Options of both matchers."""
 
-    min_pool_probability: float = option(0.5, "unmatched regions whose best concept is less probable are dropped")
+    min_pool_probability: float = option(
+        0.5, "unmatched regions whose best concept is less probable are dropped"
+    )
 
 
 class HybridMatcher:
@@ -26,7 +28,9 @@ class HybridMatcher:
 
     def __init__(self, config: HybridConfig, names: Sequence[str]) -> None:
         self.caption = CaptionMatcher(config, names)
-        pool = PoolConfig(config.min_pool_probability, config.min_objectness, keep_all_if_none=False, k=config.k)
+        pool = PoolConfig(
+            config.min_pool_probability, config.min_objectness, keep_all_if_none=False, k=config.k
+        )
         self.pool = PoolMatcher(pool, names)
 
     def __call__(self, evidence: Evidence) -> Match:

@@ -57,7 +57,9 @@ def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path, name: str, damage:
         file.unlink()
     else:
         file.write_bytes(damaged[damage])
-    with pytest.raises(InputError, match=r"00000010 is damaged \(.+delete that folder .* go on from step 5") as caught:
+    with pytest.raises(
+        InputError, match=r"00000010 is damaged \(.+delete that folder .* go on from step 5"
+    ) as caught:
         checkpoint.newest(tmp_path)
     assert "\n" not in str(caught.value)
     file.parent.rename(tmp_path / "away")
@@ -116,8 +118,8 @@ def test_weights_that_do_not_fit_are_listed() -> None:
     module = nn.Linear(2, 3)
     with pytest.raises(InputError) as caught:
         checkpoint.load_exactly(module, {"weight": torch.zeros(3, 5), "x": torch.zeros(1)}, "file")
-    message = "weights file do not fit the model: 1 missing: bias; 1 left over: x; 1 misshapen: weight [3, 5] for [3, 2]"
-    assert str(caught.value) == message
+    faults = "1 missing: bias; 1 left over: x; 1 misshapen: weight [3, 5] for [3, 2]"
+    assert str(caught.value) == f"weights file do not fit the model: {faults}"
     many = {f"k{index}": torch.zeros(1) for index in range(9)}
     with pytest.raises(InputError, match="9 left over: k0, k1, k2, k3 and 5 more"):
         checkpoint.load_exactly(module, many, "file")

@@ -100,7 +100,8 @@ pytestmark = pytest.mark.usefixtures("_toys")
 
 
 @pytest.mark.parametrize(
-    "arguments", [["note=a b"], ["--note", "a b"], ["--note=a b"], ["note='a b'"], ['note="a b"'], ["note=x", "note=a b"]]
+    "arguments",
+    [["note=a b"], ["--note", "a b"], ["--note=a b"], ["note='a b'"], ['note="a b"'], ["note=x", "note=a b"]],
 )
 def test_a_value_is_given_in_any_of_the_usual_forms(arguments: list[str]) -> None:
     assert given(*arguments).note == "a b"
@@ -108,8 +109,38 @@ def test_a_value_is_given_in_any_of_the_usual_forms(arguments: list[str]) -> Non
 
 @pytest.mark.parametrize(
     "text",
-    ["a, b", "a: b", "{a}", "[x]", "{a: 1, b}", "x=y", "# no", "- a", "'", '"a", b', "it's", "null", "1e3", "007", "yes"]
-    + ["a\\b", "two\nlines", "ünï 🐕", "*", "&a", "%", "@x", "!", "|", ">", "a #b", " padded ", "?", "$x", "'a', 'b'"],
+    [
+        "a, b",
+        "a: b",
+        "{a}",
+        "[x]",
+        "{a: 1, b}",
+        "x=y",
+        "# no",
+        "- a",
+        "'",
+        '"a", b',
+        "it's",
+        "null",
+        "1e3",
+        "007",
+        "yes",
+        "a\\b",
+        "two\nlines",
+        "ünï 🐕",
+        "*",
+        "&a",
+        "%",
+        "@x",
+        "!",
+        "|",
+        ">",
+        "a #b",
+        " padded ",
+        "?",
+        "$x",
+        "'a', 'b'",
+    ],
 )
 def test_a_text_stays_what_it_is(text: str) -> None:
     assert given(f"note={text}").note == text

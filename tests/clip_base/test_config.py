@@ -69,7 +69,14 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["loop.steps=many", "loop.learning_rate=high", "cache=perhaps", "loop=3", "loop.milestones=[a]", "loop.steps=1.5"],
+    [
+        "loop.steps=many",
+        "loop.learning_rate=high",
+        "cache=perhaps",
+        "loop=3",
+        "loop.milestones=[a]",
+        "loop.steps=1.5",
+    ],
 )
 def test_a_value_of_the_wrong_type_is_refused_by_the_keys_name(override: str) -> None:
     assert override.partition("=")[0] in refusal(override)
@@ -152,7 +159,8 @@ def test_the_resolved_config_is_a_config_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [("a: [", "not valid YAML"), ("- a\n- b\n", "must hold keys"), ("a: b: c", "not valid YAML")]
+    ("content", "reason"),
+    [("a: [", "not valid YAML"), ("- a\n- b\n", "must hold keys"), ("a: b: c", "not valid YAML")],
 )
 def test_a_file_that_holds_no_config_is_refused(tmp_path: Path, content: str, reason: str) -> None:
     file = tmp_path / "a.yaml"

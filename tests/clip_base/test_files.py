@@ -22,11 +22,15 @@ def test_written_json_is_read_back(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_names_the_last_folder_that_exists(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"captions .*no/such/a.json does not exist \\({tmp_path} is the last"):
+    with pytest.raises(
+        InputError, match=f"captions .*no/such/a.json does not exist \\({tmp_path} is the last"
+    ):
         files.existing(tmp_path / "no" / "such" / "a.json", "captions")
 
 
-@pytest.mark.parametrize(("content", "reason"), [("", "is empty"), (" \n", "is empty"), ('{"a": [1,', "line 1, column")])
+@pytest.mark.parametrize(
+    ("content", "reason"), [("", "is empty"), (" \n", "is empty"), ('{"a": [1,', "line 1, column")]
+)
 def test_json_that_cannot_be_used_is_refused(tmp_path: Path, content: str, reason: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(content)
@@ -77,7 +81,10 @@ def test_a_really_full_disk_leaves_the_old_file(tiny_disk: Path) -> None:
 
 
 def test_a_librarys_error_on_a_disk_with_room_stays_what_it_is(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="something else"), files.naming_full_disk(tmp_path / "a", RuntimeError):
+    with (
+        pytest.raises(RuntimeError, match="something else"),
+        files.naming_full_disk(tmp_path / "a", RuntimeError),
+    ):
         raise RuntimeError("something else")
     with pytest.raises(OSError, match="No space left"), files.naming_full_disk(tmp_path / "a", RuntimeError):
         raise RuntimeError("I/O error: No space left on device (os error 28)")

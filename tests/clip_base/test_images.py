@@ -24,7 +24,9 @@ from clip_base.errors import InputError
 
 def gradient(height: int = 24, width: int = 32) -> Pixels:
     y, x = np.mgrid[:height, :width]
-    return np.stack([y * 255 // height, x * 255 // width, (x + y) * 255 // (height + width)], -1).astype(np.uint8)
+    return np.stack([y * 255 // height, x * 255 // width, (x + y) * 255 // (height + width)], -1).astype(
+        np.uint8
+    )
 
 
 def encoded(image: Image.Image, form: str, **options: object) -> bytes:
@@ -45,7 +47,9 @@ def test_a_lossy_file_decodes_to_nearly_its_pixels(form: str) -> None:
     assert np.abs(decoded.astype(int) - gradient()).mean() < 4
 
 
-@pytest.mark.parametrize(("mode", "form"), [("L", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("CMYK", "JPEG"), ("1", "PNG")])
+@pytest.mark.parametrize(
+    ("mode", "form"), [("L", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("CMYK", "JPEG"), ("1", "PNG")]
+)
 def test_every_colour_mode_becomes_rgb(mode: str, form: str) -> None:
     decoded = decode_bytes(encoded(Image.fromarray(gradient()).convert(mode), form), "x")
     assert decoded.shape == (24, 32, 3)

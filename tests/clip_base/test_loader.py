@@ -34,7 +34,9 @@ def same(items: list[Item]) -> list[Item]:
     return items
 
 
-def batches(count: int, start: int = 0, size: int = 10, batch_size: int = 4, **options: Any) -> list[list[Item]]:
+def batches(
+    count: int, start: int = 0, size: int = 10, batch_size: int = 4, **options: Any
+) -> list[list[Item]]:
     loader = Loader(Numbers(size, options.pop("broken", ())), same, batch_size, **options)
     loader.seek(start)
     return list(itertools.islice(loader, count))
@@ -115,7 +117,9 @@ def test_a_resumed_list_of_broken_samples_is_an_undisturbed_one(tmp_path: Path) 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_broken_samples_stop_the_run_with_one_line(tmp_path: Path, workers: int) -> None:
     skipped = tmp_path / "skipped.jsonl"
-    with pytest.raises(InputError, match=r"of 10 samples are unusable, more than 10%; the last: sample \d is") as caught:
+    with pytest.raises(
+        InputError, match=r"of 10 samples are unusable, more than 10%; the last: sample \d is"
+    ) as caught:
         batches(20, broken=(1, 2, 3), skipped=skipped, workers=workers)
     assert str(skipped) in str(caught.value)
     assert "\n" not in str(caught.value)

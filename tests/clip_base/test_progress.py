@@ -13,7 +13,9 @@ def test_a_duration_is_written_as_people_read_it(seconds: float, text: str) -> N
     assert progress.clock(seconds) == text
 
 
-def test_what_is_tracked_passes_through_and_short_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_tracked_passes_through_and_short_work_says_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert list(progress.track(iter("abc"), "letters")) == ["a", "b", "c"]
     assert capsys.readouterr().err == ""
 
@@ -27,4 +29,7 @@ def test_long_work_says_a_line_now_and_then(
         for _ in range(5):
             now += 6
             bar.advance(note="loss 1.0")
-    assert capsys.readouterr().err == "training: 6/20, 1 min 24 s left, loss 1.0\ntraining: 8/20, 1 min 12 s left, loss 1.0\n"
+    assert (
+        capsys.readouterr().err
+        == "training: 6/20, 1 min 24 s left, loss 1.0\ntraining: 8/20, 1 min 12 s left, loss 1.0\n"
+    )

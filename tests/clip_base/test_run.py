@@ -33,7 +33,9 @@ def test_a_finished_run_gives_its_metrics_to_the_same_command(tmp_path: Path) ->
 
 def test_other_options_are_refused_by_name(tmp_path: Path) -> None:
     RunFolder(str(tmp_path), Job(), "job")
-    with pytest.raises(InputError, match=r"inner\.lr=0\.1 there, 0\.2 here; size=3 there, 4 here.*another out="):
+    with pytest.raises(
+        InputError, match=r"inner\.lr=0\.1 there, 0\.2 here; size=3 there, 4 here.*another out="
+    ):
         RunFolder(str(tmp_path), Job(size=4, inner=Inner(lr=0.2)), "job")
     assert "size: 3" in (tmp_path / "config.yaml").read_text()
 

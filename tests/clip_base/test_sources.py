@@ -23,7 +23,11 @@ def coco(tmp_path: Path, data: Any) -> str:
     return str(path)
 
 
-IMAGES = [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "sub/b.jpg"}, {"id": 9, "file_name": "c.jpg"}]
+IMAGES = [
+    {"id": 7, "file_name": "a.jpg"},
+    {"id": 8, "file_name": "sub/b.jpg"},
+    {"id": 9, "file_name": "c.jpg"},
+]
 
 
 def test_coco_captions_are_grouped_by_image(tmp_path: Path) -> None:
@@ -52,10 +56,10 @@ def test_malformed_coco_captions_are_refused(tmp_path: Path, data: Any, reason: 
 
 
 def test_missing_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="captions file .* does not exist"):
+    with pytest.raises(InputError, match=r"captions file .* does not exist"):
         read_captions(tmp_path / "no.json")
     file = coco(tmp_path, {"images": [], "annotations": []})
-    with pytest.raises(InputError, match="images folder .* does not exist"):
+    with pytest.raises(InputError, match=r"images folder .* does not exist"):
         pairs("coco", captions=file, images=str(tmp_path / "no"))
     for name in ("csv", "jsonl"):
         with pytest.raises(InputError, match="does not exist"):
@@ -94,10 +98,15 @@ def test_a_table_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
 def test_json_lines_take_one_or_several_captions(tmp_path: Path) -> None:
     file = tmp_path / "t.jsonl"
     file.write_text('{"image": "a.jpg", "caption": ["x", "y"]}\n\n{"image": "b.jpg", "caption": "z"}\n')
-    assert pairs("jsonl", file=str(file)) == [Pair(tmp_path / "a.jpg", ("x", "y")), Pair(tmp_path / "b.jpg", ("z",))]
+    assert pairs("jsonl", file=str(file)) == [
+        Pair(tmp_path / "a.jpg", ("x", "y")),
+        Pair(tmp_path / "b.jpg", ("z",)),
+    ]
 
 
-@pytest.mark.parametrize("line", ['{"image": "a.jpg"}', '{"image": "a.jpg", "cap', "3", '{"image": "a", "caption": null}'])
+@pytest.mark.parametrize(
+    "line", ['{"image": "a.jpg"}', '{"image": "a.jpg", "cap', "3", '{"image": "a", "caption": null}']
+)
 def test_a_malformed_line_is_refused_by_its_number(tmp_path: Path, line: str) -> None:
     file = tmp_path / "t.jsonl"
     file.write_text('{"image": "a.jpg", "caption": "x"}\n' + line)

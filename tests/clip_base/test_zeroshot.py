@@ -12,8 +12,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from clip_base.errors import InputError
-from clip_base.evaluation import zeroshot as job
+from clip_base.evaluation.pictures import Picture, load_picture
 from clip_base.evaluation.prompts import SIMPLE, classifier, read_templates
+from clip_base.evaluation.tables import summarise
 from clip_base.evaluation.zeroshot import ZeroshotConfig, zeroshot
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
@@ -200,12 +201,15 @@ def test_boxes_of_a_coco_file_are_cut_out_and_classified(model: CLIP, weights: s
 
 def test_a_box_is_cut_out_at_its_pixels(tmp_path: Path):
     pixels = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
-    preprocess = Preprocess(16)
-    loaded = job._load(lambda _: pixels, preprocess, job.Picture(tmp_path, 0, (60.0, 20.0, 30.4, 39.9)))
+
+    def prepare(pixels: Any) -> torch.Tensor:
+        return Preprocess(16).pixels(Image.fromarray(pixels))
+
+    loaded = load_picture(lambda _: pixels, prepare, Picture(tmp_path, 0, (60.0, 20.0, 30.4, 39.9)))
     assert isinstance(loaded, torch.Tensor)
-    assert torch.equal(loaded, preprocess.pixels(Image.fromarray(pixels[20:60, 60:91])))
+    assert torch.equal(loaded, prepare(pixels[20:60, 60:91]))
     assert "not finite" in str(
-        job._load(lambda _: pixels, preprocess, job.Picture(tmp_path, 0, (float("nan"), 0, 1, 1)))
+        load_picture(lambda _: pixels, prepare, Picture(tmp_path, 0, (float("nan"), 0, 1, 1)))
     )
 
 
@@ -221,7 +225,7 @@ def test_a_file_that_is_no_coco_file_is_refused(weights: str, tmp_path: Path, go
 def test_figures_of_known_ranks():
     ranks = torch.tensor([0, 0, 3, 5, -1, 0])
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
-    figures, classes = job.summarise(ranks, labels, ["a", "b", "c", "d"])
+    figures, classes = summarise(ranks, labels, ["a", "b", "c", "d"])
     assert figures["top1"] == pytest.approx(3 / 5)
     assert figures["top5"] == pytest.approx(4 / 5)
     assert figures["mean_per_class"] == pytest.approx((2 / 3 + 0 + 1) / 3)

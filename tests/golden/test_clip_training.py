@@ -1,4 +1,4 @@
-"""Twenty seeded steps of two tiny CLIPs against stored losses: a change that means to move nothing must not move them.
+"""Twenty seeded steps of two tiny CLIPs against stored losses, which a refactor must not move.
 
 `python tests/golden/test_clip_training.py` writes the losses anew, for a change that means to move them.
 """
@@ -28,7 +28,14 @@ TOWERS = {
     "vit": VisionConfig(kind="vit", layers=[2], width=32, patch=8, resolution=32, head_width=16),
 }
 TRAIN = TrainConfig(
-    steps=20, batch_size=8, lr=1e-3, warmup_steps=5, max_grad_norm=1.0, precision="fp32", log_every=1, device="cpu"
+    steps=20,
+    batch_size=8,
+    lr=1e-3,
+    warmup_steps=5,
+    max_grad_norm=1.0,
+    precision="fp32",
+    log_every=1,
+    device="cpu",
 )
 
 

@@ -26,7 +26,9 @@ def boxes(draw: st.DrawFn, height: int, width: int) -> torch.Tensor:
 
 @settings(max_examples=100, deadline=None)
 @given(st.data(), sides, sides, st.integers(16, 300), st.booleans())
-def test_boxes_go_there_and_back(data: st.DataObject, height: int, width: int, short: int, flip: bool) -> None:
+def test_boxes_go_there_and_back(
+    data: st.DataObject, height: int, width: int, short: int, flip: bool
+) -> None:
     _, frame = place(np.zeros((height, width, 3), np.uint8), short, 2 * short, flip)
     box = data.draw(boxes(height, width))
     there = frame.boxes_in(box)

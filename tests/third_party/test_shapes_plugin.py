@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parent / "shapes_plugin"
 
 
 def install(target: Path) -> None:
-    """Puts the package and the metadata that pip would write into `target`, without a build and without network."""
+    """Puts the package and what pip would write about it into `target`, without a build or a network."""
     declared = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]
     name, version = declared["name"].replace("-", "_"), declared["version"]
     shutil.copytree(PACKAGE / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -58,32 +58,56 @@ def dataset(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command(program: str, site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Types `PROGRAM ARGUMENTS…` where the plugin is installed in `site`."""
+SHELL = """
+import contextlib, io, json, sys
+from clip_base import cli
+
+results = []
+for program, *arguments in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = getattr(cli, program)(arguments)
+    results.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(results))
+"""
+
+
+def commands(site: Path, *calls: list[str]) -> list[tuple[int, str, str]]:
+    """Gives commands, one after another, to a process in which the plugin is installed in `site`."""
     path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
-    code = f"import sys; from clip_base.cli import {program}; sys.exit({program}())"
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
+    child = subprocess.run(
+        [sys.executable, "-c", SHELL, json.dumps(calls)], env=environment, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    return [(code, out, err) for code, out, err in json.loads(child.stdout)]
 
 
 def test_its_job_is_listed_explained_and_run(installed: Path, dataset: Path) -> None:
-    overview = command("main", installed)
-    assert "count-shapes" in overview.stdout
-    assert "Counts pictures that are wide, tall and square." in overview.stdout
-    assert "tolerance (float, default 0.1)" in command("main", installed, "count-shapes", "--help").stdout
-    arguments = ["count-shapes", f"images={dataset / 'images'}", f"out={dataset / 'out'}", "--tolerance", "0.2"]
-    done = command("main", installed, *arguments)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "square 1, tall 1, wide 1\n", "")
+    job = [
+        "main",
+        "count-shapes",
+        f"images={dataset / 'images'}",
+        f"out={dataset / 'out'}",
+        "--tolerance",
+        "0.2",
+    ]
+    calls = [["main", "--help"], ["main", "count-shapes", "--help"], job, [*job, "toleranse=1"]]
+    overview, explained, done, wrong = commands(installed, *calls)
+    assert "Counts pictures that are wide, tall and square." in overview[1]
+    assert "tolerance (float, default 0.1)" in explained[1]
+    assert done == (0, "square 1, tall 1, wide 1\n", "")
     assert json.loads((dataset / "out" / "metrics.json").read_text()) == {"square": 1, "tall": 1, "wide": 1}
-    wrong = command("main", installed, *arguments, "toleranse=1")
-    assert (wrong.returncode, "did you mean 'tolerance'" in wrong.stderr) == (2, True)
+    assert wrong == (2, "", "error: there is no option 'toleranse'; did you mean 'tolerance'?\n")
 
 
 def test_its_proposer_is_named_like_our_own(installed: Path, dataset: Path) -> None:
-    arguments = ["propose", f"annotations={dataset / 'instances.json'}", f"images={dataset / 'images'}"]
-    arguments += [f"out={dataset / 'out'}", "proposer.name=centre"]
-    done = command("main_regionclip", installed, *arguments)
-    assert (done.returncode, done.stderr) == (0, "")
+    job = ["main_regionclip", "propose", f"annotations={dataset / 'instances.json'}"]
+    job += [f"images={dataset / 'images'}", "proposer.name=centre"]
+    out, other = f"out={dataset / 'out'}", f"out={dataset / 'other'}"
+    calls = [[*job, out], [*job, other, "proposer.share=3"], [*job, other, "proposer.shar=1"]]
+    done, wrong, unknown = commands(installed, *calls)
+    assert (done[0], done[2]) == (0, "")
     proposals = json.loads((dataset / "out" / "proposals.json").read_text())
     boxes = {entry["image_id"]: entry["bbox"] for entry in proposals}
     expected = {1: [20, 10, 40, 20], 2: [10, 20, 20, 40], 3: [15, 15, 30, 30]}
@@ -91,20 +115,9 @@ def test_its_proposer_is_named_like_our_own(installed: Path, dataset: Path) -> N
     for number, box in expected.items():
         assert boxes[number] == pytest.approx(box, abs=1)
     assert "share: 0.5" in (dataset / "out" / "config.yaml").read_text()
-    wrong = command("main_regionclip", installed, *arguments[:-1], "proposer.name=centre", "proposer.share=3")
-    assert wrong.returncode == 2
-    assert wrong.stderr == "error: share must be above 0 and at most 1, found 3.0\n"
-
-
-def test_it_is_built_through_the_seam_once_installed(installed: Path) -> None:
-    code = """
-from clip_base import plugins
-proposer = plugins.build("regionclip.proposers", {"name": "centre", "share": 0.25})
-assert type(proposer).__module__ == "shapes_plugin.proposer" and proposer.config.share == 0.25
-"""
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
-    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert (child.returncode, child.stderr) == (0, "")
+    assert wrong == (2, "", "error: share must be above 0 and at most 1, found 3.0\n")
+    assert unknown[0] == 2
+    assert unknown[2] == "error: proposer (centre): there is no option 'shar'; did you mean 'share'?\n"
 
 
 def test_pip_writes_the_metadata_that_we_wrote(installed: Path, tmp_path: Path) -> None:

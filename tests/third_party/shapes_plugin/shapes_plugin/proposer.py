@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
 from clip_base.batch import ImageBatch
 from clip_base.config import option
 from clip_base.errors import InputError
@@ -35,4 +36,6 @@ class CentreProposer:
         heights, widths = images.sizes.float().unbind(1)
         near, far = (1 - self.config.share) / 2, (1 + self.config.share) / 2
         boxes = torch.stack([near * widths, near * heights, far * widths, far * heights], dim=1)
-        return Regions(boxes=boxes, image_index=torch.arange(len(images)), scores=torch.full((len(images),), 0.5))
+        return Regions(
+            boxes=boxes, image_index=torch.arange(len(images)), scores=torch.full((len(images),), 0.5)
+        )

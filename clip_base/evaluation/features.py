@@ -1,0 +1,195 @@
+"""Image features for the evaluation jobs, kept between runs."""
+
+# N pictures, K usable ones, R resolution, C channels of the feature
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clip_base.config import REQUIRED, option
+from clip_base.data.images import Pixels, decode, middle_square, normalise
+from clip_base.errors import InputError
+from clip_base.evaluation.pictures import Picture, batches, load_picture
+from clip_base.files import replacing, write_text
+from clip_base.models.clip import CLIP
+from clip_base.models.configs import ACTIVATIONS
+from clip_base.models.vit import VisionTransformer
+from clip_base.progress import Progress
+from clip_base.train import autocast, pick_device
+from clip_base.weights.load import find, load_clip
+
+LAYERS = ("embedding", "penultimate")
+
+
+@dataclass
+class FeatureConfig:
+    """Options of every job that embeds images."""
+
+    weights: str = option(REQUIRED, "weights in any known form, or a published model's name")
+    out: str = option(REQUIRED, "folder for metrics and tables", free=True)
+    activation: str = option("", "activation of weights that do not say it", choices=("", *ACTIVATIONS))
+    features: str = option(
+        "", "folder that keeps image features between runs; empty: out/features", free=True
+    )
+    batch_size: int = option(64, "images embedded at once", free=True)
+    workers: int = option(2, "threads that decode images", free=True)
+    precision: str = option(
+        "auto", "of the computation; auto: as the processor likes", choices=("auto", "fp32", "bf16")
+    )
+    device: str = option("auto", "auto takes a GPU when there is one", free=True)
+    max_broken: float = option(0.1, "share of unusable images above which the run stops")
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.workers < 1:
+            raise InputError(
+                f"batch_size and workers must be at least 1, found {self.batch_size} and {self.workers}"
+            )
+        if not 0 <= self.max_broken <= 1:
+            raise InputError(f"max_broken must lie in [0, 1], found {self.max_broken}")
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a tower made of pictures.
+
+    Attributes:
+        values: [K, C] float32, not normalised.
+        kept: [K] int64, index of each among the pictures.
+        skipped: the pictures that cannot be used, with the reason.
+    """
+
+    values: Tensor
+    kept: Tensor
+    skipped: list[dict[str, Any]]
+
+
+class Embedder:
+    """Embeds pictures with one model, and keeps what it has embedded.
+
+    The pixels are those of `Preprocess` up to two of 255 levels; see `resize_bicubic`.
+
+    Args:
+        config: the weights and how to compute.
+        out: the run's folder, which keeps the features unless the config names another.
+        layer: "embedding", or "penultimate" for what a ViT has before its projection.
+    """
+
+    def __init__(self, config: FeatureConfig, out: Path, layer: str = "embedding") -> None:
+        self.config, self.layer = config, layer
+        self.folder = Path(config.features) if config.features else out / "features"
+        self.device = pick_device(config.device)
+        self.path = find(config.weights)
+
+    @functools.cached_property
+    def model(self) -> CLIP:
+        """The model, read when it is first needed."""
+        with torch.inference_mode(False):  # weights made in it could not be trained on or differentiated
+            return load_clip(self.path, self.config.activation).to(self.device)
+
+    def __call__(self, pictures: list[Picture], description: str) -> Features:
+        """Returns the features of the pictures, from the folder when they are there.
+
+        Raises:
+            InputError: more pictures than `max_broken` allows cannot be used.
+        """
+        kept = self.folder / f"{self._key(pictures)}.safetensors"
+        features = _read(kept)
+        if features is None:
+            features = self._embed(pictures, description)
+            with replacing(kept) as temporary:
+                tensors = {"values": features.values, "kept": features.kept}
+                save_file(tensors, temporary, {"skipped": json.dumps(features.skipped)})
+        return features
+
+    def _key(self, pictures: list[Picture]) -> str:
+        """Returns a digest of all that the features depend on."""
+        digest = hashlib.sha256()
+        config = self.config
+        for entry in (str(self.path.absolute()), config.activation, config.precision, self.layer):
+            digest.update(f"{entry}\n".encode())
+        for path in [self.path, *self.path.glob("*")] if self.path.is_dir() else [self.path]:
+            digest.update(_stamp(path).encode())
+        for picture in pictures:
+            digest.update(f"{picture.path.absolute()} {picture.box} {_stamp(picture.path)}\n".encode())
+        return digest.hexdigest()[:24]
+
+    @torch.inference_mode()
+    def _embed(self, pictures: list[Picture], description: str) -> Features:
+        config, side = self.config, self.model.visual.resolution
+        boxes = any(picture.box is not None for picture in pictures)
+        # Boxes are in the pixels of the whole picture, which several of them may share.
+        read = functools.lru_cache(4 * config.workers)(decode) if boxes else _decoder(2 * side)
+        load = functools.partial(load_picture, read, functools.partial(_square, side))
+        parts: list[Tensor] = []
+        kept: list[int] = []
+        skipped: list[dict[str, Any]] = []
+        start = 0
+        with Progress(description, len(pictures)) as progress, autocast(config.precision, self.device):
+            for loaded in batches(pictures, load, config.batch_size, config.workers):
+                usable = [item for item in loaded if isinstance(item, Tensor)]
+                if usable:
+                    pixels = normalise(torch.stack(usable).to(self.device))  # [B, 3, R, R]
+                    parts.append(self._features(pixels).float().cpu())  # [B, C]
+                for index, item in enumerate(loaded, start):
+                    if isinstance(item, Tensor):
+                        kept.append(index)
+                    else:
+                        picture = pictures[index]
+                        skipped.append({"image": str(picture.path), "box": picture.box, "reason": item})
+                start += len(loaded)
+                progress.advance(len(loaded))
+        values = torch.cat(parts) if parts else torch.empty(0, 0)
+        return Features(values, torch.tensor(kept, dtype=torch.int64), skipped)
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        visual = self.model.visual
+        if self.layer == "penultimate" and isinstance(visual, VisionTransformer):
+            return visual.pooled(pixels)
+        return self.model.encode_image(pixels)
+
+
+def note_skipped(skipped: list[dict[str, Any]], total: int, max_broken: float, path: Path) -> None:
+    """Lists unusable pictures in `path`; InputError when they are too many of `total`."""
+    write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped))
+    if skipped and (len(skipped) > max_broken * total or len(skipped) == total):
+        raise InputError(
+            f"{len(skipped)} of {total} images cannot be used, more than max_broken={max_broken} "
+            f"(first: {skipped[0]['reason']}); all are listed in {path}"
+        )
+
+
+def _decoder(least: int) -> Any:
+    return functools.partial(decode, least=least)
+
+
+def _square(side: int, pixels: Pixels) -> Tensor:
+    return torch.from_numpy(middle_square(pixels, side)).permute(2, 0, 1)  # [3, R, R]
+
+
+def _stamp(path: Path) -> str:
+    try:
+        status = path.stat()
+    except OSError:
+        return "missing"
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _read(path: Path) -> Features | None:
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            skipped = json.loads(file.metadata()["skipped"])
+            return Features(file.get_tensor("values"), file.get_tensor("kept"), skipped)
+    except (SafetensorError, OSError, KeyError, ValueError):
+        path.unlink()  # damaged: the features are computed anew
+        return None

@@ -1,0 +1,189 @@
+"""The job `retrieval`: images by their captions and captions by their images."""
+
+# I images, T texts, D embedding size
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from clip_base.config import REQUIRED, option
+from clip_base.data.sources import read_captions
+from clip_base.errors import InputError
+from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
+from clip_base.evaluation.pictures import Picture
+from clip_base.evaluation.tables import to_csv
+from clip_base.files import existing, write_text
+from clip_base.models.clip import CLIP
+from clip_base.progress import track
+from clip_base.run import RunFolder
+from clip_base.tokenizer import Tokenizer
+from clip_base.train import autocast
+
+KS = (1, 5, 10)
+_DIRECTIONS = ("image_to_text", "text_to_image")
+_ROWS = 1024  # queries that are scored at once
+
+
+@dataclass
+class RetrievalConfig(FeatureConfig):
+    """Options of retrieval on captioned images."""
+
+    captions: str = option(REQUIRED, "captions_*.json in COCO's form")
+    images: str = option(REQUIRED, "folder that the file names in it are relative to")
+    captions_per_image: int = option(5, "captions of each image that count, the first ones; 0: all of them")
+    prompt: str = option("{}", "what the tower reads; {} is the caption")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "{}" not in self.prompt:
+            raise InputError(f"prompt {self.prompt!r} has no {{}} where the caption goes")
+
+
+def retrieval(config: RetrievalConfig) -> None:
+    """Finds captions by image and images by caption; leaves metrics.json, per_query.csv and skipped.jsonl."""
+    run = RunFolder(config.out, config, "retrieval")
+    done = run.finished()
+    if done is not None:
+        _print(done)
+        return
+    folder = existing(config.images, "images folder")
+    captions, names = read_captions(config.captions)
+    if not captions:
+        raise InputError(f"captions file {config.captions} holds no captions")
+    keys = sorted(captions)
+    pictures = [Picture(folder / names[key], 0) for key in keys]
+    embed = Embedder(config, run.path)
+    found = embed(pictures, "images")
+    note_skipped(found.skipped, len(pictures), config.max_broken, run.path / "skipped.jsonl")
+    limit = config.captions_per_image or None
+    texts: list[str] = []
+    owners: list[int] = []
+    for row, index in enumerate(found.kept.tolist()):
+        own = captions[keys[index]][:limit]
+        texts += own
+        owners += [row] * len(own)
+    owner = torch.tensor(owners)
+    prompts = [config.prompt.replace("{}", text) for text in texts]
+    with autocast(config.precision, embed.device):
+        text_features = embed_texts(embed.model, prompts, config.batch_size)
+    images = F.normalize(found.values, dim=-1)
+    ranks = ranks_of(images, text_features, owner)
+    files = [str(pictures[index].path.name) for index in found.kept.tolist()]
+    write_text(run.path / "per_query.csv", to_csv(_queries(ranks, files, texts, owners)))
+    figures = {
+        **recalls(ranks, KS),
+        "median_rank_image_to_text": float(ranks[0].double().quantile(0.5)) + 1,
+        "median_rank_text_to_image": float(ranks[1].double().quantile(0.5)) + 1,
+        "images": len(images),
+        "texts": len(texts),
+        "skipped": len(found.skipped),
+    }
+    run.finish(figures)
+    _print(figures)
+
+
+def recall_at(
+    image_features: Tensor, text_features: Tensor, owner: Tensor, ks: Sequence[int] = KS
+) -> dict[str, float]:
+    """Returns the share of queries with a right answer among the k nearest, both ways.
+
+    Args:
+        image_features: [I, D], unit length.
+        text_features: [T, D], unit length.
+        owner: [T] int64, the image that each text belongs to. An image without texts is no query.
+        ks: how many answers are looked at.
+
+    Returns:
+        `image_to_text_R@k` (any of the image's own texts counts) and `text_to_image_R@k` for each k.
+    """
+    return recalls(ranks_of(image_features, text_features, owner), ks)
+
+
+def recalls(ranks: tuple[Tensor, Tensor], ks: Sequence[int]) -> dict[str, float]:
+    """Returns `image_to_text_R@k` and `text_to_image_R@k` of the ranks that `ranks_of` returns."""
+    return {
+        f"{direction}_R@{k}": float((own < k).double().mean())
+        for direction, own in zip(_DIRECTIONS, ranks, strict=True)
+        for k in ks
+    }
+
+
+def ranks_of(image_features: Tensor, text_features: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns how many answers stand before the first right one, for each image and for each text.
+
+    Equal scores stand in the order of their index, so that features that are all alike find nothing.
+
+    Returns:
+        [I'] int64 over the images that own texts, in order, and [T] int64.
+    """
+    if owner.shape != (len(text_features),):
+        raise ValueError(f"owner must be [{len(text_features)}], one a text, got {list(owner.shape)}")
+    owner = owner.to(image_features.device)
+    with torch.autocast(image_features.device.type, enabled=False):
+        queries = torch.unique(owner)  # sorted
+        from_images = []
+        for part in queries.split(_ROWS):
+            scores = image_features[part].float() @ text_features.float().T  # [b, T]
+            right = owner[None] == part[:, None]  # [b, T]
+            from_images.append(_first_right(scores, right))
+        from_texts = []
+        for start in range(0, len(text_features), _ROWS):
+            scores = text_features[start : start + _ROWS].float() @ image_features.float().T  # [b, I]
+            right = F.one_hot(owner[start : start + _ROWS], len(image_features)).bool()
+            from_texts.append(_first_right(scores, right))
+    return torch.cat(from_images).cpu(), torch.cat(from_texts).cpu()
+
+
+def _first_right(scores: Tensor, right: Tensor) -> Tensor:
+    """Returns [b] int64, how many columns stand before the best right one of each row."""
+    best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)  # [b, 1]
+    places = torch.arange(scores.shape[1], device=scores.device)
+    first = torch.where(right & (scores == best), places, len(places)).amin(1, keepdim=True)
+    before = (scores > best) | ((scores == best) & (places < first))
+    return before.sum(1)
+
+
+@torch.inference_mode()
+def embed_texts(model: CLIP, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+    """Returns [T, D] float32 unit-length embeddings on the CPU; texts that are too long are cut."""
+    tokenizer, device = Tokenizer(model.config.text.context_length), model.logit_scale.device
+    parts = []
+    for start in track(range(0, len(texts), batch_size), "captions"):
+        tokens = tokenizer(list(texts[start : start + batch_size]), truncate=True).to(device)
+        parts.append(F.normalize(model.encode_text(tokens).float(), dim=-1).cpu())
+    return torch.cat(parts)
+
+
+def _queries(
+    ranks: tuple[Tensor, Tensor], files: list[str], texts: list[str], owners: list[int]
+) -> list[dict[str, Any]]:
+    """Returns a row a query: the rank of its first right answer, counted from 1."""
+    of_image = [
+        {"direction": _DIRECTIONS[0], "image": files[row], "caption": "", "rank": rank + 1}
+        for row, rank in zip(sorted(set(owners)), ranks[0].tolist(), strict=True)
+    ]
+    of_text = [
+        {"direction": _DIRECTIONS[1], "image": files[row], "caption": text, "rank": rank + 1}
+        for text, row, rank in zip(texts, owners, ranks[1].tolist(), strict=True)
+    ]
+    return of_image + of_text
+
+
+def _print(figures: dict[str, Any]) -> None:
+    table = Table(title=f"retrieval: {figures['images']} images, {figures['texts']} captions")
+    for column in ("", *(f"R@{k}" for k in KS), "median rank"):
+        table.add_column(column, justify="right" if column else "left")
+    for direction in _DIRECTIONS:
+        shares = [f"{figures[f'{direction}_R@{k}']:.1%}" for k in KS]
+        table.add_row(direction.replace("_", " "), *shares, f"{figures[f'median_rank_{direction}']:g}")
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    if figures["skipped"]:
+        console.print(f"{figures['skipped']} unusable images are listed in skipped.jsonl")

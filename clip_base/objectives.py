@@ -1,0 +1,240 @@
+"""What a batch of image and text embeddings shall become: losses as parts, group `clip_base.objectives`.
+
+In a run of several processes each computes only the rows of its own images and texts, against the columns of
+all (arXiv 2103.00020, section 2.5). The mean over the processes is the loss of the whole batch.
+"""
+
+# b pairs of this process, B of all processes, D embedding size
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip_base import distributed
+from clip_base.config import option
+from clip_base.errors import InputError
+from clip_base.losses import contrastive
+
+OBJECTIVES = "clip_base.objectives"
+
+
+@dataclass(frozen=True)
+class PairEmbeddings:
+    """The embeddings of a batch: this process's pairs, and those of all processes.
+
+    Attributes:
+        images: [b, D], unit length.
+        texts: [b, D], unit length; row i belongs to image i.
+        all_images: [B, D]; gradients flow back to the processes that they came from.
+        all_texts: [B, D].
+        first: this process's first row among all.
+        groups: [B] int64, equal where two texts say the same, or None: every text is unlike all others.
+    """
+
+    images: Tensor
+    texts: Tensor
+    all_images: Tensor
+    all_texts: Tensor
+    first: int = 0
+    groups: Tensor | None = None
+
+    @classmethod
+    def gathered(cls, images: Tensor, texts: Tensor, tokens: Tensor | None) -> PairEmbeddings:
+        """Collects the pairs of all processes.
+
+        Args:
+            images: [b, D] of this process, unit length.
+            texts: [b, D] of this process, unit length.
+            tokens: [b, T] token ids; equal rows are texts that say the same. None: no two do.
+        """
+        first, groups = distributed.rank() * len(images), None
+        if tokens is not None:
+            _, groups = torch.unique(distributed.gather(tokens), dim=0, return_inverse=True)
+        return cls(images, texts, distributed.gather(images), distributed.gather(texts), first, groups)
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process holds all pairs."""
+        return len(self.images) == len(self.all_images)
+
+
+def same_groups(groups: Tensor | None, first: int, logits: Tensor) -> Tensor:
+    """Returns [n, B] bool: which of B columns are positives of the n rows of `logits`, from `first` on."""
+    if groups is None:
+        groups = torch.arange(logits.shape[1], device=logits.device)
+    return groups[first : first + len(logits), None] == groups
+
+
+@dataclass
+class ContrastiveConfig:
+    """The contrastive loss has no options of its own."""
+
+
+class Contrastive(nn.Module):
+    """CLIP's symmetric cross entropy, all similarities at once.
+
+    Attributes:
+        name: what the loss is called in the log.
+        initial_logit_scale: what training from random weights begins with; None: CLIP's.
+    """
+
+    name = "contrastive"
+    initial_logit_scale: float | None = None
+
+    def __init__(self, config: ContrastiveConfig) -> None:
+        super().__init__()
+
+    def forward(self, pairs: PairEmbeddings, scale: Tensor) -> Tensor:
+        """Returns the scalar loss of this process's rows; `scale` is the factor on the cosines."""
+        if pairs.alone:
+            # One matrix of similarities then serves both directions.
+            groups = pairs.groups
+            same = None if groups is None else groups[:, None] == groups
+            return contrastive(pairs.images, pairs.texts, scale, same)
+        by_image = row_entropy(pairs.first, pairs.images, pairs.all_texts, scale, pairs.groups)
+        by_text = row_entropy(pairs.first, pairs.texts, pairs.all_images, scale, pairs.groups)
+        return (by_image + by_text) / (2 * len(pairs.images))
+
+
+def row_entropy(first: int, rows: Tensor, columns: Tensor, scale: Tensor, groups: Tensor | None) -> Tensor:
+    """Returns the cross entropy of rows to their matching columns, summed over the rows.
+
+    Args:
+        first: the place among the columns of what matches row 0.
+        rows: [n, D], unit length.
+        columns: [B, D], unit length.
+        scale: the factor on the cosines.
+        groups: [B] int64 or None; see `PairEmbeddings`. A row's target is spread evenly over its group.
+    """
+    logits = scale * rows @ columns.T  # [n, B]
+    if groups is None:
+        target = torch.arange(first, first + len(rows), device=rows.device)
+        return F.cross_entropy(logits, target, reduction="sum")
+    spread = same_groups(groups, first, logits).to(logits.dtype)
+    return F.cross_entropy(logits, spread / spread.sum(1, keepdim=True), reduction="sum")
+
+
+@dataclass
+class ChunkedConfig:
+    """How much of the similarity matrix exists at a time."""
+
+    rows: int = option(1024, "rows of the similarity matrix computed at a time")
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise InputError(f"objective.rows must be at least 1, found {self.rows}")
+
+
+class Chunked(Contrastive):
+    """CLIP's symmetric cross entropy, a few rows of similarities at a time: equal gradients, little memory.
+
+    Each chunk's gradient is taken as soon as its loss is known, so that neither similarities nor
+    probabilities are kept for the backward pass.
+    """
+
+    def __init__(self, config: ChunkedConfig) -> None:
+        super().__init__(ContrastiveConfig())
+        self.rows = config.rows
+
+    def forward(self, pairs: PairEmbeddings, scale: Tensor) -> Tensor:
+        """Returns the scalar loss of this process's rows; `scale` is the factor on the cosines."""
+
+        def loss(start: int, rows: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
+            return row_entropy(pairs.first + start, rows, columns, scale, pairs.groups)
+
+        by_image = in_chunks(loss, self.rows, pairs.images, pairs.all_texts, scale)
+        by_text = in_chunks(loss, self.rows, pairs.texts, pairs.all_images, scale)
+        return (by_image + by_text) / (2 * len(pairs.images))
+
+
+@dataclass
+class SigmoidConfig:
+    """Initial values (arXiv 2303.15343, section 3.2) and memory."""
+
+    scale: float = option(10.0, "initial factor on the cosines, when training from random weights")
+    bias: float = option(-10.0, "initial value of the learnt bias: most pairs do not belong together")
+    rows: int = option(0, "rows of the similarity matrix computed at a time; 0: all")
+
+    def __post_init__(self) -> None:
+        if self.scale <= 0:
+            raise InputError(f"objective.scale must be above 0, found {self.scale}")
+        if self.rows < 0:
+            raise InputError(f"objective.rows must be at least 0, found {self.rows}")
+
+
+class Sigmoid(nn.Module):
+    """SigLIP's sigmoid loss: every pair of the batch is judged by itself (arXiv 2303.15343, section 3.2).
+
+    Attributes:
+        name: what the loss is called in the log.
+        initial_logit_scale: what training from random weights begins with.
+        bias: scalar, learnt, added to the scaled cosines; kept in training checkpoints, not in CLIP's
+            weights, since it moves all scores alike.
+    """
+
+    name = "sigmoid"
+
+    def __init__(self, config: SigmoidConfig) -> None:
+        super().__init__()
+        self.initial_logit_scale: float | None = math.log(config.scale)
+        self.rows = config.rows
+        self.bias = nn.Parameter(torch.tensor(config.bias))
+
+    def forward(self, pairs: PairEmbeddings, scale: Tensor) -> Tensor:
+        """Returns the scalar loss of this process's rows; `scale` is the factor on the cosines."""
+
+        def loss(start: int, rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+            logits = scale * rows @ columns.T + bias  # [n, B]
+            first = pairs.first + start
+            same = same_groups(pairs.groups, first, logits)
+            return -F.logsigmoid(torch.where(same, logits, -logits)).sum()
+
+        chunk = self.rows or len(pairs.images)
+        total = in_chunks(loss, chunk, pairs.images, pairs.all_texts, scale, self.bias)
+        return total / len(pairs.images)
+
+
+def in_chunks(loss: Callable[..., Tensor], size: int, rows: Tensor, *shared: Tensor) -> Tensor:
+    """Returns the sum over chunks of rows of the scalar `loss(start, rows[start : start + size], *shared)`.
+
+    Gradients reach `rows` and `shared`; they are computed with the value, chunk by chunk, and cost no memory
+    beyond one chunk's. They cannot be differentiated again.
+    """
+    return cast(Tensor, _InChunks.apply(loss, size, rows, *shared))
+
+
+class _InChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Callable[..., Tensor], size: int, rows: Tensor, *shared: Tensor) -> Tensor:
+        wanted = ctx.needs_input_grad[2:]
+        inputs = (rows, *shared)
+        total = rows.new_zeros(())
+        gradients = [
+            torch.zeros_like(value) if want else None for value, want in zip(inputs, wanted, strict=True)
+        ]
+        for start in range(0, len(rows), size):
+            pieces = (rows[start : start + size], *shared)
+            leaves = [piece.detach().requires_grad_(want) for piece, want in zip(pieces, wanted, strict=True)]
+            with torch.set_grad_enabled(any(wanted)):
+                value = loss(start, *leaves)
+            total += value.detach()
+            if not any(wanted):
+                continue
+            found = iter(torch.autograd.grad(value, [leaf for leaf in leaves if leaf.requires_grad]))
+            for place, gradient in enumerate(gradients):
+                if gradient is not None:
+                    (gradient[start : start + size] if place == 0 else gradient).add_(next(found))
+        ctx.gradients = gradients
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [None if kept is None else kept * gradient for kept in ctx.gradients]
+        return None, None, *scaled

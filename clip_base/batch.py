@@ -14,7 +14,8 @@ class ImageBatch:
     """Images padded to one size.
 
     Attributes:
-        pixels: [B, 3, H, W] float, normalised by the tower's mean and deviation; zeros right of and below each image.
+        pixels: [B, 3, H, W] float, normalised by the tower's mean and deviation; zeros right of and below
+            each image.
         sizes: [B, 2] int64, (height, width) of each image inside the frame, before padding.
     """
 
@@ -38,11 +39,13 @@ class ImageBatch:
     def whole(cls, pixels: Tensor) -> ImageBatch:
         """Wraps [B, 3, H, W] pixels that carry no padding."""
         height, width = pixels.shape[-2:]
-        return cls(pixels, torch.tensor([[height, width]], dtype=torch.int64).expand(len(pixels), 2).contiguous())
+        return cls(
+            pixels, torch.tensor([[height, width]], dtype=torch.int64).expand(len(pixels), 2).contiguous()
+        )
 
     @classmethod
     def pad(cls, images: list[Tensor], multiple: int = 1) -> ImageBatch:
-        """Stacks [3, h, w] images of any sizes, padding right and below with zeros to a multiple of `multiple`."""
+        """Stacks [3, h, w] images, padded right and below with zeros to a multiple of `multiple`."""
         sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64).reshape(-1, 2)
         height, width = (-(-int(size) // multiple) * multiple for size in sizes.amax(0))
         pixels = images[0].new_zeros(len(images), 3, height, width)

@@ -48,7 +48,10 @@ class PretrainConfig:
     init: str = option("", "weights file to start from; empty: random weights from train.seed")
     crop: float = option(0.9, "side of the smallest random square crop, as a share of the short side")
     objective: Part = part(OBJECTIVES, "contrastive", "the loss over the batch's embeddings")
-    merge_equal: bool = option(True, "equal captions in a batch are each other's positives, not negatives")
+    merge_equal: bool = option(
+        True,
+        "equal captions are each other's positives; for objective=sigmoid, a softmax sees no difference",
+    )
     accumulate: int = option(1, "parts in which a batch is embedded, to save memory; its loss stays whole")
     replacement: bool = option(False, "draw pairs independently instead of each once an epoch")
     cache: bool = option(False, "keep decoded images in memory (for small data sets)", free=True)
@@ -226,10 +229,11 @@ def pretrain(config: PretrainConfig) -> None:
     task = make_task(config, model)
     steps = fit(task, loader, train, run, Validation(config.evaluate, model) or None)
     save_clip(model, run.path / "model.safetensors")
+    figures = task.figures()
     if train.ema:
         _save_last(task, run)
     loss, skipped = last_loss(run.log_path), len(loader.broken)
-    run.finish({"steps": steps, "pairs": len(pairs), "skipped": skipped, "loss": loss, **task.figures()})
+    run.finish({"steps": steps, "pairs": len(pairs), "skipped": skipped, "loss": loss, **figures})
     print(f"{run.path / 'model.safetensors'}: {steps} steps on {len(pairs)} images, loss {loss:.3f}")
 
 

@@ -225,7 +225,8 @@ class _Loop:
     ) -> None:
         self.task, self.config, self.run = task, config, run
         self.device, self.steps, self.names, self.note = device, steps, names, ""
-        set_checkpointing(task, config.checkpointing)
+        if config.checkpointing:
+            set_checkpointing(task)
         self.parallel = Parallel(task, config.parallel, device)
         self.optimizer = make_optimizer(task, config)
         self.forward = torch.compile(self.parallel.forward) if config.compile else self.parallel.forward

@@ -65,7 +65,7 @@ class Validation:
         return bool(self.pairs or self.names)
 
     def __call__(self, step: int) -> dict[str, float]:
-        """Returns shares in [0, 1]: `val_image_to_text_R@1` and `val_text_to_image_R@1`, `val_zeroshot_top1`."""
+        """Returns shares in [0, 1]: `val_{image_to_text,text_to_image}_R@1`, `val_zeroshot_top1`."""
         figures: dict[str, float] = {}
         if self.pairs:
             figures |= self._retrieval()

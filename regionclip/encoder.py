@@ -30,6 +30,8 @@ class RegionEncoder:
             averages the projected patch tokens under a box (ViTs).
         context: crop mode: side of the crop as a multiple of the box's longer side.
         chunk: crops or regions embedded at once, to bound memory.
+        scale: factor on the images' size before they are embedded, so that a tower sees things as large as
+            it did in training; crops have their own size and take none.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class RegionEncoder:
         mode: str = "roi_align",
         context: float = 1.2,
         chunk: int = 1024,
+        scale: float = 1.0,
     ) -> None:
         if mode not in MODES:
             raise InputError(f"region mode {mode!r} is not one of {', '.join(MODES)}")
@@ -47,12 +50,16 @@ class RegionEncoder:
             )
         if mode == "dense" and not isinstance(visual, VisionTransformer):
             raise InputError("mode dense needs a ViT tower; use roi_align or crop")
-        self.visual, self.mode, self.context, self.chunk = visual, mode, context, chunk
+        if scale <= 0:
+            raise InputError(f"the scale at which regions are seen must be above 0, found {scale}")
+        self.visual, self.mode, self.context, self.chunk, self.scale = visual, mode, context, chunk, scale
 
     def __call__(self, images: ImageBatch, regions: Regions) -> Tensor:
         """Returns [N, D] unit-length embeddings of the regions."""
         if self.mode == "crop":
             return F.normalize(self._of_crops(images, regions).float(), dim=-1)
+        if self.scale != 1:
+            images, regions = _scaled(images, regions, self.scale)
         if isinstance(self.visual, VisionTransformer):
             features = self.visual.dense(images.pixels)  # [B, D, h, w]
             pooled = roi_align(
@@ -84,6 +91,17 @@ class RegionEncoder:
             crops = roi_align(images.pixels.float(), rois, side, 1.0, 2, aligned=True)  # [n, 3, side, side]
             parts.append(self.visual(crops.contiguous(memory_format=torch.channels_last)))
         return torch.cat(parts) if parts else images.pixels.new_zeros(0, self.visual.embed_dim)
+
+
+def _scaled(images: ImageBatch, regions: Regions, scale: float) -> tuple[ImageBatch, Regions]:
+    """Returns the images at another size, rounded to whole pixels, and the regions in them."""
+    height, width = images.pixels.shape[-2:]
+    h, w = max(round(height * scale), 16), max(round(width * scale), 16)
+    pixels = F.interpolate(images.pixels.float(), (h, w), mode="bilinear", antialias=True)
+    factors = torch.tensor([w / width, h / height], device=regions.boxes.device)
+    sizes = (images.sizes * factors.flip(0)).round().long()
+    boxes = regions.boxes * factors.repeat(2)
+    return ImageBatch(pixels, sizes), Regions(boxes, regions.image_index)
 
 
 def square_rois(regions: Regions, context: float) -> Tensor:

@@ -50,6 +50,10 @@ class MineConfig:
     proposer: Part = part(PROPOSERS, "rpn", "where regions come from")
     matcher: Part = part(MATCHERS, "hybrid", "how regions find their concepts")
     teacher: str = option("crop", "how the teacher sees a region", choices=("crop", "roi_align", "dense"))
+    teacher_scale: float = option(
+        1.0,
+        "factor on the images' size for the teacher (not for crops): it reads best near its own resolution",
+    )
     context: float = option(1.2, "teacher=crop: side of the square crop, in longer sides of the box")
     templates: list[str] = option(["a photo of {article} {}.", "{}"], "prompts, averaged; {} is the concept")
     temperature: float = option(
@@ -195,7 +199,9 @@ class Miner:
         self.vocabulary = embed(teacher, tokenizer, self.names, config.templates)
         self.concepts = self.vocabulary.embeddings.to(self.device)  # [C, D]
         self.temperature = config.temperature or float(torch.exp(-teacher.logit_scale.detach()))
-        self.encoder = RegionEncoder(teacher.visual, config.teacher, config.context)
+        self.encoder = RegionEncoder(
+            teacher.visual, config.teacher, config.context, scale=config.teacher_scale
+        )
         self.proposer = build_proposer(config.proposer, self.device)
         self.matcher: Matcher = plugins.build(MATCHERS, config.matcher, names=self.names)
 

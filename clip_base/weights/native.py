@@ -37,7 +37,7 @@ def load_clip(path: str | Path) -> CLIP:
         raise InputError(f"{path} holds {metadata.get('format', 'unnamed weights')!r}, expected {FORMAT!r}")
     model = CLIP(configs.check(CLIPConfig, json.loads(metadata["config"]), f"sizes in {path}"))
     load_exactly(model, weights, path)
-    return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return model.eval().to(memory_format=torch.channels_last)
 
 
 def file_hash(path: str | Path) -> str:

@@ -67,7 +67,7 @@ def top_k(probabilities: Tensor, kept: Tensor, k: int, own: Tensor) -> Match:
 
 
 def families(names: Sequence[str]) -> Tensor:
-    """Returns [C] int64: the row of the most general name that a name ends with, its own when there is none.
+    """Returns [C] int64: the row of the most general name that a name ends with, or its own.
 
     "small red umbrella" and "red umbrella" belong to the family of "umbrella" when the vocabulary holds it:
     the one is no counterexample of the other.

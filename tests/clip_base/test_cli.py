@@ -255,7 +255,7 @@ def test_a_jobs_help_shows_nested_defaults_choices_and_parts(capsys: pytest.Capt
         "  words (list[str], default [])\n      what to say",
         "  inner.rate (float, default 0.7)\n      how fast",
         "  fail (|input|bug|stop|disk|pipe|quiet, default '')",
-        "  source.name (part, default none; known: coco, csv, jsonl)",
+        "  source.name (part, default none; known: coco, csv, folder, jsonl, mix, parquet, webdataset)",
         "  source.image_column (str, default 'image')\n      [csv] column of the image path",
     ):
         assert line in shown

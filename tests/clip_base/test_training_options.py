@@ -48,6 +48,7 @@ def log_of(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_fp16_is_refused_where_nothing_computes_in_it(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

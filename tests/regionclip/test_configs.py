@@ -152,21 +152,18 @@ def good(job: str, world: Path, files: dict[str, Path]) -> dict[str, object]:
     once = {"train.steps": 1, "train.batch_size": 2, **small}
     captions = world / "captions_train.json"
     clip = {"weights": files["clip"]}
+    looking = {"photos": f"[{images / 'val'}]", "vocabulary": "cup"}
+    mining = {"captions": captions, "concepts": files["concepts"], "proposer.name": "grid"}
     options: dict[str, dict[str, object]] = {
         "concepts": {"captions": captions, "min_count": 1},
-        "mine": {
-            "images": images, "captions": captions, "concepts": files["concepts"],
-            "proposer.name": "grid", **clip, **small
-        },
+        "mine": {"images": images, **mining, **clip, **small},
         "pretrain": {"mined": files["mined"], **clip, **once},
         "train-rpn": {**train, "network.backbone_weights": files["clip"], "network.channels": 16, **once},
         "train-detector": {**train, "rpn": files["rpn"], "proposals": 20, "rois": 8, **clip, **once},
         "propose": {**val, "proposer.name": "rpn", "proposer.weights": files["rpn"]},
         "evaluate": {**val, "weights": files["detector"]},
-        "detect": {
-            "photos": f"[{images / 'val'}]", "weights": files["detector"], "vocabulary": "cup", **small
-        },
-    }  # fmt: skip
+        "detect": {**looking, "weights": files["detector"], **small},
+    }
     return options[job]
 
 

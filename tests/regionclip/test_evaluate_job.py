@@ -192,10 +192,11 @@ def test_every_proposer_can_be_named(
     ]
     write_json(tmp_path / "boxes.json", boxes)
     own = {
-        "rpn": [f"proposer.weights={rpn_file}"],
+        "rpn": [f"proposer.weights={rpn_file}", "proposer.limit=10"],
         "precomputed": [f"proposer.file={tmp_path / 'boxes.json'}"],
+        "grid": ["proposer.sizes=[1.0]"],
     }
-    part = [f"proposer.name={proposer}", *own.get(proposer, [])]
+    part = [f"proposer.name={proposer}", *own[proposer]]
     assert (
         main_regionclip(["evaluate", *options, f"weights={clip_file}", *part, f"out={tmp_path / 'e'}"]) == 0
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -104,4 +103,3 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="No space"):
         write_shard(shard_path(tmp_path, 0), [region(1)])
     assert list(tmp_path.iterdir()) == []
-    shutil.rmtree(tmp_path)

@@ -32,13 +32,21 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"out={out} is a file; give a folder")
         here, held = self.path / "config.yaml", f"# {job}\n{configs.to_yaml(config)}"
-        if here.exists():
+        if here.exists() and not self._only_begun():
             self._same_run(here, config, job)
-        elif self.path.exists() and any(not _is_leftover(path) for path in self.path.iterdir()):
+        elif (
+            not here.exists()
+            and self.path.exists()
+            and any(not _is_leftover(path) for path in self.path.iterdir())
+        ):
             raise InputError(f"{out} is not empty and holds no run of {job}; give another out= or empty it")
         if _writes():
             write_text(here, held)
         self.log_path = self.path / "log.jsonl"
+
+    def _only_begun(self) -> bool:
+        """Whether nothing but the config was written: a call that failed at once holds no run."""
+        return all(path.name == "config.yaml" or _is_leftover(path) for path in self.path.iterdir())
 
     def _same_run(self, here: Path, config: Any, job: str) -> None:
         text = here.read_text(encoding="utf-8")

@@ -49,7 +49,7 @@ class EvaluateConfig:
     images: str = option("", "folder that the annotations' file names are relative to")
     weights: str = option("", "a detector, or a CLIP to evaluate without detector training")
     boxes: str = option(
-        "proposals", "what is named: proposals, or the true boxes", choices=("proposals", "truth")
+        "proposals", "what is named: proposals, truth (the true boxes), or the boxes of a results file"
     )
     proposer: Part = part(
         PROPOSERS, "none", "for a CLIP: where regions come from; none: a detector's own network"
@@ -134,6 +134,8 @@ def _detect(config: EvaluateConfig, results: Path) -> dict[str, Any]:
     proposer: Proposer | None = None
     if config.proposer["name"] != "none":
         proposer = build_proposer(config.proposer, device)
+    elif config.boxes not in ("proposals", "truth"):
+        proposer = build_proposer({"name": "precomputed", "file": config.boxes}, device)
     elif config.boxes == "proposals" and detector.network is None:
         raise InputError(
             f"{config.weights} is a CLIP without a proposal network; give proposer.name=rpn, say"

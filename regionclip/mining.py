@@ -206,12 +206,12 @@ class Miner:
         self.matcher: Matcher = plugins.build(MATCHERS, config.matcher, names=self.names)
 
     def read_images(self) -> list[CaptionedImage]:
-        """Returns all captioned images in the order of their ids, with what their captions mention."""
+        """Returns all images in the order of their ids, with what their captions, if any, mention."""
         captions, names = read_captions(self.config.captions)
         rows = {name: row for row, name in enumerate(self.names)}
         parser = PhraseParser(self.config.language, workers=self.config.workers, names=self.given)
-        ids = sorted(captions)
-        texts = [text for key in ids for text in captions[key]]
+        ids = sorted(names)
+        texts = [text for key in ids for text in captions.get(key, ())]
         with Progress("phrases", len(texts)) as progress:
             parsed = []
             for phrases in parser.parse(texts):
@@ -221,7 +221,7 @@ class Miner:
         images = []
         for key in ids:
             mentions: dict[int, tuple[str, str]] = {}
-            for text, phrases in ((text, next(found)) for text in captions[key]):
+            for text, phrases in ((text, next(found)) for text in captions.get(key, ())):
                 for phrase in phrases:
                     row = row_of(phrase, rows)
                     if row is not None:

@@ -172,16 +172,18 @@ def mined_samples(mined: str, images: str, captions: str) -> list[Sample]:
     manifest = read_manifest(mined)
     folder = existing(images or manifest["images_folder"], "images folder")
     texts, _ = read_captions(captions or manifest["config"]["captions"])
-    samples = []
-    for image_id, group in groupby(read_regions(mined), key=lambda region: region.image_id):
-        samples.append(_sample(folder, list(group), tuple(texts.get(image_id, ()))))
-    if not samples:
+    regions = list(read_regions(mined))
+    if not regions:
         raise InputError(f"{mined} holds no regions; see its skipped.jsonl, loosen the matcher's thresholds")
-    return samples
-
-
-def _sample(folder: Path, regions: list[MinedRegion], captions: tuple[str, ...]) -> Sample:
     width = max(len(region.concept_ids) for region in regions)
+    return [
+        _sample(folder, list(group), tuple(texts.get(image_id, ())), width)
+        for image_id, group in groupby(regions, key=lambda region: region.image_id)
+    ]
+
+
+def _sample(folder: Path, regions: list[MinedRegion], captions: tuple[str, ...], width: int) -> Sample:
+    """Makes one image's sample; concepts are padded to `width` with concept 0 of probability 0."""
     ids, probs = torch.zeros(len(regions), width, dtype=torch.int64), torch.zeros(len(regions), width)
     for row, region in enumerate(regions):
         ids[row, : len(region.concept_ids)] = torch.tensor(region.concept_ids)
@@ -196,7 +198,7 @@ def pretrain(config: RegionPretrainConfig) -> None:
     if run.finished() is not None:
         print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
         return
-    samples = _widened(mined_samples(config.mined, config.images, config.captions))
+    samples = mined_samples(config.mined, config.images, config.captions)
     vocabulary = Vocabulary.load(Path(config.mined) / "vocabulary.safetensors")
     model = load_clip(config.weights)
     vocabulary.require_width(model.config.embed_dim, config.weights)
@@ -215,23 +217,3 @@ def pretrain(config: RegionPretrainConfig) -> None:
     loss = last_loss(run.log_path)
     run.finish({"steps": steps, "images": len(samples), "regions": regions, "loss": loss})
     print(f"{run.path / 'model.safetensors'}: {steps} steps on {regions} regions of {len(samples)} images")
-
-
-def _widened(samples: list[Sample]) -> list[Sample]:
-    """Gives all samples the same K, so that they can stand in one batch."""
-    widths = {sample.concept_ids.shape[1] for sample in samples if sample.concept_ids is not None}
-    if len(widths) == 1:
-        return samples
-    import dataclasses
-
-    width = max(widths)
-
-    def pad(column: Tensor | None) -> Tensor | None:
-        return None if column is None else F.pad(column, (0, width - column.shape[1]))
-
-    return [
-        dataclasses.replace(
-            sample, concept_ids=pad(sample.concept_ids), concept_probs=pad(sample.concept_probs)
-        )
-        for sample in samples
-    ]

@@ -73,6 +73,7 @@ def stages(config: QuickstartConfig) -> list[Stage]:
     captions = (f"captions={world}/captions_train.json", f"images={world}/images")
     clip, region, rpn = (f"{out}/{name}/model.safetensors" for name in ("clip", "regionclip", "rpn"))
     own = ("proposer.name=rpn", f"proposer.weights={rpn}")
+    few = (*own, "proposer.limit=30")
     first = [
         Stage("draw a world", "scenes", 0.5, (f"out={world}", f"seed={config.seed}")),
         Stage(
@@ -112,7 +113,7 @@ def stages(config: QuickstartConfig) -> list[Stage]:
             (f"mined={out}/mined", f"weights={clip}", f"out={out}/regionclip", seed),
         ),
     ]
-    return first + _detectors(config, train, val, own, rpn, {"clip": clip, "regionclip": region})
+    return first + _detectors(config, train, val, few, rpn, {"clip": clip, "regionclip": region})
 
 
 def _detectors(

@@ -32,7 +32,7 @@ def test_a_finished_run_gives_its_metrics_to_the_same_command(tmp_path: Path) ->
 
 
 def test_other_options_are_refused_by_name(tmp_path: Path) -> None:
-    RunFolder(str(tmp_path), Job(), "job")
+    RunFolder(str(tmp_path), Job(), "job").log({"step": 1})
     with pytest.raises(
         InputError, match=r"inner\.lr=0\.1 there, 0\.2 here; size=3 there, 4 here.*another out="
     ):
@@ -46,8 +46,14 @@ def test_free_options_may_change(tmp_path: Path) -> None:
     assert "workers: 2" in (tmp_path / "config.yaml").read_text()
 
 
-def test_another_jobs_folder_is_refused(tmp_path: Path) -> None:
+def test_a_call_that_failed_at_once_holds_no_run(tmp_path: Path) -> None:
     RunFolder(str(tmp_path), Job(), "job")
+    assert RunFolder(str(tmp_path), Job(size=4), "job").finished() is None
+    assert "size: 4" in (tmp_path / "config.yaml").read_text()
+
+
+def test_another_jobs_folder_is_refused(tmp_path: Path) -> None:
+    RunFolder(str(tmp_path), Job(), "job").log({"step": 1})
     with pytest.raises(InputError, match="holds a run of 'job', not of 'task'"):
         RunFolder(str(tmp_path), Job(), "task")
 

@@ -18,7 +18,7 @@ from clip_base.models.clip import CLIP
 from clip_base.tokenizer import Tokenizer
 from clip_base.train import TrainConfig
 from clip_base.weights.native import load_clip, save_clip
-from regionclip.pretrain import RegionPretrainConfig, RegionTextTask, _widened, freeze, mined_samples
+from regionclip.pretrain import RegionPretrainConfig, RegionTextTask, freeze, mined_samples
 from regionclip.samples import RegionSamples
 from regionclip.shards import read_regions
 from regionclip.structures import RegionBatch, Regions
@@ -58,7 +58,7 @@ def config(**options: object) -> RegionPretrainConfig:
 
 
 def batch_of(mined: Path, context: int = 24) -> RegionBatch:
-    samples = _widened(mined_samples(str(mined), "", ""))
+    samples = mined_samples(str(mined), "", "")
     data = RegionSamples(samples, ResizeConfig([64], 64, False), 6, Tokenizer(context))
     return data.collate([data.item(index, torch.Generator().manual_seed(0)) for index in range(4)])
 

@@ -6,14 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_base.config import REQUIRED, option
-from clip_base.data.loader import Loader
 from clip_base.data.sources import read_captions
 from clip_base.errors import InputError
 from clip_base.files import existing
@@ -23,13 +21,13 @@ from clip_base.models.resnet import ModifiedResNet, freeze_batch_norm
 from clip_base.pretrain import last_loss
 from clip_base.run import RunFolder
 from clip_base.tokenizer import Tokenizer
-from clip_base.train import TrainConfig, fit
+from clip_base.train import TrainConfig
 from clip_base.weights import load_clip
 from clip_base.weights.native import save_clip
 from regionclip.encoder import RegionEncoder
 from regionclip.losses import distillation, region_text_contrastive
 from regionclip.matching.base import families
-from regionclip.samples import RegionSamples, Sample
+from regionclip.samples import RegionSamples, Sample, fit_on
 from regionclip.shards import MinedRegion, read_manifest, read_regions
 from regionclip.structures import RegionBatch, Regions, whole_images
 from regionclip.transforms import ResizeConfig
@@ -206,12 +204,7 @@ def pretrain(config: RegionPretrainConfig) -> None:
     task = RegionTextTask(model, vocabulary, config)
     tokenizer = Tokenizer(model.config.text.context_length)
     data = RegionSamples(samples, config.resize, config.regions, tokenizer, config.cache)
-    train = config.train
-    skipped = run.path / "skipped.jsonl"
-    loader: Loader[Any] = Loader(
-        data, data.collate, train.batch_size, seed=train.seed, workers=train.workers, skipped=skipped
-    )
-    steps = fit(task, loader, train, run)
+    steps = fit_on(data, task, config.train, run)
     save_clip(model, run.path / "model.safetensors")
     regions = sum(len(sample.boxes) for sample in samples)
     loss = last_loss(run.log_path)

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clip_base.data.images import ImageStore, Pixels
+from clip_base.data.loader import Loader
+from clip_base.run import RunFolder
 from clip_base.tokenizer import Tokenizer
+from clip_base.train import TrainConfig, fit
 from regionclip.datasets import Record
 from regionclip.structures import RegionBatch, Regions
 from regionclip.transforms import Frame, ResizeConfig, draw_placement, place, to_batch
@@ -89,6 +92,15 @@ class RegionSamples:
         if self.tokenizer is not None:
             tokens = self.tokenizer([caption for _, _, caption in items], truncate=True)
         return RegionBatch(images, regions, tokens)
+
+
+def fit_on(data: RegionSamples, task: nn.Module, train: TrainConfig, run: RunFolder) -> int:
+    """Trains a task on samples, shuffled by the training's seed; returns the steps made in all. See `fit`."""
+    skipped = run.path / "skipped.jsonl"
+    loader: Loader[RegionBatch] = Loader(
+        data, data.collate, train.batch_size, seed=train.seed, workers=train.workers, skipped=skipped
+    )
+    return fit(task, loader, train, run)
 
 
 def _regions(sample: Sample, frame: Frame, chosen: Tensor) -> Regions:

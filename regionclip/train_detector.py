@@ -4,26 +4,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_base.config import REQUIRED, option
-from clip_base.data.loader import Loader
 from clip_base.errors import InputError
 from clip_base.pretrain import last_loss
 from clip_base.run import RunFolder
 from clip_base.tokenizer import Tokenizer
-from clip_base.train import TrainConfig, fit
+from clip_base.train import TrainConfig
 from clip_base.weights import load_clip
 from regionclip.boxes import encode_deltas, iou
 from regionclip.datasets import CocoDetection
 from regionclip.detector import DELTA_WEIGHTS, Detector, DetectorConfig, save_detector
 from regionclip.pretrain import freeze
 from regionclip.proposals.rpn import load_network
-from regionclip.samples import RegionSamples, Sample
+from regionclip.samples import RegionSamples, Sample, fit_on
 from regionclip.splits import load_split
 from regionclip.structures import RegionBatch, Regions
 from regionclip.transforms import ResizeConfig
@@ -198,12 +196,7 @@ def train_detector(config: TrainDetectorConfig) -> None:
     classifier = embed(clip, tokenizer, split.base, config.templates).embeddings
     task = DetectorTask(detector, classifier, config)
     data = RegionSamples([Sample.of_record(record) for record in dataset], config.resize, cache=config.cache)
-    train = config.train
-    skipped = run.path / "skipped.jsonl"
-    loader: Loader[Any] = Loader(
-        data, data.collate, train.batch_size, seed=train.seed, workers=train.workers, skipped=skipped
-    )
-    steps = fit(task, loader, train, run)
+    steps = fit_on(data, task, config.train, run)
     save_detector(detector, run.path / "model.safetensors", split.base)
     run.finish({"steps": steps, "images": len(dataset), "loss": last_loss(run.log_path)})
     print(f"{run.path / 'model.safetensors'}: {steps} steps on {len(dataset)} images")

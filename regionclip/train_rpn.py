@@ -10,18 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from clip_base.config import REQUIRED, option
-from clip_base.data.loader import Loader
 from clip_base.pretrain import last_loss
 from clip_base.progress import track
 from clip_base.run import RunFolder
-from clip_base.train import TrainConfig, autocast, fit, pick_device
+from clip_base.train import TrainConfig, autocast, pick_device
 from clip_base.weights import load_clip
 from regionclip.datasets import CocoDetection
 from regionclip.evaluation import proposal_recall
 from regionclip.inference import batches_of
 from regionclip.proposals.network import ProposalNetwork, ProposalNetworkConfig
 from regionclip.proposals.rpn import build_network, save_network
-from regionclip.samples import RegionSamples, Sample
+from regionclip.samples import RegionSamples, Sample, fit_on
 from regionclip.splits import load_split
 from regionclip.structures import RegionBatch
 from regionclip.transforms import ResizeConfig
@@ -99,13 +98,8 @@ def train_rpn(config: TrainRPNConfig) -> None:
     network = make_network(config)
     task = RPNTask(network, config.objectness_weight, config.box_weight)
     data = RegionSamples([Sample.of_record(record) for record in dataset], config.resize, cache=config.cache)
-    train = config.train
-    skipped = run.path / "skipped.jsonl"
-    loader: Loader[Any] = Loader(
-        data, data.collate, train.batch_size, seed=train.seed, workers=train.workers, skipped=skipped
-    )
     network.to(memory_format=torch.channels_last)
-    steps = fit(task, loader, train, run)
+    steps = fit_on(data, task, config.train, run)
     save_network(network, run.path / "model.safetensors")
     metrics: dict[str, Any] = {"steps": steps, "images": len(dataset), "loss": last_loss(run.log_path)}
     if config.val_annotations:

@@ -283,7 +283,14 @@ def test_impossible_networks_are_refused(options: dict[str, object], message: st
 
 def test_the_config_is_read_from_overrides() -> None:
     config = configs.resolve(
-        TrainRPNConfig, overrides=["network.vision.width=32", "network.anchor_sizes=[16,64]"]
+        TrainRPNConfig,
+        overrides=[
+            "annotations=a.json",
+            "images=a",
+            "out=b",
+            "network.vision.width=32",
+            "network.anchor_sizes=[16,64]",
+        ],
     )
     assert config.network.vision.width == 32
     assert config.network.anchor_sizes == [16.0, 64.0]

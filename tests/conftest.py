@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-# Tests start processes beside each other; OpenMP threads that spin would slow all of them down manyfold. Read by
-# torch when it is imported, and inherited by what the tests start.
+# Tests start processes beside each other; OpenMP threads that spin would slow all of them down manyfold. Torch
+# reads this when it is imported, and what the tests start inherits it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).parent.parent

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# Tests start processes beside each other; OpenMP threads that spin would slow all of them down manyfold. Torch
+# Tests start processes beside each other; OpenMP threads that spin would slow them all down manyfold. Torch
 # reads this when it is imported, and what the tests start inherits it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -74,6 +74,8 @@ def main() -> None:
         options.rounds, options.loss_batch = 1, min(options.loss_batch, 2048)
     parts = options.only or ["towers", "preprocessing", "tokenizer", "loss"]
     rows: list[Row] = []
+    # First, while this process is small: the plain loss takes most of a machine's memory.
+    memory = loss_memory(options) if "loss" in parts else []
     if "towers" in parts:
         for name in options.models:
             rows += towers(name, options)
@@ -81,8 +83,7 @@ def main() -> None:
         rows += preprocessing(options)
     if "tokenizer" in parts and options.captions:
         rows += tokenizing(options)
-    if "loss" in parts:
-        rows += loss_memory(options)
+    rows += memory
     print(table := markdown(rows))
     if options.write:
         put(options.write, "clip", described(table, options))
@@ -148,7 +149,7 @@ def towers(name: str, options: argparse.Namespace) -> list[Row]:
         works = {"ours": encoding(mine, inputs, autocast("auto", torch.device(device)))}
         for rival, context in rivals.items():
             model = fast.eval() if rival == FASTEST and fast is not None else theirs
-            works[rival] = encoding(getattr(model, other), inputs, context)
+            works[rival] = encoding(getattr(model, other), inputs, context, torch.no_grad)
         seconds = alternate(works, options.rounds, wait)
         note = f"largest difference in fp32 {difference(mine, getattr(theirs, other), inputs):.0e}"
         unit = "images/s" if inputs is pixels else "texts/s"
@@ -203,9 +204,16 @@ def their_step(model: nn.Module, pixels: Tensor, tokens: Tensor, context: Any) -
     return step
 
 
-def encoding(encode: Callable[[Tensor], Tensor], inputs: Tensor, context: Any) -> Callable[[], Tensor]:
+def encoding(
+    encode: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    context: Any,
+    guard: Callable[[], Any] = torch.inference_mode,
+) -> Callable[[], Tensor]:
+    """Returns the work; `guard` is how each package's own examples switch gradients off."""
+
     def work() -> Tensor:
-        with torch.inference_mode(), context:
+        with guard(), context:
             return encode(inputs)
 
     return work
@@ -294,20 +302,10 @@ def loss_memory(options: argparse.Namespace) -> list[Row]:
         call += ["--threads", str(options.threads)]
         return float(subprocess.run(call, check=True, capture_output=True, text=True).stdout) / 2**20
 
-    rounds = [
-        {kind: peak(kind) for kind in ("chunked", "plain", "open_clip")}
-        for _ in range(min(options.rounds, 3))
-    ]
+    peaks = {kind: peak(kind) for kind in ("chunked", "plain", "open_clip")}
     task = f"peak memory of the chunked loss, {options.loss_batch:,} x 1,024"
     return [
-        Row(
-            task,
-            label,
-            "MiB",
-            rounds[0]["chunked"],
-            rounds[0][kind],
-            [r[kind] / r["chunked"] for r in rounds],
-        )
+        Row(task, label, "MiB", peaks["chunked"], peaks[kind], [peaks[kind] / peaks["chunked"]])
         for kind, label in (("plain", "our plain loss"), ("open_clip", AS_IT_COMES))
     ]
 

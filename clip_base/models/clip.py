@@ -45,6 +45,21 @@ class CLIP(nn.Module):
         self.text = TextTower(config.text, config.embed_dim, config.activation)
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
 
+    @property
+    def context_length(self) -> int:
+        """Token positions of a text, as openai/CLIP's attribute of that name."""
+        return self.config.text.context_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids, as openai/CLIP's attribute of that name."""
+        return self.config.text.vocab_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' type, as openai/CLIP's attribute of that name."""
+        return self.visual.conv1.weight.dtype
+
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Returns [B, D] image embeddings, not normalised, of [B, 3, H, W] normalised pixels."""
         features: Tensor = self.visual(pixels)

@@ -167,6 +167,11 @@ class ModifiedResNet(nn.Module):
         self.layer4 = _layer(width * 16, width * 8, config.layers[3], stride=2)
         self.attnpool = AttentionPool(config.resolution // 32, width * 32, config.heads, embed_dim)
 
+    @property
+    def input_resolution(self) -> int:
+        """The same as `resolution`, under openai/CLIP's name."""
+        return self.resolution
+
     def stages(self, images: Tensor) -> list[Tensor]:
         """Returns the maps after layer1, layer2 and layer3: strides 4, 8 and 16 pixels.
 

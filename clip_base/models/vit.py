@@ -37,6 +37,11 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(config.width)
         self.proj = nn.Parameter(scale * torch.randn(config.width, embed_dim))
 
+    @property
+    def input_resolution(self) -> int:
+        """The same as `resolution`, under openai/CLIP's name."""
+        return self.resolution
+
     def forward(self, images: Tensor) -> Tensor:
         """Returns [B, D], one embedding an image, not normalised.
 

@@ -59,6 +59,13 @@ def test_load_returns_a_model_and_its_preprocessing(tmp_path: Path):
         torch.testing.assert_close(per_image, expected(pixels, tokens)[0])
 
 
+def test_a_model_has_the_attributes_that_openais_examples_print(tmp_path: Path):
+    save_tiny(tmp_path / "w.safetensors")
+    model, _ = clip_base.load(tmp_path / "w.safetensors", "cpu")
+    assert (model.visual.input_resolution, model.context_length, model.vocab_size) == (32, 77, 49408)
+    assert model.dtype == torch.float32
+
+
 def test_load_gives_the_precision_asked_for_and_float32_on_the_cpu(tmp_path: Path):
     model = save_tiny(tmp_path / "w.safetensors")
     save_clip(model.half(), tmp_path / "h.safetensors")

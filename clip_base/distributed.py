@@ -122,16 +122,34 @@ class _Gather(torch.autograd.Function):
         return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
 
-def gather(rows: Tensor) -> Tensor:
+def gather(rows: Tensor, counts: list[int] | None = None) -> Tensor:
     """Returns the rows of all processes, [W·b, …], in the order of their ranks, of [b, …] here.
 
     Gradients flow back: a row's gradient is the sum over all processes of what they made of it. As DDP and
     FSDP take the mean of the weights' gradients over processes, the result is the gradient of the mean of the
     processes' losses.
+
+    Args:
+        rows: of this process.
+        counts: how many rows each process holds, from `row_counts`; None: as many everywhere.
     """
     if world() == 1:
         return rows
-    return cast(Tensor, _Gather.apply(rows))
+    if counts is None:
+        return cast(Tensor, _Gather.apply(rows))
+    longest = max(counts)
+    if not longest:
+        return rows
+    filler = rows.new_zeros(longest - len(rows), *rows.shape[1:])
+    padded = cast(Tensor, _Gather.apply(torch.cat([rows, filler])))
+    return torch.cat([part[:count] for part, count in zip(torch.split(padded, longest), counts, strict=True)])
+
+
+def row_counts(rows: Tensor) -> list[int]:
+    """Returns how many rows each process holds, by rank, where they may differ."""
+    if world() == 1:
+        return [len(rows)]
+    return cast(list[int], _Gather.apply(torch.tensor([len(rows)], device=rows.device)).tolist())
 
 
 def mean(values: Tensor) -> Tensor:
@@ -228,7 +246,8 @@ class Parallel:
             task.reshard()
 
 
-def _is_shard(value: Any) -> bool:
+def is_shard(value: Any) -> bool:
+    """Whether a tensor is one process's part of a sharded one."""
     # Where nothing has imported DTensor, which takes a while, there is none.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
@@ -239,7 +258,7 @@ def full(value: Any) -> Any:
 
     All processes must call it together.
     """
-    if _is_shard(value):
+    if is_shard(value):
         return cast("DTensor", value).full_tensor()
     if isinstance(value, dict):
         return {key: full(item) for key, item in value.items()}
@@ -250,7 +269,7 @@ def full(value: Any) -> Any:
 
 def shard_like(value: Tensor, example: Tensor) -> Tensor:
     """Returns a whole tensor, sharded as `example` of the same shape is; all processes must call it."""
-    if not _is_shard(example) or _is_shard(value):
+    if not is_shard(example) or is_shard(value):
         return value
     from torch.distributed.tensor import distribute_tensor
 

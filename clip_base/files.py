@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from clip_base.errors import InputError
+
+GZIPPED = b"\x1f\x8b"
 
 
 def existing(path: str | Path, what: str = "file") -> Path:
@@ -24,13 +28,19 @@ def existing(path: str | Path, what: str = "file") -> Path:
 
 
 def read_json(path: str | Path, what: str = "JSON file") -> Any:
-    """Reads a JSON file.
+    """Reads a JSON file, gzipped or not.
 
     Raises:
         InputError: the file is missing, empty or malformed; the file and the place in it are named.
     """
     path = existing(path, what)
-    text = path.read_text(encoding="utf-8", errors="replace")
+    content = path.read_bytes()
+    if content.startswith(GZIPPED):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"{what} {path} does not unpack ({error}); was it cut off?") from None
+    text = content.decode("utf-8", errors="replace")
     if not text.strip():
         raise InputError(f"{what} {path} is empty; write it again or give another path")
     try:

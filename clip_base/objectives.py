@@ -34,7 +34,7 @@ class PairEmbeddings:
         all_images: [B, D]; gradients flow back to the processes that they came from.
         all_texts: [B, D].
         first: this process's first row among all.
-        groups: [B] int64, equal where two texts say the same, or None: every text is unlike all others.
+        groups: [B] int64, equal where two texts say the same; None where the objective need not know.
     """
 
     images: Tensor
@@ -51,7 +51,7 @@ class PairEmbeddings:
         Args:
             images: [b, D] of this process, unit length.
             texts: [b, D] of this process, unit length.
-            tokens: [b, T] token ids; equal rows are texts that say the same. None: no two do.
+            tokens: [b, T] token ids; equal rows are texts that say the same. None: it does not matter.
         """
         first, groups = distributed.rank() * len(images), None
         if tokens is not None:
@@ -62,13 +62,6 @@ class PairEmbeddings:
     def alone(self) -> bool:
         """Whether this process holds all pairs."""
         return len(self.images) == len(self.all_images)
-
-
-def same_groups(groups: Tensor | None, first: int, logits: Tensor) -> Tensor:
-    """Returns [n, B] bool: which of B columns are positives of the n rows of `logits`, from `first` on."""
-    if groups is None:
-        groups = torch.arange(logits.shape[1], device=logits.device)
-    return groups[first : first + len(logits), None] == groups
 
 
 @dataclass
@@ -82,10 +75,12 @@ class Contrastive(nn.Module):
     Attributes:
         name: what the loss is called in the log.
         initial_logit_scale: what training from random weights begins with; None: CLIP's.
+        merge_equal: whether the loss must know which texts say the same; see `contrastive`.
     """
 
     name = "contrastive"
     initial_logit_scale: float | None = None
+    merge_equal = False
 
     def __init__(self, config: ContrastiveConfig) -> None:
         super().__init__()
@@ -94,15 +89,13 @@ class Contrastive(nn.Module):
         """Returns the scalar loss of this process's rows; `scale` is the factor on the cosines."""
         if pairs.alone:
             # One matrix of similarities then serves both directions.
-            groups = pairs.groups
-            same = None if groups is None else groups[:, None] == groups
-            return contrastive(pairs.images, pairs.texts, scale, same)
-        by_image = row_entropy(pairs.first, pairs.images, pairs.all_texts, scale, pairs.groups)
-        by_text = row_entropy(pairs.first, pairs.texts, pairs.all_images, scale, pairs.groups)
+            return contrastive(pairs.images, pairs.texts, scale)
+        by_image = row_entropy(pairs.first, pairs.images, pairs.all_texts, scale)
+        by_text = row_entropy(pairs.first, pairs.texts, pairs.all_images, scale)
         return (by_image + by_text) / (2 * len(pairs.images))
 
 
-def row_entropy(first: int, rows: Tensor, columns: Tensor, scale: Tensor, groups: Tensor | None) -> Tensor:
+def row_entropy(first: int, rows: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
     """Returns the cross entropy of rows to their matching columns, summed over the rows.
 
     Args:
@@ -110,14 +103,10 @@ def row_entropy(first: int, rows: Tensor, columns: Tensor, scale: Tensor, groups
         rows: [n, D], unit length.
         columns: [B, D], unit length.
         scale: the factor on the cosines.
-        groups: [B] int64 or None; see `PairEmbeddings`. A row's target is spread evenly over its group.
     """
     logits = scale * rows @ columns.T  # [n, B]
-    if groups is None:
-        target = torch.arange(first, first + len(rows), device=rows.device)
-        return F.cross_entropy(logits, target, reduction="sum")
-    spread = same_groups(groups, first, logits).to(logits.dtype)
-    return F.cross_entropy(logits, spread / spread.sum(1, keepdim=True), reduction="sum")
+    target = torch.arange(first, first + len(rows), device=rows.device)
+    return F.cross_entropy(logits, target, reduction="sum")
 
 
 @dataclass
@@ -146,7 +135,7 @@ class Chunked(Contrastive):
         """Returns the scalar loss of this process's rows; `scale` is the factor on the cosines."""
 
         def loss(start: int, rows: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
-            return row_entropy(pairs.first + start, rows, columns, scale, pairs.groups)
+            return row_entropy(pairs.first + start, rows, columns, scale)
 
         by_image = in_chunks(loss, self.rows, pairs.images, pairs.all_texts, scale)
         by_text = in_chunks(loss, self.rows, pairs.texts, pairs.all_images, scale)
@@ -155,10 +144,11 @@ class Chunked(Contrastive):
 
 @dataclass
 class SigmoidConfig:
-    """Initial values (arXiv 2303.15343, section 3.2) and memory."""
+    """Initial values (arXiv 2303.15343, section 3.2), what equal texts are to each other, and memory."""
 
     scale: float = option(10.0, "initial factor on the cosines, when training from random weights")
     bias: float = option(-10.0, "initial value of the learnt bias: most pairs do not belong together")
+    merge_equal: bool = option(True, "equal captions are each other's positives instead of negatives")
     rows: int = option(0, "rows of the similarity matrix computed at a time; 0: all")
 
     def __post_init__(self) -> None:
@@ -174,6 +164,7 @@ class Sigmoid(nn.Module):
     Attributes:
         name: what the loss is called in the log.
         initial_logit_scale: what training from random weights begins with.
+        merge_equal: whether equal texts are positives of each other's images.
         bias: scalar, learnt, added to the scaled cosines; kept in training checkpoints, not in CLIP's
             weights, since it moves all scores alike.
     """
@@ -183,16 +174,19 @@ class Sigmoid(nn.Module):
     def __init__(self, config: SigmoidConfig) -> None:
         super().__init__()
         self.initial_logit_scale: float | None = math.log(config.scale)
-        self.rows = config.rows
+        self.merge_equal, self.rows = config.merge_equal, config.rows
         self.bias = nn.Parameter(torch.tensor(config.bias))
 
     def forward(self, pairs: PairEmbeddings, scale: Tensor) -> Tensor:
         """Returns the scalar loss of this process's rows; `scale` is the factor on the cosines."""
+        groups = pairs.groups
+        if groups is None:
+            groups = torch.arange(len(pairs.all_texts), device=pairs.texts.device)
 
         def loss(start: int, rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
             logits = scale * rows @ columns.T + bias  # [n, B]
             first = pairs.first + start
-            same = same_groups(pairs.groups, first, logits)
+            same = groups[first : first + len(rows), None] == groups
             return -F.logsigmoid(torch.where(same, logits, -logits)).sum()
 
         chunk = self.rows or len(pairs.images)

@@ -48,10 +48,6 @@ class PretrainConfig:
     init: str = option("", "weights file to start from; empty: random weights from train.seed")
     crop: float = option(0.9, "side of the smallest random square crop, as a share of the short side")
     objective: Part = part(OBJECTIVES, "contrastive", "the loss over the batch's embeddings")
-    merge_equal: bool = option(
-        True,
-        "equal captions are each other's positives; for objective=sigmoid, a softmax sees no difference",
-    )
     accumulate: int = option(1, "parts in which a batch is embedded, to save memory; its loss stays whole")
     replacement: bool = option(False, "draw pairs independently instead of each once an epoch")
     cache: bool = option(False, "keep decoded images in memory (for small data sets)", free=True)
@@ -118,16 +114,13 @@ class ContrastiveTask(nn.Module):
 
     Args:
         model: trained in place.
-        merge_equal: equal captions in a batch count as each other's positives.
         objective: the loss; None: CLIP's.
         accumulate: parts that a process's share of the batch is embedded in.
     """
 
-    def __init__(
-        self, model: CLIP, merge_equal: bool = True, objective: nn.Module | None = None, accumulate: int = 1
-    ) -> None:
+    def __init__(self, model: CLIP, objective: nn.Module | None = None, accumulate: int = 1) -> None:
         super().__init__()
-        self.model, self.merge_equal, self.accumulate = model, merge_equal, accumulate
+        self.model, self.accumulate = model, accumulate
         self.objective = objective or Contrastive(ContrastiveConfig())
 
     def forward(self, batch: ImageTextBatch) -> dict[str, Tensor]:
@@ -135,7 +128,8 @@ class ContrastiveTask(nn.Module):
         images = self._embed(self.model.encode_image, batch.images.pixels)
         texts = self._embed(self.model.encode_text, batch.tokens)
         with torch.autocast(images.device.type, enabled=False):
-            pairs = PairEmbeddings.gathered(images, texts, batch.tokens if self.merge_equal else None)
+            tokens = batch.tokens if getattr(self.objective, "merge_equal", False) else None
+            pairs = PairEmbeddings.gathered(images, texts, tokens)
             return {str(self.objective.name): self.objective(pairs, self.model.logit_scale.exp())}
 
     def _embed(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
@@ -195,7 +189,7 @@ def make_task(config: PretrainConfig, model: CLIP) -> ContrastiveTask:
     start = getattr(objective, "initial_logit_scale", None)
     if start is not None and not config.init:
         nn.init.constant_(model.logit_scale, start)
-    return ContrastiveTask(model, config.merge_equal, objective, config.accumulate)
+    return ContrastiveTask(model, objective, config.accumulate)
 
 
 def pretrain(config: PretrainConfig) -> None:

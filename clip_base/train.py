@@ -108,7 +108,8 @@ def make_optimizer(task: nn.Module, config: TrainConfig) -> torch.optim.Optimize
     if config.optimizer == "adamw":
         betas = (config.beta1, config.beta2)
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.beta1, fused=True)
+    fused = not any(distributed.is_shard(parameter) for parameter in trainable)  # torch's takes no shards
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.beta1, fused=fused)
 
 
 class _Stop:

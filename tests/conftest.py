@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +17,45 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).parent.parent
+
+Launch = Callable[[list[list[str]]], list[subprocess.CompletedProcess[str]]]
+JOBS = """
+import json, sys
+from clip_base import cli
+
+for command in json.loads(sys.argv[1]):
+    code = cli.main(command)
+    if code:
+        sys.exit(code)
+"""
+
+
+def _launch(commands: list[list[str]]) -> list[subprocess.CompletedProcess[str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOBS, json.dumps(commands)],
+            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    ended = []
+    for child in started:
+        output, errors = child.communicate(timeout=300)
+        ended.append(subprocess.CompletedProcess(child.args, child.returncode, output, errors))
+    return ended
+
+
+@pytest.fixture(scope="session")
+def launch() -> Launch:
+    """Runs commands, [job, option, …] each, one after another in two processes, as torchrun starts them."""
+    return _launch
 
 
 @pytest.fixture(scope="session")

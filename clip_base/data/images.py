@@ -128,6 +128,13 @@ def resize_bicubic(image: Pixels, width: int, height: int) -> Pixels:
     return np.ascontiguousarray(sized[0].permute(1, 2, 0).numpy())
 
 
+def resize_bilinear(image: Pixels, width: int, height: int) -> Pixels:
+    """Returns the image at another size by Pillow's bilinear filter, pixel for pixel as detectron2 does."""
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
 def middle_square(image: Pixels, side: int) -> Pixels:
     """Returns the middle [side, side, 3] of the image once its short side is `side`; CLIP's evaluation view.
 

@@ -197,14 +197,18 @@ class ModifiedResNet(nn.Module):
         Args:
             feature_map: [N, C, h, w] as the trunk makes them, whole or cut out; any size.
         """
+        pooled: Tensor = self.attnpool(self.deepen(feature_map))
+        return pooled
+
+    def deepen(self, feature_map: Tensor) -> Tensor:
+        """Returns [N, 2 · C, h / 2, w / 2], rounded down: layer4 alone, the first part of `head`."""
         height, width = feature_map.shape[-2:]
         if min(height, width) < 2:  # layer4 halves the map, so a single row or column is doubled
             feature_map = F.interpolate(feature_map, (max(height, 2), max(width, 2)), mode="nearest")
         x = feature_map.contiguous(memory_format=torch.channels_last)
         for block in self.layer4:
             x = self._run(block, x)
-        pooled: Tensor = self.attnpool(x)
-        return pooled
+        return x
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns [B, D], one embedding an image, not normalised.

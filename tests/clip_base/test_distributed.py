@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,8 @@ from clip_base.checkpoint import read_weights
 from clip_base.data.loader import Loader
 from clip_base.errors import InputError
 
+Launch = Callable[[list[list[str]]], list[subprocess.CompletedProcess[str]]]
+
 # Twelve pictures, three of which say the same, so that equal captions meet across processes.
 TINY = """
 tower:
@@ -31,41 +31,10 @@ train:
 RUNS = {
     "ddp": ["train.ema=0.9"],
     "fsdp": ["train.ema=0.9", "train.parallel=fsdp"],
+    "sgd": ["train.optimizer=sgd", "train.parallel=fsdp"],
     "sigmoid": ["objective.name=sigmoid"],
     "chunked": ["objective.name=chunked", "objective.rows=2", "accumulate=3"],
 }
-SCRIPT = """
-import json, sys
-from clip_base import cli, distributed
-
-for arguments in json.loads(sys.argv[1]):
-    code = cli.main(["pretrain", *arguments])
-    if code:
-        sys.exit(code)
-"""
-
-
-def launch(runs: list[list[str]], processes: int = 2) -> list[subprocess.CompletedProcess[str]]:
-    """Runs `pretrain` with each list of arguments in a group of processes, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, json.dumps(runs)],
-            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    ended = []
-    for child in started:
-        output, errors = child.communicate(timeout=300)
-        ended.append(subprocess.CompletedProcess(child.args, child.returncode, output, errors))
-    return ended
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +57,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def outs(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def outs(options: list[str], launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `one/NAME` and `two/NAME`: each run made by one process and by two.
 
     `two/resumed-KIND` was begun by one process, which was lost after step 5, and was ended by two.
@@ -104,7 +73,7 @@ def outs(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
         for file in ("config.yaml", "log.jsonl"):
             shutil.copy(begun / file, out / file)
         runs[out.name] = [*RUNS["ddp"], f"train.parallel={kind}", f"out={out}"]
-    first, second = launch([[*options, *extra] for extra in runs.values()])
+    first, second = launch([["pretrain", *options, *extra] for extra in runs.values()])
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert first.stdout.count("model.safetensors: 6 steps on 12 images") == len(runs)
     assert second.stdout == ""
@@ -196,6 +165,8 @@ def test_a_half_described_group_is_refused_in_one_line(
 def test_one_process_needs_no_group() -> None:
     rows = torch.ones(2, 3, requires_grad=True)
     assert distributed.gather(rows) is rows
+    assert distributed.gather(rows, distributed.row_counts(rows)) is rows
+    assert distributed.row_counts(rows) == [2]
     assert distributed.mean(rows) is rows
     assert distributed.any_of(True, False) == (True, False)
     assert (distributed.rank(), distributed.world(), distributed.is_first()) == (0, 1, True)

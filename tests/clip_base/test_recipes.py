@@ -44,7 +44,7 @@ def test_a_recipe_is_the_published_one(name: str) -> None:
     assert (train.steps, train.epochs) == (0, 1 if name.endswith("336px") else 32)
     assert (train.optimizer, train.schedule, train.checkpointing) == ("adamw", "cosine", True)
     # A square as large as the image allows at a random place, and every other text is a negative.
-    assert (config.crop, config.merge_equal, config.objective["name"]) == (1.0, False, "chunked")
+    assert (config.crop, config.objective["name"]) == (1.0, "chunked")
     assert config.init == ("ViT-L/14" if name.endswith("336px") else "")
 
 

@@ -17,7 +17,7 @@ from clip_base.tokenizer import Tokenizer
 from clip_base.train import TrainConfig, fit
 from regionclip.datasets import Record
 from regionclip.structures import RegionBatch, Regions
-from regionclip.transforms import Frame, ResizeConfig, draw_placement, place, to_batch
+from regionclip.transforms import Frame, ResizeConfig, place_training, to_batch
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class RegionSamples:
         samples: the images.
         resize: their size in training.
         max_boxes: most boxes an image; more are sampled at random. 0: all.
-        tokenizer: given, every batch carries the tokens of one caption an image.
+        tokenizer: given, every batch carries the tokens of one caption an image, zeros where it has none.
         cache: keep decoded images in memory.
     """
 
@@ -71,14 +71,17 @@ class RegionSamples:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def name(self, index: int) -> str:
+        """Returns what the image of a sample is called."""
+        return str(self.samples[index].path)
+
     def item(self, index: int, generator: torch.Generator) -> tuple[Pixels, Regions, str]:
         """Returns the image in its frame, its regions there (image_index 0) and a caption."""
         sample = self.samples[index]
-        short, flip = draw_placement(self.resize, generator)
-        pixels, frame = place(self.store(sample.path), short, self.resize.long, flip)
-        chosen = torch.arange(len(sample.boxes))
+        pixels, frame = place_training(self.store(sample.path), self.resize, generator)
+        chosen = torch.nonzero(frame.visible(sample.boxes) >= self.resize.jitter.visible)[:, 0]
         if self.max_boxes and len(chosen) > self.max_boxes:
-            chosen = torch.randperm(len(chosen), generator=generator)[: self.max_boxes]
+            chosen = chosen[torch.randperm(len(chosen), generator=generator)[: self.max_boxes]]
         caption = ""
         if sample.captions:
             caption = sample.captions[int(torch.randint(len(sample.captions), (1,), generator=generator))]
@@ -86,19 +89,74 @@ class RegionSamples:
 
     def collate(self, items: list[tuple[Pixels, Regions, str]]) -> RegionBatch:
         """Makes a batch; images of unlike size are padded to a multiple of 32 pixels."""
-        images = to_batch([pixels for pixels, _, _ in items], multiple=32)
+        images = to_batch([pixels for pixels, _, _ in items], self.resize.training_multiple)
         regions = Regions.cat([_moved(regions, slot) for slot, (_, regions, _) in enumerate(items)])
         tokens = None
         if self.tokenizer is not None:
-            tokens = self.tokenizer([caption for _, _, caption in items], truncate=True)
+            captions = [caption for _, _, caption in items]
+            tokens = self.tokenizer(captions, truncate=True)
+            tokens[torch.tensor([not caption for caption in captions])] = 0
         return RegionBatch(images, regions, tokens)
 
 
-def fit_on(data: RegionSamples, task: nn.Module, train: TrainConfig, run: RunFolder) -> int:
-    """Trains a task on samples, shuffled by the training's seed; returns the steps made in all. See `fit`."""
-    skipped = run.path / "skipped.jsonl"
+class PatchSamples(RegionSamples):
+    """Images cut evenly into m × n patches, drawn anew each time (arXiv 2310.01403, section 3.2).
+
+    Args:
+        samples: the images; what boxes they have are not used.
+        cells: m and n are drawn from 1 to this.
+        resize: see `RegionSamples`, as are the rest.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        cells: int,
+        resize: ResizeConfig,
+        max_boxes: int = 0,
+        cache: bool = False,
+    ) -> None:
+        super().__init__(samples, resize, max_boxes, cache=cache)
+        self.cells = cells
+
+    def item(self, index: int, generator: torch.Generator) -> tuple[Pixels, Regions, str]:
+        """Returns the image in its frame and its patches there (image_index 0), without a caption."""
+        pixels, _, _ = super().item(index, generator)
+        rows, columns = torch.randint(1, self.cells + 1, (2,), generator=generator).tolist()
+        height, width = pixels.shape[:2]
+        boxes = patches(height, width, rows, columns)
+        if self.max_boxes:
+            boxes = boxes[torch.randperm(len(boxes), generator=generator)[: self.max_boxes]]
+        return pixels, Regions(boxes, torch.zeros(len(boxes), dtype=torch.int64)), ""
+
+
+def patches(height: int, width: int, rows: int, columns: int) -> Tensor:
+    """Returns [rows · columns, 4], the boxes of equal size that an image of these pixels is cut into."""
+    size = torch.tensor([width / columns, height / rows])
+    corner = torch.cartesian_prod(torch.arange(columns), torch.arange(rows)) * size
+    return torch.cat([corner, corner + size], 1)
+
+
+def fit_on(
+    data: RegionSamples, task: nn.Module, train: TrainConfig, run: RunFolder, weights: Tensor | None = None
+) -> int:
+    """Trains a task on samples, shuffled by the training's seed; returns the steps made in all. See `fit`.
+
+    Args:
+        data: the samples.
+        task: trained in place.
+        train: how to train.
+        run: takes the log and the checkpoints.
+        weights: how often an epoch shows each sample on average; None: once.
+    """
     loader: Loader[RegionBatch] = Loader(
-        data, data.collate, train.batch_size, seed=train.seed, workers=train.workers, skipped=skipped
+        data,
+        data.collate,
+        train.batch_size,
+        seed=train.seed,
+        workers=train.workers,
+        skipped=run.path / "skipped.jsonl",
+        weights=weights,
     )
     return fit(task, loader, train, run)
 

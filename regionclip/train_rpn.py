@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clip_base import distributed
 from clip_base.config import REQUIRED, option
 from clip_base.pretrain import last_loss
 from clip_base.progress import track
@@ -16,9 +17,9 @@ from clip_base.run import RunFolder
 from clip_base.train import TrainConfig, autocast, pick_device
 from clip_base.weights import load_clip
 from regionclip.datasets import CocoDetection
-from regionclip.evaluation import proposal_recall
 from regionclip.inference import batches_of
 from regionclip.proposals.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.recall import RecallMeter, described
 from regionclip.proposals.rpn import build_network, save_network
 from regionclip.samples import RegionSamples, Sample, fit_on
 from regionclip.splits import load_split
@@ -92,19 +93,23 @@ def train_rpn(config: TrainRPNConfig) -> None:
         print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
         return
     everything = CocoDetection(config.annotations, config.images)
-    split = load_split(config.split, everything.categories)
+    split = load_split(config.split, everything.categories, everything.frequencies)
     dataset = everything.restrict(split.base, config.keep_empty).without_crowds()
     print(dataset.report())
     network = make_network(config)
     task = RPNTask(network, config.objectness_weight, config.box_weight)
     data = RegionSamples([Sample.of_record(record) for record in dataset], config.resize, cache=config.cache)
-    network.to(memory_format=torch.channels_last)
+    if network.config.share_trunk:
+        # It is no part of the task, so the loop does not move it.
+        distributed.start()
+        network.trunk.to(pick_device(config.train.device))
     steps = fit_on(data, task, config.train, run)
     save_network(network, run.path / "model.safetensors")
     metrics: dict[str, Any] = {"steps": steps, "images": len(dataset), "loss": last_loss(run.log_path)}
     if config.val_annotations:
-        metrics |= recall(network.eval(), config)
-        print(", ".join(f"{key} {metrics[key]:.3f}" for key in sorted(metrics) if key.startswith("recall@")))
+        found = recall(network.eval(), config)
+        metrics |= found
+        print(described(found))
     run.finish(metrics)
     print(f"{run.path / 'model.safetensors'}: {steps} steps on {len(dataset)} images")
 
@@ -112,16 +117,14 @@ def train_rpn(config: TrainRPNConfig) -> None:
 def recall(network: ProposalNetwork, config: TrainRPNConfig) -> dict[str, float]:
     """Returns recall on the validation boxes, base and novel apart."""
     dataset = CocoDetection(config.val_annotations, config.val_images or config.images)
-    split = load_split(config.split, dataset.categories)
+    split = load_split(config.split, dataset.categories, dataset.frequencies)
     dataset = dataset.restrict(split.all).without_crowds()
     device = pick_device(config.train.device)
-    truth, proposals, novel = [], [], []
-    is_novel = torch.tensor(split.is_novel(dataset.categories))
+    meter, is_novel = RecallMeter(apart=True), torch.tensor(split.is_novel(dataset.categories))
     for batch in track(batches_of(dataset, config.resize, 16, device), "recall"):
         with torch.no_grad(), autocast(config.train.precision, device):
             found = network.propose(batch.images, 1000).to("cpu")
         for slot, (record, frame) in enumerate(zip(batch.records, batch.frames, strict=True)):
-            truth.append(record.boxes)
-            novel.append(is_novel[record.labels])
-            proposals.append(frame.boxes_out(found.of_image(slot).boxes))
-    return proposal_recall(truth, proposals, novel)
+            boxes = frame.boxes_out(found.of_image(slot).boxes)
+            meter.add(record.boxes, boxes, is_novel[record.labels])
+    return meter.metrics()

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from clip_base.batch import ImageBatch
+from clip_base.config import option
+from clip_base.errors import InputError
 from regionclip.structures import Regions
 
 GROUP = "regionclip.proposers"
@@ -35,6 +37,24 @@ class ImageKey:
             raise ValueError(
                 f"image {self.image_id} has size {self.height}x{self.width}, expected at least 1x1"
             )
+
+
+@dataclass(kw_only=True)
+class SelectionConfig:
+    """Which proposals of a network are kept."""
+
+    limit: int = option(300, "most boxes an image, the best scored ones")
+    nms: float = option(0.7, "IoU above which the lower scored of two boxes is dropped")
+    min_score: float = option(0.0, "boxes with less objectness are left out, 0…1")
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        if self.limit < 1:
+            raise InputError(f"limit must be at least 1 box an image, got {self.limit}")
+        if not 0 < self.nms <= 1:
+            raise InputError(f"nms must be above 0 and at most 1, got {self.nms}")
+        if not 0 <= self.min_score <= 1:
+            raise InputError(f"min_score must lie in 0…1, got {self.min_score}")
 
 
 class Proposer(Protocol):

@@ -8,14 +8,13 @@ proposals are our own: torchvision rounds anchors to whole pixels and derives st
 # B images, C channels, h and w sides of a map, A anchors a cell, K anchors of an image over all levels
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torchvision.models import resnet50
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 from torchvision.ops import FeaturePyramidNetwork, batched_nms
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
@@ -24,12 +23,20 @@ from clip_base.batch import ImageBatch
 from clip_base.config import option
 from clip_base.errors import InputError
 from clip_base.models.configs import VisionConfig
-from clip_base.models.resnet import EXPANSION, FrozenBatchNorm2d, ModifiedResNet, freeze_batch_norm
+from clip_base.models.resnet import ModifiedResNet
 from regionclip.boxes import clip_boxes, decode_deltas, encode_deltas, valid_boxes
+from regionclip.proposals.backbone import (
+    BACKBONES,
+    ResNet50,
+    caffe_pixels,
+    channels_of,
+    clip_trunk,
+    fit_frame,
+    freeze_stages,
+)
 from regionclip.proposals.base import collect
 from regionclip.structures import RegionBatch, Regions
 
-BACKBONES = {"clip": (4, 8, 16), "resnet50": (4, 8, 16, 32)}  # strides of their maps, pixels
 PYRAMID_CHANNELS = 256  # arXiv 1612.03144, section 3
 
 
@@ -37,14 +44,22 @@ PYRAMID_CHANNELS = 256  # arXiv 1612.03144, section 3
 class ProposalNetworkConfig:
     """Sizes of a proposal network, how it samples anchors in training and how it picks proposals.
 
-    The defaults suit small pictures with objects of 20 to 80 pixels. The published networks at 800 pixels are
-    `design=c4 strides=[16] ratios=[0.5,1,2] anchor_sizes=[32,64,128,256,512]` and
-    `design=fpn strides=[4,8,16,32,64]` with the same sizes, both with `backbone=resnet50`.
+    The defaults suit small pictures with objects of 20 to 80 pixels. The published networks are written down
+    in `configs/region-train-rpn`: coco_c4.yaml, lvis_fpn.yaml, lvis_fpn_lsj.yaml.
     """
 
     backbone: str = option("clip", "clip (the trunk of CLIP's ResNet) or resnet50", choices=tuple(BACKBONES))
     vision: VisionConfig = option(VisionConfig(), "sizes of the CLIP trunk, when backbone=clip")
+    share_trunk: bool = option(
+        False, "sit on the trunk of the CLIP that uses the proposals, frozen, instead of on a copy of it"
+    )
     backbone_weights: str = option("", "weights file to start the backbone from; empty: random weights")
+    stride_in_1x1: bool = option(False, "resnet50 halves maps in 1x1 convolutions, as MSRA's weights want")
+    pixels: str = option(
+        "clip",
+        "what resnet50 is shown: clip (RGB, normalised) or caffe (BGR in 0…255 less its mean)",
+        choices=("clip", "caffe"),
+    )
     frozen_stages: int = option(
         0, "backbone stages kept as they are: 1 is the stem, 2 adds layer1, … 5 is all"
     )
@@ -56,6 +71,8 @@ class ProposalNetworkConfig:
     )
     ratios: list[float] = option([0.5, 1.0, 2.0], "height of an anchor divided by its width")
     channels: int = option(0, "channels of pyramid and head; 0: 256 for fpn, the map's own for c4")
+    pyramid_norm: bool = option(False, "batch norms in the pyramid, as in detectron2's large-scale jitter")
+    head_convs: int = option(1, "3x3 convolutions of the head")
     positive_iou: float = option(0.7, "anchors that overlap a box at least so much are objects")
     negative_iou: float = option(0.3, "anchors that overlap every box less are background; between: not used")
     samples: int = option(256, "anchors an image in the loss")
@@ -71,6 +88,14 @@ class ProposalNetworkConfig:
         _require(
             self.backbone != "clip" or self.vision.kind == "resnet",
             "backbone=clip needs vision.kind=resnet: a vit has no trunk of stride 16",
+        )
+        _require(
+            self.backbone == "clip" or not self.share_trunk,
+            "share_trunk=true needs backbone=clip: it is CLIP's trunk that is shared",
+        )
+        _require(
+            self.backbone == "resnet50" or (self.pixels == "clip" and not self.stride_in_1x1),
+            "stride_in_1x1 and pixels=caffe need backbone=resnet50",
         )
         maps = BACKBONES[self.backbone]
         doubling = all(b == 2 * a for a, b in zip(self.strides, self.strides[1:], strict=False))
@@ -101,6 +126,8 @@ class ProposalNetworkConfig:
             self.samples > 0 and self.pre_nms > 0 and self.channels >= 0 and self.min_size >= 0,
             "samples and pre_nms must be above 0, channels and min_size not below it",
         )
+        _require(self.head_convs > 0, f"head_convs must be at least 1, got {self.head_convs}")
+        _require(self.design == "fpn" or not self.pyramid_norm, "pyramid_norm=true needs design=fpn")
         for name in ("positive_share", "nms"):
             _require(
                 0 < getattr(self, name) <= 1,
@@ -113,44 +140,42 @@ def _require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-class ResNet50(nn.Module):
-    """torchvision's ResNet-50 without its classifier, with the `stages` of CLIP's ResNet."""
-
-    def __init__(self, stages: int) -> None:
-        super().__init__()
-        whole = resnet50(weights=None)
-        self.conv1, self.bn1, self.maxpool = whole.conv1, whole.bn1, whole.maxpool
-        self.names = [f"layer{number}" for number in range(1, stages + 1)]
-        for name in self.names:
-            self.add_module(name, getattr(whole, name))
-
-    def stages(self, images: Tensor) -> list[Tensor]:
-        """Returns the maps after layer1, layer2, …: strides 4, 8, 16 and, when there are four, 32 pixels."""
-        x = images.to(self.conv1.weight.dtype).contiguous(memory_format=torch.channels_last)
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
-        maps = []
-        for name in self.names:
-            x = getattr(self, name)(x)
-            maps.append(x)
-        return maps
-
-
 class ProposalNetwork(nn.Module):
     """Says where objects may be, whatever they are.
 
+    With `config.share_trunk` the trunk belongs to a CLIP: it is held but not registered, so that the weights,
+    modes and moves of the network are those of neck and head, and the CLIP's are its own affair.
+
+    Args:
+        config: sizes and choices.
+        trunk: the CLIP's vision tower when the trunk is shared, else None.
+
     Attributes:
         config: what it was built from.
-        backbone: makes the maps.
         levels: how many maps the head looks at.
+        anchor_shapes: [A, 4] a level, the anchors of a cell around its corner, in pixels.
     """
 
-    backbone: ModifiedResNet | ResNet50
+    backbone: ModifiedResNet | ResNet50 | None
 
-    def __init__(self, config: ProposalNetworkConfig) -> None:
+    def __init__(self, config: ProposalNetworkConfig, trunk: ModifiedResNet | None = None) -> None:
         super().__init__()
+        if config.share_trunk != (trunk is not None):
+            raise ValueError(
+                f"a network with share_trunk={config.share_trunk} was given "
+                + ("no trunk" if trunk is None else "a trunk")
+            )
         self.config = config
         self.levels = len(config.strides)
-        self.backbone, channels = _backbone(config)
+        channels = channels_of(config.backbone, config.vision)
+        if trunk is not None and trunk.trunk_channels != channels[-1]:
+            raise ValueError(
+                f"the trunk has {trunk.trunk_channels} channels, config.vision.width={config.vision.width} "
+                f"makes {channels[-1]}"
+            )
+        # In a tuple, because a module that is an attribute would be registered.
+        self._shared: tuple[ModifiedResNet, ...] = () if trunk is None else (trunk,)
+        self.backbone = None if trunk is not None else _own_backbone(config)
         maps = BACKBONES[config.backbone]
         self._taken = [maps.index(stride) for stride in config.strides if stride in maps]
         taken = [channels[index] for index in self._taken]
@@ -158,18 +183,15 @@ class ProposalNetwork(nn.Module):
         if config.design == "fpn":
             width = config.channels or PYRAMID_CHANNELS
             extra = LastLevelMaxPool() if config.strides[-1] > maps[-1] else None
-            self.neck = FeaturePyramidNetwork(taken, width, extra)
+            norm = nn.BatchNorm2d if config.pyramid_norm else None
+            self.neck = FeaturePyramidNetwork(taken, width, extra, norm)
         else:
             width = config.channels or taken[0]
             self.neck = nn.Identity() if width == taken[0] else nn.Conv2d(taken[0], width, 1)
-        sizes = len(config.anchor_sizes) // self.levels
-        self._shapes = [
-            _anchor_shapes(config.anchor_sizes[level * sizes : (level + 1) * sizes], config.ratios)
-            for level in range(self.levels)
-        ]
+        self.anchor_shapes = anchor_shapes(config)
         self.rpn = RegionProposalNetwork(
             anchor_generator=None,
-            head=RPNHead(width, sizes * len(config.ratios)),
+            head=RPNHead(width, len(self.anchor_shapes[0]), config.head_convs),
             fg_iou_thresh=config.positive_iou,
             bg_iou_thresh=config.negative_iou,
             batch_size_per_image=config.samples,
@@ -178,30 +200,55 @@ class ProposalNetwork(nn.Module):
             post_nms_top_n={},
             nms_thresh=config.nms,
         )
-        _freeze(self.backbone, config)
 
-    def features(self, pixels: Tensor) -> list[Tensor]:
-        """Returns the head's maps, [B, C, h, w] a level, of [B, 3, H, W] pixels normalised as for CLIP."""
-        maps = self.backbone.stages(pixels)
+    @property
+    def trunk(self) -> ModifiedResNet | ResNet50:
+        """What makes the maps: the network's own backbone, or the CLIP's trunk."""
+        return self._shared[0] if self.backbone is None else self.backbone
+
+    def stages(self, images: ImageBatch) -> list[Tensor]:
+        """Returns the trunk's maps, [B, C, h, w] each: strides 4, 8, 16 and, of a whole resnet50, 32."""
+        if self.config.backbone == "clip":
+            return self.trunk.stages(images.pixels)
+        # As detectron2 pads: a single map needs no even sides, a pyramid's maps must halve evenly.
+        coarsest = BACKBONES["resnet50"][max(self._taken)]
+        images = fit_frame(images, 1 if self.config.design == "c4" else coarsest)
+        return self.trunk.stages(caffe_pixels(images) if self.config.pixels == "caffe" else images.pixels)
+
+    def features(self, images: ImageBatch, maps: list[Tensor] | None = None) -> list[Tensor]:
+        """Returns the head's maps, [B, C, h, w] a level.
+
+        Args:
+            images: B images, normalised as for CLIP.
+            maps: what the shared trunk's `stages` made of them already, so that one pass serves proposals and
+                embeddings; None: the trunk is run.
+        """
+        if maps is not None and not self._shared:
+            raise ValueError("this network has a trunk of its own; another's maps mean nothing to it")
+        maps = self.stages(images) if maps is None else maps
         if self.config.design == "c4":
             return [self.neck(maps[self._taken[0]])]
         pyramid = self.neck(OrderedDict((str(index), maps[index]) for index in self._taken))
         return list(pyramid.values())
 
-    def losses(self, batch: RegionBatch) -> dict[str, Tensor]:
+    def losses(self, batch: RegionBatch, maps: list[Tensor] | None = None) -> dict[str, Tensor]:
         """Returns the unweighted losses of a batch in float32; which class a box is of does not matter.
 
         Anchors whose centre lies in the padding are not used, nor are boxes without area.
+
+        Args:
+            batch: images and true boxes.
+            maps: of the shared trunk, see `features`; gradients flow into them.
 
         Returns:
             `objectness`, binary cross entropy of the sampled anchors, and `box`, the smooth L1 loss of the
             objects among them, divided by the number of all sampled ones.
         """
-        maps = self.features(batch.images.pixels)
-        logits, deltas = self.rpn.head(maps)
+        levels = self.features(batch.images, maps)
+        logits, deltas = self.rpn.head(levels)
         with torch.autocast(batch.images.pixels.device.type, enabled=False):
             logits, deltas = concat_box_prediction_layers(logits, deltas)  # [B·K, 1], [B·K, 4]
-            anchors = torch.cat(self.anchors(maps))  # [K, 4]
+            anchors = torch.cat(self.anchors(levels))  # [K, 4]
             regions = batch.regions[valid_boxes(batch.regions.boxes)]
             truth = [{"boxes": regions.of_image(index).boxes} for index in range(len(batch.images))]
             labels, matched = self.rpn.assign_targets_to_anchors([anchors] * len(truth), truth)
@@ -216,7 +263,12 @@ class ProposalNetwork(nn.Module):
 
     @torch.no_grad()
     def propose(
-        self, images: ImageBatch, limit: int, nms: float | None = None, min_score: float = 0.0
+        self,
+        images: ImageBatch,
+        limit: int,
+        nms: float | None = None,
+        min_score: float = 0.0,
+        maps: list[Tensor] | None = None,
     ) -> Regions:
         """Returns the boxes most like objects.
 
@@ -225,27 +277,30 @@ class ProposalNetwork(nn.Module):
             limit: most boxes an image.
             nms: IoU above which the lower scored of two boxes is dropped; None: the config's.
             min_score: boxes scored lower are left out.
+            maps: of the shared trunk, see `features`.
 
         Returns:
             boxes in the batch's frame and inside each image's unpadded size, sorted by image, then by falling
-            score; `scores` are objectness probabilities in [0, 1].
+            score; `scores` are objectness probabilities in [0, 1], `logits` the same before the sigmoid.
         """
         if self.training:
             raise ValueError("proposals of a network in training mode change its statistics; call eval()")
-        maps = self.features(images.pixels)
-        logits, deltas = self.rpn.head(maps)
+        levels = self.features(images, maps)
+        logits, deltas = self.rpn.head(levels)
         with torch.autocast(images.pixels.device.type, enabled=False):
-            boxes, scores, levels = self._best(maps, logits, deltas)
+            boxes, best, level_of = self._best(levels, logits, deltas)
             kept = [
-                self._pick(boxes[index], scores[index], levels, size, limit, nms, min_score)
+                self._pick(boxes[index], best[index], level_of, size, limit, nms, min_score)
                 for index, size in enumerate(images.sizes)
             ]
-        return collect([boxes for boxes, _ in kept], [scores for _, scores in kept], images.pixels.device)
+        found = collect([boxes for boxes, _ in kept], [logits for _, logits in kept], images.pixels.device)
+        assert found.scores is not None
+        return dataclasses.replace(found, scores=found.scores.sigmoid(), logits=found.scores)
 
     def anchors(self, maps: list[Tensor]) -> list[Tensor]:
         """Returns [h·w·A, 4] anchors a level in the batch's frame: row by row, and all of a cell together."""
         anchors = []
-        for level, stride, shapes in zip(maps, self.config.strides, self._shapes, strict=True):
+        for level, stride, shapes in zip(maps, self.config.strides, self.anchor_shapes, strict=True):
             height, width = level.shape[-2:]
             y = torch.arange(height, device=level.device, dtype=torch.float32) * stride
             x = torch.arange(width, device=level.device, dtype=torch.float32) * stride
@@ -257,7 +312,7 @@ class ProposalNetwork(nn.Module):
     def _best(
         self, maps: list[Tensor], logits: list[Tensor], deltas: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the levels' best anchors, decoded: boxes [B, k, 4], probabilities [B, k], levels [k]."""
+        """Returns the levels' best anchors, decoded: boxes [B, k, 4], logits [B, k], levels [k]."""
         boxes, scores, levels = [], [], []
         for level, anchors in enumerate(self.anchors(maps)):
             count, _, height, width = logits[level].shape
@@ -268,59 +323,49 @@ class ProposalNetwork(nn.Module):
             moves = moves.gather(1, index[..., None].expand(-1, -1, 4))
             decoded = decode_deltas(anchors[index].flatten(0, 1), moves.flatten(0, 1))
             boxes.append(decoded.reshape(count, -1, 4))
-            scores.append(best.sigmoid())
+            scores.append(best)
             levels.append(torch.full((best.shape[1],), level, device=best.device))
         return torch.cat(boxes, dim=1), torch.cat(scores, dim=1), torch.cat(levels)
 
     def _pick(
         self,
         boxes: Tensor,
-        scores: Tensor,
+        logits: Tensor,
         levels: Tensor,
         size: Tensor,
         limit: int,
         nms: float | None,
         min_score: float,
     ) -> tuple[Tensor, Tensor]:
-        """Returns one image's proposals [n, 4] and scores [n], best first."""
+        """Returns one image's proposals [n, 4] and logits [n], best first."""
         boxes = clip_boxes(boxes, size)
-        keep = valid_boxes(boxes, self.config.min_size) & (scores >= min_score)
-        boxes, scores, levels = boxes[keep], scores[keep], levels[keep]
+        keep = valid_boxes(boxes, self.config.min_size) & (logits.sigmoid() >= min_score)
+        boxes, logits, levels = boxes[keep], logits[keep], levels[keep]
         if self.config.merge_levels:
             levels = torch.zeros_like(levels)
-        index = batched_nms(boxes, scores, levels, self.config.nms if nms is None else nms)[:limit]
-        return boxes[index], scores[index]
+        # By logits: probabilities near 1 are equal in float32 where their logits are not.
+        index = batched_nms(boxes, logits, levels, self.config.nms if nms is None else nms)[:limit]
+        return boxes[index], logits[index]
 
 
-def _backbone(config: ProposalNetworkConfig) -> tuple[ModifiedResNet | ResNet50, list[int]]:
-    """Returns the backbone with random weights, without what makes no map, and each map's channels."""
-    if config.backbone == "resnet50":
-        stages = 4 if max(config.strides) >= 32 else 3
-        return ResNet50(stages), [256 * 2**stage for stage in range(stages)]
-    trunk = ModifiedResNet(config.vision, embed_dim=1)
-    del trunk.layer4, trunk.attnpool
-    return trunk, [config.vision.width * 2**stage * EXPANSION for stage in range(3)]
+def _own_backbone(config: ProposalNetworkConfig) -> ModifiedResNet | ResNet50:
+    """Returns the backbone with random weights, without what makes no map, frozen as the config says."""
+    backbone: ModifiedResNet | ResNet50
+    if config.backbone == "clip":
+        backbone = clip_trunk(config.vision)
+    else:
+        backbone = ResNet50(4 if max(config.strides) >= 32 else 3, config.stride_in_1x1)
+    freeze_stages(backbone, config.frozen_stages, config.frozen_batch_norm)
+    return backbone
 
 
-def _anchor_shapes(sizes: list[float], ratios: list[float]) -> Tensor:
-    """Returns [A, 4] anchors around the origin, in pixels: all ratios of the first size, then of the next."""
+def anchor_shapes(config: ProposalNetworkConfig) -> list[Tensor]:
+    """Returns [A, 4] anchors a level around the origin, in pixels: all ratios of a size, then of the next."""
+    sizes = len(config.anchor_sizes) // len(config.strides)
     rows = []
-    for size in sizes:
-        for ratio in ratios:
+    for size in config.anchor_sizes:
+        for ratio in config.ratios:
             width = size / math.sqrt(ratio)
             height = width * ratio
             rows.append((-width / 2, -height / 2, width / 2, height / 2))
-    return torch.tensor(rows, dtype=torch.float32)
-
-
-def _freeze(backbone: nn.Module, config: ProposalNetworkConfig) -> None:
-    """Freezes the first stages and, when asked for, all batch norms."""
-    for name, child in list(backbone.named_children()):
-        stage = int(name.removeprefix("layer")) + 1 if name.startswith("layer") else 1
-        if stage <= config.frozen_stages:
-            child.requires_grad_(False)
-        if stage <= config.frozen_stages or config.frozen_batch_norm:
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(backbone, name, FrozenBatchNorm2d(child))
-            else:
-                freeze_batch_norm(child)
+    return list(torch.split(torch.tensor(rows, dtype=torch.float32), sizes * len(config.ratios)))

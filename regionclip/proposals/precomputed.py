@@ -1,10 +1,12 @@
-"""Boxes that another program proposed, read from a file in COCO's results form."""
+"""Boxes that were proposed before, read from a file in COCO's results form or from Parquet."""
 
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +15,10 @@ from torch import Tensor
 from clip_base.batch import ImageBatch
 from clip_base.config import REQUIRED, option
 from clip_base.errors import InputError
-from clip_base.files import read_json
+from regionclip.boxes import xywh_to_xyxy
+from regionclip.json_stream import stream_entries
 from regionclip.proposals.base import ImageKey, collect, frame_scale
+from regionclip.proposals.files import ProposalTable
 from regionclip.structures import Regions
 
 
@@ -23,7 +27,9 @@ class PrecomputedConfig:
     """Options of the proposer `precomputed`."""
 
     file: str = option(
-        REQUIRED, "JSON list of {image_id, bbox: [x, y, width, height] in original pixels, score in 0…1}"
+        REQUIRED,
+        "JSON list of {image_id, bbox: [x, y, width, height] in original pixels, score in 0…1}; or what "
+        "`propose format=parquet` or `mine` wrote: a .parquet file or a folder of them",
     )
     limit: int = option(300, "most boxes an image, the best scored ones")
     min_score: float = option(0.0, "boxes scored lower are left out, 0…1")
@@ -45,7 +51,9 @@ class PrecomputedProposer:
 
     def __init__(self, config: PrecomputedConfig) -> None:
         self.config = config
-        self._boxes, self._scores = _read(config.file)
+        path = Path(config.file)
+        table = path.suffix == ".parquet" or path.is_dir()
+        self._source: _Results | ProposalTable = ProposalTable(path) if table else _Results(path)
 
     def __call__(self, images: ImageBatch, keys: Sequence[ImageKey]) -> Regions:
         """See `Proposer`. The pixels are not looked at."""
@@ -58,34 +66,33 @@ class PrecomputedProposer:
 
     def _of_image(self, key: ImageKey) -> tuple[Tensor, Tensor]:
         """Returns an image's [n, 4] boxes in original pixels and their [n] scores, best first."""
-        if key.image_id not in self._boxes:
-            return torch.zeros(0, 4), torch.zeros(0)
+        boxes, scores = self._source.of_image(key.image_id)
+        order = scores.argsort(descending=True, stable=True)
+        boxes, scores = boxes[order], scores[order]
         limits = torch.tensor([key.width, key.height, key.width, key.height], dtype=torch.float32)
-        boxes = torch.minimum(self._boxes[key.image_id], limits).clamp(min=0)
-        scores = self._scores[key.image_id]
+        boxes = torch.minimum(boxes, limits).clamp(min=0)
         keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]) & (scores >= self.config.min_score)
         return boxes[keep][: self.config.limit], scores[keep][: self.config.limit]
 
 
-def _read(path: str) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Returns each image's boxes, (x1, y1, x2, y2), and scores, both by falling score."""
-    entries = read_json(path, "proposals file")
-    if not isinstance(entries, list):
-        raise InputError(
-            f"proposals file {path} holds a JSON {type(entries).__name__}; "
-            "expected a list of boxes in COCO's results form"
-        )
-    rows: dict[int, list[tuple[float, ...]]] = {}
-    for number, entry in enumerate(entries):
-        image_id, row = _checked(entry, f"proposals file {path}, entry {number}")
-        rows.setdefault(image_id, []).append(row)
-    boxes, scores = {}, {}
-    for image_id, values in rows.items():
-        table = torch.tensor(values, dtype=torch.float64)  # [n, 5] x, y, width, height, score
-        table = table[table[:, 4].argsort(descending=True, stable=True)]
-        boxes[image_id] = torch.cat([table[:, :2], table[:, :2] + table[:, 2:4]], dim=1).float()
-        scores[image_id] = table[:, 4].float()
-    return boxes, scores
+class _Results:
+    """Each image's boxes out of a JSON file, 40 bytes a box."""
+
+    def __init__(self, path: Path) -> None:
+        self._rows: dict[int, array[float]] = {}
+        for number, (key, entry) in enumerate(stream_entries(path, "proposals file")):
+            if key:
+                raise InputError(
+                    f"proposals file {path} holds a JSON object; expected a list of boxes in COCO's "
+                    "results form"
+                )
+            image_id, row = _checked(entry, f"proposals file {path}, entry {number}")
+            self._rows.setdefault(image_id, array("d")).extend(row)
+
+    def of_image(self, image_id: int) -> tuple[Tensor, Tensor]:
+        """Returns an image's [n, 4] boxes (x1, y1, x2, y2) in original pixels and their [n] scores."""
+        table = torch.tensor(self._rows.get(image_id, ()), dtype=torch.float64).reshape(-1, 5)
+        return xywh_to_xyxy(table[:, :4]).float(), table[:, 4].float()
 
 
 def _checked(entry: Any, where: str) -> tuple[int, tuple[float, ...]]:

@@ -18,9 +18,10 @@ from clip_base.checkpoint import load_exactly, read_weights, write_weights
 from clip_base.config import REQUIRED, option
 from clip_base.errors import InputError
 from clip_base.files import existing
-from clip_base.models.resnet import ModifiedResNet
+from clip_base.models.resnet import EXPANSION, ModifiedResNet
 from clip_base.weights import load_clip
-from regionclip.proposals.base import ImageKey
+from regionclip.proposals.backbone import trunk_hash
+from regionclip.proposals.base import ImageKey, SelectionConfig
 from regionclip.proposals.network import ProposalNetwork, ProposalNetworkConfig
 from regionclip.structures import Regions
 
@@ -28,22 +29,13 @@ FORMAT = "regionclip.proposals/1"
 
 
 @dataclass
-class RPNConfig:
+class RPNConfig(SelectionConfig):
     """Options of the proposer `rpn`."""
 
-    weights: str = option(REQUIRED, "proposal network that `regionclip train-rpn` wrote")
-    limit: int = option(300, "most boxes an image, the best scored ones")
-    nms: float = option(0.7, "IoU above which the lower scored of two boxes is dropped")
-    min_score: float = option(0.0, "boxes with less objectness are left out, 0…1")
-
-    def __post_init__(self) -> None:
-        """Checks the ranges."""
-        if self.limit < 1:
-            raise InputError(f"limit must be at least 1 box an image, got {self.limit}")
-        if not 0 < self.nms <= 1:
-            raise InputError(f"nms must be above 0 and at most 1, got {self.nms}")
-        if not 0 <= self.min_score <= 1:
-            raise InputError(f"min_score must lie in 0…1, got {self.min_score}")
+    weights: str = option(
+        REQUIRED, "proposal network: from `regionclip train-rpn`, or RegionCLIP's or detectron2's .pth"
+    )
+    clip: str = option("", "the CLIP that the network was trained on, when its file holds no trunk")
 
 
 class RPNProposer:
@@ -56,7 +48,10 @@ class RPNProposer:
 
     def __init__(self, config: RPNConfig, device: str | torch.device = "cpu") -> None:
         self.config = config
-        self.network = load_network(config.weights).to(device)
+        trunk = clip_tower(config.clip).eval().to(device) if config.clip else None
+        self.network = load_network(config.weights, trunk).to(device)
+        if trunk is not None and not self.network.config.share_trunk:
+            raise InputError(f"{config.weights} has a backbone of its own; leave clip={config.clip} out")
 
     def __call__(self, images: ImageBatch, keys: Sequence[ImageKey]) -> Regions:
         """See `Proposer`. The network looks at pixels only; `keys` are not needed."""
@@ -65,19 +60,35 @@ class RPNProposer:
 
 
 def save_network(network: ProposalNetwork, path: str | Path) -> None:
-    """Writes a proposal network with its config as safetensors, atomically."""
+    """Writes a proposal network with its config as safetensors, atomically.
+
+    A shared trunk is not written; its hash is, so that the head is not put on another.
+    """
     sizes = dataclasses.asdict(network.config)
     # The file holds all weights; where the first ones lay is of no use to its reader.
     sizes["backbone_weights"] = ""
-    write_weights(path, network.state_dict(), {"format": FORMAT, "config": json.dumps(sizes)})
+    metadata = {"format": FORMAT, "config": json.dumps(sizes)}
+    if isinstance(network.trunk, ModifiedResNet) and network.config.share_trunk:
+        metadata["trunk"] = trunk_hash(network.trunk)
+    write_weights(path, network.state_dict(), metadata)
 
 
-def load_network(path: str | Path) -> ProposalNetwork:
-    """Reads a proposal network that `save_network` wrote, in evaluation mode.
+def load_network(path: str | Path, trunk: ModifiedResNet | None = None) -> ProposalNetwork:
+    """Reads a proposal network that `save_network` wrote, RegionCLIP's or detectron2's, in evaluation mode.
+
+    Args:
+        path: the file, or the name of a published one.
+        trunk: the vision tower that a network without a trunk is put on; one that has its own leaves it
+            alone.
 
     Raises:
-        InputError: the file is missing, cut off, of another form, or its tensors do not fit its config.
+        InputError: the file is missing, cut off, of another form, or its tensors do not fit its config; it
+            needs a trunk and there is none, or another than the one that it was trained on.
     """
+    if not str(path).endswith(".safetensors"):
+        from regionclip.published.loading import load_published_network
+
+        return load_published_network(path)
     weights, metadata = read_weights(path)
     if metadata.get("format") != FORMAT:
         raise InputError(
@@ -85,7 +96,19 @@ def load_network(path: str | Path) -> ProposalNetwork:
             "give a file that `regionclip train-rpn` wrote"
         )
     sizes = configs.check(ProposalNetworkConfig, json.loads(metadata["config"]), f"network in {path}")
-    network = ProposalNetwork(sizes)
+    if not sizes.share_trunk:
+        trunk = None
+    elif trunk is None:
+        raise InputError(
+            f"{path} is a head for the trunk of a CLIP ResNet and holds no trunk; name the CLIP that it was "
+            "trained on (proposer.clip=FILE)"
+        )
+    elif trunk_hash(trunk) != metadata.get("trunk"):
+        raise InputError(
+            f"{path} was trained on the trunk of another CLIP (stem to layer3 have another hash); give that "
+            "one, or train a head for this one with `regionclip train-rpn network.share_trunk=true`"
+        )
+    network = ProposalNetwork(sizes, trunk)
     load_exactly(network, weights, path)
     return network.eval().to(memory_format=torch.channels_last)
 
@@ -93,35 +116,58 @@ def load_network(path: str | Path) -> ProposalNetwork:
 def build_network(config: ProposalNetworkConfig) -> ProposalNetwork:
     """Returns a network to train: its backbone from `backbone_weights`, everything else random.
 
+    A shared trunk is in evaluation mode and frozen.
+
     Raises:
-        InputError: the backbone's file cannot be read or does not fit.
+        InputError: the backbone's file cannot be read or does not fit, or a trunk to share is not named.
     """
-    network = ProposalNetwork(config)
     path = config.backbone_weights
+    if config.share_trunk:
+        if not path:
+            raise InputError(
+                "network.share_trunk=true needs network.backbone_weights=FILE: whose trunk is shared"
+            )
+        trunk = _fitting_tower(config).eval().requires_grad_(False)
+        return ProposalNetwork(config, trunk).to(memory_format=torch.channels_last)
+    network = ProposalNetwork(config)
     if path:
-        wanted = network.backbone.state_dict()
-        found = _clip_backbone(config) if config.backbone == "clip" else _resnet50_backbone(path, wanted)
+        backbone = network.trunk
+        wanted = backbone.state_dict()
+        if config.backbone == "clip":
+            found = dict(_fitting_tower(config).state_dict())
+        else:
+            found = _resnet50_backbone(path, wanted)
         # Both files hold a whole classifier; what lies above the maps is not part of a proposal network.
-        above = tuple(
-            f"{name}." for name in ("layer4", "attnpool", "fc") if not hasattr(network.backbone, name)
-        )
+        above = tuple(f"{name}." for name in ("layer4", "attnpool", "fc") if not hasattr(backbone, name))
         kept = {key: value for key, value in found.items() if not key.startswith(above)}
-        load_exactly(network.backbone, kept, path)
+        load_exactly(backbone, kept, path)
     return network.to(memory_format=torch.channels_last)
 
 
-def _clip_backbone(config: ProposalNetworkConfig) -> dict[str, Tensor]:
-    """Returns the vision tower's weights from a CLIP file."""
-    path, model = config.backbone_weights, load_clip(config.backbone_weights)
-    vision = model.config.vision
+def clip_tower(path: str) -> ModifiedResNet:
+    """Returns the vision tower of a CLIP file.
+
+    Raises:
+        InputError: the file cannot be read, or its tower is no ResNet.
+    """
+    model = load_clip(path)
     if not isinstance(model.visual, ModifiedResNet):
-        raise InputError(f"{path} holds a {vision.kind}; the proposal network needs a CLIP with a resnet")
-    if (vision.width, vision.layers[:3]) != (config.vision.width, config.vision.layers[:3]):
         raise InputError(
-            f"{path} has width {vision.width} and layers {vision.layers}, the network asks for "
-            f"{config.vision.width} and {config.vision.layers}; set network.vision to fit"
+            f"{path} holds a {model.config.vision.kind}; the proposal network needs a CLIP with a resnet"
         )
-    return dict(model.visual.state_dict())
+    return model.visual
+
+
+def _fitting_tower(config: ProposalNetworkConfig) -> ModifiedResNet:
+    """Returns the tower in `backbone_weights`, whose trunk has the sizes of `config.vision`."""
+    tower = clip_tower(config.backbone_weights)
+    found = (tower.trunk_channels // (4 * EXPANSION), [len(getattr(tower, f"layer{n}")) for n in (1, 2, 3)])
+    if found != (config.vision.width, config.vision.layers[:3]):
+        raise InputError(
+            f"{config.backbone_weights} has width {found[0]} and layers {found[1]}, the network asks for "
+            f"{config.vision.width} and {config.vision.layers[:3]}; set network.vision to fit"
+        )
+    return tower
 
 
 def _resnet50_backbone(path: str, wanted: dict[str, Tensor]) -> dict[str, Tensor]:

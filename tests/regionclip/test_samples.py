@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from clip_base.data.loader import Loader
 from clip_base.errors import InputError
 from clip_base.tokenizer import Tokenizer
 from regionclip.datasets import CocoDetection
-from regionclip.samples import RegionSamples, Sample
+from regionclip.samples import PatchSamples, RegionSamples, Sample, patches
 from regionclip.transforms import ResizeConfig
 
 FIXED = ResizeConfig([64], 64, flip=False)
@@ -90,6 +92,52 @@ def test_every_caption_is_drawn_and_tokenised(records: CocoDetection) -> None:
     tokens = data.collate([data.item(0, generator(seed)) for seed in range(2)]).tokens
     assert tokens is not None
     assert tokens.shape == (2, 16)
+
+
+def test_an_image_without_a_caption_has_tokens_of_zero(records: CocoDetection) -> None:
+    samples = [
+        Sample(record.path, torch.zeros(0, 4), captions=captions)
+        for record, captions in zip(records, (("a cup",), (), ("a star",)), strict=False)
+    ]
+    data = RegionSamples(samples, FIXED, tokenizer=Tokenizer(16))
+    tokens = data.collate([data.item(index, generator()) for index in range(3)]).tokens
+    assert tokens is not None
+    assert tokens.any(1).tolist() == [True, False, True]
+
+
+def test_boxes_follow_what_is_done_to_their_image(tmp_path: Path) -> None:
+    pixels = np.zeros((120, 160, 3), np.uint8)
+    pixels[30:75, 16:80] = 255
+    cv2.imwrite(str(tmp_path / "one.png"), pixels)
+    sample = Sample(tmp_path / "one.png", torch.tensor([[16.0, 30.0, 80.0, 75.0]]))
+    data = RegionSamples([sample], ResizeConfig([48, 96, 144], 160))
+    frames = set()
+    for seed in range(12):
+        placed, regions, _ = data.item(0, generator(seed))
+        rows, columns = np.nonzero(placed[:, :, 0] > 127)
+        found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert regions.boxes[0].tolist() == pytest.approx(found, abs=1.5)
+        frames.add((placed.shape[0], columns.min() > 0.3 * placed.shape[1]))
+    assert len(frames) == 6  # three sizes, mirrored or not
+
+
+def test_patches_tile_the_image() -> None:
+    boxes = patches(60, 90, 3, 2)
+    assert boxes.tolist() == [[x, y, x + 45, y + 20] for x in (0.0, 45.0) for y in (0.0, 20.0, 40.0)]
+
+
+def test_patches_are_drawn_anew_each_time_within_the_limits(records: CocoDetection) -> None:
+    data = PatchSamples([Sample.of_record(records[0])], 4, FIXED, max_boxes=10)
+    counts = set()
+    for seed in range(60):
+        pixels, regions, _ = data.item(0, generator(seed))
+        height, width = pixels.shape[:2]
+        sides = regions.boxes[:, 2:] - regions.boxes[:, :2]
+        columns, rows = (torch.tensor([width, height]) / sides[0]).round().int().tolist()
+        torch.testing.assert_close(sides, torch.tensor([[width / columns, height / rows]]).expand_as(sides))
+        assert len(regions) == len(torch.unique(regions.boxes, dim=0)) == min(rows * columns, 10)
+        counts.add((rows, columns))
+    assert counts == {(rows, columns) for rows in range(1, 5) for columns in range(1, 5)}
 
 
 def test_items_are_a_function_of_the_seed(records: CocoDetection) -> None:

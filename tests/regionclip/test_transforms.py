@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from clip_base.errors import InputError
-from regionclip.transforms import Frame, ResizeConfig, draw_placement, place, to_batch
+from regionclip.samples import RegionSamples, Sample
+from regionclip.transforms import (
+    Frame,
+    JitterConfig,
+    ResizeConfig,
+    draw_placement,
+    place,
+    place_training,
+    to_batch,
+)
 
 sides = st.integers(8, 400)
 
@@ -112,3 +124,108 @@ def test_batches_are_padded_to_the_multiple_only_where_needed() -> None:
 def test_sizes_that_cannot_be_are_refused(short: list[int], long: int) -> None:
     with pytest.raises(InputError, match=r"resize\.short"):
         ResizeConfig(short, long)
+
+
+def jittered(
+    low: float, high: float, side: int = 64, flip: bool = False, visible: float = 0.25
+) -> ResizeConfig:
+    return ResizeConfig([32], 64, flip, JitterConfig(side, low, high, visible))
+
+
+def marked(height: int, width: int) -> tuple[np.ndarray, torch.Tensor]:
+    """Returns an image with a bright block, and the block's box."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[height // 4 : height // 2, width // 4 : width // 2] = 255
+    return image, torch.tensor([[width // 4, height // 4, width // 2, height // 2]]).float()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_jitter_draws_scales_evenly_and_never_leaves_the_square(flip: bool) -> None:
+    config, generator = jittered(0.1, 2.0, flip=flip), torch.Generator().manual_seed(0)
+    image, _ = marked(80, 160)
+    frames = [place_training(image, config, generator)[1] for _ in range(400)]
+    scales = [frame.window[3] / 64 for frame in frames if frame.window is not None]
+    assert len(scales) == 400
+    assert 0.1 - 0.5 / 64 <= min(scales) < 0.15  # sides are whole pixels
+    assert 1.95 < max(scales) <= 2.0 + 0.5 / 64
+    assert abs(sum(scales) / 400 - 1.05) < 0.08
+    assert max(max(frame.size) for frame in frames) == 64
+    assert len({frame.window[:2] for frame in frames if frame.window is not None}) > 50
+    assert (120 < sum(frame.flipped for frame in frames) < 280) == flip
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 10_000), st.integers(40, 160), st.integers(40, 160), st.booleans())
+def test_boxes_follow_what_jitter_does(seed: int, height: int, width: int, flip: bool) -> None:
+    image, box = marked(height, width)
+    pixels, frame = place_training(image, jittered(0.5, 2.0, flip=flip), torch.Generator().manual_seed(seed))
+    there = frame.boxes_in(box)
+    assert pixels.shape == (*frame.size, 3)
+    limits = torch.tensor([frame.size[1], frame.size[0]] * 2)
+    assert bool((there >= 0).all() & (there <= limits).all())
+    share = float(frame.visible(box))
+    assert 0 <= share <= 1 + 1e-6
+    x1, y1, x2, y2 = there.round().int()[0].tolist()
+    if min(x2 - x1, y2 - y1) > 6:  # away from edges, which are blurred, all is bright inside and dark outside
+        assert pixels[y1 + 3 : y2 - 3, x1 + 3 : x2 - 3].min() > 240
+        pixels[max(y1 - 3, 0) : y2 + 3, max(x1 - 3, 0) : x2 + 3] = 0
+        assert pixels.max() < 20
+    if share > 1 - 1e-6:
+        torch.testing.assert_close(frame.boxes_out(there), box, atol=1e-2, rtol=1e-4)
+
+
+def test_boxes_with_too_little_left_go_with_all_that_is_known_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(path)
+    boxes = torch.tensor([[0.0, 0, 8, 8], [56, 56, 64, 64], [0, 0, 64, 64], [28, 28, 36, 36]])
+    known = torch.arange(4)
+    sample = Sample(path, boxes, known, known[:, None], torch.ones(4, 1))
+    data = RegionSamples([sample], jittered(2.0, 2.0, visible=0.25))
+    seen = set()
+    for seed in range(60):
+        batch = data.collate([data.item(0, torch.Generator().manual_seed(seed))])
+        assert batch.images.pixels.shape == (1, 3, 64, 64)
+        regions, frame = (
+            batch.regions,
+            place_training(data.store(path), data.resize, torch.Generator().manual_seed(seed))[1],
+        )
+        wanted = known[frame.visible(boxes) >= 0.25]
+        assert regions.labels is not None
+        assert regions.concept_ids is not None
+        assert torch.equal(regions.labels, wanted)
+        assert torch.equal(regions.concept_ids[:, 0], wanted)
+        assert torch.equal(regions.boxes, frame.boxes_in(boxes[wanted]))
+        seen.add(tuple(wanted.tolist()))
+    assert len(seen) > 2
+
+
+def test_jittered_batches_fill_the_square() -> None:
+    config = jittered(0.1, 0.3)
+    image, _ = marked(50, 90)
+    placed = [place_training(image, config, torch.Generator().manual_seed(seed))[0] for seed in range(3)]
+    assert max(max(pixels.shape[:2]) for pixels in placed) < 32
+    assert to_batch(placed, config.training_multiple).pixels.shape == (3, 3, 64, 64)
+
+
+def test_without_jitter_training_images_are_placed_as_ever() -> None:
+    config, image = ResizeConfig([32, 48], 64), marked(50, 90)[0]
+    pixels, frame = place_training(image, config, torch.Generator().manual_seed(4))
+    short, flip = draw_placement(config, torch.Generator().manual_seed(4))
+    wanted, wanted_frame = place(image, short, 64, flip)
+    assert (pixels == wanted).all()
+    assert frame == wanted_frame
+    assert frame.visible(torch.zeros(2, 4)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"side": 100}, "multiple of 32"),
+        ({"low": 0.0}, "low"),
+        ({"low": 3.0}, "low"),
+        ({"visible": 0.0}, "visible"),
+    ],
+)
+def test_impossible_jitter_is_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        JitterConfig(**options)  # type: ignore[arg-type]

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from clip_base.errors import InputError
-from clip_base.files import existing, read_json
+from clip_base.files import existing
+from regionclip.json_stream import stream_entries
 
 _COLUMNS = ("caption", "captions", "text", "title", "sentence")
 
 
 def read_texts(path: str | Path, column: str = "") -> Iterator[str]:
-    """Yields the captions of a file, without surrounding or repeated white space; empty ones are left out.
+    """Yields the captions of a file, see `cleaned`; empty ones are left out.
 
     Args:
         path: COCO's captions JSON (or a JSON list of texts or objects); `.txt`, one a line; `.jsonl`; `.csv`
@@ -41,12 +42,17 @@ def read_texts(path: str | Path, column: str = "") -> Iterator[str]:
         raise InputError(f"captions file {path} is of no known kind; give .json, .jsonl, .csv, .tsv or .txt")
     any_text = False
     for text in texts:
-        clean = " ".join(text.split())
+        clean = cleaned(text)
         if clean:
             any_text = True
             yield clean
     if not any_text:
         raise InputError(f"captions file {path} holds no captions; is it the right file?")
+
+
+def cleaned(text: str) -> str:
+    """Returns a caption with single spaces; "?" for half characters, which JSON may hold and UTF-8 not."""
+    return " ".join(text.split()).encode(errors="replace").decode()
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -58,14 +64,15 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _from_json(path: Path, column: str) -> Iterator[str]:
-    loaded = read_json(path, "captions file")
-    entries = loaded.get("annotations") if isinstance(loaded, dict) else loaded
-    if not isinstance(entries, list):
+    number = 0
+    for key, entry in stream_entries(path, "captions file"):
+        if key in ("annotations", ""):  # COCO's, or a list
+            yield from _texts_of(entry, column, f"{path}, entry {number}")
+            number += 1
+    if not number:
         raise InputError(
             f"captions file {path} must have `annotations` as COCO's have, or be a list of captions"
         )
-    for number, entry in enumerate(entries):
-        yield from _texts_of(entry, column, f"{path}, entry {number}")
 
 
 def _from_json_lines(path: Path, column: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ training captions.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -22,10 +23,12 @@ from clip_base.files import existing, read_json, write_json, write_text
 from clip_base.progress import track
 from regionclip.captions import read_texts
 from regionclip.class_lists import parse_names, read_classes
-from regionclip.phrases import PhraseParser, model_name, read_invisible
+from regionclip.engines import cores
+from regionclip.phrase_store import PhraseStore, phrases_file
+from regionclip.phrases import PhraseParser, read_invisible
 
 FORMAT = "regionclip.concepts"
-VERSION = 1
+VERSION = 2
 EXAMPLES = 3
 SAME = ("version", "captions_sha256", "classes_sha256", "invisible_sha256")
 
@@ -47,15 +50,20 @@ class ConceptsConfig:
         "", "file of heads and phrases to drop, one a line; empty: the list that comes with us"
     )
     column: str = option("", "caption's column or key; empty: caption, text or title")
-    workers: int = option(1, "processes that parse", free=True)
+    keep_phrases: bool = option(
+        True,
+        "keep the captions' phrases in OUT.phrases.db, so that mining need not parse them again",
+        free=True,
+    )
+    workers: int = option(1, "processes that parse; 0: one a core", free=True)
     batch_size: int = option(256, "captions that spaCy analyses at once", free=True)
     explain: str = option("", "a phrase: say where it comes from, or why it is not in the pool", free=True)
 
     def __post_init__(self) -> None:
         """Checks the numbers."""
-        for name in ("min_count", "workers", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in {"min_count": 1, "workers": 0, "batch_size": 1}.items():
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -95,13 +103,13 @@ class Tally:
     heads: set[str] = field(default_factory=set)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, caption: str, times: int, names: Collection[str], heads: Iterable[str]) -> None:
-        """Counts the concepts of one caption, each once, for the `times` that the caption occurs."""
+    def add(self, caption: str, names: Collection[str], heads: Iterable[str]) -> None:
+        """Counts the concepts of one caption, each once."""
         self.heads.update(heads)
         for name in names:
-            self.counts[name] += times
+            self.counts[name] += 1
             examples = self.examples.setdefault(name, [])
-            if len(examples) < EXAMPLES:
+            if len(examples) < EXAMPLES and caption not in examples:
                 examples.append(caption)
 
 
@@ -126,19 +134,20 @@ def build(config: ConceptsConfig) -> None:
 
 def _make(config: ConceptsConfig, out: Path, meta_path: Path, provenance: dict[str, Any]) -> None:
     classes = given_classes(config.classes)
-    words = [word for entry in classes for word in entry]
-    parser = PhraseParser(config.language, config.batch_size, config.workers, config.invisible, words)
-    texts = Counter(read_texts(config.captions, config.column))
-    tally = count(texts, parser, aliases_of(classes))
+    parser = parser_of(config, classes)
+    kept = phrases_file(out) if config.keep_phrases else ""
+    parser.memory = store = PhraseStore(kept, parser.fingerprint, provenance["captions_sha256"])
+    captions = sum(1 for _ in read_texts(config.captions, config.column))
+    tally = count(read_texts(config.captions, config.column), captions, parser, aliases_of(classes))
     if not classes and max(tally.counts.values(), default=0) < config.min_count:
         raise _nothing_left(config, tally)
     concepts = pool(tally, classes, config.min_count)
     held, absent = _held(parse_names("coco80"), tally.counts, config.min_count, aliases_of(classes))
     text = "".join(json.dumps(concept.record(), ensure_ascii=False) + "\n" for concept in concepts)
     meta = provenance | {
-        "language_model": model_name(parser.nlp),
-        "captions_read": texts.total(),
-        "distinct_captions": len(texts),
+        "language_model": parser.model,
+        "captions_read": captions,
+        "distinct_captions": len(store),
         "concepts": len(concepts),
         "concepts_before_the_cut": len(tally.counts),
         "at_cut": {str(cut): _at(tally.counts, cut) for cut in (10, 25, 100)},
@@ -146,26 +155,37 @@ def _make(config: ConceptsConfig, out: Path, meta_path: Path, provenance: dict[s
         "coco80_absent": absent,
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
+    store.close()
     # The pool last: where it stands, the job has ended.
     write_json(meta_path, meta, indent=2)
     write_text(out, text)
     _print_summary(out, concepts, meta, config.min_count)
 
 
-def count(texts: Mapping[str, int], parser: PhraseParser, aliases: Mapping[str, str]) -> Tally:
+def parser_of(config: ConceptsConfig, classes: list[tuple[str, ...]]) -> PhraseParser:
+    """Returns the parser of a pool's captions; the names of its given classes stay whole."""
+    words = [word for entry in classes for word in entry]
+    return PhraseParser(
+        config.language, config.batch_size, config.workers or cores(), config.invisible, words
+    )
+
+
+def count(texts: Iterable[str], total: int, parser: PhraseParser, aliases: Mapping[str, str]) -> Tally:
     """Counts in how many captions each concept occurs; full phrase and head noun are concepts of their own.
 
     Args:
-        texts: each distinct caption and how often it occurs.
+        texts: captions, as often as they occur.
+        total: how many they are.
         parser: finds the phrases.
         aliases: form in a caption -> the given class it is counted for.
     """
     tally = Tally()
-    parsed = track(parser.parse(texts), "parsing captions", total=len(texts))
-    for (caption, times), phrases in zip(texts.items(), parsed, strict=True):
+    captions, to_parse = itertools.tee(texts)
+    parsed = track(parser.parse(to_parse), "parsing captions", total)
+    for caption, phrases in zip(captions, parsed, strict=True):
         heads = {aliases.get(phrase.head, phrase.head): None for phrase in phrases}
         names = heads | {aliases.get(phrase.text, phrase.text): None for phrase in phrases}
-        tally.add(caption, times, names, heads)
+        tally.add(caption, names, heads)
     return tally
 
 
@@ -222,6 +242,13 @@ def read_concepts(path: str | Path) -> list[Concept]:
 def meta_file(out: str | Path) -> Path:
     """Returns the file beside a pool that says how it was made."""
     return Path(f"{out}.meta.json")
+
+
+def pool_language(out: str | Path) -> str:
+    """Returns the spaCy model that a pool was made with; "", the small English one, when nothing tells."""
+    path = meta_file(out)
+    meta = read_json(path, "description of the pool") if path.exists() else {}
+    return str(meta.get("options", {}).get("language", ""))
 
 
 def given_classes(lists: list[str]) -> list[tuple[str, ...]]:

@@ -6,8 +6,8 @@ from collections import Counter
 
 from clip_base.progress import track
 from regionclip.captions import read_texts
-from regionclip.concepts import EXAMPLES, Concept, ConceptsConfig, aliases_of, given_classes
-from regionclip.phrases import PhraseParser, read_invisible
+from regionclip.concepts import EXAMPLES, Concept, ConceptsConfig, aliases_of, given_classes, parser_of
+from regionclip.phrases import PhraseParser, hidden_by, read_invisible
 
 _LISTED = 5  # phrases shown that hold the same word
 
@@ -22,8 +22,8 @@ def explain(config: ConceptsConfig, concepts: list[Concept]) -> str:
         concepts: the pool, in the order of its file.
     """
     classes = given_classes(config.classes)
-    words = [word for entry in classes for word in entry]
-    parser = PhraseParser(config.language, config.batch_size, config.workers, frozenset(), words)
+    parser = parser_of(config, classes)
+    parser.invisible = frozenset()  # it must see what the pool's parser dropped
     asked = " ".join(config.explain.lower().split())
     phrase = next(iter(next(parser.parse([asked]))), None)
     aliases = aliases_of(classes)
@@ -55,15 +55,14 @@ def _present(asked: str, concept: Concept, rank: int, total: int) -> str:
 def _absent(config: ConceptsConfig, parser: PhraseParser, name: str) -> str:
     dropped = read_invisible(config.invisible)
     source = config.invisible or "the list that comes with us"
-    texts = Counter(read_texts(config.captions, config.column))
     # The lemmatiser changes the end of a word, and of the irregular ones ("people", "men") a good part of it.
     stems = [word[: max(1, len(word) - 4)] for word in name.split()]
-    likely = {
-        text: times
-        for text, times in texts.items()
+    likely = Counter(
+        text
+        for text in read_texts(config.captions, config.column)
         if all(any(word.startswith(stem) for word in text.lower().split()) for stem in stems)
-    }
-    times_named, examples, hidden_by = 0, list[str](), Counter[str]()
+    )
+    times_named, examples, hiding = 0, list[str](), Counter[str]()
     related: Counter[str] = Counter()
     parsed = track(parser.parse(likely), "looking at captions", total=len(likely))
     for (text, times), phrases in zip(likely.items(), parsed, strict=True):
@@ -73,8 +72,8 @@ def _absent(config: ConceptsConfig, parser: PhraseParser, name: str) -> str:
             continue
         times_named += times
         examples += [text] if len(examples) < EXAMPLES else []
-        hidden_by.update({word for phrase in hits for word in (phrase.head, phrase.text) if word in dropped})
-    return _reason(config, name, times_named, examples, hidden_by, related, source)
+        hiding.update({word for phrase in hits if (word := hidden_by(phrase, dropped))})
+    return _reason(config, name, times_named, examples, hiding, related, source)
 
 
 def _reason(
@@ -82,12 +81,12 @@ def _reason(
     name: str,
     times: int,
     examples: list[str],
-    hidden_by: Counter[str],
+    hiding: Counter[str],
     related: Counter[str],
     source: str,
 ) -> str:
-    if hidden_by:
-        word = hidden_by.most_common(1)[0][0]
+    if hiding:
+        word = hiding.most_common(1)[0][0]
         lines = [
             f"{name!r} is not in the pool: {word!r} is dropped as invisible by {source} ({times:,} captions)"
         ]

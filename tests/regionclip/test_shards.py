@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from clip_base.errors import InputError
-from regionclip.shards import SCHEMA, MinedRegion, read_manifest, read_regions, shard_path, write_shard
+from regionclip.shards import (
+    SCHEMA,
+    VERSION,
+    MinedRegion,
+    read_manifest,
+    read_regions,
+    read_skipped,
+    shard_path,
+    write_shard,
+)
 
 
 def region(image_id: int, phrase: str | None = "a red cup") -> MinedRegion:
@@ -33,7 +43,7 @@ def finished(folder: Path, *parts: list[MinedRegion]) -> Path:
     for number, part in enumerate(parts):
         write_shard(shard_path(folder, number), part)
     names = [shard_path(folder, number).name for number in range(len(parts))]
-    (folder / "manifest.json").write_text(json.dumps({"version": 1, "shards": names}))
+    (folder / "manifest.json").write_text(json.dumps({"version": VERSION, "shards": names}))
     return folder
 
 
@@ -55,6 +65,30 @@ def test_files_have_the_published_schema(tmp_path: Path) -> None:
     assert pq.read_schema(tmp_path / "one.parquet").equals(SCHEMA)
 
 
+def test_a_shard_holds_its_images_without_regions(tmp_path: Path) -> None:
+    skipped: list[dict[str, object]] = []
+
+    def regions() -> Iterator[MinedRegion]:
+        yield region(1)
+        skipped.append({"image_id": 2, "reason": "wörn out"})
+
+    assert write_shard(tmp_path / "one.parquet", regions(), skipped) == 1
+    assert read_skipped(tmp_path / "one.parquet") == ('{"image_id": 2, "reason": "wörn out"}\n', 1)
+    write_shard(tmp_path / "two.parquet", [])
+    assert read_skipped(tmp_path / "two.parquet") == ("", 0)
+    (tmp_path / "two.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="is damaged"):
+        read_skipped(tmp_path / "two.parquet")
+
+
+def test_more_regions_than_are_made_a_table_at_once_stay_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regionclip.shards._ROWS", 3)
+    folder = finished(tmp_path, [region(number) for number in range(10)])
+    assert [row.image_id for row in read_regions(folder)] == list(range(10))
+
+
 def test_an_unfinished_folder_is_no_data(tmp_path: Path) -> None:
     write_shard(shard_path(tmp_path, 0), [region(1)])
     with pytest.raises(InputError, match="mining there has not ended"):
@@ -65,7 +99,7 @@ def test_an_unfinished_folder_is_no_data(tmp_path: Path) -> None:
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"version": 99, "shards": []}')
-    with pytest.raises(InputError, match="version 99, this program reads 1"):
+    with pytest.raises(InputError, match="version 99, this program reads 2"):
         read_manifest(tmp_path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_batches_do_not_change_embeddings_and_stay_in_size():
     model = BagOfLetters()
     parts = embed(model, letters, names, ("{}", "x {}"), batch_size=7)
     torch.testing.assert_close(whole.embeddings, parts.embeddings)
-    assert max(model.batches) == 7
+    assert max(model.batches) == 6  # three names of two templates
     assert model.training
 
 
@@ -69,6 +70,27 @@ def test_ten_thousand_names_and_one_are_embedded_alike():
     assert many.embeddings.shape == (10_000, 8)
     one = embed(BagOfLetters(), letters, names[-1:])
     torch.testing.assert_close(many.embeddings[-1:], one.embeddings)
+
+
+def test_few_embeddings_are_held_at_once_however_many_names_and_templates(monkeypatch: pytest.MonkeyPatch):
+    held: WeakSet[Tensor] = WeakSet()
+    most = 0
+    normalize = nn.functional.normalize
+
+    def watched(embeddings: Tensor, dim: int) -> Tensor:
+        nonlocal most
+        found = normalize(embeddings, dim=dim)
+        held.add(found)
+        most = max(most, sum(map(len, held)))
+        return found
+
+    monkeypatch.setattr(nn.functional, "normalize", watched)
+    templates = [f"{number} {{}}" for number in range(10)]
+    few = embed(BagOfLetters(), letters, [f"thing {index}" for index in range(200)], templates, batch_size=16)
+    assert most <= 3 * 16  # and not 2000
+    monkeypatch.undo()
+    whole = embed(BagOfLetters(), letters, few.names, templates, batch_size=10_000)
+    torch.testing.assert_close(few.embeddings, whole.embeddings)
 
 
 def test_the_cache_serves_the_same_weights_templates_and_names_only(tmp_path: Path):
@@ -214,6 +236,18 @@ def test_real_neighbours_of_a_cat_make_sense(shared_data: Path):
     )
     assert lvis.embeddings.shape == (1203, 1024)
     assert {"kitten", "dog"} & set(neighbours(lvis, "cat")[:5])
+
+
+def test_a_real_file_in_three_forms_is_the_same_vocabulary(shared_data: Path, tmp_path: Path):
+    detic = shared_data / "text_embeddings" / "clip_rn50_coco80.npy"
+    first = Vocabulary.load(detic, parse_names("coco"))
+    torch.save(torch.from_numpy(np.load(detic)), tmp_path / "regionclip.pth")
+    first.save(tmp_path / "ours.safetensors")
+    for again in (
+        Vocabulary.load(tmp_path / "regionclip.pth", parse_names("coco")),
+        Vocabulary.load(tmp_path / "ours.safetensors"),
+    ):
+        assert again.fingerprint == first.fingerprint
 
 
 def neighbours(vocabulary: Vocabulary, name: str) -> list[str]:

@@ -3,6 +3,8 @@
 # B images, N regions in all, C channels of the map, s side of a region on the map, D embedding size
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,7 @@ from clip_base.batch import ImageBatch
 from clip_base.errors import InputError
 from clip_base.models.resnet import ModifiedResNet
 from clip_base.models.vit import VisionTransformer
+from regionclip.pooling import pool_regions
 from regionclip.structures import Regions, whole_images
 
 MODES = ("roi_align", "crop", "dense")
@@ -39,7 +42,7 @@ class RegionEncoder:
         visual: ModifiedResNet | VisionTransformer,
         mode: str = "roi_align",
         context: float = 1.2,
-        chunk: int = 1024,
+        chunk: int = 256,
         scale: float = 1.0,
     ) -> None:
         if mode not in MODES:
@@ -60,13 +63,12 @@ class RegionEncoder:
             return F.normalize(self._of_crops(images, regions).float(), dim=-1)
         if self.scale != 1:
             images, regions = _scaled(images, regions, self.scale)
+        pixels = _to_whole_cells(images.pixels, self.visual.stride)
         if isinstance(self.visual, VisionTransformer):
-            features = self.visual.dense(images.pixels)  # [B, D, h, w]
-            pooled = roi_align(
-                features.float(), regions.rois(), 4, 1 / self.visual.stride, 2, aligned=True
-            )  # [N, D, 4, 4]
+            features = self.visual.dense(pixels).float()  # [B, D, h, w]
+            pooled = pool_regions(features, regions.rois(), 4, 1 / self.visual.stride)  # [N, D, 4, 4]
             return F.normalize(pooled.mean((2, 3)), dim=-1)
-        return F.normalize(self.of_map(self.visual.trunk(images.pixels), regions).float(), dim=-1)
+        return F.normalize(self.of_map(self.visual.trunk(pixels), regions).float(), dim=-1)
 
     def encode_image(self, images: ImageBatch) -> Tensor:
         """Returns [B, D] unit-length embeddings of whole images, their padding left out."""
@@ -76,21 +78,36 @@ class RegionEncoder:
         """Returns [N, D], not normalised: regions of a ResNet trunk's map [B, C, H/16, W/16]."""
         visual = self.visual
         assert isinstance(visual, ModifiedResNet)
+        return torch.cat([visual.attnpool(deep) for deep in self.deep_maps(feature_map, regions)])
+
+    def deep_maps(self, feature_map: Tensor, regions: Regions) -> Iterator[Tensor]:
+        """Yields [n, 2 · C, s / 2, s / 2], layer4's maps of the regions of a ResNet trunk's map, in order."""
+        visual = self.visual
+        assert isinstance(visual, ModifiedResNet)
         side = visual.region_size
-        parts = []
         for rois in torch.split(regions.rois(), self.chunk):
             # [n, C, s, s]; with one sample a bin, a box that covers the image gives the image's own map back
-            pooled = roi_align(feature_map.float(), rois, side, 1 / visual.stride, 0, aligned=True)
-            parts.append(visual.head(pooled.contiguous(memory_format=torch.channels_last)))
-        return torch.cat(parts) if parts else feature_map.new_zeros(0, visual.embed_dim)
+            yield visual.deepen(pool_regions(feature_map, rois, side, 1 / visual.stride))
 
     def _of_crops(self, images: ImageBatch, regions: Regions) -> Tensor:
         side = self.visual.resolution
         parts = []
         for rois in torch.split(square_rois(regions, self.context), self.chunk):
-            crops = roi_align(images.pixels.float(), rois, side, 1.0, 2, aligned=True)  # [n, 3, side, side]
+            # [n, 3, side, side]; a sample a pixel: a crop of the tower's size is the picture's own pixels
+            crops = roi_align(images.pixels.float(), rois, side, 1.0, 0, aligned=True)
             parts.append(self.visual(crops.contiguous(memory_format=torch.channels_last)))
         return torch.cat(parts) if parts else images.pixels.new_zeros(0, self.visual.embed_dim)
+
+
+def _to_whole_cells(pixels: Tensor, stride: int) -> Tensor:
+    """Pads pixels [B, 3, H, W] on the right and below, so that the map's cells cover all of them.
+
+    A tower drops what is left over beside the last whole cell; a region there would be taken for empty.
+    """
+    height, width = pixels.shape[-2:]
+    if height % stride == width % stride == 0:
+        return pixels
+    return F.pad(pixels, (0, -width % stride, 0, -height % stride))
 
 
 def _scaled(images: ImageBatch, regions: Regions, scale: float) -> tuple[ImageBatch, Regions]:

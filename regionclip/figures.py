@@ -13,6 +13,7 @@ from html import escape
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 40
 MOST_POINTS = 160
+MOST_COUNTS = 14  # bars of a histogram that have room for their count
 DASH = "–"
 
 Points = Sequence[tuple[float, float]]
@@ -42,13 +43,14 @@ def thinned(points: Points, most: int = MOST_POINTS) -> list[tuple[float, float]
     ]
 
 
-def line_chart(title: str, series: Mapping[str, Points], x_label: str = "step") -> str:
+def line_chart(title: str, series: Mapping[str, Points], x_label: str = "step", shares: bool = False) -> str:
     """Returns a figure with a line for each name of `series`, in the order given (up to four).
 
     Args:
         title: what is shown.
         series: name -> (x, y) in order of x; not a number is left out.
         x_label: what x counts.
+        shares: y holds shares in [0, 1]; the axis then shows all of 0 to 100 %.
     """
     lines = {name: thinned([p for p in points if math.isfinite(p[1])]) for name, points in series.items()}
     points = [point for line in lines.values() for point in line]
@@ -56,7 +58,7 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str = "step") 
         return _figure(title, _frame([], []), list(lines))
     ys = [y for _, y in points]
     right = max(x for line in series.values() for x, _ in line) or 1.0
-    y_ticks, x_ticks = ticks(min(ys), max(ys)), ticks(0, right)
+    y_ticks, x_ticks = [0.0, 0.25, 0.5, 0.75, 1.0] if shares else ticks(min(ys), max(ys)), ticks(0, right)
     bottom, top = y_ticks[0], y_ticks[-1]
     x_ticks = [x for x in x_ticks if x <= right * 1.001]
 
@@ -66,7 +68,9 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str = "step") 
     def y_of(y: float) -> float:
         return HEIGHT - BOTTOM - (y - bottom) / (top - bottom) * (HEIGHT - TOP - BOTTOM)
 
-    body = [_frame([(y_of(y), _short(y)) for y in y_ticks], [(x_of(x), _short(x)) for x in x_ticks])]
+    labels = [f"{100 * y:.0f} %" if shares else _short(y) for y in y_ticks]
+    levels = [(y_of(y), label) for y, label in zip(y_ticks, labels, strict=True)]
+    body = [_frame(levels, [(x_of(x), _short(x)) for x in x_ticks])]
     body.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, x_label))
     for number, line in enumerate(lines.values(), start=1):
         path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in line)
@@ -121,6 +125,28 @@ def stacked_bars(
             body.append(_bar(middle - room * 0.4, room * 0.8, base, base + values[place], style))
             base += values[place]
     return _figure(title, "".join(body), {name: style for name, (style, _) in shares.items()})
+
+
+def histogram(title: str, bins: Sequence[str], counts: Sequence[int], x_label: str = "") -> str:
+    """Returns a figure with one bar a bin, as high as its count, which is written on it if there is room.
+
+    Args:
+        title: what is shown.
+        bins: labels along the axis.
+        counts: how many things each bin holds.
+        x_label: what the bins are of.
+    """
+    levels = ticks(0, max([*counts, 1]))
+    body = [_frame([(_y_of_share(level / levels[-1]), _short(level)) for level in levels], [])]
+    body.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, x_label))
+    room = (WIDTH - LEFT - RIGHT) / max(len(bins), 1)
+    for place, (label, count) in enumerate(zip(bins, counts, strict=True)):
+        middle, share = LEFT + room * (place + 0.5), count / levels[-1]
+        body.append(_text(middle, HEIGHT - BOTTOM + 16, label))
+        body.append(_bar(middle - room * 0.4, room * 0.8, 0, share, "s1"))
+        if count and len(bins) <= MOST_COUNTS:
+            body.append(_text(middle, _y_of_share(share) - 4, _short(count), "value"))
+    return _figure(title, "".join(body), {})
 
 
 def _y_of_share(share: float) -> float:

@@ -6,8 +6,7 @@ from __future__ import annotations
 import base64
 import io
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -15,9 +14,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from clip_base.data.images import decode
+from clip_base.errors import InputError
 from regionclip.boxes import iou
 from regionclip.datasets import CocoDetection, Record
-from regionclip.pairs import Pair, judge_pairs
+from regionclip.pairs import Pair, judge
 from regionclip.shards import MinedRegion
 from regionclip.structures import Detections
 from regionclip.visualize import Colour, draw
@@ -35,6 +35,8 @@ VERDICTS: dict[str, tuple[str, Colour]] = {
 # Seen around a pair's box, in longer sides of the box: enough to tell what the box has cut.
 CONTEXT = 1.7
 CROP_SIDE = 240
+# Letters of a caption that are shown; what people write under pictures on the web may fill a page.
+CAPTION = 140
 # A detection that scores less than this is never shown, however few there are.
 LEAST_SCORE = 0.05
 # A detector that has learnt nothing would cover a scene with boxes.
@@ -130,7 +132,7 @@ def scene_figure(record: Record, detections: Detections, truth: CocoDetection, n
     names = [detections.names[label] for label in detections.labels.tolist()]
     boxes = detections.boxes.tolist()
     pairs = [Pair(record.image_id, _four(box), name) for box, name in zip(boxes, names, strict=True)]
-    right = [verdict == "right" for verdict in judge_pairs(pairs, truth)]
+    right = [word == "right" for word in judge(pairs, truth, images={record.image_id}).words()]
     texts = [
         f"{'' if true else '✗ '}{_starred(name, novel)} {score:.2f}"
         for name, score, true in zip(names, detections.scores.tolist(), right, strict=True)
@@ -184,24 +186,87 @@ def pick_pairs(regions: Sequence[MinedRegion], count: int = PAIRS) -> list[int]:
     return chosen
 
 
-def pair_figure(folder: Path, region: MinedRegion, verdict: str) -> str:
+def pair_figure(folder: Path, region: MinedRegion, verdict: str | None) -> str:
     """Returns a mined region with its surroundings, its concept, probability, verdict and caption.
 
     Args:
         folder: what the region's file name is relative to.
         region: the pair.
-        verdict: a key of VERDICTS.
+        verdict: a key of VERDICTS; None: there is no truth to judge by.
     """
-    style, colour = VERDICTS[verdict]
+    style, colour = VERDICTS[verdict] if verdict else ("", BASE)
     picture = _crop(folder / region.file_name, region.box, colour)
     word = "cannot be judged" if verdict == "unknown" else verdict
     parts = [
         f"<b>{escape(region.concept)}</b> {region.concept_probs[0]:.2f}",
-        f'<span class="tag {style}">{word}</span>',
+        f'<span class="tag {style}">{word}</span>' if verdict else "",
         f'<span class="caption">{_caption(region)}</span>',
     ]
     alt = f"a region of {Path(region.file_name).name} named {region.concept}"
     return _figure(picture, alt, "".join(parts))
+
+
+class Album:
+    """Pictures of mined regions for one page, which together stay below a number of bytes.
+
+    Args:
+        folder: what the regions' file names are relative to.
+        limit: bytes that all figures may take, as text in the page.
+
+    Attributes:
+        shown: figures made.
+        left_out: regions without a figure, since the page was full.
+        unreadable: regions without a figure, since their picture could not be read.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self._left = folder, limit
+        self.shown = self.left_out = self.unreadable = 0
+
+    def figures(self, regions: Sequence[MinedRegion], verdicts: Sequence[str | None]) -> str:
+        """Returns the figures of some regions, in their order, as far as there is room."""
+        made = []
+        for region, verdict in zip(regions, verdicts, strict=True):
+            if self._left <= 0:
+                self.left_out += 1
+                continue
+            try:
+                figure = pair_figure(self.folder, region, verdict)
+            except InputError:
+                self.unreadable += 1
+                continue
+            if len(figure) > self._left:
+                self._left = 0  # a smaller one after it would hide that the page is full
+                self.left_out += 1
+                continue
+            self._left -= len(figure)
+            self.shown += 1
+            made.append(figure)
+        return "".join(made)
+
+
+def pick_concepts(counts: Mapping[str, int], limit: int) -> list[str]:
+    """Picks concepts to show: half are the most frequent ones, half are spread evenly over the rest.
+
+    Args:
+        counts: concept -> regions.
+        limit: most concepts to pick.
+
+    Returns:
+        Names, the most frequent first.
+    """
+    names = [name for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if count]
+    if len(names) <= limit:
+        return names
+    frequent = limit - limit // 2
+    rest = names[frequent:]
+    spread = limit // 2
+    return names[:frequent] + [rest[(2 * place + 1) * len(rest) // (2 * spread)] for place in range(spread)]
+
+
+def box_figure(path: Path, box: Sequence[float], colour: Colour, caption: str, alt: str) -> str:
+    """Returns a box (x1, y1, x2, y2) of a picture with some of its surroundings; `caption` is HTML."""
+    return _figure(_crop(path, box, colour), alt, caption)
 
 
 def _figure(picture: Image.Image, alt: str, caption: str) -> str:
@@ -210,15 +275,31 @@ def _figure(picture: Image.Image, alt: str, caption: str) -> str:
 
 
 def _caption(region: MinedRegion) -> str:
-    """Returns the caption with the phrase underlined where it stands in it word by word."""
+    """Returns the caption, cut around the phrase, with the phrase underlined where it stands word by word.
+
+    A phrase that stands there in another form ("people" for "person") is put before the caption.
+    """
     if not region.caption:
         return "not named in a caption"
-    start = region.caption.casefold().find((region.phrase or "").casefold())
-    if not region.phrase or start < 0:
-        return escape(region.caption)
-    end = start + len(region.phrase)
+    phrase = region.phrase or ""
+    start = region.caption.casefold().find(phrase.casefold())
+    if not phrase or start < 0:
+        said = f"<mark>{escape(phrase)}</mark>: " if phrase else ""
+        return said + escape(_cut(region.caption, len(region.caption) - CAPTION))
+    end = start + len(phrase)
+    room = max(CAPTION - len(phrase), 0)
     before, within, after = region.caption[:start], region.caption[start:end], region.caption[end:]
-    return f"{escape(before)}<mark>{escape(within)}</mark>{escape(after)}"
+    drop_before = max(len(before) - max(room // 2, room - len(after)), 0)
+    drop_after = len(after) - (room - len(before) + drop_before)
+    shown = escape(_cut(before, drop_before, True)), escape(within), escape(_cut(after, drop_after))
+    return "{}<mark>{}</mark>{}".format(*shown)
+
+
+def _cut(text: str, letters: int, at_start: bool = False) -> str:
+    """Returns the text without its last letters, or its first ones."""
+    if letters <= 0:
+        return text
+    return "…" + text[letters:] if at_start else text[:-letters] + "…"
 
 
 def _crop(path: Path, box: Sequence[float], colour: Colour) -> Image.Image:
@@ -243,34 +324,3 @@ def _crop(path: Path, box: Sequence[float], colour: Colour) -> Image.Image:
 def _four(values: Sequence[float]) -> tuple[float, float, float, float]:
     x1, y1, x2, y2 = values
     return x1, y1, x2, y2
-
-
-@dataclass(frozen=True)
-class JudgedPairs:
-    """Mined pairs and what the truth says of them.
-
-    Attributes:
-        regions: as mined.
-        verdicts: `judge_pairs`' word for each.
-    """
-
-    regions: list[MinedRegion]
-    verdicts: list[str]
-
-    def by_probability(
-        self, bins: int = 10
-    ) -> tuple[list[str], dict[str, tuple[str, list[float]]], list[int]]:
-        """Returns labels of equal bins of probability, the shares of each verdict in them, and their counts.
-
-        Pairs that cannot be judged are left out.
-        """
-        counts = [Counter[str]() for _ in range(bins)]
-        for region, verdict in zip(self.regions, self.verdicts, strict=True):
-            if verdict != "unknown":
-                counts[min(int(region.concept_probs[0] * bins), bins - 1)][verdict] += 1
-        totals = [count.total() for count in counts]
-        shares = {
-            verdict: (VERDICTS[verdict][0], [count[verdict] / max(count.total(), 1) for count in counts])
-            for verdict in ("right", "wrong name", "no object")
-        }
-        return [f"{place / bins:.1f}" for place in range(bins)], shares, totals

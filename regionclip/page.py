@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from importlib.resources import files
 from pathlib import Path
 
 from clip_base.progress import clock
@@ -11,6 +12,11 @@ from regionclip.figures import DASH, percent
 
 # Pixels of the longest bar in a table.
 METER = 180
+
+
+def packaged(name: str) -> str:
+    """Returns a page's template or style sheet, which come with the package."""
+    return (files("regionclip") / "data_files" / name).read_text(encoding="utf-8")
 
 
 def difference(before: float, after: float) -> str:
@@ -105,6 +111,67 @@ def timings_table(timings: Mapping[str, float]) -> str:
     )
     total = clock(sum(timings.values()))
     return _table("", f"{rows}<tr><td><b>in all</b></td><td><b>{total}</b></td><td></td></tr>")
+
+
+def section(title: str, *parts: str) -> str:
+    """Returns a section of the page; the parts are HTML."""
+    return f"<section>\n<h2>{escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
+
+
+def paragraph(text: str) -> str:
+    """Returns a paragraph of plain text."""
+    return f"<p>{escape(text)}</p>"
+
+
+def charts(*figures: str) -> str:
+    """Returns charts side by side."""
+    return f'<div class="charts">{"".join(figures)}</div>'
+
+
+def more(rows: int, listed: int, file: str) -> str:
+    """Returns a note on the rows that a table leaves out and the file that holds them; nothing when none."""
+    return f'<p class="note">{rows - listed:,} more in <code>{file}</code>.</p>' if rows > listed else ""
+
+
+def plain_table(
+    titles: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    words: int = 1,
+    texts: Sequence[int] = (),
+    marked: Sequence[int] = (),
+    groups: Sequence[tuple[str, int]] = (),
+) -> str:
+    """Returns a table of texts.
+
+    Args:
+        titles: of the columns.
+        rows: the cells.
+        words: how many of the first columns hold words; they are set flush left and may wrap, numbers not.
+        texts: places of further columns that hold words.
+        marked: places of rows that are emphasised.
+        groups: (heading, number of columns below it), for a line above the titles.
+    """
+    starts = {sum(width for _, width in groups[:number]) for number in range(1, len(groups))}
+    kinds = [
+        " class=text" if place < words or place in texts else " class=first" if place in starts else ""
+        for place in range(len(titles))
+    ]
+    above = "".join(
+        f'<th class="group{" first" * bool(number)}" colspan="{width}">{escape(title)}</th>'
+        for number, (title, width) in enumerate(groups)
+    )
+    head = "".join(f"<th{kind}>{escape(title)}</th>" for kind, title in zip(kinds, titles, strict=True))
+    body = ""
+    for place, row in enumerate(rows):
+        cells = "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
+        body += f"<tr{' class=marked' * (place in marked)}>{cells}</tr>"
+    return _table(f"<tr>{above}</tr><tr>{head}</tr>" if groups else f"<tr>{head}</tr>", body)
+
+
+def tiles(figures: Mapping[str, str]) -> str:
+    """Returns the most important figures side by side: what each counts -> the figure."""
+    shown = "".join(f"<div><b>{escape(value)}</b>{escape(title)}</div>" for title, value in figures.items())
+    return f'<div class="tiles">{shown}</div>'
 
 
 def _meter(share: float) -> str:

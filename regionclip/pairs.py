@@ -1,17 +1,24 @@
 """Mined region-phrase pairs against the truth: which are right, and how many true objects they name."""
 
-# P pairs of an image, G true boxes
+# P pairs, G true boxes; p and g those of one image
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from regionclip.boxes import area, intersection, iou
-from regionclip.datasets import CocoDetection
+from regionclip.datasets import CocoDetection, Record
 from regionclip.evaluation import NOTHING
+
+Box = tuple[float, float, float, float]
+
+# By the number that stands for each in `Judgement.verdicts`.
+VERDICTS = ("unknown", "right", "wrong name", "no object")
+UNKNOWN, RIGHT, WRONG_NAME, NO_OBJECT = range(4)
 
 
 @dataclass(frozen=True)
@@ -25,16 +32,105 @@ class Pair:
     """
 
     image_id: int
-    box: tuple[float, float, float, float]
+    box: Box
     name: str
 
 
-def judge_pairs(
+@dataclass(frozen=True)
+class Judgement:
+    """What the truth says of mined pairs.
+
+    Attributes:
+        categories: the truth's names; labels count them.
+        verdicts: [P] int64, places in VERDICTS. "right": the box shows an object of that name; "wrong name":
+            it shows an object, but none of that name; "no object"; "unknown": the annotations have no such
+            image or category, or the box lies in a crowd of that name, so that it cannot be judged.
+        named: [P] int64, the label that the pair's phrase names, -1 when it names none.
+        shown: [P] int64, the label of the true object that the box fits best, -1 when it fits none.
+        objects: [G] int64, the labels of all true single objects.
+        cover: [E, 2] int64, each right pair with each true object of its name that it covers.
+    """
+
+    categories: tuple[str, ...]
+    verdicts: Tensor
+    named: Tensor
+    shown: Tensor
+    objects: Tensor
+    cover: Tensor
+
+    def words(self) -> list[str]:
+        """Returns each pair's verdict as a word."""
+        return [VERDICTS[verdict] for verdict in self.verdicts.tolist()]
+
+    def metrics(
+        self, base: Collection[str] = (), novel: Collection[str] = (), kept: Tensor | None = None
+    ) -> dict[str, float]:
+        """How true the pairs are, and how many of the true objects they name.
+
+        Args:
+            base: names of the base categories.
+            novel: names of the novel ones.
+            kept: [P] bool, the pairs that count; None: all.
+
+        Returns:
+            pairs and judged (numbers); of the judged ones the shares precision (right), wrong_name and
+            no_object; recall, the share of true objects that a right pair covers. With `base` or `novel` all
+            but pairs again with _base and _novel: by the pair's name, and for recall by the true object's.
+            A share of nothing is NOTHING.
+        """
+        kept = torch.ones(len(self.verdicts), dtype=torch.bool) if kept is None else kept
+        found = self._found(kept)
+        parts = {"": self.categories}
+        parts |= {"_base": tuple(base), "_novel": tuple(novel)} if base or novel else {}
+        metrics: dict[str, float] = {"pairs": int(kept.sum())}
+        for suffix, names in parts.items():
+            wanted = torch.tensor([name in set(names) for name in self.categories], dtype=torch.bool)
+            counted = kept & (self.verdicts != UNKNOWN) & wanted[self.named]  # unknown where named is -1
+            verdicts = self.verdicts[counted]
+            metrics["judged" + suffix] = len(verdicts)
+            for key, verdict in (("precision", RIGHT), ("wrong_name", WRONG_NAME), ("no_object", NO_OBJECT)):
+                metrics[key + suffix] = _share(verdicts == verdict)
+            metrics["recall" + suffix] = _share(found[wanted[self.objects]])
+        return metrics
+
+    def by_category(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns, a row a category, [C, 4] pairs by verdict, [C] true objects, [C] those that are named."""
+        classes, verdicts = len(self.categories), len(VERDICTS)
+        naming = self.named >= 0
+        cells = (self.named * verdicts + self.verdicts)[naming]
+        counts = torch.bincount(cells, minlength=classes * verdicts).view(classes, verdicts)
+        found = self._found(torch.ones_like(naming))
+        return (
+            counts,
+            torch.bincount(self.objects, minlength=classes),
+            torch.bincount(self.objects[found], minlength=classes),
+        )
+
+    def _found(self, kept: Tensor) -> Tensor:
+        """Returns [G] bool, the true objects that a right one of the kept pairs [P] covers."""
+        found = torch.zeros(len(self.objects), dtype=torch.bool)
+        found[self.cover[kept[self.cover[:, 0]], 1]] = True
+        return found
+
+    def confusions(self) -> list[tuple[str, str, int]]:
+        """Returns (name that was given, name of the object shown, how often), the most frequent first."""
+        wrong = self.verdicts == WRONG_NAME
+        counts = Counter(zip(self.named[wrong].tolist(), self.shown[wrong].tolist(), strict=True))
+        ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        return [(self.categories[a], self.categories[b], count) for (a, b), count in ordered]
+
+
+def _share(which: Tensor) -> float:
+    return float(which.double().mean()) if len(which) else NOTHING
+
+
+def judge(
     pairs: Sequence[Pair],
     truth: CocoDetection,
     canonical: Callable[[str], str | None] | None = None,
     threshold: float = 0.5,
-) -> list[str]:
+    images: Collection[int] | None = None,
+) -> Judgement:
     """Says of each mined pair whether it is true.
 
     Args:
@@ -43,113 +139,67 @@ def judge_pairs(
         canonical: turns a phrase into a category's name, or None when it names no category; without one a
             phrase must equal the name, whatever its case.
         threshold: the IoU from which on a box is taken to show an object.
-
-    Returns:
-        A word for each pair: "right" (it shows an object of that name); "wrong name" (it shows an object, but
-            none of
-        that name); "no object"; "unknown" (the annotations have no such image or category, or it lies in a
-        crowd of that name: it cannot be judged).
+        images: the ids of the images that were mined; other images' objects do not count. None: all of them.
     """
+    label_of: dict[str | None, int] = {name: label for label, name in enumerate(truth.categories)}
     name_of = canonical or _same_name(truth.categories)
-    label_of = {name: label for label, name in enumerate(truth.categories)}
-    record_of = {record.image_id: record for record in truth}
-    verdicts = ["unknown"] * len(pairs)
-    for image_id, places in _by_image(pairs).items():
-        record = record_of.get(image_id)
-        if record is None:
-            continue
-        boxes = torch.tensor([pairs[place].box for place in places], dtype=torch.float32)  # [P, 4]
-        single = record.without_crowds()
-        shows = iou(boxes, single.boxes) >= threshold  # [P, G]
-        crowds, crowd_labels = record.boxes[record.iscrowd], record.labels[record.iscrowd]
-        # As in COCO, a box lies in a crowd when most of the box does.
-        within = intersection(boxes, crowds) >= threshold * area(boxes).clamp(min=1e-6)[:, None]
-        for row, place in enumerate(places):
-            label = label_of.get(name_of(pairs[place].name) or "")
-            if label is None:
-                continue
-            if bool((shows[row] & (single.labels == label)).any()):
-                verdicts[place] = "right"
-            elif not bool((within[row] & (crowd_labels == label)).any()):
-                verdicts[place] = "wrong name" if bool(shows[row].any()) else "no object"
-    return verdicts
-
-
-def precision_recall_of_pairs(
-    pairs: Sequence[Pair],
-    truth: CocoDetection,
-    novel: Iterable[str] = (),
-    canonical: Callable[[str], str | None] | None = None,
-    threshold: float = 0.5,
-) -> dict[str, float]:
-    """How true mined region-phrase pairs are, and how many of the true objects they name.
-
-    Args:
-        pairs: mined pairs.
-        truth: the images' annotations, of base and novel categories.
-        novel: names of the novel categories.
-        canonical: see `judge_pairs`.
-        threshold: see `judge_pairs`.
-
-    Returns:
-        pairs and judged (numbers); of the judged ones the shares precision (right), wrong_name and no_object;
-        recall, the share of true boxes that a right pair covers. precision, wrong_name, no_object and recall
-        also with _base and _novel: by the pair's name, and for recall by the true box's.
-    """
-    name_of = canonical or _same_name(truth.categories)
-    verdicts = judge_pairs(pairs, truth, name_of, threshold)
-    novel_names = set(novel)
-    is_novel = [name_of(pair.name) in novel_names for pair in pairs]
-    metrics: dict[str, float] = {
-        "pairs": len(pairs),
-        "judged": sum(verdict != "unknown" for verdict in verdicts),
-    }
-    keys = {"precision": "right", "wrong_name": "wrong name", "no_object": "no object"}
-    found = _found_boxes(pairs, verdicts, truth, name_of, threshold)
-    novel_labels = torch.tensor([name in novel_names for name in truth.categories], dtype=torch.bool)
-    labels = torch.cat(
-        [torch.zeros(0, dtype=torch.int64), *(record.without_crowds().labels for record in truth)]
-    )
-    for suffix, wanted in (("", None), ("_base", False), ("_novel", True)):
-        judged = [
-            verdict
-            for verdict, one in zip(verdicts, is_novel, strict=True)
-            if verdict != "unknown" and wanted in (None, one)
-        ]
-        for key, verdict in keys.items():
-            metrics[key + suffix] = judged.count(verdict) / len(judged) if judged else NOTHING
-        mine = found if wanted is None else found[novel_labels[labels] == wanted]
-        metrics["recall" + suffix] = float(mine.float().mean()) if len(mine) else NOTHING
-    return metrics
-
-
-def _found_boxes(
-    pairs: Sequence[Pair],
-    verdicts: Sequence[str],
-    truth: CocoDetection,
-    name_of: Callable[[str], str | None],
-    threshold: float,
-) -> Tensor:
-    """Returns [G] bool for all single true boxes in order: whether a right pair of its own name covers it."""
-    label_of = {name: label for label, name in enumerate(truth.categories)}
-    right = _by_image(pairs, [verdict == "right" for verdict in verdicts])
-    found = [torch.zeros(0, dtype=torch.bool)]
-    for record in truth:
-        single = record.without_crowds()
-        mine = [pairs[place] for place in right.get(record.image_id, [])]
-        boxes = torch.tensor([pair.box for pair in mine], dtype=torch.float32).reshape(-1, 4)
-        labels = torch.tensor([label_of[name_of(pair.name) or ""] for pair in mine], dtype=torch.int64)
-        same = labels[:, None] == single.labels[None]  # [P, G]
-        found.append(((iou(boxes, single.boxes) >= threshold) & same).any(0))
-    return torch.cat(found)
-
-
-def _by_image(pairs: Sequence[Pair], which: Sequence[bool] | None = None) -> dict[int, list[int]]:
-    places: dict[int, list[int]] = {}
+    labels = {name: label_of.get(name_of(name), -1) for name in {pair.name for pair in pairs}}
+    named = torch.tensor([labels[pair.name] for pair in pairs], dtype=torch.int64)  # [P]
+    boxes = torch.tensor([pair.box for pair in pairs], dtype=torch.float32).reshape(-1, 4)  # [P, 4]
+    verdicts, shown = torch.full_like(named, UNKNOWN), torch.full_like(named, -1)
+    of_image: dict[int, list[int]] = {}
     for place, pair in enumerate(pairs):
-        if which is None or which[place]:
-            places.setdefault(pair.image_id, []).append(place)
-    return places
+        of_image.setdefault(pair.image_id, []).append(place)
+    cover, objects = [named.new_zeros(0, 2)], [named.new_zeros(0)]
+    count = 0
+    for record in truth:
+        if images is not None and record.image_id not in images:
+            continue
+        single = record.without_crowds() if bool(record.iscrowd.any()) else record
+        if record.image_id in of_image:
+            rows = torch.tensor(of_image[record.image_id])
+            verdicts[rows], shown[rows], edges = _judge_image(
+                boxes[rows], named[rows], record, single, threshold
+            )
+            cover.append(torch.stack([rows[edges[:, 0]], edges[:, 1] + count], 1))
+        objects.append(single.labels)
+        count += len(single.labels)
+    return Judgement(truth.categories, verdicts, named, shown, torch.cat(objects), torch.cat(cover))
+
+
+def _judge_image(
+    boxes: Tensor, named: Tensor, record: Record, single: Record, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the verdicts [p], the labels shown [p] and the edges [e, 2] between right pairs and objects."""
+    shown = torch.full_like(named, -1)
+    verdicts = torch.full_like(named, NO_OBJECT)
+    edges = named.new_zeros(0, 2)
+    if len(single.labels):
+        overlaps = iou(boxes, single.boxes)  # [p, g]
+        best = overlaps.max(1)
+        fits = best.values >= threshold
+        shown[fits] = single.labels[best.indices[fits]]
+        verdicts[fits] = WRONG_NAME
+        edges = torch.nonzero((overlaps >= threshold) & (named[:, None] == single.labels[None]))
+    if single is not record:
+        # As in COCO, a box lies in a crowd when most of the box does.
+        within = intersection(boxes, record.boxes) >= threshold * area(boxes).clamp(min=1e-6)[:, None]
+        crowd = within & record.iscrowd[None] & (named[:, None] == record.labels[None])
+        verdicts[crowd.any(1)] = UNKNOWN
+    verdicts[edges[:, 0]] = RIGHT
+    verdicts[named < 0] = UNKNOWN
+    return verdicts, shown, edges
+
+
+def canonical_name(phrase: str, categories: Collection[str]) -> str | None:
+    """Returns the category that a phrase names as a whole or else by its last words.
+
+    Case does not matter, nor whether a category is written with underscores, as LVIS writes its names.
+    """
+    names = {name.casefold().replace("_", " "): name for name in categories}
+    words = phrase.casefold().split()
+    endings = (" ".join(words[start:]) for start in range(len(words)))
+    return next((names[ending] for ending in endings if ending in names), None)
 
 
 def _same_name(categories: Sequence[str]) -> Callable[[str], str | None]:

@@ -6,7 +6,6 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -21,7 +20,7 @@ from clip_base.train import NO_LOSS
 from regionclip import gallery, page
 from regionclip.datasets import CocoDetection
 from regionclip.figures import Points, grouped_bars, line_chart, percent, stacked_bars
-from regionclip.pairs import Pair, judge_pairs, precision_recall_of_pairs
+from regionclip.judged import JudgedRegions, judge_regions
 from regionclip.shards import MANIFEST, read_manifest, read_regions
 from regionclip.splits import Split, load_split
 from regionclip.structures import Detections
@@ -139,27 +138,20 @@ def print_table(folder: Path, console: Console | None = None) -> None:
     (console or Console()).print(shown)
 
 
-def canonical_name(phrase: str, categories: Sequence[str]) -> str | None:
-    """Returns the category that a phrase names as a whole or else by its last word, whatever the case."""
-    names = {name.casefold(): name for name in categories}
-    words = phrase.casefold().split()
-    return names.get(" ".join(words)) or (names.get(words[-1]) if words else None)
-
-
 def _split(folder: Path) -> Split:
     content = read_json(_left(folder, "world/instances_val.json"), "annotations")
     return load_split(_left(folder, "world/split.json"), [entry["name"] for entry in content["categories"]])
 
 
-def _mining(folder: Path, split: Split) -> tuple[gallery.JudgedPairs, dict[str, float]]:
-    """Returns the mined pairs with their verdicts, and mining's precision and recall."""
+def judge_mining(folder: Path) -> JudgedRegions:
+    """Returns the mined regions of a quickstart with the truth's verdicts; `summary` and the page need them.
+
+    Raises:
+        InputError: mining has not ended.
+    """
     _left(folder, f"mined/{MANIFEST}")
     truth = CocoDetection(_left(folder, "world/instances_train.json"), None)
-    regions = list(read_regions(folder / "mined"))
-    pairs = [Pair(region.image_id, region.box, region.concept) for region in regions]
-    names = {pair.name: canonical_name(pair.name, truth.categories) for pair in pairs}
-    judged = gallery.JudgedPairs(regions, judge_pairs(pairs, truth, names.get))
-    return judged, precision_recall_of_pairs(pairs, truth, split.novel, names.get)
+    return judge_regions(list(read_regions(folder / "mined")), truth, _split(folder))
 
 
 def _counts(folder: Path) -> dict[str, int]:
@@ -188,11 +180,15 @@ def _timings(folder: Path) -> dict[str, float]:
     return {title: float(seconds) for title, seconds in timings.items()}
 
 
-def summary(folder: Path) -> dict[str, Any]:
+def summary(folder: Path, mined: JudgedRegions) -> dict[str, Any]:
     """Returns the figures of a finished quickstart, ready for metrics.json.
 
+    Args:
+        folder: the quickstart's.
+        mined: from `judge_mining`.
+
     Returns:
-        `results` (see there), `recall` (of proposals), `mining` (see `precision_recall_of_pairs`), `counts`,
+        `results` (see there), `recall` (of proposals), `mining` (see `Judgement.metrics`), `counts`,
         `timings` (seconds a stage) and `seconds` in all.
 
     Raises:
@@ -203,22 +199,26 @@ def summary(folder: Path) -> dict[str, Any]:
     return {
         "results": results(folder),
         "recall": _recall(folder),
-        "mining": _mining(folder, _split(folder))[1],
+        "mining": mined.metrics(),
         "counts": _counts(folder),
         "timings": timings,
         "seconds": round(sum(timings.values()), 1),
     }
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, mined: JudgedRegions) -> Path:
     """Writes `folder/report.html` from what the stages left there; it opens from disk and loads nothing else.
+
+    Args:
+        folder: the quickstart's.
+        mined: from `judge_mining`.
 
     Raises:
         InputError: a stage has not ended; it is named.
     """
     folder = Path(folder)
     figures, split, timings = results(folder), _split(folder), _timings(folder)
-    judged, mining = _mining(folder, split)
+    mining = mined.metrics()
     scenes, threshold = _scenes(folder, split)
     novel = {
         f"{group.measure} ({group.setting})": (
@@ -228,7 +228,7 @@ def write_report(folder: Path) -> Path:
         for group in GROUPS
     }
     values = {
-        "css": _packaged("report.css"),
+        "css": page.packaged("report.css"),
         **{key: f"{count:,}" for key, count in _counts(folder).items()},
         "base_categories": len(split.base),
         "novel_categories": len(split.novel),
@@ -240,8 +240,8 @@ def write_report(folder: Path) -> Path:
         "scenes": scenes,
         "judged": f"{mining['judged']:,.0f}",
         **{key: percent(mining[key]) for key in _MINING},
-        "mining_charts": _mining_charts(judged, mining),
-        "pairs": _pairs(folder, judged),
+        "mining_charts": _mining_charts(mined, mining),
+        "pairs": _pairs(folder, mined),
         "recall_chart": _recall_chart(folder),
         "per_class": _per_class_table(folder, split),
         "loss_charts": "".join(_loss_charts(folder)),
@@ -250,15 +250,11 @@ def write_report(folder: Path) -> Path:
         "detect": page.detect_call(folder, (*split.novel[:2], split.base[0])),
     }
     path = folder / "report.html"
-    write_text(path, Template(_packaged("report.html")).substitute(values))
+    write_text(path, Template(page.packaged("report.html")).substitute(values))
     return path
 
 
 _MINING = ("precision", "wrong_name", "no_object", "recall_base", "recall_novel")
-
-
-def _packaged(name: str) -> str:
-    return (files("regionclip") / "data_files" / name).read_text(encoding="utf-8")
 
 
 def _scenes(folder: Path, split: Split) -> tuple[str, float]:
@@ -284,20 +280,20 @@ def _scenes(folder: Path, split: Split) -> tuple[str, float]:
     return "".join(pictures), threshold
 
 
-def _pairs(folder: Path, judged: gallery.JudgedPairs) -> str:
+def _pairs(folder: Path, mined: JudgedRegions) -> str:
     images = folder / "world" / "images"
-    chosen = gallery.pick_pairs(judged.regions)
     return "".join(
-        gallery.pair_figure(images, judged.regions[place], judged.verdicts[place]) for place in chosen
+        gallery.pair_figure(images, mined.regions[place], mined.words[place])
+        for place in gallery.pick_pairs(mined.regions)
     )
 
 
-def _mining_charts(judged: gallery.JudgedPairs, mining: Mapping[str, float]) -> str:
+def _mining_charts(mined: JudgedRegions, mining: Mapping[str, float]) -> str:
     names = ("precision", "recall")
     series = {part: [mining[f"{name}_{part}"] for name in names] for part in ("base", "novel")}
     bars = grouped_bars("Mined pairs against the truth", names, series)
     title = "Verdict by probability (bins of 0.1; number of pairs below)"
-    return bars + stacked_bars(title, *judged.by_probability())
+    return bars + stacked_bars(title, *mined.by_bin(mined.probabilities))
 
 
 def _recall_chart(folder: Path) -> str:

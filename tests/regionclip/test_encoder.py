@@ -58,19 +58,6 @@ def test_encode_image_is_the_full_box(make_clip: MakeClip, scenes: ImageBatch) -
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["resnet", "vit"])
-def test_crop_of_a_full_square_box_is_close_to_the_image(
-    make_clip: MakeClip, scenes: ImageBatch, kind: str
-) -> None:
-    visual = make_clip(kind).visual
-    crop = RegionEncoder(visual, "crop", context=1.0)(scenes, whole_images(scenes))
-    image = F.normalize(visual(scenes.pixels), dim=-1)
-    assert float((crop * image).sum(1).min()) > 0.9
-    others = image @ image.T - 2 * torch.eye(len(image))
-    assert bool(((crop * image).sum(1) > others.amax(1)).all())
-
-
-@torch.no_grad()
 @pytest.mark.parametrize(("kind", "mode"), [("resnet", "roi_align"), ("resnet", "crop"), ("vit", "dense")])
 def test_regions_are_of_unit_length_and_their_order_does_not_matter(
     make_clip: MakeClip, scenes: ImageBatch, kind: str, mode: str
@@ -144,16 +131,57 @@ def test_a_neighbour_in_the_batch_changes_nothing(make_clip: MakeClip) -> None:
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
 
 
-@torch.no_grad()
-def test_dense_regions_of_a_vit_look_at_their_own_patches() -> None:
+@pytest.fixture(scope="module")
+def vit() -> VisionTransformer:
+    """A tower whose patches of 14 pixels divide few frames."""
     torch.manual_seed(0)
-    # 14 does not divide the frame of 96 pixels, whose last columns no patch covers.
-    vit = VisionTransformer(VisionConfig("vit", [1], 32, 14, 56, 16), 24).eval()
-    features = F.normalize(vit.dense(blotches(96, 96)[None]), dim=1)  # [1, D, 6, 6]
-    box = regions((5 * 14, 14, 6 * 14, 28))  # exactly patch (1, 5)
-    found = RegionEncoder(vit, "dense")(ImageBatch.whole(blotches(96, 96)[None]), box)[0]
+    return VisionTransformer(VisionConfig("vit", [1], 32, 14, 56, 16), 24).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (1, 5), (4, 2), (6, 6)])
+def test_dense_regions_of_a_vit_look_at_their_own_patches(
+    vit: VisionTransformer, row: int, column: int
+) -> None:
+    # The frame of 96 pixels ends within the seventh patch, which is filled up.
+    image = blotches(96, 96)
+    features = F.normalize(vit.dense(F.pad(image, (0, 2, 0, 2))[None]), dim=1)  # [1, D, 7, 7]
+    box = regions((column * 14, row * 14, min(column * 14 + 14, 96), min(row * 14 + 14, 96)))
+    found = RegionEncoder(vit, "dense")(ImageBatch.whole(image[None]), box)[0]
     likeness = torch.einsum("d,dhw->hw", found, features[0])
-    assert int(likeness.argmax()) == 1 * 6 + 5
+    assert int(likeness.argmax()) == row * 7 + column
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["dense", "roi_align"])
+def test_regions_beside_the_last_whole_cell_are_seen(
+    make_clip: MakeClip, vit: VisionTransformer, mode: str
+) -> None:
+    encoder = RegionEncoder(vit if mode == "dense" else make_clip().visual, mode)
+    edge = regions((92, 0, 95, 20), (0, 90, 95, 95), (90, 90, 95, 95))
+    left, right = (ImageBatch.whole(blotches(96, 96, seed)[None, :, :95, :95]) for seed in (0, 1))
+    found = encoder(left, edge)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
+    assert bool(((found * encoder(right, edge)).sum(1) < 0.999).all())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_a_crop_of_the_towers_size_is_the_image(make_clip: MakeClip, scenes: ImageBatch, kind: str) -> None:
+    visual = make_clip(kind).visual
+    crop = RegionEncoder(visual, "crop", context=1.0)(scenes, whole_images(scenes))
+    torch.testing.assert_close(crop, F.normalize(visual(scenes.pixels), dim=-1), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_half_precision_leaves_regions_what_they_are(make_clip: MakeClip, scenes: ImageBatch) -> None:
+    encoder = RegionEncoder(make_clip().visual)
+    some = regions((0, 0, 30, 30), (10, 5, 60, 40), (20, 20, 64, 64), image=1)
+    exact = encoder(scenes, some)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = encoder(scenes, some)
+    assert rounded.dtype == torch.float32
+    assert float((exact * rounded).sum(1).min()) > 0.999
 
 
 def test_square_rois_keep_the_centre_and_take_the_longer_side() -> None:

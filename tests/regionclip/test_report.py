@@ -22,8 +22,8 @@ from clip_base.files import read_json, write_json, write_text
 from regionclip.datasets import CocoDetection
 from regionclip.figures import grouped_bars, line_chart, percent, thinned, ticks
 from regionclip.gallery import best_threshold, pick_pairs, pick_scenes, worth_drawing
-from regionclip.report import canonical_name, format_table, print_table, summary, table, write_report
-from regionclip.shards import MinedRegion, write_shard
+from regionclip.report import format_table, judge_mining, print_table, summary, table, write_report
+from regionclip.shards import VERSION, MinedRegion, write_shard
 from regionclip.splits import load_split
 from regionclip.structures import Detections
 
@@ -152,8 +152,17 @@ def _mined(folder: Path) -> None:
             )  # fmt: skip
     (folder / "mined").mkdir()
     write_shard(folder / "mined" / "shard-00000.parquet", regions)
-    manifest = {"version": 1, "shards": ["shard-00000.parquet"], "images": TRAIN, "regions": len(regions)}
+    manifest = {
+        "version": VERSION,
+        "shards": ["shard-00000.parquet"],
+        "images": TRAIN,
+        "regions": len(regions),
+    }
     write_json(folder / "mined" / "manifest.json", manifest)
+
+
+def _report(folder: Path) -> Path:
+    return write_report(folder, judge_mining(folder))
 
 
 class _Page(HTMLParser):
@@ -181,7 +190,7 @@ class _Page(HTMLParser):
 
 
 def test_the_page_is_whole_and_asks_for_nothing_outside_itself(finished: Path):
-    path = write_report(finished)
+    path = _report(finished)
     assert path == finished / "report.html"
     text = path.read_text(encoding="utf-8")
     page = _Page()
@@ -197,7 +206,7 @@ def test_the_page_is_whole_and_asks_for_nothing_outside_itself(finished: Path):
 
 
 def test_the_page_says_what_was_done_and_found(finished: Path):
-    text = re.sub(r"\s+", " ", write_report(finished).read_text(encoding="utf-8"))
+    text = re.sub(r"\s+", " ", _report(finished).read_text(encoding="utf-8"))
     for fact in (
         f"A world of {TRAIN} scenes with {3 * TRAIN} captions",
         f"{VAL} scenes to measure on",
@@ -216,8 +225,8 @@ def test_the_page_says_what_was_done_and_found(finished: Path):
 
 
 def test_writing_the_page_twice_gives_the_same_page(finished: Path):
-    first = write_report(finished).read_bytes()
-    assert write_report(finished).read_bytes() == first
+    first = _report(finished).read_bytes()
+    assert _report(finished).read_bytes() == first
 
 
 @pytest.mark.parametrize(
@@ -238,7 +247,7 @@ def test_a_missing_stage_is_named(finished: Path, tmp_path: Path, path: str, sta
     (folder / path).unlink()
     (folder / "report.html").unlink(missing_ok=True)
     with pytest.raises(InputError, match=re.escape(f"stage '{stage}' has not ended")):
-        write_report(folder)
+        _report(folder)
     assert not (folder / "report.html").exists()
 
 
@@ -271,7 +280,7 @@ def test_the_plain_table_is_aligned_and_the_printed_one_fits_80_columns(finished
 
 
 def test_the_summary_can_be_written_as_json_and_agrees_with_the_stages(finished: Path):
-    data = json.loads(json.dumps(summary(finished)))
+    data = json.loads(json.dumps(summary(finished, judge_mining(finished))))
     assert data["results"]["regionclip"]["detector_novel"] == pytest.approx(0.38)
     assert data["recall"]["recall@100_novel"] == pytest.approx(0.65)
     assert data["counts"]["train_scenes"] == TRAIN
@@ -280,15 +289,6 @@ def test_the_summary_can_be_written_as_json_and_agrees_with_the_stages(finished:
     assert mining["judged"] < mining["pairs"] == data["counts"]["mined_regions"]
     assert mining["precision"] + mining["wrong_name"] + mining["no_object"] == pytest.approx(1)
     assert 0.4 < mining["precision"] < 0.8
-
-
-def test_a_phrase_names_the_category_of_its_last_word():
-    categories = ("cat", "Teddy Bear", "hand")
-    assert canonical_name("Cat", categories) == "cat"
-    assert canonical_name("teddy  bear", categories) == "Teddy Bear"
-    assert canonical_name("red cat", categories) == "cat"
-    assert canonical_name("second hand shop", categories) is None
-    assert canonical_name("", categories) is None
 
 
 def test_scenes_are_picked_by_the_truth_and_show_the_novel_categories(finished: Path):

@@ -1,0 +1,298 @@
+"""Region embeddings here and by a loop over crops with open_clip_torch, and where mining's time goes.
+
+    python benchmarks/mining.py --photos FOLDER --proposals FILE --captions FILE --write docs/benchmarks.md
+
+Both sides begin with the same photographs on disk and the same boxes, with the same random weights. The loop
+is what one writes who has open_clip: open the photograph, crop each box, preprocess it, encode the crops of a
+photograph together. "as it comes" is open_clip without options (float32); "bf16" is its `--precision
+amp_bf16`. Ours runs with `precision=auto`, as mining does.
+"""
+
+# N regions of a photograph, D embedding size
+from __future__ import annotations
+
+import argparse
+import contextlib
+import cProfile
+import functools
+import io
+import json
+import pstats
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from PIL import Image
+from rounds import Row, alternate, command, compare, machine, markdown, put, shown, versions
+from torch import Tensor, nn
+
+from clip_base.data.images import decode
+from clip_base.models import zoo
+from clip_base.models.clip import CLIP, from_openai_names
+from clip_base.train import autocast, computes_in_bf16
+from clip_base.weights.native import save_clip
+from regionclip.boxes import xywh_to_xyxy
+from regionclip.concepts import ConceptsConfig, build
+from regionclip.encoder import RegionEncoder, square_rois
+from regionclip.mining import MineConfig, mine
+from regionclip.structures import Regions
+from regionclip.transforms import ResizeConfig, place, to_batch
+
+AS_IT_COMES, BF16 = "open_clip loop as it comes", "open_clip loop bf16"
+MODEL, SIDE = "RN50", 224
+# Stage -> the functions that do it, as (end of the file's path, name).
+STAGES = {
+    "starting: weights, concepts, list of images": [
+        ("weights/load.py", "load_clip"),
+        ("vocabulary.py", "embed"),
+        ("concepts.py", "read_concepts"),
+        ("image_list.py", "write_image_list"),
+    ],
+    "phrases of the captions": [("miner.py", "captioned")],
+    "decoding and resizing": [
+        ("data/images.py", "decode"),
+        ("transforms.py", "place"),
+        ("transforms.py", "to_batch"),
+    ],
+    "proposals": [("proposals/precomputed.py", "__call__")],
+    "teacher": [("encoder.py", "__call__")],
+    "matching": [("matching/caption.py", "__call__")],
+    "writing": [("parquet/core.py", "write_table"), ("dataclasses.py", "asdict")],
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--photos", type=Path, required=True, help="folder of photographs")
+    parser.add_argument("--proposals", type=Path, required=True, help="their boxes, in COCO's results form")
+    parser.add_argument("--captions", type=Path, required=True, help="their captions, in COCO's form")
+    parser.add_argument("--count", type=int, default=4, help="photographs of the comparison of teachers")
+    parser.add_argument("--boxes", type=int, default=100, help="boxes a photograph, the best scored ones")
+    parser.add_argument("--short", type=int, nargs="+", default=[480, 800], help="short sides for roi_align")
+    parser.add_argument("--job-count", type=int, default=100, help="photographs of the whole job")
+    parser.add_argument("--job-short", type=int, default=480, help="short side of the whole job")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", nargs="+", choices=["teachers", "job"], default=["teachers", "job"])
+    parser.add_argument("--quick", action="store_true", help="one round on little input: does it run?")
+    parser.add_argument("--write", type=Path, help="Markdown page whose mining section takes the tables")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    if options.quick:
+        options.rounds, options.count, options.boxes, options.job_count = 1, 1, 10, 4
+    parts = []
+    if "teachers" in options.only:
+        parts.append(markdown(teachers(options)))
+    if "job" in options.only:
+        parts.append(job(options))
+    print(text := "\n\n".join([described(options), *parts]))
+    if options.write:
+        put(options.write, "mining", text)
+
+
+def described(options: argparse.Namespace) -> str:
+    """Returns the machine, the versions and the command."""
+    used = versions("torch", "torchvision", "open_clip_torch", "opencv-python-headless", "pillow", "spacy")
+    rounds = f"Median of {options.rounds} alternating round{'s' * (options.rounds > 1)}"
+    facts = f"Machine: {machine(options.threads)}.\nVersions: {used}.\n{rounds}; {MODEL}, random weights."
+    return f"{facts}\n\n    {command()}"
+
+
+def pair_of_models() -> tuple[CLIP, nn.Module]:
+    """Returns ours and open_clip's with the same random weights."""
+    torch.manual_seed(0)
+    theirs = open_clip.create_model(MODEL, force_quick_gelu=True).eval()
+    ours = CLIP(zoo.config(MODEL))
+    ours.load_state_dict(from_openai_names(theirs.state_dict()))
+    return ours.to(memory_format=torch.channels_last).eval(), theirs
+
+
+def photographs(options: argparse.Namespace) -> list[tuple[Path, Tensor]]:
+    """Returns the first photographs that have proposals, each with its [N, 4] boxes, the best scored ones."""
+    scored: dict[int, list[tuple[float, list[float]]]] = {}
+    for entry in json.loads(options.proposals.read_text()):
+        scored.setdefault(entry["image_id"], []).append((entry["score"], entry["bbox"]))
+    found = []
+    for entry in sorted(json.loads(options.captions.read_text())["images"], key=lambda entry: entry["id"]):
+        path = options.photos / entry["file_name"]
+        if entry["id"] in scored and path.exists():
+            best = sorted(scored[entry["id"]], key=lambda pair: -pair[0])[: options.boxes]
+            found.append((path, xywh_to_xyxy(torch.tensor([box for _, box in best]))))
+        if len(found) == options.count:
+            return found
+    raise SystemExit(f"{options.photos} and {options.proposals} share only {len(found)} photographs")
+
+
+def teachers(options: argparse.Namespace) -> list[Row]:
+    """Compares both teachers of ResNets with the loop over crops."""
+    ours, theirs = pair_of_models()
+    photos = photographs(options)
+    regions = sum(len(boxes) for _, boxes in photos)
+    rivals = {AS_IT_COMES: contextlib.nullcontext()}
+    if computes_in_bf16(torch.device("cpu")):
+        rivals[BF16] = torch.autocast("cpu", torch.bfloat16)
+    works = {rival: functools.partial(their_loop, theirs, photos, each) for rival, each in rivals.items()}
+    rows = []
+    encoder = RegionEncoder(ours.visual, "crop")
+    crops = functools.partial(our_regions, encoder, photos, min(options.short))
+    tasks: dict[str, Callable[[], Any]] = {"regions by `crop`": crops}
+    for short in options.short:
+        mapped = RegionEncoder(ours.visual, "roi_align")
+        task = f"regions by `roi_align`, short side {short}"
+        tasks[task] = functools.partial(our_regions, mapped, photos, short)
+    # All in the same rounds, so that the loop is timed once.
+    seconds = alternate(tasks | works, options.rounds)
+    note = f"likeness of embeddings {likeness(encoder, theirs, photos):.4f}"
+    for task in tasks:
+        own = {"ours": seconds[task]} | {rival: seconds[rival] for rival in works}
+        title = f"{task}; {regions / len(photos):.0f} boxes a photograph"
+        rows += compare(title, "regions/s", regions, own, note if task.endswith("`crop`") else "")
+    return rows
+
+
+@torch.inference_mode()
+def our_regions(encoder: RegionEncoder, photos: list[tuple[Path, Tensor]], short: int) -> list[Tensor]:
+    """Returns [N, D] of each photograph, as mining makes them: from the file on."""
+    found = []
+    for path, boxes in photos:
+        pixels, frame = place(decode(path), short, 10**6)
+        regions = Regions(frame.boxes_in(boxes), torch.zeros(len(boxes), dtype=torch.int64))
+        with autocast("auto", torch.device("cpu")):
+            found.append(encoder(to_batch([pixels], multiple=32), regions))
+    return found
+
+
+def their_loop(model: Any, photos: list[tuple[Path, Tensor]], context: Any) -> list[Tensor]:
+    """Returns [N, D] of each photograph: every square around a box is cropped, preprocessed and encoded."""
+    preprocess = open_clip.image_transform(SIDE, is_train=False)
+    found = []
+    for path, boxes in photos:
+        image = Image.open(path).convert("RGB")
+        crops = torch.stack([preprocess(image.crop(square)) for square in squares(boxes)])
+        with torch.no_grad(), context:
+            features = [model.encode_image(part, normalize=True) for part in crops.split(32)]
+        found.append(torch.cat(features).float())
+    return found
+
+
+def squares(boxes: Tensor) -> list[tuple[float, ...]]:
+    """Returns what the teacher `crop` looks at, in pixels of the photograph."""
+    regions = Regions(boxes, torch.zeros(len(boxes), dtype=torch.int64))
+    return [tuple(map(float, row)) for row in square_rois(regions, 1.2)[:, 1:].round().tolist()]
+
+
+@torch.inference_mode()
+def likeness(encoder: RegionEncoder, model: Any, photos: list[tuple[Path, Tensor]]) -> float:
+    """Returns the mean cosine of our embeddings and theirs of the same crops in float32, less their mean.
+
+    Only squares within the photograph count: what lies outside is black there and grey here.
+    """
+    path, boxes = photos[0]
+    pixels = decode(path)
+    corners = torch.tensor(squares(boxes))
+    inside = (corners >= 0).all(1) & (corners[:, 2] <= pixels.shape[1]) & (corners[:, 3] <= pixels.shape[0])
+    picked = boxes[inside][:16]
+    theirs = their_loop(model, [(path, picked)], contextlib.nullcontext())[0]
+    regions = Regions(picked, torch.zeros(len(picked), dtype=torch.int64))
+    ours = encoder(to_batch([pixels], multiple=32), regions)
+    return float(nn.functional.cosine_similarity(ours - ours.mean(0), theirs - theirs.mean(0)).mean())
+
+
+def job(options: argparse.Namespace) -> str:
+    """Returns how long `regionclip mine` takes on the photographs, and a table of its stages."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        torch.manual_seed(0)
+        save_clip(CLIP(zoo.config(MODEL)), out / "clip.safetensors")
+        captions = json.loads(options.captions.read_text())
+        captions["images"] = sorted(captions["images"], key=lambda entry: entry["id"])[: options.job_count]
+        kept = {entry["id"] for entry in captions["images"]}
+        captions["annotations"] = [entry for entry in captions["annotations"] if entry["image_id"] in kept]
+        (out / "captions.json").write_text(json.dumps(captions))
+        quiet = io.StringIO()
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            build(ConceptsConfig(str(out / "captions.json"), str(out / "concepts.jsonl"), 2, ["coco65"]))
+            plain, stages, regions = [], dict[str, list[float]](), 0
+            for number in range(options.rounds + 1):
+                for profiled in (False, True):
+                    config = mining(options, out, f"{number}-{profiled}")
+                    seconds, parts = timed(config, profiled)
+                    regions = json.loads((Path(config.out) / "metrics.json").read_text())["regions"]
+                    if number and profiled:
+                        for stage, value in parts.items():
+                            stages.setdefault(stage, []).append(value)
+                    elif number:
+                        plain.append(seconds)
+        return job_table(options, plain, stages, regions)
+
+
+def mining(options: argparse.Namespace, out: Path, name: str) -> MineConfig:
+    return MineConfig(
+        images=str(options.photos),
+        captions=str(out / "captions.json"),
+        weights=str(out / "clip.safetensors"),
+        concepts=str(out / "concepts.jsonl"),
+        out=str(out / name),
+        proposer={"name": "precomputed", "file": str(options.proposals), "limit": options.boxes},
+        matcher={"name": "caption"},
+        teacher="roi_align",
+        resize=ResizeConfig(short=[options.job_short], long=1333),
+        batch_size=4,
+    )
+
+
+def timed(config: MineConfig, profiled: bool) -> tuple[float, dict[str, float]]:
+    """Returns the seconds of a mining run and, when it is profiled, those of its stages."""
+    profile = cProfile.Profile()
+    start = time.perf_counter()
+    if profiled:
+        profile.runcall(mine, config)
+    else:
+        mine(config)
+    seconds = time.perf_counter() - start
+    if not profiled:
+        return seconds, {}
+    rows: Any = vars(pstats.Stats(profile))["stats"]
+    cumulative = {(file, name): row[3] for (file, _, name), row in rows.items()}
+    stages = {
+        stage: sum(
+            value
+            for (file, name), value in cumulative.items()
+            if any(file.endswith(end) and name == function for end, function in functions)
+        )
+        for stage, functions in STAGES.items()
+    }
+    return seconds, stages | {"everything else": seconds - sum(stages.values())}
+
+
+def job_table(
+    options: argparse.Namespace, plain: list[float], stages: dict[str, list[float]], regions: int
+) -> str:
+    seconds = statistics.median(plain)
+    count = options.job_count
+    lines = [
+        f"`regionclip mine teacher=roi_align` with proposals from a file, {count} photographs at short side "
+        f"{options.job_short}, up to {options.boxes} boxes each: **{shown(count / seconds)} images/s** "
+        f"({seconds:.1f} s, of {min(plain):.1f} to {max(plain):.1f}; {regions:,} regions kept), starting "
+        "included. Where a profiled run spends its time:",
+        "",
+        "| stage | seconds | share |",
+        "|---|---|---|",
+    ]
+    medians = {stage: statistics.median(values) for stage, values in stages.items()}
+    total = sum(medians.values())
+    lines += [f"| {stage} | {value:.2f} | {value / total:.0%} |" for stage, value in medians.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

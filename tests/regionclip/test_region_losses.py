@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regionclip.losses import distillation, region_text_contrastive
+from clip_base import distributed, plugins
+from regionclip.losses import REGION_TEXT, Memory, NamedRegions, cosine_distance, distillation
 
 C, D, SCALE = 6, 8, 12.0
+APART = [0, 1, 2, 3, 4, 5]
 
 
 def unit(rows: int, seed: int) -> Tensor:
-    return F.normalize(torch.randn(rows, D, generator=torch.Generator().manual_seed(seed)), dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(rows, D, generator=generator, dtype=torch.float64), dim=1)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -27,99 +31,195 @@ def log_share(chosen: float, values: list[float]) -> float:
     return chosen - top - math.log(math.fsum(math.exp(value - top) for value in values))
 
 
-def test_distillation_is_the_cross_entropy_of_the_stored_concepts() -> None:
-    logits = torch.randn(5, C, generator=torch.Generator().manual_seed(0))
+def named(
+    regions: Tensor,
+    concepts: list[int],
+    families: list[int] = APART,
+    old: tuple[Tensor, list[int]] = (unit(0, 0), []),
+    own: slice = slice(None),
+) -> NamedRegions:
+    """Regions of all processes, of which `own` are this one's, and a memory."""
+    everyone = torch.tensor(concepts, dtype=torch.int64)
+    old_concepts = torch.tensor(old[1], dtype=torch.int64)
+    return NamedRegions(
+        regions[own], everyone[own], regions, everyone, old[0], old_concepts, torch.tensor(families)
+    )
+
+
+def loss_of(spec: dict[str, Any], case: NamedRegions, texts: Tensor, scale: float = SCALE) -> Tensor:
+    part = plugins.build(REGION_TEXT, spec).double()
+    result: Tensor = part(case, texts[case.present], torch.tensor(scale, dtype=torch.float64))
+    return result
+
+
+def test_distillation_is_the_divergence_from_the_stored_concepts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, C, generator=generator, dtype=torch.float64)
     ids = torch.tensor([[0, 1], [5, 2], [3, 0], [1, 4], [2, 0]])
-    probs = torch.tensor([[0.7, 0.1], [0.4, 0.4], [0.2, 0.0], [0.9, 0.1], [0.5, 0.3]])
+    probs = torch.tensor([[0.7, 0.1], [0.4, 0.4], [0.2, 0.0], [0.9, 0.1], [0.5, 0.3]], dtype=torch.float64)
     total = 0.0
     for row in range(5):
         mass = float(probs[row].sum())
         for concept, prob in zip(ids[row].tolist(), probs[row].tolist(), strict=True):
-            share = log_share(float(logits[row, concept]), logits[row].tolist())
-            total -= prob / mass * share
-    assert float(distillation(logits, ids, probs)) == pytest.approx(total / 5, rel=1e-5)
+            if prob:
+                share = log_share(float(logits[row, concept]), logits[row].tolist())
+                total += prob / mass * (math.log(prob / mass) - share)
+    assert float(distillation(logits, ids, probs)) == pytest.approx(total, rel=1e-12)
 
 
-def test_distillation_differs_from_kl_by_the_teachers_entropy_alone() -> None:
-    logits = torch.randn(4, C, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(4, C, dtype=torch.float64).softmax(1)
+def test_a_student_that_agrees_with_its_teacher_has_no_divergence() -> None:
+    logits = torch.randn(4, C, dtype=torch.float64)
     ids = torch.arange(C).repeat(4, 1)
-    mine = torch.autograd.grad(distillation(logits, ids, teacher), logits)[0]
-    kl = F.kl_div(logits.log_softmax(1), teacher, reduction="batchmean")
-    torch.testing.assert_close(mine, torch.autograd.grad(kl, logits)[0])
+    assert float(distillation(logits, ids, logits.softmax(1))) == pytest.approx(0, abs=1e-12)
 
 
-def naive_contrastive(regions: Tensor, texts: Tensor, concepts: list[int], families: list[int]) -> float:
-    present = sorted(set(concepts))
-    logits = {
-        (row, concept): SCALE * cosine(regions[row], texts[concept])
-        for row in range(len(concepts))
-        for concept in present
-    }
+def test_cosine_distance_is_a_sum_over_regions() -> None:
+    a, b = unit(4, 1), unit(4, 2)
+    expected = math.fsum(1 - cosine(x, y) for x, y in zip(a, b, strict=True))
+    assert float(cosine_distance(a, b)) == pytest.approx(expected, rel=1e-12)
 
-    def is_kin(row: int, concept: int) -> bool:
-        return concepts[row] != concept and families[concepts[row]] == families[concept]
+
+def naive_softmax(
+    regions: Tensor, texts: Tensor, concepts: list[int], families: list[int], old: tuple[Tensor, list[int]]
+) -> float:
+    present, columns = sorted({*concepts, *old[1]}), [*concepts, *old[1]]
+    everything = [*regions, *old[0]]
+
+    def is_kin(one: int, other: int) -> bool:
+        return one != other and families[one] == families[other]
+
+    def logit(column: int, concept: int) -> float:
+        return SCALE * cosine(everything[column], texts[concept])
 
     to_text = 0.0
     for row, own in enumerate(concepts):
-        rivals = [logits[row, concept] for concept in present if not is_kin(row, concept)]
-        to_text -= log_share(logits[row, own], rivals) / len(concepts)
-    to_region = 0.0
-    for concept in present:
-        rows = [row for row in range(len(concepts)) if not is_kin(row, concept)]
-        mine = [row for row in rows if concepts[row] == concept]
+        rivals = [logit(row, concept) for concept in present if not is_kin(own, concept)]
+        to_text -= log_share(logit(row, own), rivals) / len(concepts)
+    to_region, spoken = 0.0, sorted(set(concepts))
+    for concept in spoken:
+        mine = [row for row, own in enumerate(concepts) if own == concept]
+        rivals = [row for row, own in enumerate(columns) if families[own] != families[concept]]
+        values = [logit(row, concept) for row in mine + rivals]
         for row in mine:
-            share = log_share(logits[row, concept], [logits[other, concept] for other in rows])
-            to_region -= share / len(mine) / len(present)
+            to_region -= log_share(logit(row, concept), values) / len(mine) / len(spoken)
     return (to_text + to_region) / 2
 
 
-@pytest.mark.parametrize(
-    ("concepts", "families"),
-    [
-        ([0, 1, 2, 3], [0, 1, 2, 3, 4, 5]),
-        ([0, 0, 2, 2, 2, 5], [0, 1, 2, 3, 4, 5]),
-        ([0, 1, 1, 4, 5, 0], [0, 0, 2, 3, 4, 4]),
-        ([3, 3, 3], [0, 1, 2, 3, 4, 5]),
-        ([0, 1], [0, 0, 2, 3, 4, 5]),
-    ],
-)
-def test_contrastive_is_the_naive_loop(concepts: list[int], families: list[int]) -> None:
+CASES = [
+    ([0, 1, 2, 3], APART),
+    ([0, 0, 2, 2, 2, 5], APART),
+    ([0, 1, 1, 4, 5, 0], [0, 0, 2, 3, 4, 4]),
+    ([3, 3, 3], APART),
+    ([0, 1], [0, 0, 2, 3, 4, 5]),
+]
+MEMORIES = [[], [1, 4, 4, 3], [0, 0, 5]]
+
+
+@pytest.mark.parametrize(("concepts", "families"), CASES)
+@pytest.mark.parametrize("old", MEMORIES)
+def test_the_softmax_is_the_naive_loop(concepts: list[int], families: list[int], old: list[int]) -> None:
+    regions, texts, memory = unit(len(concepts), 1), unit(C, 2), (unit(len(old), 3), old)
+    found = loss_of({"name": "softmax"}, named(regions, concepts, families, memory), texts)
+    assert float(found) == pytest.approx(naive_softmax(regions, texts, concepts, families, memory), rel=1e-11)
+
+
+@pytest.mark.parametrize(("concepts", "families"), CASES)
+@pytest.mark.parametrize("old", MEMORIES)
+def test_the_sigmoid_is_the_naive_loop(concepts: list[int], families: list[int], old: list[int]) -> None:
     regions, texts = unit(len(concepts), 1), unit(C, 2)
-    found = region_text_contrastive(regions, texts, torch.tensor(concepts), SCALE, torch.tensor(families))
-    assert float(found) == pytest.approx(naive_contrastive(regions, texts, concepts, families), rel=1e-4)
+    part = plugins.build(REGION_TEXT, {"name": "sigmoid", "scale": 7.0, "bias": -3.0}).double()
+    scale, expected = float(part.log_scale.detach().exp()), 0.0
+    for region, own in zip(regions, concepts, strict=True):
+        for other in sorted({*concepts, *old}):
+            if other == own or families[other] != families[own]:
+                label = 1 if other == own else -1
+                logit = scale * cosine(region, texts[other]) - 3
+                expected += math.log(1 + math.exp(-label * logit)) / len(concepts)
+    case = named(regions, concepts, families, (unit(len(old), 3), old))
+    found = part(case, texts[case.present], torch.tensor(1.0))
+    assert found.item() == pytest.approx(expected, rel=1e-11)
 
 
-def test_a_relative_is_neither_pushed_away_nor_pulled() -> None:
-    regions, texts = unit(2, 1).requires_grad_(), unit(C, 2).requires_grad_()
-    loss = region_text_contrastive(
-        regions, texts, torch.tensor([0, 1]), SCALE, torch.tensor([0, 0, 2, 3, 4, 5])
-    )
-    loss.backward()
-    assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
-    assert regions.grad is not None
-    assert bool(regions.grad.isfinite().all())
-    assert float(regions.grad.abs().max()) < 1e-6
+def test_scale_and_bias_of_the_sigmoid_are_learnt() -> None:
+    part = plugins.build(REGION_TEXT, {"name": "sigmoid"})
+    case, texts = named(unit(3, 1).float(), [0, 1, 1]), unit(C, 2).float()
+    part(case, texts[case.present], torch.tensor(1.0)).backward()
+    assert float(part.log_scale.detach().exp()) == pytest.approx(10)
+    assert float(part.bias.detach()) == -10
+    assert float(part.log_scale.grad) != 0
+    assert float(part.bias.grad) != 0
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_a_relative_is_neither_pushed_away_nor_pulled(name: str) -> None:
+    regions, texts = unit(1, 1).requires_grad_(), unit(C, 2)
+    alone = loss_of({"name": name}, named(regions, [0]), texts)
+    expected = torch.autograd.grad(alone, regions)[0]
+    kin = [0, 0, 2, 3, 4, 5]
+    memory = (unit(3, 3), [1, 1, 0])  # a relative, and an older region of the same concept
+    beside = loss_of({"name": name}, named(regions, [0], kin, memory), texts)
+    torch.testing.assert_close(torch.autograd.grad(beside, regions)[0], expected)
+    stranger = loss_of({"name": name}, named(regions, [0], kin, (unit(1, 3), [4])), texts)
+    assert not torch.allclose(torch.autograd.grad(stranger, regions)[0], expected)
 
 
 def test_regions_that_match_their_text_have_nearly_no_loss() -> None:
-    texts = torch.eye(C, D)
-    concepts = torch.tensor([0, 1, 1, 5])
-    right = region_text_contrastive(texts[concepts], texts, concepts, 100.0, torch.arange(C))
-    wrong = region_text_contrastive(texts[concepts.roll(1)], texts, concepts, 100.0, torch.arange(C))
+    texts = torch.eye(C, D, dtype=torch.float64)
+    concepts = [0, 1, 1, 5]
+    right = loss_of({"name": "softmax"}, named(texts[concepts], concepts), texts, 100)
+    wrong = loss_of({"name": "softmax"}, named(texts[[5, 0, 1, 1]], concepts), texts, 100)
     # A text whose two regions match equally well shares its mass: ln 2 for one of three texts, halved.
     assert float(right) == pytest.approx(math.log(2) / 3 / 2, abs=1e-4)
     assert float(wrong) > 10
 
 
-def test_no_regions_are_no_loss_and_can_be_gone_back_through() -> None:
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("cut", [0, 1, 4, 6])
+def test_the_mean_of_two_processes_is_the_loss_of_all_their_regions(
+    name: str, cut: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    regions, texts, memory = unit(6, 1).requires_grad_(), unit(C, 2).requires_grad_(), (unit(2, 3), [1, 3])
+    concepts, families = [0, 1, 1, 4, 5, 0], [0, 0, 2, 3, 4, 4]
+    whole = loss_of({"name": name}, named(regions, concepts, families, memory), texts)
+    expected = torch.autograd.grad(whole, (regions, texts))
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    shares = []
+    for rank, own in enumerate((slice(0, cut), slice(cut, 6))):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(loss_of({"name": name}, named(regions, concepts, families, memory, own), texts))
+    mean = (shares[0] + shares[1]) / 2
+    assert float(mean.detach()) == pytest.approx(float(whole.detach()), rel=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(mean, (regions, texts)), expected)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_no_regions_are_no_loss_and_can_be_gone_back_through(name: str) -> None:
     logits = torch.zeros(0, C, requires_grad=True)
     distillation(logits, torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3)).backward()
-    regions = torch.zeros(0, D, requires_grad=True)
-    loss = region_text_contrastive(
-        regions, unit(C, 0), torch.zeros(0, dtype=torch.int64), SCALE, torch.arange(C)
-    )
+    regions = unit(0, 0).requires_grad_()
+    loss = loss_of({"name": name}, named(regions, []), unit(C, 0))
     loss.backward()
     assert float(loss.detach()) == 0
     assert logits.grad is not None
     assert regions.grad is not None
+
+
+def test_the_memory_holds_what_was_pushed_last() -> None:
+    memory = Memory(4, D)
+    assert [len(part) for part in memory.held()] == [0, 0]
+    memory.push(unit(3, 1), torch.tensor([5, 6, 7]))
+    memory.push(unit(2, 2), torch.tensor([8, 9]))
+    regions, concepts = memory.held()
+    assert concepts.tolist() == [8, 9, 5, 6]
+    torch.testing.assert_close(regions, torch.cat([unit(2, 2), unit(3, 1)[:2]]).float())
+    memory.push(unit(6, 3), torch.arange(6))
+    assert memory.held()[1].tolist() == [0, 1, 2, 3]
+    restored = Memory(4, D)
+    restored.load_state_dict(memory.state_dict())
+    assert torch.equal(restored.held()[0], memory.held()[0])
+
+
+def test_a_memory_of_no_size_stays_empty() -> None:
+    memory = Memory(0, D)
+    memory.push(unit(3, 1), torch.tensor([5, 6, 7]))
+    assert [len(part) for part in memory.held()] == [0, 0]

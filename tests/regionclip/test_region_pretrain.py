@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from clip_base.checkpoint import read_weights
 from clip_base.cli import main_regionclip
+from clip_base.config import resolve
 from clip_base.errors import InputError
 from clip_base.files import read_json
+from clip_base.models import zoo
 from clip_base.models.clip import CLIP
-from clip_base.tokenizer import Tokenizer
+from clip_base.models.resnet import ModifiedResNet
 from clip_base.train import TrainConfig
 from clip_base.weights.native import load_clip, save_clip
-from regionclip.pretrain import RegionPretrainConfig, RegionTextTask, freeze, mined_samples
-from regionclip.samples import RegionSamples
+from regionclip.encoder import RegionEncoder
+from regionclip.pretrain import RegionPretrainConfig, mined_samples
+from regionclip.samples import PatchSamples, Sample
 from regionclip.shards import read_regions
-from regionclip.structures import RegionBatch, Regions
 from regionclip.transforms import ResizeConfig
-from regionclip.vocabulary import Vocabulary
 
 MakeClip = Callable[..., CLIP]
 Command = Callable[..., tuple[int, str]]
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "region-pretrain"
 OPTIONS = [
     "resize.short=[64]",
     "resize.long=64",
@@ -51,16 +55,6 @@ def trained(mined: Path, clip_file: Path, tmp_path_factory: pytest.TempPathFacto
     command = ["pretrain", f"mined={mined}", f"weights={clip_file}", f"out={out}", *OPTIONS]
     assert main_regionclip(command) == 0
     return out
-
-
-def config(**options: object) -> RegionPretrainConfig:
-    return RegionPretrainConfig("mined", "weights", out="out", **options)  # type: ignore[arg-type]
-
-
-def batch_of(mined: Path, context: int = 24) -> RegionBatch:
-    samples = mined_samples(str(mined), "", "")
-    data = RegionSamples(samples, ResizeConfig([64], 64, False), 6, Tokenizer(context))
-    return data.collate([data.item(index, torch.Generator().manual_seed(0)) for index in range(4)])
 
 
 def test_frozen_stages_batch_norms_and_the_text_tower_do_not_move(trained: Path, clip_file: Path) -> None:
@@ -88,68 +82,141 @@ def test_metrics_count_what_was_trained_on(trained: Path, mined: Path) -> None:
     assert metrics["images"] == len({row.image_id for row in rows})
 
 
-@pytest.mark.parametrize("stages", range(5))
-def test_freezing_takes_the_first_stages_only(make_clip: MakeClip, stages: int) -> None:
-    visual = make_clip().visual
-    freeze(visual, stages, batch_norm=False)
-    order = ["conv1", "layer1", "layer2", "layer3", "layer4"]
-    for place, name in enumerate(order):
-        wanted = place >= stages
-        assert all(p.requires_grad == wanted for p in getattr(visual, name).parameters()), name
-    assert all(p.requires_grad for p in visual.attnpool.parameters())
+WRONG = [
+    ({"distillation": 0, "contrastive": 0, "image_text": 0}, "all losses have weight 0"),
+    (
+        {"mined": ""},
+        "give mined=, what `regionclip mine` made, or images= with crops as the only weighted loss",
+    ),
+    ({"train_text": True}, "set distillation=0 or train_text=false"),
+    (
+        {"train_text": True, "distillation": 0, "contrastive": 0, "image_text": 0, "crops": 1},
+        "train_text needs a loss that reads texts",
+    ),
+    (
+        {"learn_temperature": True, "distillation": 0, "image_text": 0, "region_text": {"name": "sigmoid"}},
+        "learn_temperature needs a loss with a temperature",
+    ),
+    ({"memory": 8, "contrastive": 0}, "give contrastive a weight or set memory=0"),
+    ({"teacher": "clip", "distillation": 0}, "give distillation a weight or leave teacher empty"),
+    ({"memory": -1}, "found -1, 0, 0 and 6"),
+    ({"cells": 0}, "cells at least 1"),
+]
 
 
-def test_free_batch_norms_do_move(mined: Path, make_clip: MakeClip) -> None:
-    model, vocabulary = make_clip(), Vocabulary.load(mined / "vocabulary.safetensors")
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    task = RegionTextTask(model, vocabulary, config(freeze_stages=0, freeze_batch_norm=False)).train()
-    sum(task(batch_of(mined)).values()).backward()  # type: ignore[union-attr]
-    assert not torch.equal(model.state_dict()["visual.bn1.running_mean"], before["visual.bn1.running_mean"])
-    assert model.visual.conv1.weight.grad is not None  # type: ignore[union-attr]
+@pytest.mark.parametrize(("options", "message"), WRONG)
+def test_options_that_would_do_nothing_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        RegionPretrainConfig(**{"mined": "mined", "weights": "weights", "out": "out", **options})
 
 
-def test_stages_that_do_not_exist_are_refused(make_clip: MakeClip) -> None:
-    with pytest.raises(InputError, match="0 to 4, found 5"):
-        freeze(make_clip().visual, 5, batch_norm=True)
-    with pytest.raises(InputError, match="set it to 0 for a ViT"):
-        freeze(make_clip("vit").visual, 2, batch_norm=True)
+def test_a_teacher_that_did_not_mine_is_refused(
+    mined: Path, clip_file: Path, make_clip: MakeClip, tmp_path: Path, regionclip: Command
+) -> None:
+    save_clip(make_clip(seed=9), tmp_path / "other.safetensors")
+    command = ["pretrain", f"mined={mined}", f"weights={clip_file}", *OPTIONS, f"out={tmp_path / 'out'}"]
+    code, told = regionclip(*command, f"teacher={tmp_path / 'other.safetensors'}")
+    assert code == 2
+    assert "other.safetensors is not the file that mined" in told
 
 
-def test_only_losses_with_a_weight_are_made(mined: Path, make_clip: MakeClip) -> None:
-    vocabulary, batch = Vocabulary.load(mined / "vocabulary.safetensors"), batch_of(mined)
-    everything = RegionTextTask(make_clip(), vocabulary, config())(batch)
-    assert set(everything) == {"distillation", "region_text", "image_text"}
-    doubled = RegionTextTask(make_clip(), vocabulary, config(distillation=2.0, contrastive=0.0))(batch)
-    assert set(doubled) == {"distillation", "image_text"}
-    torch.testing.assert_close(doubled["distillation"], 2 * everything["distillation"])
-    torch.testing.assert_close(doubled["image_text"], everything["image_text"])
-    with pytest.raises(InputError, match="all three losses have weight 0"):
-        config(distillation=0, contrastive=0, image_text=0)
+def resumed(out: Path, command: list[str]) -> None:
+    """Takes away what the last step of a run left, and runs it again."""
+    shutil.rmtree(max((out / "checkpoints").glob("[0-9]*")))
+    (out / "metrics.json").unlink()
+    (out / "model.safetensors").unlink()
+    assert main_regionclip(command) == 0
 
 
-def test_a_vit_is_trained_through_its_dense_map(mined: Path, make_clip: MakeClip) -> None:
-    vocabulary = Vocabulary.load(mined / "vocabulary.safetensors")
-    model = make_clip("vit")
-    losses = RegionTextTask(model, vocabulary, config(freeze_stages=0)).train()(batch_of(mined))
-    sum(losses.values()).backward()  # type: ignore[union-attr]
-    assert model.visual.conv1.weight.grad is not None  # type: ignore[union-attr]
-    assert all(parameter.grad is None for parameter in model.text.parameters())
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_a_resumed_run_goes_on_with_its_memory_and_bias(
+    name: str, mined: Path, clip_file: Path, tmp_path: Path
+) -> None:
+    more = ["memory=40", f"region_text.name={name}", "train.steps=4", "train.save_every=0"]
+    command = [
+        "pretrain",
+        f"mined={mined}",
+        f"weights={clip_file}",
+        *OPTIONS,
+        *more,
+        f"out={tmp_path / 'out'}",
+    ]
+    assert main_regionclip(command) == 0
+    undisturbed, _ = read_weights(tmp_path / "out" / "model.safetensors")
+    state, _ = read_weights(tmp_path / "out" / "checkpoints" / "00000004" / "model.safetensors")
+    assert int((state["memory.concepts"] >= 0).sum()) == 40
+    assert ("region_text.bias" in state) == (name == "sigmoid")
+    resumed(tmp_path / "out", command)
+    again, _ = read_weights(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(again[key], value) for key, value in undisturbed.items())
 
 
-def test_a_batch_without_regions_can_be_trained_on(mined: Path, make_clip: MakeClip) -> None:
-    full = batch_of(mined)
-    none = Regions(
-        torch.zeros(0, 4),
-        torch.zeros(0, dtype=torch.int64),
-        concept_ids=torch.zeros(0, 3, dtype=torch.int64),
-        concept_probs=torch.zeros(0, 3),
+def test_the_learning_rate_is_scaled_to_the_batch_and_said(
+    mined: Path, clip_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["pretrain", f"mined={mined}", f"weights={clip_file}", *OPTIONS, "train.steps=1", f"out={out}"]
+    assert main_regionclip([*command, "lr_batch=96"]) == 0
+    assert "learning rate 0.000125: 0.002 is for a batch of 96, this one is 6" in capsys.readouterr().out
+    assert json.loads((out / "log.jsonl").read_text())["lr"] == pytest.approx(0.000125)
+
+
+@pytest.mark.parametrize("name", ["rn50", "rn50x4"])
+def test_the_published_recipes_are_the_defaults_for_a_batch_of_96(name: str) -> None:
+    given = ["mined=m", "weights=w", "out=o"]
+    recipe = resolve(RegionPretrainConfig, CONFIGS / f"{name}.yaml", given)
+    assert recipe.lr_batch == recipe.train.batch_size == 96
+    assert recipe.temperature == 0.01
+    expected = resolve(RegionPretrainConfig, None, [*given, "lr_batch=96", "temperature=0.01"])
+    expected.train = dataclasses.replace(expected.train, warmup_steps=1000, workers=recipe.train.workers)
+    assert recipe == expected
+
+
+def test_regions_of_the_published_towers_are_as_large_as_published() -> None:
+    sides = {}
+    for name in ("RN50", "RN50x4"):
+        sizes = zoo.config(name)
+        with torch.device("meta"):
+            visual = ModifiedResNet(sizes.vision, sizes.embed_dim)
+        sides[name] = visual.region_size
+    assert sides == {"RN50": 14, "RN50x4": 18}
+
+
+SELF = ["distillation=0", "contrastive=0", "image_text=0", "crops=1", "freeze_stages=0", "cells=3"]
+
+
+def test_a_vits_dense_map_comes_to_agree_with_its_crops(
+    world: Path, make_clip: MakeClip, tmp_path: Path
+) -> None:
+    save_clip(make_clip("vit"), tmp_path / "vit.safetensors")
+    command = ["pretrain", f"images={world / 'images'}", f"weights={tmp_path / 'vit.safetensors'}"]
+    assert main_regionclip([*command, *OPTIONS, *SELF, "train.steps=30", f"out={tmp_path / 'out'}"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    first, last = (sum(line["crops"] for line in part) / 5 for part in (lines[:5], lines[-5:]))
+    assert last < 0.5 * first
+    before, after = (load_clip(tmp_path / name) for name in ("vit.safetensors", "out/model.safetensors"))
+    data = PatchSamples(
+        [Sample(path, torch.zeros(0, 4)) for path in sorted((world / "images").rglob("*.jpg"))],
+        3,
+        ResizeConfig([64], 64, False),
     )
-    vocabulary = Vocabulary.load(mined / "vocabulary.safetensors")
-    losses = RegionTextTask(make_clip(), vocabulary, config()).train()(
-        dataclasses.replace(full, regions=none)
-    )
-    assert float(losses["distillation"].detach()) == float(losses["region_text"].detach()) == 0
-    sum(losses.values()).backward()  # type: ignore[union-attr]
+    batch = data.collate([data.item(index, torch.Generator().manual_seed(9)) for index in range(8)])
+    with torch.no_grad():
+        target = RegionEncoder(before.visual, "crop", 1.0)(batch.images, batch.regions)
+        cosines = [
+            float((RegionEncoder(model.visual, "dense")(batch.images, batch.regions) * target).sum(1).mean())
+            for model in (before, after)
+        ]
+    assert cosines[1] > cosines[0] + 0.1
+
+
+def test_a_folder_without_pictures_is_named(make_clip: MakeClip, tmp_path: Path, regionclip: Command) -> None:
+    save_clip(make_clip("vit"), tmp_path / "vit.safetensors")
+    (tmp_path / "empty").mkdir()
+    command = ["pretrain", f"images={tmp_path / 'empty'}", f"weights={tmp_path / 'vit.safetensors'}"]
+    code, told = regionclip(*command, *SELF, *OPTIONS, f"out={tmp_path / 'out'}")
+    assert code == 2
+    assert "empty holds no pictures" in told
 
 
 def test_samples_hold_what_the_shards_say(mined: Path) -> None:
@@ -181,7 +248,7 @@ def test_the_result_loads_as_a_clip(trained: Path) -> None:
 
 
 def test_the_defaults_are_the_published_recipe() -> None:
-    published = config()
+    published = RegionPretrainConfig("mined", "weights", out="out")
     assert (published.distillation, published.contrastive, published.image_text) == (1, 1, 1)
     assert (published.freeze_stages, published.freeze_batch_norm) == (2, True)
     assert published.train == TrainConfig(
@@ -194,3 +261,13 @@ def test_the_defaults_are_the_published_recipe() -> None:
         milestones=[0.5, 0.875],
         max_grad_norm=5.0,
     )
+
+
+def test_a_loss_that_is_no_number_names_the_images_of_its_batch(
+    mined: Path, clip_file: Path, tmp_path: Path, regionclip: Command
+) -> None:
+    command = ["pretrain", f"mined={mined}", f"weights={clip_file}", *OPTIONS, f"out={tmp_path / 'out'}"]
+    code, told = regionclip(*command, "train.lr=1e38")
+    assert code == 2
+    assert "the loss is not finite at step 2" in told
+    assert ".jpg" in told

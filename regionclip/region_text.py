@@ -1,0 +1,245 @@
+"""The task of region pretraining: a batch of regions in, its losses out."""
+
+# B images, n regions of this process, P concepts among those of all, C of the pool, K kept a region or
+# prompts a concept, T token positions, D embedding size
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip_base import distributed, plugins
+from clip_base.batch import ImageBatch
+from clip_base.errors import InputError
+from clip_base.models.clip import CLIP
+from clip_base.models.resnet import ModifiedResNet, freeze_batch_norm
+from clip_base.models.vit import VisionTransformer
+from clip_base.objectives import row_entropy
+from clip_base.pretrain import MAX_LOGIT_SCALE
+from clip_base.tokenizer import Tokenizer
+from clip_base.weights import load_clip
+from clip_base.weights.native import file_hash
+from regionclip.encoder import RegionEncoder
+from regionclip.losses import REGION_TEXT, Memory, NamedRegions, cosine_distance, distillation, share_of
+from regionclip.matching.base import families
+from regionclip.structures import RegionBatch, Regions, whole_images
+from regionclip.vocabulary import Vocabulary, prompt
+
+if TYPE_CHECKING:
+    from regionclip.pretrain import RegionPretrainConfig
+
+
+def freeze(visual: nn.Module, stages: int, batch_norm: bool) -> None:
+    """Freezes the first `stages` stages of a ResNet (stem, layer1, layer2, layer3), and batch norms if asked.
+
+    Raises:
+        InputError: stages of a tower that has none, or more than there are.
+    """
+    if batch_norm:
+        freeze_batch_norm(visual)
+    if stages and not isinstance(visual, ModifiedResNet):
+        raise InputError("freeze_stages is for ResNet towers; set it to 0 for a ViT")
+    if not 0 <= stages <= 4:
+        raise InputError(f"freeze_stages must be 0 to 4, found {stages}")
+    parts = [["conv1", "bn1", "conv2", "bn2", "conv3", "bn3"], ["layer1"], ["layer2"], ["layer3"]]
+    for name in (name for part in parts[:stages] for name in part):
+        getattr(visual, name).requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen tower that names regions within the step.
+
+    Attributes:
+        encoder: embeds regions as mining did.
+        temperature: what cosines are divided by before the softmax over the pool.
+    """
+
+    encoder: RegionEncoder
+    temperature: float
+
+    @classmethod
+    def of_mining(cls, weights: str, manifest: dict[str, Any]) -> Teacher:
+        """Returns the teacher as a folder of shards was mined with it.
+
+        Raises:
+            InputError: the file is not the one that mined.
+        """
+        if file_hash(weights) != manifest["teacher"]:
+            raise InputError(
+                f"teacher={weights} is not the file that mined, {manifest['config']['weights']} as it was "
+                "then; give that one, or leave teacher= empty"
+            )
+        clip, mined = load_clip(weights), manifest["config"]
+        encoder = RegionEncoder(
+            frozen(clip.visual), mined["teacher"], mined["context"], scale=mined["teacher_scale"]
+        )
+        return cls(encoder, mined["temperature"] or float(torch.exp(-clip.logit_scale.detach())))
+
+
+def frozen(visual: ModifiedResNet | VisionTransformer) -> ModifiedResNet | VisionTransformer:
+    """Returns the tower in evaluation mode, its weights without gradients."""
+    visual.eval().requires_grad_(False)
+    return visual
+
+
+class RegionTextTask(nn.Module):
+    """Teaches a CLIP's vision tower to embed regions like their concepts, or like their crops.
+
+    Args:
+        model: the student; trained in place.
+        vocabulary: the pool that the regions' concept ids mean; None for a loss over crops alone.
+        config: weights of the losses, temperature, what is frozen.
+        teacher: names regions within the step; None: the concepts stored with them count.
+        synonyms: lists of names of one thing, see `families`.
+    """
+
+    concepts: Tensor
+    families: Tensor
+    prompts: Tensor
+    fixed_scale: Tensor
+
+    def __init__(
+        self,
+        model: CLIP,
+        vocabulary: Vocabulary | None,
+        config: RegionPretrainConfig,
+        teacher: Teacher | None = None,
+        synonyms: Sequence[Sequence[str]] = (),
+    ) -> None:
+        super().__init__()
+        self.model, self.config, self.teacher = model, config, teacher
+        # Neither is part of this module: they are not trained, and no checkpoint holds them.
+        self.crops = RegionEncoder(frozen(copy.deepcopy(model.visual)), "crop", 1.0) if config.crops else None
+        self.encoder = RegionEncoder(
+            model.visual, "roi_align" if isinstance(model.visual, ModifiedResNet) else "dense"
+        )
+        freeze(model.visual, config.freeze_stages, config.freeze_batch_norm)
+        model.text.requires_grad_(config.train_text)
+        if config.temperature and config.learn_temperature:
+            nn.init.constant_(model.logit_scale, -math.log(config.temperature))
+        model.logit_scale.requires_grad_(config.learn_temperature)
+        scale = 1 / config.temperature if config.temperature else model.logit_scale.detach().exp()
+        self.register_buffer("fixed_scale", torch.as_tensor(scale), persistent=False)
+        self.region_text = plugins.build(REGION_TEXT, config.region_text) if config.contrastive else None
+        self.memory = Memory(config.memory, model.config.embed_dim)
+        if vocabulary is not None:
+            self.register_buffer("concepts", vocabulary.embeddings, persistent=False)  # [C, D]
+            self.register_buffer("families", families(vocabulary.names, synonyms), persistent=False)
+        if vocabulary is not None and config.train_text:
+            tokens = prompts(vocabulary, model.config.text.context_length)
+            self.register_buffer("prompts", tokens, persistent=False)
+
+    def forward(self, batch: RegionBatch) -> dict[str, Tensor]:
+        """Returns the weighted losses that have a weight.
+
+        Over several processes each loss is this process's share times their number: the mean is the loss of
+        the whole batch, however the regions are spread.
+        """
+        images, config = batch.images, self.config
+        regions = Regions(batch.regions.boxes, batch.regions.image_index)
+        # Whole images go the way of regions, and with them: one pass over the map for both.
+        whole = [whole_images(images)] if config.image_text else []
+        both = self.encoder(images, Regions.cat([regions, *whole]))
+        embeddings, pictures = both[: len(regions)], both[len(regions) :]  # [n, D], [B, D] or [0, D]
+        counts = distributed.row_counts(embeddings)
+        per_region = distributed.world() / max(sum(counts), 1)
+        losses = {}
+        if config.distillation:
+            loss = self._distillation(batch, embeddings)
+            losses["distillation"] = config.distillation * per_region * loss
+        if config.contrastive:
+            losses["region_text"] = config.contrastive * self._region_text(batch, embeddings, counts)
+        if config.image_text:
+            assert batch.tokens is not None
+            losses["image_text"] = config.image_text * self._image_text(pictures, batch.tokens)
+        if self.crops is not None:
+            targets = _seen_by(self.crops, images, regions)
+            losses["crops"] = config.crops * per_region * cosine_distance(embeddings, targets)
+        return losses
+
+    def scale(self) -> Tensor:
+        """Returns the factor on the cosines, 1 / temperature."""
+        return self.model.logit_scale.exp() if self.config.learn_temperature else self.fixed_scale
+
+    def _distillation(self, batch: RegionBatch, embeddings: Tensor) -> Tensor:
+        ids, probs = batch.regions.concept_ids, batch.regions.concept_probs  # [n, K]
+        if self.teacher is not None:
+            seen = _seen_by(self.teacher.encoder, batch.images, batch.regions)  # [n, D]
+        with torch.autocast(embeddings.device.type, enabled=False):
+            if self.teacher is not None:
+                probs = (seen @ self.concepts.T / self.teacher.temperature).softmax(1)  # [n, C]
+                ids = torch.arange(len(self.concepts), device=probs.device).expand_as(probs)
+            assert ids is not None
+            assert probs is not None
+            return distillation(self.scale() * embeddings @ self.concepts.T, ids, probs)
+
+    def _region_text(self, batch: RegionBatch, embeddings: Tensor, counts: list[int]) -> Tensor:
+        assert batch.regions.concept_ids is not None
+        assert self.region_text is not None
+        ids = batch.regions.concept_ids[:, 0].contiguous()
+        named = NamedRegions.gathered(embeddings, ids, counts, self.memory, self.families)
+        texts = self._texts(named.present)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            loss: Tensor = self.region_text(named, texts, self.scale())
+        if self.training:
+            self.memory.push(named.all_regions.detach(), named.all_concepts)
+        return loss
+
+    def _texts(self, present: Tensor) -> Tensor:
+        """Returns [P, D], unit length, of concepts that all processes hold alike."""
+        if not self.config.train_text:
+            return self.concepts[present]
+        # Each process embeds its share of them.
+        mine = self.prompts[share_of(present)]  # [p, K, T]
+        encoded = F.normalize(self.model.encode_text(mine.flatten(0, 1)).float(), dim=-1)
+        texts = F.normalize(encoded.view(*mine.shape[:2], encoded.shape[-1]).mean(1), dim=-1)  # [p, D]
+        return distributed.gather(texts, distributed.row_counts(texts))
+
+    def _image_text(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """Returns the contrastive loss of [B, D] images; rows of [B, T] are 0 where one has no caption."""
+        with torch.set_grad_enabled(self.config.train_text):
+            texts = F.normalize(self.model.encode_text(tokens).float(), dim=-1)  # [B, D]
+        captioned = tokens.any(1)
+        images, texts = images[captioned], texts[captioned]
+        counts = distributed.row_counts(images)
+        first, total = sum(counts[: distributed.rank()]), sum(counts)
+        with torch.autocast(images.device.type, enabled=False):
+            by_image = row_entropy(first, images, distributed.gather(texts, counts), self.scale())
+            by_text = row_entropy(first, texts, distributed.gather(images, counts), self.scale())
+        return distributed.world() * (by_image + by_text) / (2 * max(total, 1))
+
+    def figures(self) -> dict[str, float]:
+        """Returns what the log shows beside the losses: what is learnt of temperature and bias."""
+        figures = {"logit_scale": float(self.scale().detach())} if self.config.learn_temperature else {}
+        bias = getattr(self.region_text, "bias", None)
+        return figures if bias is None else {**figures, "bias": float(bias.detach())}
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Keeps a learnt temperature in its published range."""
+        if self.config.learn_temperature:
+            self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+
+def _seen_by(encoder: RegionEncoder, images: ImageBatch, regions: Regions) -> Tensor:
+    """Returns [n, D], what a frozen tower makes of regions."""
+    encoder.visual.to(images.pixels.device)
+    with torch.no_grad():
+        return encoder(images, regions)
+
+
+def prompts(vocabulary: Vocabulary, context: int) -> Tensor:
+    """Returns the tokens [C, K, T] that a vocabulary's embeddings were made of."""
+    if "templates" not in vocabulary.provenance:
+        raise InputError("the mined vocabulary does not say its prompts; mine again, or set train_text=false")
+    templates: list[str] = json.loads(vocabulary.provenance["templates"])
+    texts = [prompt(template, name) for name in vocabulary.names for template in templates]
+    return Tokenizer(context)(texts, truncate=True).view(len(vocabulary), len(templates), context)

@@ -13,12 +13,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
+from torchvision.ops import nms as single_nms
 
 # A predicted box grows at most 1000/16 times, as in Detectron's Faster R-CNN: keeps exp() finite early in
 # training.
 MAX_LOG_SCALE = math.log(1000.0 / 16)
-# How often soft-NMS forgets what is decided: often enough to save work, seldom enough not to wait for a GPU.
+# How often soft-NMS forgets what is decided, and the first steps at which it does: those decide most.
 COMPACT_EVERY = 32
+EARLY = (1, 2, 4, 8, 16)
+# Cells of a table of boxes, a class a row, that need not be parted to save work.
+SMALL_TABLE = 2**16
+# Boxes up to which comparing each with each is quicker than going through the classes one by one.
+FEW_BOXES = 5_000
 
 
 def xywh_to_xyxy(boxes: Tensor) -> Tensor:
@@ -113,25 +119,39 @@ def nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tens
         labels: [N]; boxes of different labels never suppress each other.
         threshold: the largest IoU that two kept boxes of a label may have.
     """
-    kept: Tensor = batched_nms(boxes.float(), scores.float(), labels, threshold)
+    kept: Tensor
+    if len(boxes) > FEW_BOXES or not len(boxes):
+        kept = batched_nms(boxes.float(), scores.float(), labels, threshold)
+        return kept
+    # Classes are moved apart. In float64, or boxes of the last of many classes would lose their fractions.
+    low, high = boxes.aminmax()
+    apart = boxes.double() + (labels * (high - low + 1).double())[:, None]
+    kept = single_nms(apart, scores.double(), threshold)
     return kept
 
 
 def soft_nms(
-    boxes: Tensor, scores: Tensor, labels: Tensor, sigma: float = 0.5, threshold: float = 0.001
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    sigma: float = 0.5,
+    threshold: float = 0.001,
+    limit: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gaussian soft-NMS (arXiv 1704.04503, section 3), over all labels at once.
 
     Within a label the best box is taken, and every other's score is multiplied by exp(-IoU² / sigma); then
     the next best is taken, until none is left. All labels take their best in the same step, so that the
-    number of steps is that of the largest label and not that of all boxes.
+    number of steps is that of the largest label and not that of all boxes. With a limit it is fewer: scores
+    only fall, so a box that scores less than `limit` boxes taken so far will not be among the best.
 
     Args:
         boxes: [N, 4].
-        scores: [N], in [0, 1].
+        scores: [N], not below 0.
         labels: [N].
         sigma: above 0; the smaller, the harder overlapping boxes are punished.
         threshold: at least 0; a box whose score falls below it is dropped.
+        limit: how many of the result's first boxes are wanted; None: all.
 
     Returns:
         Indices into `boxes` [K] and the decayed scores [K], best first.
@@ -140,14 +160,33 @@ def soft_nms(
         raise ValueError(
             f"soft-NMS needs sigma above 0 and threshold at least 0, got {sigma} and {threshold}"
         )
-    kept, decayed = [labels.new_zeros(0)], [scores.new_zeros(0, dtype=torch.float32)]
+    taken = _Taken(labels.new_zeros(0), scores.new_zeros(0, dtype=torch.float32), threshold, limit)
     for index in _padded_classes(labels):  # [G, L] indices into boxes, -1 where a class has fewer
-        picked, best = _soft_nms_rows(boxes.float()[index], scores.float()[index], index, sigma, threshold)
-        kept.append(picked)
-        decayed.append(best)
-    indices, values = torch.cat(kept), torch.cat(decayed)
-    order = values.argsort(descending=True, stable=True)
-    return indices[order], values[order]
+        _soft_nms_rows(boxes.float()[index], scores.float()[index], index, sigma, taken)
+    return taken.best()
+
+
+class _Taken:
+    """The boxes that soft-NMS has taken so far, and the score below which none can follow."""
+
+    def __init__(self, indices: Tensor, scores: Tensor, threshold: float, limit: int | None) -> None:
+        self.indices, self.scores, self.limit = [indices], [scores], limit
+        self.floor = threshold
+
+    def add(self, indices: Tensor, scores: Tensor) -> None:
+        """Notes one box a class; a score below the floor says that the class has none left."""
+        self.indices.append(indices)
+        self.scores.append(scores)
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """Returns the indices and scores taken, best first, and raises the floor to the last of them."""
+        indices, scores = torch.cat(self.indices), torch.cat(self.scores)
+        indices, scores = indices[scores >= self.floor], scores[scores >= self.floor]
+        order = scores.argsort(descending=True, stable=True)[: self.limit]
+        self.indices, self.scores = [indices[order]], [scores[order]]
+        if len(order) == self.limit:
+            self.floor = max(self.floor, float(self.scores[0][-1]))
+        return self.indices[0], self.scores[0]
 
 
 def _padded_classes(labels: Tensor) -> Iterator[Tensor]:
@@ -161,8 +200,10 @@ def _padded_classes(labels: Tensor) -> Iterator[Tensor]:
     sizes = counts[by_size].tolist()
     first = 0
     while first < len(sizes):
-        # One huge class must not make every row of the table as long as itself.
-        last = next((i for i in range(first, len(sizes)) if sizes[i] * 8 < sizes[first]), len(sizes))
+        last = len(sizes)
+        if sizes[first] * (last - first) > SMALL_TABLE:
+            # One huge class must not make every row of the table as long as itself.
+            last = next((i for i in range(first, last) if sizes[i] * 8 < sizes[first]), last)
         rows = by_size[first:last]
         column = torch.arange(sizes[first], device=labels.device)  # [L]
         inside = column[None] < counts[rows, None]  # [G, L]
@@ -171,37 +212,27 @@ def _padded_classes(labels: Tensor) -> Iterator[Tensor]:
         first = last
 
 
-def _soft_nms_rows(
-    boxes: Tensor, scores: Tensor, index: Tensor, sigma: float, threshold: float
-) -> tuple[Tensor, Tensor]:
-    """Soft-NMS within each row of boxes [G, L, 4] and scores [G, L]; `index` [G, L] is -1 where no box is.
-
-    Returns the indices taken [K] and their scores [K].
-    """
-    scores = scores.masked_fill((index < 0) | (scores < threshold), -1.0)  # -1: decided, or not there
-    kept, values = [], []
+def _soft_nms_rows(boxes: Tensor, scores: Tensor, index: Tensor, sigma: float, taken: _Taken) -> None:
+    """Soft-NMS within each row of boxes [G, L, 4] and scores [G, L]; `index` [G, L] is -1 where no box is."""
+    scores = scores.masked_fill(index < 0, -1.0)  # -1: decided, or not there
     for step in range(index.shape[1]):
-        if step % COMPACT_EVERY == 0:
+        if step % COMPACT_EVERY == 0 or step in EARLY:
+            taken.best()
+            scores = scores.masked_fill(scores < taken.floor, -1.0)
             boxes, scores, index = _compact(boxes, scores, index)
             if not index.numel():
                 break
             x1, y1, x2, y2 = (side.contiguous() for side in boxes.unbind(-1))  # [G, L] each
             areas = (x2 - x1).clamp(min=0) * (y2 - y1).clamp(min=0)
         best, column = scores.max(1, keepdim=True)  # [G, 1]
-        kept.append(index.gather(1, column))
-        values.append(best)
+        taken.add(index.gather(1, column)[:, 0], best[:, 0])
         width = torch.minimum(x2, x2.gather(1, column)) - torch.maximum(x1, x1.gather(1, column))
         height = torch.minimum(y2, y2.gather(1, column)) - torch.maximum(y1, y1.gather(1, column))
         shared = width.clamp_(min=0).mul_(height.clamp_(min=0))
         union = (areas + areas.gather(1, column)).sub_(shared).clamp_(min=torch.finfo(shared.dtype).tiny)
         decay = shared.div_(union).square_().div_(-sigma).exp_()  # [G, L]
         scores = scores.mul_(decay).scatter_(1, column, -1.0)
-        scores.masked_fill_(scores < threshold, -1.0)
-    if not kept:
-        return index.new_zeros(0), scores.new_zeros(0)
-    picked, best = torch.cat(kept, 0).flatten(), torch.cat(values, 0).flatten()
-    taken = best >= threshold
-    return picked[taken], best[taken]
+        scores.masked_fill_(scores < taken.floor, -1.0)
 
 
 def _compact(boxes: Tensor, scores: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from clip_base.config import REQUIRED, Part, option, part
 from clip_base.data.images import Pixels
+from clip_base.data.images import resize as shrink
 from clip_base.errors import InputError
 from clip_base.files import existing, replacing, write_json
 from clip_base.progress import track
-from clip_base.tokenizer import Tokenizer
 from clip_base.train import autocast, pick_device
 from regionclip.datasets import load_image
 from regionclip.detector import Detector, DetectorConfig
@@ -22,11 +25,13 @@ from regionclip.evaluate import load_any
 from regionclip.inference import build_proposer
 from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import ImageKey, Proposer
+from regionclip.published.loading import vocabulary_for
 from regionclip.structures import Detections
 from regionclip.transforms import ResizeConfig, place, to_batch
 from regionclip.visualize import draw
-from regionclip.vocabulary import embed, parse_names
+from regionclip.vocabulary import parse_names
 
+LARGE = 25_000_000  # pixels
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -35,7 +40,7 @@ class DetectConfig:
     """Options of detection in pictures."""
 
     photos: list[str] = option(REQUIRED, "pictures, or folders of them", positional=True)
-    weights: str = option(REQUIRED, "a detector, or a CLIP (then give a proposer)")
+    weights: str = option(REQUIRED, "a detector (ours or RegionCLIP's), or a CLIP (then give a proposer)")
     vocabulary: str = option(REQUIRED, 'names to look for: "cat, dog", a file with one a line, coco, coco65')
     out: str = option("detections", "folder for the pictures with boxes and detections.json")
     score: float = option(0.3, "boxes that score less are not drawn; detections.json keeps them")
@@ -47,6 +52,10 @@ class DetectConfig:
         True, "a detector sees and scores as it was trained to, not as `resize` and `detector` say"
     )
     templates: list[str] = option(["a photo of {article} {}.", "{}"], "prompts, averaged; {} is the name")
+    embeddings: str = option(
+        "", "file of the names' embeddings, such as RegionCLIP's .pth; empty: names are embedded"
+    )
+    text: str = option("", "CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none")
     resize: ResizeConfig = option(
         ResizeConfig(), "size of the pictures, for a CLIP or with own_settings=false"
     )
@@ -82,9 +91,9 @@ def detect(config: DetectConfig) -> None:
     targets = targets_of(files, out)
     names = parse_names(config.vocabulary)
     device = pick_device(config.device)
-    detector = load_any(config.weights, config.detector, config.own_settings).to(device)
-    tokenizer = Tokenizer(detector.clip.config.text.context_length)
-    detector.set_vocabulary(embed(detector.clip, tokenizer, names, config.templates), config.weights)
+    detector = load_any(config.weights, config.detector, config.own_settings, config.text).to(device)
+    vocabulary = vocabulary_for(detector, names, names, config.templates, embeddings=config.embeddings)
+    detector.set_vocabulary(vocabulary, config.weights)
     proposer: Proposer | None = None
     if config.proposer["name"] != "none":
         proposer = build_proposer(config.proposer, device)
@@ -96,18 +105,18 @@ def detect(config: DetectConfig) -> None:
     broken: list[str] = []
     for number, (file, target) in enumerate(track(list(zip(files, targets, strict=True)), "detecting"), 1):
         try:
-            pixels = _upright(file)
+            pixels, size = read_upright(file)
         except InputError as error:
             broken.append(str(error))
             continue
-        found = _in_picture(detector, proposer, pixels, number, config)
+        found = _in_picture(detector, proposer, pixels, size, number, config)
         entries += [
             {**entry, "category_name": names[entry["category_id"] - 1], "file_name": str(file)}
             for entry in found.to_coco(number, range(1, len(names) + 1))
         ]
         shown = found.above(config.score)
         with replacing(target) as temporary:
-            draw(pixels, shown).save(temporary, format="JPEG", quality=92)
+            draw(pixels, _at(shown, pixels)).save(temporary, format="JPEG", quality=92)
         print(f"{target}: {shown!r}")
     write_json(out / "detections.json", entries)
     if broken:
@@ -136,17 +145,56 @@ def targets_of(files: Sequence[Path], out: Path) -> list[Path]:
     return targets
 
 
-def _upright(file: Path) -> Pixels:
-    """Returns [H, W, 3] as people see the picture: turned as its EXIF note says."""
-    return load_image(file, upright=True).permute(1, 2, 0).numpy()
+def read_upright(file: Path) -> tuple[Pixels, tuple[int, int]]:
+    """Returns a picture as people see it, turned as its EXIF note says, and its (height, width).
+
+    Of more than `LARGE` pixels the picture is reduced, so that memory stays bounded; a JPEG is reduced as it
+    is decoded.
+
+    Raises:
+        InputError: the picture does not decode, or is larger than Pillow takes to be harmless.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            with Image.open(file) as header:
+                width, height = header.size
+        except Image.DecompressionBombError as error:
+            raise InputError(f"picture {file} is too large: {error}; make it smaller") from None
+        except (OSError, ValueError, SyntaxError):
+            width = height = 0  # decoding says what is wrong, or knows a form that Pillow does not
+        many = width * height > LARGE
+        least = round(min(width, height) * (LARGE / (width * height)) ** 0.5) if many else 0
+        pixels = load_image(file, upright=True, least=least).permute(1, 2, 0).numpy()
+    h, w = pixels.shape[:2]
+    size = (height, width) if many else (h, w)
+    if (h > w) != (size[0] > size[1]):
+        size = size[::-1]  # turned
+    if h * w > LARGE:
+        factor = (LARGE / (h * w)) ** 0.5
+        pixels = shrink(pixels, round(w * factor), round(h * factor))
+    return pixels, size
+
+
+def _at(found: Detections, pixels: Pixels) -> Detections:
+    """Returns detections in the frame of a picture that was perhaps reduced."""
+    height, width = pixels.shape[:2]
+    factors = torch.tensor([width / found.size[1], height / found.size[0]]).repeat(2)
+    return dataclasses.replace(found, boxes=found.boxes * factors, size=(height, width))
 
 
 def _in_picture(
-    detector: Detector, proposer: Proposer | None, original: Pixels, number: int, config: DetectConfig
+    detector: Detector,
+    proposer: Proposer | None,
+    original: Pixels,
+    size: tuple[int, int],
+    number: int,
+    config: DetectConfig,
 ) -> Detections:
     resize = detector.resize or config.resize
-    pixels, frame = place(original, resize.short[0], resize.long)
+    pixels, frame = place(original, resize.short[0], resize.long, filter=resize.filter)
+    frame = dataclasses.replace(frame, original=size)
     device = detector.classifier.device
-    batch = to_batch([pixels], multiple=32).to(device)
+    batch = to_batch([pixels], resize.multiple).to(device)
     with torch.no_grad(), autocast(config.precision, device):
         return detector.detect_batch(batch, [frame], [ImageKey(number, *frame.original)], proposer)[0]

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,47 +15,24 @@ from torch import Tensor, nn
 from clip_base import config as configs
 from clip_base.batch import ImageBatch
 from clip_base.checkpoint import load_exactly, read_weights, write_weights
-from clip_base.config import option
 from clip_base.errors import InputError
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig
 from clip_base.models.resnet import ModifiedResNet
-from regionclip.boxes import clip_boxes, decode_deltas, nms, soft_nms, valid_boxes
+from regionclip.box_head import BOX_HEADS, make_box_head
+from regionclip.boxes import clip_boxes, decode_deltas
 from regionclip.encoder import RegionEncoder
 from regionclip.proposals.base import ImageKey, Proposer
 from regionclip.proposals.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.scoring import DetectorConfig, reported, score, select
 from regionclip.structures import Detections, Regions
 from regionclip.transforms import Frame, ResizeConfig
 from regionclip.vocabulary import Vocabulary
 
+__all__ = ["Detector", "DetectorConfig", "load_detector", "save_detector"]
+
 FORMAT = "regionclip.detector/1"
 DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # Faster R-CNN's second stage
-
-
-@dataclass
-class DetectorConfig:
-    """How regions become detections."""
-
-    proposals: int = option(100, "regions an image from the detector's own proposal network")
-    proposal_nms: float = option(0.7, "IoU above which the lower scored of two proposals is dropped")
-    temperature: float = option(0.0, "what cosines are divided by; 0: the tower's own, 1 / exp(logit scale)")
-    alpha_base: float = option(0.5, "exponent of objectness in the score of base names, in [0, 1]")
-    alpha_novel: float = option(0.5, "exponent of objectness in the score of novel names, in [0, 1]")
-    min_score: float = option(0.001, "detections that score less are dropped")
-    suppression: str = option(
-        "soft", "nms drops overlapping boxes, soft lowers their scores", choices=("soft", "nms")
-    )
-    nms: float = option(
-        0.5, "suppression=nms: IoU above which the lower scored of two boxes of a name is dropped"
-    )
-    sigma: float = option(0.5, "suppression=soft: width of the Gaussian")
-    detections: int = option(100, "most detections an image")
-    candidates: int = option(1000, "best (region, name) pairs an image that go into suppression")
-
-    def __post_init__(self) -> None:
-        for name in ("alpha_base", "alpha_novel"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} must lie in [0, 1], found {getattr(self, name)}")
 
 
 class Detector(nn.Module):
@@ -65,11 +41,16 @@ class Detector(nn.Module):
     Args:
         clip: both towers; the text tower embeds new names.
         config: scores and suppression.
-        network: the proposal network; None when proposals come from elsewhere.
+        network: the proposal network, with a backbone of its own or on the CLIP's trunk; None when proposals
+            come from elsewhere.
         trained: whether the detector has a box head and a background, as training makes them. Without, boxes
             stay the proposals' and a region is always one of the names (zero-shot).
+        boxes: what a trained detector's box head reads, one of `BOX_HEADS`.
 
     Attributes:
+        box_head: moves boxes; None when zero-shot.
+        background: [D], stands for "none of the names"; its length is free, and 0 unless it is learnt. None
+            when zero-shot.
         resize: the size of images that it was trained on; None when it was not trained.
     """
 
@@ -82,22 +63,23 @@ class Detector(nn.Module):
         config: DetectorConfig,
         network: ProposalNetwork | None = None,
         trained: bool = False,
+        boxes: str = "embedding",
     ) -> None:
         super().__init__()
-        self.clip, self.config, self.network = clip, config, network
+        if boxes not in BOX_HEADS:
+            raise ValueError(f"boxes must be one of {', '.join(BOX_HEADS)}, got {boxes!r}")
+        self.clip, self.config, self.network, self.boxes = clip, config, network, boxes
         self.encoder = RegionEncoder(
             clip.visual, "roi_align" if isinstance(clip.visual, ModifiedResNet) else "crop"
         )
         width = clip.config.embed_dim
-        self.box_head = nn.Linear(width, 4) if trained else None
         self.trained = trained
+        self.box_head = make_box_head(boxes, clip.config) if trained else None
+        self.background = nn.Parameter(torch.zeros(width)) if trained else None
         self.resize: ResizeConfig | None = None
         self.vocabulary: Vocabulary | None = None
         self.register_buffer("classifier", torch.zeros(0, width), persistent=False)
         self.register_buffer("alpha", torch.zeros(0), persistent=False)
-        if self.box_head is not None:
-            nn.init.normal_(self.box_head.weight, std=0.001)
-            nn.init.zeros_(self.box_head.bias)
 
     @property
     def scale(self) -> float:
@@ -105,6 +87,11 @@ class Detector(nn.Module):
         if self.config.temperature:
             return 1 / self.config.temperature
         return float(self.clip.logit_scale.detach().exp())
+
+    @property
+    def shares_trunk(self) -> bool:
+        """Whether proposals and embeddings come from one map."""
+        return self.network is not None and self.network.config.share_trunk
 
     def set_vocabulary(self, vocabulary: Vocabulary, source: str = "the detector") -> None:
         """Makes the detector look for these names from now on.
@@ -129,36 +116,72 @@ class Detector(nn.Module):
         Args:
             embeddings: [N, D], not necessarily of unit length.
             classifier: [C, D], unit length.
-            background: whether a region may be none of the names. The background's embedding has length 0, so
-                that its logit is 0 whatever the region (arXiv 2112.09106, section 4).
+            background: whether a region may be none of the names. Its embedding has length 0 unless it was
+                learnt: its logit is then 0 whatever the region (arXiv 2112.09106, section 4), as it is for a
+                detector without one.
         """
-        cosines = F.normalize(embeddings.float(), dim=-1) @ classifier.T
-        return F.pad(self.scale * cosines, (0, 1)) if background else self.scale * cosines
+        units = F.normalize(embeddings.float(), dim=-1)  # [N, D]
+        cosines = units @ classifier.T
+        if background:
+            none = cosines.new_zeros(len(units)) if self.background is None else units @ self.background
+            cosines = torch.cat([cosines, none[:, None]], 1)
+        return self.scale * cosines
 
-    def propose(self, images: ImageBatch) -> Regions:
-        """Returns the proposals of the detector's own network."""
+    def stages(self, images: ImageBatch) -> list[Tensor]:
+        """Returns the maps of a ResNet tower that proposals and regions need, the regions' own last."""
+        visual = self.clip.visual
+        assert isinstance(visual, ModifiedResNet)
+        return visual.stages(images.pixels) if self.shares_trunk else [visual.trunk(images.pixels)]
+
+    def propose(
+        self, images: ImageBatch, stages: list[Tensor] | None = None, limit: int | None = None
+    ) -> Regions:
+        """Returns the proposals of the detector's own network.
+
+        Args:
+            images: B images.
+            stages: their maps, for a network on the CLIP's trunk; None: they are computed.
+            limit: most regions an image; None: the config's.
+        """
         if self.network is None:
             raise ValueError("this detector has no proposal network; give it a proposer")
-        return self.network.propose(images, self.config.proposals, self.config.proposal_nms)
+        maps = stages if self.shares_trunk else None
+        limit = limit or self.config.proposals
+        return self.network.propose(images, limit, self.config.proposal_nms, maps=maps)
+
+    def heads(self, feature_map: Tensor, regions: Regions) -> tuple[Tensor, Tensor | None]:
+        """Returns regions' [N, D] embeddings, not normalised, and how their boxes move: [N, 4], or None."""
+        visual, head = self.clip.visual, self.box_head
+        assert isinstance(visual, ModifiedResNet)
+        embeddings, moves = [], []
+        for deep in self.encoder.deep_maps(feature_map, regions):  # [n, C, s, s]
+            embeddings.append(visual.attnpool(deep).float())
+            if head is not None:
+                moves.append(head(embeddings[-1] if self.boxes == "embedding" else deep).float())
+        return torch.cat(embeddings), torch.cat(moves) if moves else None
 
     @torch.no_grad()
-    def classify(self, images: ImageBatch, regions: Regions, background: bool) -> tuple[Tensor, Tensor]:
+    def classify(
+        self, images: ImageBatch, regions: Regions, background: bool, stages: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Names regions: [N, C] probabilities, and their [N, 4] boxes, moved when the detector is trained.
 
         Args:
             images: B images.
             regions: N regions in them.
             background: whether a region may be none of the names; rows then sum to less than 1.
+            stages: the images' maps as `stages` gives them; None: they are computed.
         """
+        moves = None
         if isinstance(self.clip.visual, ModifiedResNet):
-            embeddings = self.encoder.of_map(self.clip.visual.trunk(images.pixels), regions).float()
+            embeddings, moves = self.heads((stages or self.stages(images))[-1], regions)
         else:
             embeddings = self.encoder(images, regions)
-        boxes = regions.boxes
-        with torch.autocast(boxes.device.type, enabled=False):
+        with torch.autocast(embeddings.device.type, enabled=False):
             probabilities = self.logits(embeddings, self.classifier, background).softmax(1)
-            if self.box_head is not None:
-                boxes = decode_deltas(boxes, self.box_head(embeddings), DELTA_WEIGHTS)
+            boxes = regions.boxes
+            if moves is not None:
+                boxes = decode_deltas(boxes, moves, DELTA_WEIGHTS)
         return probabilities[:, : len(self.classifier)], boxes
 
     @torch.no_grad()
@@ -182,48 +205,23 @@ class Detector(nn.Module):
         """
         if self.vocabulary is None:
             raise ValueError("no vocabulary is set; call set_vocabulary first")
-        regions = self.propose(images) if proposer is None else proposer(images, keys)
-        probabilities, boxes = self.classify(images, regions, self.trained)
-        objectness = (
-            torch.ones(len(regions), device=boxes.device) if regions.scores is None else regions.scores
-        )
-        scores = fuse(objectness, probabilities, self.alpha)
-        found = []
-        for slot, frame in enumerate(frames):
-            mine = regions.image_index == slot
-            inside = clip_boxes(boxes[mine], frame.size)
-            found.append(self._select(inside.cpu(), scores[mine].cpu(), frame))
-        return found
+        stages = self.stages(images) if isinstance(self.clip.visual, ModifiedResNet) else None
+        regions = self.propose(images, stages) if proposer is None else proposer(images, keys)
+        background = self.trained or self.config.background
+        probabilities, boxes = self.classify(images, regions, background, stages)
+        scores = score(regions, probabilities, self.alpha, self.config.fusion)
+        return [
+            self._select(boxes[mine], scores[mine], frame)
+            for mine, frame in ((regions.image_index == slot, frame) for slot, frame in enumerate(frames))
+        ]
 
     def _select(self, boxes: Tensor, scores: Tensor, frame: Frame) -> Detections:
         """Picks one image's detections from [n, 4] boxes and [n, C] scores."""
-        config = self.config
         assert self.vocabulary is not None
-        scores = scores * valid_boxes(boxes)[:, None]
-        flat = scores.flatten()
-        best = flat.topk(min(config.candidates, len(flat))).indices
-        best = best[flat[best] >= config.min_score]
-        rows, labels = best // scores.shape[1], best % scores.shape[1]
-        boxes, values = boxes[rows], flat[best]
-        if config.suppression == "soft":
-            kept, values = soft_nms(boxes, values, labels, config.sigma, config.min_score)
-        else:
-            kept = nms(boxes, values, labels, config.nms)
-            values = values[kept]
-        kept, values = kept[: config.detections], values[: config.detections]
-        originals = clip_boxes(frame.boxes_out(boxes[kept]), frame.original)
-        return Detections(originals, values, labels[kept], self.vocabulary.names, frame.original)
-
-
-def fuse(objectness: Tensor, probabilities: Tensor, alpha: Tensor) -> Tensor:
-    """Returns [N, C] scores objectness^α · p^(1−α), in [0, 1].
-
-    Args:
-        objectness: [N] in [0, 1].
-        probabilities: [N, C] in [0, 1].
-        alpha: [C] in [0, 1].
-    """
-    return objectness[:, None] ** alpha * probabilities ** (1 - alpha)
+        boxes, values, labels = select(clip_boxes(boxes, frame.size), scores, self.config)
+        originals = clip_boxes(frame.boxes_out(boxes), frame.original)
+        values = reported(values, self.config.fusion)
+        return Detections(originals, values, labels, self.vocabulary.names, frame.original)
 
 
 def save_detector(detector: Detector, path: str | Path, base: Sequence[str]) -> None:
@@ -235,6 +233,7 @@ def save_detector(detector: Detector, path: str | Path, base: Sequence[str]) -> 
         "format": FORMAT,
         "clip": json.dumps(dataclasses.asdict(detector.clip.config)),
         "proposals": json.dumps(proposals),
+        "boxes": detector.boxes,
         "detector": json.dumps(dataclasses.asdict(detector.config)),
         "resize": json.dumps(dataclasses.asdict(detector.resize or ResizeConfig())),
         "base": json.dumps(list(base)),
@@ -257,9 +256,11 @@ def load_detector(path: str | Path, config: DetectorConfig | None = None) -> tup
         raise InputError(f"{path} holds {metadata.get('format', 'unnamed weights')!r}, expected {FORMAT!r}")
     where = f"sizes in {path}"
     clip = CLIP(configs.check(CLIPConfig, json.loads(metadata["clip"]), where))
-    network = ProposalNetwork(configs.check(ProposalNetworkConfig, json.loads(metadata["proposals"]), where))
+    proposals = configs.check(ProposalNetworkConfig, json.loads(metadata["proposals"]), where)
+    shared = clip.visual if proposals.share_trunk and isinstance(clip.visual, ModifiedResNet) else None
     settings = config or configs.check(DetectorConfig, json.loads(metadata["detector"]), where)
-    detector = Detector(clip, settings, network, trained=True)
+    network = ProposalNetwork(proposals, shared)
+    detector = Detector(clip, settings, network, trained=True, boxes=metadata["boxes"])
     load_exactly(detector, weights, path)
     detector.resize = configs.check(ResizeConfig, json.loads(metadata["resize"]), where)
     detector.eval().to(memory_format=torch.channels_last)

@@ -63,18 +63,18 @@ def batches_of(
                 raise
             skipped[record.image_id] = str(error)
             continue
-        chunk.append((record, *place(pixels, resize.short[0], resize.long)))
+        chunk.append((record, *place(pixels, resize.short[0], resize.long, filter=resize.filter)))
         if len(chunk) == batch_size:
-            yield _batch(chunk, device)
+            yield _batch(chunk, device, resize.multiple)
             chunk = []
     if chunk:
-        yield _batch(chunk, device)
+        yield _batch(chunk, device, resize.multiple)
 
 
-def _batch(chunk: list[tuple[Record, Pixels, Frame]], device: torch.device) -> RecordBatch:
+def _batch(chunk: list[tuple[Record, Pixels, Frame]], device: torch.device, multiple: int) -> RecordBatch:
     frames = [frame for _, _, frame in chunk]
     keys = [ImageKey(record.image_id, *frame.original) for record, _, frame in chunk]
-    images = to_batch([pixels for _, pixels, _ in chunk], multiple=32).to(device)
+    images = to_batch([pixels for _, pixels, _ in chunk], multiple).to(device)
     return RecordBatch([record for record, _, _ in chunk], images, frames, keys)
 
 

@@ -38,6 +38,7 @@ class Regions:
         labels: [N] int64, or None.
         concept_ids: [N, K] int64 rows of a vocabulary, or None.
         concept_probs: [N, K] float probabilities of those concepts, or None.
+        logits: [N] float, what `scores` are the sigmoid of, or None.
     """
 
     boxes: Tensor
@@ -46,6 +47,7 @@ class Regions:
     labels: Tensor | None = None
     concept_ids: Tensor | None = None
     concept_probs: Tensor | None = None
+    logits: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check("boxes", self.boxes, (None, 4), torch.float32)
@@ -53,6 +55,8 @@ class Regions:
         _check("image_index", self.image_index, (count,), torch.int64)
         if self.scores is not None:
             _check("scores", self.scores, (count,))
+        if self.logits is not None:
+            _check("logits", self.logits, (count,))
         if self.labels is not None:
             _check("labels", self.labels, (count,), torch.int64)
         if self.concept_ids is not None:
@@ -125,7 +129,7 @@ class RegionBatch:
     Attributes:
         images: B images.
         regions: N regions whose `image_index` is below B.
-        tokens: [B, T] int64 token ids, or None.
+        tokens: [B, T] int64 token ids, zeros where an image has no caption, or None.
     """
 
     images: ImageBatch

@@ -1,8 +1,14 @@
-"""Training of the detector on base classes; proposal network and text-embedding classifier stay frozen."""
+"""Training of the detector on base classes; the text-embedding classifier stays frozen.
+
+A proposal network with a backbone of its own stays frozen too (arXiv 2112.09106); one on the detector's trunk
+is trained with the detector.
+"""
 
 # B images, N sampled regions of a batch, C base names, D embedding size
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,16 +17,20 @@ from torch import Tensor, nn
 
 from clip_base.config import REQUIRED, option
 from clip_base.errors import InputError
+from clip_base.models.clip import CLIP
+from clip_base.models.resnet import ModifiedResNet
 from clip_base.pretrain import last_loss
 from clip_base.run import RunFolder
 from clip_base.tokenizer import Tokenizer
 from clip_base.train import TrainConfig
 from clip_base.weights import load_clip
+from regionclip.box_head import BOX_HEADS
 from regionclip.boxes import encode_deltas, iou
 from regionclip.datasets import CocoDetection
 from regionclip.detector import DELTA_WEIGHTS, Detector, DetectorConfig, save_detector
-from regionclip.pretrain import freeze
+from regionclip.proposals.network import ProposalNetwork, ProposalNetworkConfig
 from regionclip.proposals.rpn import load_network
+from regionclip.region_text import freeze
 from regionclip.samples import RegionSamples, Sample, fit_on
 from regionclip.splits import load_split
 from regionclip.structures import RegionBatch, Regions
@@ -30,7 +40,7 @@ from regionclip.vocabulary import embed
 
 @dataclass
 class TrainDetectorConfig:
-    """Options of the detector's training. The defaults are the published recipe for COCO."""
+    """Options of the detector's training. The defaults are the published recipe for COCO but for `boxes`."""
 
     annotations: str = option(
         REQUIRED, "instances_*.json in COCO's form; only boxes of base classes are read"
@@ -39,7 +49,12 @@ class TrainDetectorConfig:
     split: str = option("coco", "coco (48 base, 17 novel), or a JSON file with base and novel names")
     weights: str = option(REQUIRED, "CLIP to start from, such as what `regionclip pretrain` wrote")
     rpn: str = option(
-        REQUIRED, "proposal network from `regionclip train-rpn`; stays frozen, becomes part of the detector"
+        REQUIRED,
+        "proposal network from `regionclip train-rpn`, becomes part of the detector and stays frozen unless "
+        "it stands on this CLIP's trunk; shared: a new one on this CLIP's trunk, trained with the detector",
+    )
+    network: ProposalNetworkConfig = option(
+        ProposalNetworkConfig(), "rpn=shared: the proposal network; its backbone is the CLIP's"
     )
     out: str = option(REQUIRED, "folder for weights, log and metrics", free=True)
     detector: DetectorConfig = option(DetectorConfig(), "scores and suppression; kept in the weights file")
@@ -53,8 +68,23 @@ class TrainDetectorConfig:
     positive_share: float = option(0.25, "largest share of objects among them")
     positive_iou: float = option(0.5, "a proposal that overlaps a box so much is an object")
     background_weight: float = option(0.2, "weight of background regions in the classification loss")
-    focal: float = option(0.5, "exponent of (1 - p) that favours hard regions; 0: plain cross entropy")
+    focal: float = option(
+        0.5, "exponent of (1 - p) that favours hard regions; 0: none, and the mean is weighted"
+    )
     box_weight: float = option(1.0, "weight of the box regression loss")
+    objectness_weight: float = option(1.0, "shared trunk: weight of the proposals' objectness loss")
+    proposal_weight: float = option(1.0, "shared trunk: weight of the proposals' box regression loss")
+    boxes: str = option(
+        "map",
+        "what the box head reads: map (layer4's map of the region) or embedding (as published)",
+        choices=BOX_HEADS,
+    )
+    background: str = option(
+        "zero", "embedding of the background: zero (as published) or learnt", choices=("zero", "learnt")
+    )
+    repeat_threshold: float = option(
+        0.0, "images are repeated for categories that fewer than this share of images hold (LVIS: 0.001)"
+    )
     freeze_stages: int = option(
         2, "stages kept as they are: 0 none, 1 the stem, 2 also layer1, … 4 also layer3"
     )
@@ -82,10 +112,10 @@ class TrainDetectorConfig:
 
 
 class DetectorTask(nn.Module):
-    """Trains a detector's vision tower and box head.
+    """Trains a detector's vision tower and box head, and a proposal network on that tower's trunk.
 
     Args:
-        detector: trained in place, but for its proposal network and text tower.
+        detector: trained in place, but for its text tower and a proposal network with a backbone of its own.
         classifier: [C, D] text embeddings of the base names, frozen.
         config: sampling and weights of the losses.
     """
@@ -95,46 +125,69 @@ class DetectorTask(nn.Module):
     def __init__(self, detector: Detector, classifier: Tensor, config: TrainDetectorConfig) -> None:
         super().__init__()
         self.detector, self.config = detector, config
-        assert detector.network is not None
-        detector.network.requires_grad_(False)
+        assert detector.background is not None
+        if detector.network is not None:
+            detector.network.requires_grad_(detector.shares_trunk)
+        detector.background.requires_grad_(config.background == "learnt")
         detector.clip.text.requires_grad_(False)
         detector.clip.logit_scale.requires_grad_(False)
         freeze(detector.clip.visual, config.freeze_stages, config.freeze_batch_norm)
         self.register_buffer("classifier", classifier, persistent=False)
 
     def train(self, mode: bool = True) -> DetectorTask:
-        """Sets the mode; the frozen proposal network stays in evaluation mode."""
+        """Sets the mode; the proposal network, frozen or without batch norms, stays in evaluation mode."""
         super().train(mode)
-        assert self.detector.network is not None
-        self.detector.network.eval()
+        if self.detector.network is not None:
+            self.detector.network.eval()
         return self
 
     def forward(self, batch: RegionBatch) -> dict[str, Tensor]:
-        """Returns the weighted losses `classification` and `box`."""
+        """Returns the weighted losses `classification` and `box`, on a shared trunk the proposals' too."""
         detector, config = self.detector, self.config
         assert detector.network is not None
-        proposals = detector.network.propose(batch.images, config.proposals, detector.config.proposal_nms)
-        regions, targets = sample_regions(proposals, batch.regions, len(self.classifier), config)
+        stages = detector.stages(batch.images)
+        losses = {}
+        if detector.shares_trunk:
+            found = detector.network.losses(batch, stages)
+            losses["objectness"] = config.objectness_weight * found["objectness"]
+            losses["proposal"] = config.proposal_weight * found["box"]
+        proposals = detector.propose(batch.images, stages, config.proposals)
+        return losses | self.region_losses(stages[-1], proposals, batch.regions)
+
+    def region_losses(self, feature_map: Tensor, proposals: Regions, truth: Regions) -> dict[str, Tensor]:
+        """Returns the weighted losses `classification` and `box` of regions sampled from proposals.
+
+        Args:
+            feature_map: [B, C, h, w], the trunk's.
+            proposals: of the whole batch.
+            truth: true boxes with labels.
+        """
+        detector, config = self.detector, self.config
+        regions, targets = sample_regions(proposals, truth, len(self.classifier), config)
         labels = regions.labels
         assert labels is not None
-        visual = detector.clip.visual
-        embeddings = detector.encoder.of_map(visual.trunk(batch.images.pixels), regions).float()  # [N, D]
+        embeddings, moves = detector.heads(feature_map, regions)  # [N, D], [N, 4]
+        assert moves is not None
         with torch.autocast(embeddings.device.type, enabled=False):
-            classification = self._classification(detector.logits(embeddings, self.classifier, True), labels)
-            positive = labels < len(self.classifier)
-            assert detector.box_head is not None
-            moves = detector.box_head(embeddings[positive])
-            wanted = encode_deltas(regions.boxes[positive], targets[positive], DELTA_WEIGHTS)
-            box = F.smooth_l1_loss(moves, wanted, beta=1.0, reduction="sum") / max(len(labels), 1)
+            logits = detector.logits(embeddings, self.classifier, True)
+            classification = self._classification(logits, labels)
+            objects = labels < len(self.classifier)
+            wanted = encode_deltas(regions.boxes[objects], targets[objects], DELTA_WEIGHTS)
+            box = F.l1_loss(moves[objects], wanted, reduction="sum") / max(len(labels), 1)
         return {"classification": classification, "box": config.box_weight * box}
 
     def _classification(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy with focal scaling and a weight for the background (arXiv 2112.09106, section 4)."""
+        """Cross entropy with focal scaling and a weight for the background (arXiv 2112.09106, section 4).
+
+        As in the released code, the weights count in the mean's denominator when there is no focal scaling.
+        """
         losses = F.cross_entropy(logits, labels, reduction="none")
-        weights = (1 - (-losses.detach()).exp()).clamp(min=0) ** self.config.focal
-        background = labels == len(self.classifier)
-        weights = torch.where(background, weights * self.config.background_weight, weights)
-        return (weights * losses).sum() / max(len(labels), 1)
+        weights = torch.where(labels == len(self.classifier), self.config.background_weight, 1.0)
+        if not self.config.focal:
+            return (weights * losses).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+        # Away from 0, where the gradient of a root is not finite.
+        scaling = (-torch.expm1(-losses)).clamp(min=1e-7) ** self.config.focal  # (1 - p)^γ
+        return (weights * scaling * losses).sum() / max(len(labels), 1)
 
 
 @torch.no_grad()
@@ -174,6 +227,36 @@ def sample_regions(
     return Regions(boxes[picked], index[picked], labels=labels[picked]), targets[picked]
 
 
+def repeat_factors(images: Sequence[Tensor], threshold: float) -> Tensor:
+    """Returns how often an epoch shows each image: more than once when it holds a rare category.
+
+    A category in a share f of the images has the factor max(1, sqrt(threshold / f)), an image the largest of
+    its categories' (arXiv 1908.03195, appendix B).
+
+    Args:
+        images: the labels in each image.
+        threshold: the share below which a category is rare.
+    """
+    present = [torch.unique(labels) for labels in images]
+    shares = torch.bincount(torch.cat([*present, torch.zeros(0, dtype=torch.int64)])) / max(len(images), 1)
+    factors = (threshold / shares.double()).sqrt().clamp(min=1)
+    largest = [float(factors[labels].max()) if len(labels) else 1.0 for labels in present]
+    return torch.tensor(largest, dtype=torch.float64)
+
+
+def proposal_network(config: TrainDetectorConfig, clip: CLIP) -> ProposalNetwork:
+    """Returns the network that the options name: a file's, or a new one on the CLIP's trunk."""
+    visual = clip.visual
+    if not isinstance(visual, ModifiedResNet):
+        raise InputError(
+            f"weights={config.weights}: a detector is trained on a ResNet tower, this one is a ViT"
+        )
+    if config.rpn != "shared":
+        return load_network(config.rpn, visual)
+    sizes = dataclasses.replace(config.network, backbone="clip", vision=clip.config.vision, share_trunk=True)
+    return ProposalNetwork(sizes, visual).eval()
+
+
 def train_detector(config: TrainDetectorConfig) -> None:
     """Trains an open-vocabulary detector on base classes; leaves `out/model.safetensors`."""
     run = RunFolder(config.out, config, "region-train-detector")
@@ -181,22 +264,22 @@ def train_detector(config: TrainDetectorConfig) -> None:
         print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
         return
     dataset = CocoDetection(config.annotations, config.images)
-    split = load_split(config.split, dataset.categories)
+    split = load_split(config.split, dataset.categories, dataset.frequencies)
     dataset = dataset.restrict(split.base, config.keep_empty).without_crowds()
     print(dataset.report())
     clip = load_clip(config.weights)
     torch.manual_seed(config.train.seed)
-    detector = Detector(clip, config.detector, load_network(config.rpn), trained=True)
+    network = proposal_network(config, clip)
+    detector = Detector(clip, config.detector, network, trained=True, boxes=config.boxes)
     detector.resize = config.resize
-    if detector.encoder.mode != "roi_align":
-        raise InputError(
-            f"weights={config.weights}: a detector is trained on a ResNet tower, this one is a ViT"
-        )
     tokenizer = Tokenizer(clip.config.text.context_length)
     classifier = embed(clip, tokenizer, split.base, config.templates).embeddings
     task = DetectorTask(detector, classifier, config)
     data = RegionSamples([Sample.of_record(record) for record in dataset], config.resize, cache=config.cache)
-    steps = fit_on(data, task, config.train, run)
+    weights = None
+    if config.repeat_threshold:
+        weights = repeat_factors([record.labels for record in dataset], config.repeat_threshold)
+    steps = fit_on(data, task, config.train, run, weights)
     save_detector(detector, run.path / "model.safetensors", split.base)
     run.finish({"steps": steps, "images": len(dataset), "loss": last_loss(run.log_path)})
     print(f"{run.path / 'model.safetensors'}: {steps} steps on {len(dataset)} images")

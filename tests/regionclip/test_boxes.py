@@ -90,6 +90,43 @@ def test_nms_keeps_boxes_of_other_labels():
     assert kept.tolist() == [1, 2]
 
 
+@given(st.integers(0, 10_000), st.integers(0, 80), st.integers(1, 1203), st.sampled_from([0.0, 0.3, 0.9]))
+@settings(max_examples=60, deadline=None)
+def test_nms_equals_a_plain_loop(seed: int, count: int, classes: int, threshold: float):
+    generator = torch.Generator().manual_seed(seed)
+    boxes = random_boxes(count, side=30, seed=seed) - 15
+    scores, labels = (
+        torch.rand(count, generator=generator),
+        classes - 1 - torch.randint(3, (count,), generator=generator),
+    )
+    kept: list[int] = []
+    for index in scores.argsort(descending=True).tolist():
+        rivals = [other for other in kept if labels[other] == labels[index]]
+        if not rivals or B.iou(boxes[index : index + 1], boxes[rivals]).max() <= threshold:
+            kept.append(index)
+    assert B.nms(boxes, scores, labels, threshold).tolist() == kept
+
+
+def test_nms_of_many_boxes_is_that_of_few(monkeypatch: pytest.MonkeyPatch):
+    generator = torch.Generator().manual_seed(0)
+    boxes, scores = random_boxes(600), torch.rand(600, generator=generator)
+    labels = torch.randint(4, (600,), generator=generator)
+    few = B.nms(boxes, scores, labels, 0.5)
+    monkeypatch.setattr(B, "FEW_BOXES", 10)
+    assert torch.equal(B.nms(boxes, scores, labels, 0.5), few)
+
+
+def test_soft_nms_of_one_huge_class_and_many_small_ones_takes_them_in_parts(monkeypatch: pytest.MonkeyPatch):
+    generator = torch.Generator().manual_seed(0)
+    boxes, scores = random_boxes(400), torch.rand(400, generator=generator)
+    labels = torch.cat([torch.zeros(300, dtype=torch.int64), torch.arange(100)])
+    whole = B.soft_nms(boxes, scores, labels)
+    monkeypatch.setattr(B, "SMALL_TABLE", 10)
+    parts = B.soft_nms(boxes, scores, labels)
+    assert torch.equal(parts[0], whole[0])
+    torch.testing.assert_close(parts[1], whole[1])
+
+
 @given(
     st.integers(0, 10_000),
     st.integers(0, 80),

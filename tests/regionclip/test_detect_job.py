@@ -12,7 +12,8 @@ from PIL import Image
 
 from clip_base.errors import InputError
 from clip_base.files import read_json
-from regionclip.detect import pictures, targets_of
+from regionclip import datasets
+from regionclip.detect import pictures, read_upright, targets_of
 
 Command = Callable[..., tuple[int, str]]
 
@@ -89,6 +90,60 @@ def test_a_picture_that_lies_on_its_side_is_turned(
     assert height == 2 * width
     for entry in read_json(tmp_path / "found" / "detections.json"):
         assert entry["bbox"][0] + entry["bbox"][2] <= 32.01
+
+
+def test_large_pictures_are_read_reduced_and_keep_their_own_frame(
+    photos: Path, options: list[str], tmp_path: Path, regionclip: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Limits are lowered: it is a picture of 64 pixels in which 20 are many."""
+    pixels = np.asarray(Image.open(sorted(photos.iterdir())[0]).convert("RGB"))
+    found = {}
+    for name, turn in (("upright.jpg", 1), ("turned.jpg", 6), ("plain.png", 1)):
+        file, exif = tmp_path / name, Image.Exif()
+        exif[0x0112] = turn
+        Image.fromarray(pixels.repeat(8, 0).repeat(8, 1)[:256]).save(file, exif=exif)  # 512 wide, 256 high
+        found[name] = read_upright(file)
+        monkeypatch.setattr("regionclip.detect.LARGE", 20_000)
+        reduced, size = read_upright(file)
+        assert size == found[name][1] == ((512, 256) if turn == 6 else (256, 512))
+        assert reduced.shape[0] * reduced.shape[1] <= 20_000
+        assert reduced.shape[0] / reduced.shape[1] == pytest.approx(size[0] / size[1], rel=0.05)
+        out = tmp_path / "found"
+        assert regionclip("detect", file, *options, "own_settings=false")[0] == 0
+        entries = read_json(out / "detections.json")
+        assert max(entry["bbox"][0] + entry["bbox"][2] for entry in entries) > size[1] / 2
+        assert max(entry["bbox"][1] + entry["bbox"][3] for entry in entries) <= size[0] + 0.01
+        monkeypatch.undo()
+
+
+def test_a_jpeg_is_never_decoded_at_its_whole_large_size(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "large.jpg"
+    Image.open(sorted(photos.iterdir())[0]).resize((800, 400)).save(file)
+    sizes: list[tuple[int, ...]] = []
+    decode = datasets.decode
+
+    def noted(path: Path, least: int) -> np.ndarray:
+        sizes.append(decode(path, least).shape)
+        return decode(path, least)
+
+    monkeypatch.setattr(datasets, "decode", noted)
+    monkeypatch.setattr("regionclip.detect.LARGE", 20_000)
+    assert read_upright(file)[1] == (400, 800)
+    assert sizes == [(100, 200, 3)]
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    file = tmp_path / f"large.{ending}"
+    Image.open(sorted(photos.iterdir())[0]).convert("RGB").resize((200, 100)).save(file)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000)
+    monkeypatch.setattr("regionclip.detect.load_image", None)
+    with pytest.raises(InputError, match=rf"large\.{ending} is too large: .*20000 pixels.*make it smaller"):
+        read_upright(file)
 
 
 def test_pictures_of_one_name_get_places_of_their_own(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The detector: scores are probabilities, boxes lie inside the image, files give back what was saved."""
+"""The detector: boxes lie inside the image, files give back what was saved."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from clip_base.batch import ImageBatch
@@ -18,7 +16,7 @@ from clip_base.errors import InputError
 from clip_base.models.clip import CLIP
 from clip_base.weights.native import save_clip
 from regionclip.boxes import iou
-from regionclip.detector import Detector, DetectorConfig, fuse, load_detector, save_detector
+from regionclip.detector import Detector, DetectorConfig, load_detector, save_detector
 from regionclip.evaluate import load_any
 from regionclip.proposals.base import ImageKey
 from regionclip.structures import Detections, Regions
@@ -51,28 +49,6 @@ Scene = tuple[ImageBatch, list[Frame], list[ImageKey]]
 def detect(detector: Detector, scene: Scene) -> list[Detections]:
     detector.set_vocabulary(vocabulary())
     return detector.detect_batch(*scene)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.floats(0, 1, width=32), min_size=1, max_size=8),
-    st.lists(st.floats(0, 1, width=32), min_size=3, max_size=3),
-    st.lists(st.floats(0, 1, width=32), min_size=3, max_size=3),
-)
-def test_fused_scores_lie_between_what_they_fuse(
-    objectness: list[float], probabilities: list[float], alpha: list[float]
-) -> None:
-    o, p = torch.tensor(objectness), torch.tensor(probabilities).expand(len(objectness), 3)
-    scores = fuse(o, p, torch.tensor(alpha))
-    assert scores.shape == (len(objectness), 3)
-    assert bool(scores.isfinite().all())
-    assert bool((scores >= torch.minimum(o[:, None], p) - 1e-6).all())
-    assert bool((scores <= torch.maximum(o[:, None], p) + 1e-6).all())
-
-
-def test_fusion_weighs_by_alpha() -> None:
-    scores = fuse(torch.tensor([0.25]), torch.tensor([[0.81, 0.81, 0.81]]), torch.tensor([0.0, 1.0, 0.5]))
-    assert scores[0].tolist() == pytest.approx([0.81, 0.25, (0.25 * 0.81) ** 0.5])
 
 
 def test_novel_names_have_an_exponent_of_their_own(make_detector: MakeDetector) -> None:
@@ -226,8 +202,3 @@ def test_a_vocabulary_of_another_width_is_refused(make_detector: MakeDetector) -
 def test_detecting_without_a_vocabulary_says_so(make_detector: MakeDetector, scene: Scene) -> None:
     with pytest.raises(ValueError, match="call set_vocabulary first"):
         make_detector().detect_batch(*scene)
-
-
-def test_exponents_outside_their_range_are_refused() -> None:
-    with pytest.raises(InputError, match=r"alpha_novel must lie in \[0, 1\], found 1\.5"):
-        DetectorConfig(alpha_novel=1.5)

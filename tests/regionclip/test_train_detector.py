@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clip_base.batch import ImageBatch
 from clip_base.checkpoint import read_weights
 from clip_base.cli import main_regionclip
 from clip_base.errors import InputError
 from clip_base.files import read_json, write_json
 from clip_base.models.clip import CLIP
+from clip_base.models.resnet import ModifiedResNet
 from clip_base.weights.native import save_clip
+from regionclip import train_detector as training
 from regionclip import train_rpn as rpn
-from regionclip.boxes import iou
-from regionclip.detector import Detector, load_detector
+from regionclip.boxes import encode_deltas, iou
+from regionclip.detector import DELTA_WEIGHTS, Detector, DetectorConfig, load_detector, save_detector
+from regionclip.proposals.base import ImageKey
+from regionclip.proposals.network import ProposalNetworkConfig
 from regionclip.structures import RegionBatch, Regions
-from regionclip.train_detector import DetectorTask, TrainDetectorConfig, sample_regions
+from regionclip.train_detector import (
+    DetectorTask,
+    TrainDetectorConfig,
+    proposal_network,
+    repeat_factors,
+    sample_regions,
+)
+from regionclip.transforms import Frame
+from regionclip.vocabulary import Vocabulary
 
 Command = Callable[..., tuple[int, str]]
 
@@ -40,8 +54,8 @@ TRAINING = [
 ]
 
 
-def config(**options: object) -> TrainDetectorConfig:
-    return TrainDetectorConfig("a", "i", weights="w", rpn="r", out="o", **options)  # type: ignore[arg-type]
+def config(network_file: str = "r", **options: object) -> TrainDetectorConfig:
+    return TrainDetectorConfig("a", "i", weights="w", rpn=network_file, out="o", **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +146,7 @@ def test_only_what_may_move_moves(trained: Path, clip_file: Path, rpn_file: Path
         allowed = tuple(f"visual.{name}." for name in ("layer2", "layer3", "layer4", "attnpool"))
         assert all(key.startswith(allowed) and "bn" not in key for key in moved), sorted(moved)
         assert bool(moved) == (prefix == "clip.")
-    assert bool(after["box_head.bias"].any())
+    assert bool(after["box_head.moves.bias"].any())
 
 
 def test_the_file_names_the_base_classes(trained: Path, world: Path) -> None:
@@ -223,20 +237,210 @@ def test_images_without_boxes_give_background_only() -> None:
     assert len(regions) == 32
 
 
-def test_the_classification_loss_is_the_naive_sum(make_detector: Callable[..., Detector]) -> None:
-    task = DetectorTask(
-        make_detector(),
-        F.normalize(torch.randn(3, 32), dim=1),
-        config(background_weight=0.2, focal=0.5),
-    )
-    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
-    labels = torch.tensor([0, 3, 2, 3, 1, 3])
-    total = 0.0
+def naive_classification(logits: Tensor, labels: Tensor, weight: float, focal: float) -> tuple[float, float]:
+    """The sum of the weighted losses, and the sum of the weights."""
+    total = weights = 0.0
     for row, label in enumerate(labels.tolist()):
-        share = float(logits[row].softmax(0)[label])
-        loss = -((1 - share) ** 0.5) * torch.tensor(share).log().item()
-        total += loss * (0.2 if label == 3 else 1.0)
-    assert float(task._classification(logits, labels)) == pytest.approx(total / 6, rel=1e-4)
+        share = float(logits[row].double().softmax(0)[label])
+        mine = weight if label == logits.shape[1] - 1 else 1.0
+        total -= mine * (1 - share) ** focal * math.log(share)
+        weights += mine
+    return total, weights
+
+
+LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+LABELS = torch.tensor([0, 3, 2, 3, 1, 3])
+
+
+def task_of(detector: Detector, **options: object) -> DetectorTask:
+    return DetectorTask(detector, F.normalize(torch.randn(3, 32), dim=1), config(**options))
+
+
+def test_the_classification_loss_is_the_naive_sum(make_detector: Callable[..., Detector]) -> None:
+    task = task_of(make_detector(), background_weight=0.2, focal=0.5)
+    total, _ = naive_classification(LOGITS, LABELS, 0.2, 0.5)
+    assert float(task._classification(LOGITS, LABELS)) == pytest.approx(total / 6, rel=1e-4)
+
+
+def test_without_focal_scaling_the_mean_is_weighted(make_detector: Callable[..., Detector]) -> None:
+    task = task_of(make_detector(), background_weight=0.8, focal=0.0)
+    total, weights = naive_classification(LOGITS, LABELS, 0.8, 0.0)
+    assert float(task._classification(LOGITS, LABELS)) == pytest.approx(total / weights, rel=1e-5)
+    wanted = F.cross_entropy(LOGITS, LABELS, weight=torch.tensor([1, 1, 1, 0.8]))
+    torch.testing.assert_close(task._classification(LOGITS, LABELS), wanted)
+
+
+def test_regions_that_are_surely_right_give_finite_gradients(make_detector: Callable[..., Detector]) -> None:
+    logits = torch.tensor([[90.0, 0, 0, 0], [0, 0, 0, 90], [0, 90, 0, 0]], requires_grad=True)
+    task_of(make_detector(), focal=0.5)._classification(logits, torch.tensor([0, 3, 2])).backward()
+    assert logits.grad is not None
+    assert bool(logits.grad.isfinite().all())
+    assert bool(logits.grad[2].abs().sum() > 0)
+
+
+def test_boxes_are_regressed_by_absolute_differences_of_objects_alone(
+    make_detector: Callable[..., Detector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proposals, truth = proposals_and_truth()
+    detector = make_detector()
+    task = task_of(detector, rois=16, box_weight=2.0)
+    sampled: list[tuple[Regions, Tensor]] = []
+
+    def sample(*given: Any) -> tuple[Regions, Tensor]:
+        sampled.append(sample_regions(*given))
+        return sampled[-1]
+
+    monkeypatch.setattr(training, "sample_regions", sample)
+    monkeypatch.setattr(detector, "propose", lambda *_: proposals)
+    batch = RegionBatch(ImageBatch.whole(torch.zeros(2, 3, 160, 160)), truth)
+    loss = task(batch)["box"]
+    (regions, targets) = sampled[0]
+    assert regions.labels is not None
+    total = 0.0
+    for row in (regions.labels < 3).nonzero()[:, 0].tolist():
+        one = slice(row, row + 1)
+        _, moves = detector.heads(detector.stages(batch.images)[-1], regions[one])
+        wanted = encode_deltas(regions.boxes[one], targets[one], DELTA_WEIGHTS)
+        assert moves is not None
+        total += float((moves - wanted).abs().sum().detach())
+    assert float(loss.detach()) == pytest.approx(2 * total / len(regions), rel=1e-3)
+
+
+def test_repeat_factors_are_those_of_the_rarest_category() -> None:
+    images = [torch.tensor(labels, dtype=torch.int64) for labels in ([0, 0, 2], [0], [0, 1], [])]
+    factors = repeat_factors([*images, *[images[1]] * 96], 0.04)
+    # Categories 1 and 2 are each in 1 of 100 images: sqrt(0.04 / 0.01) = 2; category 0 is in 99.
+    assert factors.tolist() == pytest.approx([2, 1, 2, 1] + [1] * 96)
+    assert repeat_factors(images, 0.0).tolist() == [1] * 4
+    assert repeat_factors([images[3]], 0.5).tolist() == [1]
+
+
+def test_images_of_rare_categories_are_shown_more_often(
+    options: list[str], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Tensor | None] = []
+
+    def fit_on(data: Any, task: Any, train: Any, run: Any, weights: Tensor | None = None) -> int:
+        given.append(weights)
+        return 0
+
+    monkeypatch.setattr(training, "fit_on", fit_on)
+    monkeypatch.setattr(training, "last_loss", lambda path: None)
+    for threshold in (0.0, 1.0):
+        out = tmp_path / str(threshold)
+        assert (
+            main_regionclip(["train-detector", *options, f"repeat_threshold={threshold}", f"out={out}"]) == 0
+        )
+    plain, repeated = given
+    assert plain is None
+    assert repeated is not None
+    assert len(repeated) == read_json(tmp_path / "1.0" / "metrics.json")["images"]
+    assert float(repeated.max()) > 1.5
+
+
+def test_a_learnt_background_moves_and_a_zero_one_stays(
+    options: list[str], trained: Path, tmp_path: Path
+) -> None:
+    assert not read_weights(trained / "model.safetensors")[0]["background"].any()
+    assert main_regionclip(["train-detector", *options, "background=learnt", f"out={tmp_path / 'o'}"]) == 0
+    learnt = read_weights(tmp_path / "o" / "model.safetensors")[0]["background"]
+    assert float(learnt.norm()) > 0
+    detector, _ = load_detector(tmp_path / "o" / "model.safetensors")
+    assert detector.background is not None
+    assert torch.equal(detector.background.detach(), learnt)
+    regions = F.normalize(torch.randn(5, 32), dim=1)
+    logits = detector.logits(regions, torch.zeros(0, 32), True)
+    torch.testing.assert_close(logits[:, 0].detach(), detector.scale * regions @ learnt)
+
+
+def test_the_published_head_is_trained_and_comes_back(options: list[str], tmp_path: Path) -> None:
+    assert main_regionclip(["train-detector", *options, "boxes=embedding", f"out={tmp_path / 'o'}"]) == 0
+    detector, _ = load_detector(tmp_path / "o" / "model.safetensors")
+    assert detector.boxes == "embedding"
+    images = ImageBatch.whole(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    regions = Regions(torch.tensor([[0.0, 0, 40, 40], [10, 10, 60, 50]]), torch.tensor([0, 0]))
+    detector.set_vocabulary(Vocabulary(("cup",), F.normalize(torch.ones(1, 32), dim=1)))
+    _, boxes = detector.classify(images, regions, background=True)
+    assert boxes.shape == (2, 4)
+    assert float((boxes - regions.boxes).abs().min()) > 0
+
+
+@pytest.fixture(scope="module")
+def shared(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A detector whose proposals come from its own trunk."""
+    out = tmp_path_factory.mktemp("shared") / "out"
+    others = [option for option in options if not option.startswith("rpn=")]
+    assert (
+        main_regionclip(["train-detector", *others, "rpn=shared", "network.channels=16", f"out={out}"]) == 0
+    )
+    return out
+
+
+def test_on_a_shared_trunk_both_are_trained_and_stored_once(shared: Path, clip_file: Path) -> None:
+    lines = [json.loads(line) for line in (shared / "log.jsonl").read_text().splitlines()]
+    assert all(line["objectness"] > 0 and line["proposal"] >= 0 for line in lines)
+    after, before = read_weights(shared / "model.safetensors")[0], read_weights(clip_file)[0]
+    assert not torch.equal(after["clip.visual.layer3.0.conv1.weight"], before["visual.layer3.0.conv1.weight"])
+    assert any(key.startswith("network.") for key in after)
+    assert not any(key.startswith("network.") and "layer" in key and ".conv" in key for key in after)
+    assert torch.equal(after["clip.visual.layer1.0.conv1.weight"], before["visual.layer1.0.conv1.weight"])
+
+
+def test_the_proposal_loss_reaches_the_shared_trunk(make_clip: Callable[..., CLIP]) -> None:
+    task = shared_task(make_clip())
+    losses = task(batch_of_two())
+    (losses["objectness"] + losses["proposal"]).backward()
+    visual = task.detector.clip.visual
+    assert isinstance(visual, ModifiedResNet)
+    gradient = visual.layer3[0].conv1.weight.grad
+    assert gradient is not None
+    assert bool(gradient.any())
+    assert task.detector.network is not None
+    assert all(parameter.grad is not None for parameter in task.detector.network.rpn.parameters())
+
+
+def shared_task(clip: CLIP) -> DetectorTask:
+    sizes = ProposalNetworkConfig(channels=16)
+    network = proposal_network(config("shared", network=sizes), clip)
+    detector = Detector(clip, DetectorConfig(proposals=20), network, trained=True)
+    return task_of(detector, rois=16, proposals=20).train()
+
+
+def batch_of_two() -> RegionBatch:
+    boxes = torch.tensor([[0.0, 0, 20, 20], [30, 30, 60, 60], [5, 5, 50, 40]])
+    regions = Regions(boxes, torch.tensor([0, 0, 1]), labels=torch.tensor([0, 1, 2]))
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return RegionBatch(ImageBatch.whole(images), regions)
+
+
+def test_a_shared_trunk_runs_once_an_image_in_training_and_detection(
+    make_clip: Callable[..., CLIP], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    stages = ModifiedResNet.stages
+
+    def counted(self: ModifiedResNet, images: Tensor) -> list[Tensor]:
+        calls.append(len(images))
+        return stages(self, images)
+
+    monkeypatch.setattr(ModifiedResNet, "stages", counted)
+    task, batch = shared_task(make_clip()), batch_of_two()
+    task(batch)
+    assert calls == [2]
+    detector = task.detector.eval()
+    detector.set_vocabulary(Vocabulary(("cup",), F.normalize(torch.ones(1, 32), dim=1)))
+    frames, keys = [Frame((64, 64), (64, 64))] * 2, [ImageKey(0, 64, 64), ImageKey(1, 64, 64)]
+    assert len(detector.detect_batch(batch.images, frames, keys)) == 2
+    assert calls == [2, 2]
+
+
+def test_a_shared_detector_finds_the_same_when_it_is_read_again(shared: Path, tmp_path: Path) -> None:
+    detector, base = load_detector(shared / "model.safetensors")
+    assert detector.shares_trunk
+    save_detector(detector, tmp_path / "again.safetensors", base)
+    again, _ = load_detector(tmp_path / "again.safetensors")
+    images = batch_of_two().images
+    torch.testing.assert_close(again.propose(images).boxes, detector.propose(images).boxes)
 
 
 def test_a_vit_is_refused(
@@ -262,6 +466,52 @@ def test_a_split_without_base_boxes_says_so(
     )
     assert code == 2
     assert "nothing to train on" in told
+
+
+def replaced(options: list[str], **changes: object) -> list[str]:
+    kept = [option for option in options if option.partition("=")[0] not in changes]
+    return [*kept, *(f"{name}={value}" for name, value in changes.items())]
+
+
+def test_images_without_any_box_train_the_background_alone(
+    world: Path, options: list[str], tmp_path: Path, regionclip: Command
+) -> None:
+    content: dict[str, Any] = read_json(world / "instances_train.json")
+    write_json(tmp_path / "none.json", {**content, "annotations": []})
+    out = tmp_path / "out"
+    given = replaced(options, annotations=tmp_path / "none.json", keep_empty=True, repeat_threshold=0.5)
+    assert regionclip("train-detector", *given, f"out={out}")[0] == 0
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert all(line["box"] == 0 and line["classification"] > 0 for line in lines)
+
+
+def test_a_loss_that_is_not_a_number_names_the_step_and_the_images(
+    options: list[str], tmp_path: Path, regionclip: Command
+) -> None:
+    out = tmp_path / "out"
+    code, told = regionclip("train-detector", *options, "box_weight=.nan", f"out={out}")
+    assert code == 2
+    assert "the loss is not finite at step 1" in told
+    assert "box nan" in told
+    assert len(read_json(out / "not_finite.json")["samples"]) == 4
+    assert not (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [(["cup", "no such thing"], "no such thing"), (["cup", "cup"], "cup")],
+    ids=["a name that the annotations lack", "a name twice"],
+)
+def test_a_split_that_does_not_fit_is_refused(
+    options: list[str], tmp_path: Path, regionclip: Command, base: list[str], told: str
+) -> None:
+    write_json(tmp_path / "split.json", {"base": base, "novel": []})
+    code, error = regionclip(
+        "train-detector", *replaced(options, split=tmp_path / "split.json"), f"out={tmp_path / 'out'}"
+    )
+    assert code == 2
+    assert told in error
+    assert error.count("\n") == 1
 
 
 def test_shares_outside_their_range_are_refused() -> None:

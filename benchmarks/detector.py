@@ -1,0 +1,362 @@
+"""Detection in bf16 against fp32, where its time goes, and suppression against plain loops, in one run.
+
+    python benchmarks/detector.py --write docs/benchmarks.md
+    python benchmarks/detector.py --weights detector/model.safetensors \\
+        --annotations world/instances_val.json --images world/images \\
+        --split world/split.json --write docs/benchmarks.md
+
+The sizes are the published ones: RN50, its own frozen C4 proposal network on a ResNet-50, images of 800 x
+1333 pixels. The weights are random; how fast a network is does not depend on them. With `--weights` and
+annotated images the AP of both precisions is measured too.
+"""
+
+# N regions of a batch, C names
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import io
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rounds import Row, alternate, command, compare, machine, markdown, put, shown, versions
+from torch import Tensor
+
+from clip_base.batch import ImageBatch
+from clip_base.files import read_json
+from clip_base.models import zoo
+from clip_base.models.clip import CLIP
+from clip_base.train import autocast, computes_in_bf16
+from regionclip.boxes import decode_deltas, iou, soft_nms
+from regionclip.detector import DELTA_WEIGHTS, Detector, DetectorConfig
+from regionclip.evaluate import EvaluateConfig, evaluate
+from regionclip.proposals.base import ImageKey
+from regionclip.proposals.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.scoring import score, select
+from regionclip.structures import Regions
+from regionclip.transforms import Frame
+from regionclip.vocabulary import Vocabulary
+
+C4 = ProposalNetworkConfig(
+    backbone="resnet50",
+    design="c4",
+    strides=[16],
+    anchor_sizes=[32.0, 64.0, 128.0, 256.0, 512.0],
+    pre_nms=6000,
+    merge_levels=False,
+)
+PARTS = ("trunk", "proposals", "region head", "classifier", "suppression")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="RN50")
+    parser.add_argument("--size", type=int, nargs=2, default=[800, 1333], metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--classes", type=int, nargs="+", default=[65, 1203])
+    parser.add_argument("--proposals", type=int, nargs="+", default=[300, 1000])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--weights", type=Path, help="a trained detector, for the AP of both precisions")
+    parser.add_argument("--annotations", type=Path, help="instances_*.json to measure AP on")
+    parser.add_argument("--images", type=Path, help="folder of its images")
+    parser.add_argument("--split", default="", help="coco, lvis, or a file with base and novel names")
+    parser.add_argument("--only", nargs="+", choices=["detection", "suppression", "ap"])
+    parser.add_argument("--quick", action="store_true", help="one round on little input: does it run?")
+    parser.add_argument("--write", type=Path, help="Markdown page whose detector section takes the tables")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    if options.quick:
+        options.rounds, options.size, options.proposals = 1, [128, 160], [10, 20]
+    parts = options.only or ["detection", "suppression", "ap"]
+    rows: list[Row] = []
+    shares: list[str] = []
+    if "detection" in parts:
+        rows, shares = detection(options)
+    if "suppression" in parts:
+        rows += suppression(options)
+    if "ap" in parts and options.weights:
+        rows += average_precision(options)
+    text = "\n\n".join([markdown(rows), *(["\n".join(shares)] if shares else [])])
+    print(text)
+    if options.write:
+        put(options.write, "detector", described(text, options))
+
+
+def described(tables: str, options: argparse.Namespace) -> str:
+    """Returns the tables with the machine, the versions and the command."""
+    kind = machine(options.threads)
+    if options.device == "cuda":
+        kind = f"{torch.cuda.get_device_name()}; {kind}"
+    height, width = options.size
+    facts = f"Machine: {kind}.\nVersions: {versions('torch', 'torchvision')}.\n"
+    facts += f"{options.model}, images of {height} x {width} pixels, batch {options.batch}; "
+    facts += f"median of {options.rounds} alternating round{'s' * (options.rounds > 1)}."
+    return f"{facts}\n\n    {command()}\n\n{tables}"
+
+
+def make_detector(options: argparse.Namespace, shared: bool) -> Detector:
+    """Returns a detector with random weights, with the published network or with one on its own trunk."""
+    torch.manual_seed(0)
+    clip = CLIP(zoo.config(options.model))
+    sizes, trunk = C4, None
+    if shared:
+        sizes = ProposalNetworkConfig(
+            vision=clip.config.vision,
+            share_trunk=True,
+            design="c4",
+            strides=[16],
+            anchor_sizes=C4.anchor_sizes,
+            pre_nms=C4.pre_nms,
+            merge_levels=False,
+        )
+        trunk = clip.visual
+    network: Any = ProposalNetwork(sizes, trunk)  # type: ignore[arg-type]
+    # The anchors themselves are proposed: random moves leave hardly a box that no other hides.
+    torch.nn.init.zeros_(network.rpn.head.bbox_pred.weight)
+    config = DetectorConfig(proposals=options.proposals[0], temperature=0.01)
+    detector = Detector(clip, config, network, trained=True)
+    return detector.eval().to(options.device).to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def spread(detector: Detector, images: ImageBatch) -> None:
+    """Takes out what all regions' embeddings share, so that different names win as with trained weights."""
+    stages = detector.stages(images)
+    embeddings, _ = detector.heads(stages[-1], detector.propose(images, stages, 50))
+    visual: Any = detector.clip.visual
+    visual.attnpool.c_proj.bias -= embeddings.mean(0)
+
+
+def vocabulary_of(size: int, width: int) -> Vocabulary:
+    generator = torch.Generator().manual_seed(0)
+    embeddings = F.normalize(torch.randn(size, width, generator=generator), dim=1)
+    return Vocabulary(tuple(f"thing {number}" for number in range(size)), embeddings)
+
+
+def detection(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
+    """Compares precisions and designs, and tells where the time goes in the faster precision."""
+    device = torch.device(options.device)
+    wait: Callable[[], object] = torch.cuda.synchronize if options.device == "cuda" else lambda: None
+    height, width = options.size
+    generator = torch.Generator().manual_seed(0)
+    images = ImageBatch.pad([torch.randn(3, height, width, generator=generator)] * options.batch, 32)
+    images = images.to(device)
+    frames = [Frame((height, width), (height, width))] * options.batch
+    keys = [ImageKey(slot, height, width) for slot in range(options.batch)]
+    designs = {"two backbones": make_detector(options, False), "one backbone": make_detector(options, True)}
+    rows: list[Row] = []
+    shares = ["| share of the time | classes | proposals | s/image | " + " | ".join(PARTS) + " |"]
+    shares.append("|---" * (4 + len(PARTS)) + "|")
+    precisions = ["bf16", "fp32"] if computes_in_bf16(device) else ["fp32"]
+    for detector in designs.values():
+        spread(detector, images)
+    for proposals in options.proposals:
+        for classes in options.classes:
+            works: dict[str, Callable[[], object]] = {}
+            for design, detector in designs.items():
+                detector.config.proposals = proposals
+                detector.config.detections = 300 if classes > 1000 else 100
+                detector.set_vocabulary(vocabulary_of(classes, detector.clip.config.embed_dim))
+                for precision in precisions:
+                    works[f"{design} {precision}"] = functools.partial(
+                        detect, detector, precision, images, frames, keys
+                    )
+            seconds = alternate(works, options.rounds, wait)
+            task = f"detection, {classes:,} classes, {proposals:,} proposals"
+            best = precisions[0]
+            for design in designs:
+                taken = {"ours": seconds[f"{design} {best}"]}
+                if "bf16" in precisions:
+                    taken["ours in fp32"] = seconds[f"{design} fp32"]
+                if design == "one backbone":
+                    taken["two backbones"] = seconds[f"two backbones {best}"]
+                rows += compare(f"{task}, {design}", "images/s", options.batch, taken)
+            for design, detector in designs.items():
+                parts = time_parts(detector, best, images, frames, options.rounds, wait)
+                shares.append(share_row(f"{design}, {best}", classes, proposals, parts, options.batch))
+    return rows, shares
+
+
+def detect(
+    detector: Detector, precision: str, images: ImageBatch, frames: list[Frame], keys: list[ImageKey]
+) -> object:
+    with torch.inference_mode(), autocast(precision, images.pixels.device):
+        return detector.detect_batch(images, frames, keys)
+
+
+@torch.inference_mode()
+def time_parts(
+    detector: Detector,
+    precision: str,
+    images: ImageBatch,
+    frames: list[Frame],
+    rounds: int,
+    wait: Callable[[], object],
+) -> dict[str, float]:
+    """Returns the median seconds of each part of a detection; each is fed what the one before it gave."""
+    context = functools.partial(autocast, precision, images.pixels.device)
+    with context():
+        stages = detector.stages(images)
+        regions = detector.propose(images, stages)
+        if len(regions) != len(frames) * detector.config.proposals:
+            raise SystemExit(f"{len(regions)} proposals, {detector.config.proposals} an image were asked for")
+        embeddings, moves = detector.heads(stages[-1], regions)
+    assert moves is not None
+    boxes, scores = classify(detector, regions, embeddings, moves)
+
+    def inside(work: Callable[[], object]) -> Callable[[], object]:
+        def run() -> object:
+            with torch.inference_mode(), context():
+                return work()
+
+        return run
+
+    works = {
+        "trunk": inside(lambda: detector.stages(images)),
+        "proposals": inside(lambda: detector.propose(images, stages)),
+        "region head": inside(lambda: detector.heads(stages[-1], regions)),
+        "classifier": lambda: classify(detector, regions, embeddings, moves),
+        "suppression": lambda: [
+            select(boxes[mine], scores[mine], detector.config)
+            for mine in (regions.image_index == slot for slot in range(len(frames)))
+        ],
+    }
+    return {name: statistics.median(taken) for name, taken in alternate(works, rounds, wait).items()}
+
+
+@torch.inference_mode()
+def classify(
+    detector: Detector, regions: Regions, embeddings: Tensor, moves: Tensor
+) -> tuple[Tensor, Tensor]:
+    probabilities = detector.logits(embeddings, detector.classifier, True).softmax(1)[:, :-1]
+    boxes = decode_deltas(regions.boxes, moves, DELTA_WEIGHTS)
+    return boxes, score(regions, probabilities, detector.alpha, detector.config.fusion)
+
+
+def share_row(design: str, classes: int, proposals: int, parts: dict[str, float], batch: int) -> str:
+    whole = sum(parts.values())
+    cells = " | ".join(f"{parts[name] / whole:.1%}" for name in PARTS)
+    return f"| {design} | {classes:,} | {proposals:,} | {shown(whole / batch)} | {cells} |"
+
+
+def suppression(options: argparse.Namespace) -> list[Row]:
+    """Compares soft-NMS of 20,000 boxes in 65 classes with a loop that takes one box after the other."""
+    count = 2_000 if options.quick else 20_000
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(count, 2, generator=generator) * 600
+    boxes = torch.cat([corners, corners + 1 + torch.rand(count, 2, generator=generator) * 300], 1)
+    scores = torch.rand(count, generator=generator)
+    labels = torch.randint(65, (count,), generator=generator)
+    arrays = boxes.numpy(), scores.numpy(), labels.numpy()
+    looped = soft_nms_loop(*arrays)
+    kept, values = soft_nms(boxes, scores, labels)
+    same = len(looped) == len(kept) and all(
+        abs(looped[index] - value) < 1e-5 for index, value in zip(kept.tolist(), values.tolist(), strict=True)
+    )
+    note = "the same result" if same else "ANOTHER RESULT"
+    works: dict[str, Callable[[], object]] = {
+        "ours": lambda: soft_nms(boxes, scores, labels),
+        "a PyTorch loop over all boxes": lambda: soft_nms_of_all(boxes, scores, labels),
+        "a NumPy loop, class by class": lambda: soft_nms_loop(*arrays),
+    }
+    seconds = alternate(works, options.rounds)
+    rows = compare(f"soft-NMS, {count:,} boxes, 65 classes", "boxes/s", count, seconds, note)
+    best = {**works, "ours": lambda: soft_nms(boxes, scores, labels, limit=100)}
+    seconds = alternate(best, options.rounds)
+    return rows + compare("the same, the best 100", "boxes/s", count, seconds)
+
+
+def soft_nms_of_all(boxes: Tensor, scores: Tensor, labels: Tensor) -> dict[int, float]:
+    """Soft-NMS as detectors commonly have it: classes moved apart, the best box of all taken at each step."""
+    kept: dict[int, float] = {}
+    index, left = torch.arange(len(boxes)), scores.clone()
+    apart = boxes + (labels * (boxes.max() + 1))[:, None]
+    while len(left):
+        best = int(left.argmax())
+        kept[int(index[best])] = float(left[best])
+        left = left * (-(iou(apart[best : best + 1], apart)[0] ** 2) / 0.5).exp()
+        stays = left >= 0.001
+        stays[best] = False
+        index, apart, left = index[stays], apart[stays], left[stays]
+    return kept
+
+
+def soft_nms_loop(
+    boxes: np.ndarray[Any, Any], scores: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]
+) -> dict[int, float]:
+    """Soft-NMS as its paper writes it (arXiv 1704.04503, figure 2), a class at a time, with NumPy's rows."""
+    kept: dict[int, float] = {}
+    for label in np.unique(labels):
+        index = np.flatnonzero(labels == label)
+        mine, left = boxes[index], scores[index].copy()
+        while len(left):
+            best = int(left.argmax())
+            box, kept[int(index[best])] = mine[best], float(left[best])
+            width = np.minimum(box[2], mine[:, 2]) - np.maximum(box[0], mine[:, 0])
+            height = np.minimum(box[3], mine[:, 3]) - np.maximum(box[1], mine[:, 1])
+            shared = width.clip(0) * height.clip(0)
+            areas = (mine[:, 2] - mine[:, 0]) * (mine[:, 3] - mine[:, 1])
+            left *= np.exp(-((shared / (areas + areas[best] - shared)) ** 2) / 0.5)
+            stays = left >= 0.001
+            stays[best] = False
+            index, mine, left = index[stays], mine[stays], left[stays]
+    return kept
+
+
+def average_precision(options: argparse.Namespace) -> list[Row]:
+    """Compares AP of the given detector in both precisions."""
+    found: dict[str, dict[str, float]] = {}
+    for precision in ("bf16", "fp32"):
+        with tempfile.TemporaryDirectory() as folder, silence():
+            evaluate(
+                EvaluateConfig(
+                    annotations=str(options.annotations),
+                    images=str(options.images),
+                    weights=str(options.weights),
+                    split=options.split,
+                    out=f"{folder}/out",
+                    precision=precision,
+                    device=options.device,
+                )
+            )
+            found[precision] = read_json(Path(folder) / "out" / "metrics.json")
+    rows = []
+    for name in ("AP", "AP50", "AP50_novel"):
+        if name in found["fp32"]:
+            ours, theirs = (100 * found[precision][name] for precision in ("bf16", "fp32"))
+            ratio = ours / theirs if theirs else float("nan")
+            rows.append(
+                Row(
+                    f"{name} of {options.weights.name}",
+                    "fp32",
+                    "%",
+                    ours,
+                    theirs,
+                    [ratio],
+                    f"{ours - theirs:+.2f}",
+                )
+            )
+    return rows
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -13,6 +13,7 @@ import numpy as np
 
 from clip_base.errors import InputError
 from clip_base.files import read_json
+from clip_base.plugins import nearest
 
 
 def read_instances(path: str | Path) -> dict[str, Any]:
@@ -53,6 +54,22 @@ def category_ids_by_name(entries: Sequence[dict[str, Any]], path: str | Path) ->
             raise InputError(f"{path}: two categories are called {name!r}; merge them or rename one")
         names[category] = name
     return {names[category]: category for category in sorted(names)}
+
+
+def image_ids(content: dict[str, Any], path: str | Path) -> set[int]:
+    """Returns the ids of the images; one without a whole number for an id: InputError."""
+    wrong = next((place for place, entry in enumerate(content["images"]) if not is_id(entry.get("id"))), None)
+    if wrong is not None:
+        raise InputError(
+            f"{path}: images[{wrong}] needs a whole number 'id', found {content['images'][wrong]!r:.120}"
+        )
+    return {entry["id"] for entry in content["images"]}
+
+
+def frequencies(entries: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """Returns LVIS's `frequency` of each category ("f", "c", "r"; "" without one), in order of id."""
+    ordered = sorted(entries, key=lambda entry: int(entry["id"]))
+    return tuple(str(entry.get("frequency") or "") for entry in ordered)
 
 
 def is_id(value: Any) -> TypeGuard[int]:
@@ -145,7 +162,19 @@ def repeated_annotations(
 def read_results(
     results: str | Path | Sequence[dict[str, Any]], image_ids: set[int], where: str
 ) -> list[dict[str, Any]]:
-    """Returns the entries reduced to the fields that count."""
+    """Returns the entries reduced to the fields that count: image_id, category_id, bbox and score.
+
+    Whole numbers may be written as 7, 7.0 or, for images, "7". An entry with a mask and no box has the box
+    around its mask. An entry's own `id`, and whatever else it holds, has no meaning.
+
+    Args:
+        results: a results file (`.gz` too) or its content.
+        image_ids: the images of the annotations.
+        where: the annotations' name, for messages.
+
+    Raises:
+        InputError: a malformed entry, or one in an image that the annotations do not have.
+    """
     source = "results" if isinstance(results, Sequence) and not isinstance(results, str) else str(results)
     content = read_json(results, "results file") if isinstance(results, str | Path) else results
     if not isinstance(content, Sequence) or isinstance(content, str):
@@ -156,8 +185,8 @@ def read_results(
     checked, strangers = [], 0
     for place, entry in enumerate(content):
         try:
-            box, score = [float(value) for value in entry["bbox"]], float(entry["score"])
-            image, category = entry["image_id"], int(entry["category_id"])
+            box, score = [float(value) for value in _box_of(entry)], float(entry["score"])
+            image, category = _whole(entry["image_id"]), _whole(entry["category_id"])
         except (KeyError, TypeError, ValueError) as error:
             missing = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise InputError(
@@ -177,3 +206,64 @@ def read_results(
             f"first image_id {first!r}; evaluate against the annotations of the images that were detected in"
         )
     return checked
+
+
+def _box_of(entry: dict[str, Any]) -> Sequence[float]:
+    if "bbox" in entry or not isinstance(entry.get("segmentation"), dict):
+        box: Sequence[float] = entry["bbox"]
+        return box
+    from pycocotools import mask
+
+    try:
+        around: list[float] = mask.toBbox(entry["segmentation"]).tolist()
+    except (KeyError, TypeError, ValueError):
+        raise ValueError("no bbox, and the segmentation is no run-length code with size and counts") from None
+    return around
+
+
+def _whole(value: Any) -> int:
+    """Returns the whole number that 7, 7.0 and "7" stand for."""
+    if is_id(value):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.strip().isdecimal():
+        return int(value)
+    raise ValueError(f"{value!r} is no whole number")
+
+
+def numbered_by(
+    entries: Sequence[dict[str, Any]], names: Sequence[str], first: int, ids: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """Returns results whose category ids count the classes of a list, with the annotations' ids instead.
+
+    Args:
+        entries: results.
+        names: the class list; "sports ball" also means a category "sports_ball".
+        first: the number of the list's first class: 0 or 1.
+        ids: the annotations' category ids by name.
+
+    Returns:
+        The entries of classes that the annotations have.
+
+    Raises:
+        InputError: a number outside the list, or a list of which the annotations have no name.
+    """
+    known = {name.replace("_", " "): category for name, category in ids.items()}
+    new_ids = [known.get(name.replace("_", " ")) for name in names]
+    if not any(category is not None for category in new_ids):
+        raise InputError(
+            f"result_classes: none of its {len(names)} names, such as {names[0]!r}, is a category of the "
+            f"annotations; {nearest(names[0], list(ids))}"
+        )
+    renumbered = []
+    for entry in entries:
+        place = entry["category_id"] - first
+        if not 0 <= place < len(names):
+            raise InputError(
+                f"results: category id {entry['category_id']} does not count {len(names)} classes from "
+                f"{first} on; give another result_classes= or result_first={1 - first}"
+            )
+        if new_ids[place] is not None:
+            renumbered.append({**entry, "category_id": new_ids[place]})
+    return renumbered

@@ -28,6 +28,7 @@ from regionclip.boxes import clip_boxes, xywh_to_xyxy
 from regionclip.coco import (
     annotation_columns,
     category_ids_by_name,
+    frequencies,
     image_fields,
     read_instances,
     repeated_annotations,
@@ -86,6 +87,7 @@ class CocoDetection(Sequence[Record]):
     Attributes:
         categories: names, by label.
         category_ids: the file's category ids, by label.
+        frequencies: LVIS's "f", "c" or "r", by label; "" where the file does not say.
         problems: what was left out or mended, counted.
         missing: annotated pictures that are not in the folder; their records are left out.
 
@@ -108,12 +110,13 @@ class CocoDetection(Sequence[Record]):
         ids = category_ids_by_name(content["categories"], path)
         self.categories: tuple[str, ...] = tuple(ids)
         self.category_ids: tuple[int, ...] = tuple(ids.values())
+        self.frequencies = frequencies(content["categories"])
         records = self._images(content["images"], path, None if images is None else Path(images))
         self._records = self._with_boxes(records, content["annotations"], path)
         if categories is not None:
             chosen = self.restrict(categories, keep_empty)
             self.categories, self.category_ids = chosen.categories, chosen.category_ids
-            self._records = chosen._records
+            self.frequencies, self._records = chosen.frequencies, chosen._records
         elif not keep_empty:
             self._records = [record for record in self._records if not _is_empty(record)]
 
@@ -157,18 +160,20 @@ class CocoDetection(Sequence[Record]):
             kept = dataclasses.replace(record, labels=labels)._pick(labels >= 0)
             if keep_empty or not _is_empty(kept):
                 records.append(kept)
-        return self._derived(tuple(names), tuple(self.category_ids[label] for label in old_labels), records)
+        return self._derived(old_labels, records)
 
     def without_crowds(self) -> CocoDetection:
         """Returns the dataset with the boxes of single objects only: what training sees."""
         records = [record.without_crowds() for record in self._records]
-        return self._derived(self.categories, self.category_ids, records)
+        return self._derived(range(len(self.categories)), records)
 
-    def _derived(
-        self, categories: tuple[str, ...], category_ids: tuple[int, ...], records: list[Record]
-    ) -> CocoDetection:
+    def _derived(self, labels: Sequence[int], records: list[Record]) -> CocoDetection:
+        """Returns a dataset of these records and of the categories that had these labels."""
         derived = object.__new__(CocoDetection)
-        derived.categories, derived.category_ids, derived._records = categories, category_ids, records
+        derived.categories = tuple(self.categories[label] for label in labels)
+        derived.category_ids = tuple(self.category_ids[label] for label in labels)
+        derived.frequencies = tuple(self.frequencies[label] for label in labels)
+        derived._records = records
         derived.problems, derived.missing = dict(self.problems), list(self.missing)
         return derived
 
@@ -185,6 +190,8 @@ class CocoDetection(Sequence[Record]):
 
     def _images(self, entries: list[dict[str, Any]], path: Path, folder: Path | None) -> list[Record]:
         """Returns records without boxes yet."""
+        if not entries:
+            raise InputError(f"annotations file {path} lists no images, so that its boxes lie in none")
         if folder is not None:
             existing(folder, "images folder")
         records: dict[int, Record] = {}
@@ -268,7 +275,9 @@ def _is_empty(record: Record) -> bool:
     return not bool((~record.iscrowd).any())
 
 
-def load_image(path: str | Path, size: tuple[int, int] | None = None, upright: bool = False) -> Tensor:
+def load_image(
+    path: str | Path, size: tuple[int, int] | None = None, upright: bool = False, least: int = 0
+) -> Tensor:
     """Returns a picture as [3, H, W] uint8 RGB, whatever its file holds (greyscale, CMYK, a palette).
 
     A camera may store a picture lying on its side with a note (EXIF) that says how to turn it. COCO's boxes
@@ -281,11 +290,12 @@ def load_image(path: str | Path, size: tuple[int, int] | None = None, upright: b
         size: (height, width) that the annotations state. Pixels are turned as EXIF says only when they then
             have this size and do not have it as stored.
         upright: turn the pixels as EXIF says; for pictures that come without annotations.
+        least: read a JPEG at a reduced size, see `decode`; not together with `size`.
 
     Raises:
         InputError: the file is missing, does not decode, or has another size than annotated.
     """
-    pixels = decode(path)
+    pixels = decode(path, least)
     if upright or (size is not None and pixels.shape[:2] != tuple(size)):
         pixels = _turned(pixels, _orientation(path))
     if size is not None and pixels.shape[:2] != tuple(size):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,27 @@ import torch
 from clip_base.checkpoint import read_weights
 from clip_base.config import REQUIRED, Part, option, part
 from clip_base.errors import InputError
-from clip_base.files import write_json, write_text
+from clip_base.files import existing, write_json, write_text
 from clip_base.progress import Progress
 from clip_base.run import RunFolder
-from clip_base.tokenizer import Tokenizer
 from clip_base.train import autocast, pick_device
 from clip_base.weights import load_clip
-from regionclip.coco import read_instances
+from regionclip.class_lists import parse_names
+from regionclip.coco import numbered_by, read_results
+from regionclip.confusion import judge
 from regionclip.datasets import CocoDetection
 from regionclip.detector import FORMAT as DETECTOR
 from regionclip.detector import Detector, DetectorConfig, load_detector
-from regionclip.evaluation import classification_accuracy, evaluate_detections
+from regionclip.evaluation import Protocol, classification_accuracy, evaluate_detections
+from regionclip.evaluation_page import write_page
 from regionclip.inference import RecordBatch, batches_of, build_proposer, write_skipped
 from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import Proposer
+from regionclip.proposals.truth import TruthProposer
+from regionclip.published.loading import load_published_detector, vocabulary_for
 from regionclip.splits import Split, load_split
 from regionclip.structures import Regions
 from regionclip.transforms import ResizeConfig
-from regionclip.vocabulary import embed
 
 PER_CLASS = ("name", "category_id", "novel", "boxes", "detections", "AP", "AP50")
 
@@ -41,15 +45,34 @@ class EvaluateConfig:
     """Options of the evaluation."""
 
     annotations: str = option(REQUIRED, "instances_*.json in COCO's form")
-    out: str = option(REQUIRED, "folder for metrics.json, per_class.csv and results.json", free=True)
-    results: str = option("", "a results file in COCO's form to evaluate; then no weights are needed")
-    split: str = option(
-        "", "coco, or a JSON file with base and novel names; empty: all categories, none novel"
+    out: str = option(
+        REQUIRED, "folder for metrics.json, per_class.csv, results.json and report.html", free=True
     )
-    images: str = option("", "folder that the annotations' file names are relative to")
-    weights: str = option("", "a detector, or a CLIP to evaluate without detector training")
+    results: str = option("", "a results file in COCO's form to evaluate; then no weights are needed")
+    result_classes: str = option(
+        "",
+        "class list that the results' category ids count, such as coco65 or a file with a name a line; "
+        "empty: they are the annotations' own ids",
+    )
+    result_first: int = option(0, "category id of that list's first class")
+    split: str = option(
+        "",
+        "coco, lvis, a JSON file with base and novel names, or class lists BASE.txt,NOVEL.txt; "
+        "empty: all categories, none novel",
+    )
+    compete: str = option(
+        "all",
+        "names that compete: all (the generalised setting), or only the split's base or novel ones",
+        choices=("all", "base", "novel"),
+    )
+    images: str = option(
+        "", "folder that the annotations' file names are relative to; with results= for the page's pictures"
+    )
+    weights: str = option("", "a detector (ours or RegionCLIP's), or a CLIP to evaluate without training")
     boxes: str = option(
-        "proposals", "what is named: proposals, truth (the true boxes), or the boxes of a results file"
+        "proposals",
+        "what is named: proposals; truth (the true boxes, the best five names of each); truth_suppressed "
+        "(the true boxes as proposals, as RegionCLIP's authors test); or the boxes of a results file",
     )
     proposer: Part = part(
         PROPOSERS, "none", "for a CLIP: where regions come from; none: a detector's own network"
@@ -63,8 +86,25 @@ class EvaluateConfig:
     templates: list[str] = option(
         ["a photo of {article} {}.", "{}"], "prompts, averaged; {} is the class name"
     )
+    embeddings: str = option(
+        "", "file of the class names' embeddings, such as RegionCLIP's .pth; empty: names are embedded"
+    )
+    text: str = option("", "CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none")
     resize: ResizeConfig = option(ResizeConfig(), "size of the images, for a CLIP or with own_settings=false")
-    max_detections: int = option(100, "detections an image that count; LVIS: 300")
+    protocol: str = option(
+        "auto",
+        "coco; lvis, the federated one; auto takes lvis when the annotations tell what was looked for",
+        choices=("auto", "coco", "lvis"),
+    )
+    evaluator: str = option(
+        "pycocotools",
+        "fast: faster-coco-eval, the same figures several times as fast (pip install 'regionclip[fast]')",
+        choices=("pycocotools", "fast"),
+    )
+    max_detections: int = option(
+        0, "best detections that count, of an image and category (LVIS: of an image); 0: 100 (LVIS: 300)"
+    )
+    report: bool = option(True, "write report.html: curves, confusions, pictures when images= is given")
     batch_size: int = option(8, "images at once")
     precision: str = option(
         "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
@@ -78,6 +118,17 @@ class EvaluateConfig:
             )
         if self.weights and not self.images:
             raise InputError("weights= needs images=DIR, the folder of the annotated images")
+        if self.compete != "all" and not self.split:
+            raise InputError(
+                f"compete={self.compete} needs split=, which says which names are {self.compete}"
+            )
+        if self.result_classes and not self.results:
+            raise InputError("result_classes= tells how results= are numbered; give results=FILE too")
+        if self.result_first not in (0, 1) or self.max_detections < 0:
+            raise InputError(
+                f"result_first={self.result_first} must be 0 or 1, "
+                f"max_detections={self.max_detections} not negative"
+            )
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -93,17 +144,45 @@ def evaluate(config: EvaluateConfig) -> None:
 
 def _measure(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
-    results = config.results
+    if config.images:
+        existing(config.images, "images folder")
+    truth = CocoDetection(config.annotations, None)
+    print(truth.report())
+    split = load_split(config.split, truth.categories, truth.frequencies) if config.split else None
+    names = truth.categories if split is None else split.competing(config.compete)
+    if not names:
+        raise InputError(f"compete={config.compete}: split {config.split} has no {config.compete} categories")
+    results: str | list[dict[str, Any]] = config.results
     if config.weights:
         results = str(run.path / "results.json")
-        metrics |= _detect(config, Path(results))
-    names = [str(entry["name"]) for entry in read_instances(config.annotations)["categories"]]
-    split = load_split(config.split, names) if config.split else None
-    evaluation = evaluate_detections(config.annotations, results, split, config.max_detections)
+        metrics |= _detect(config, split, names, Path(results))
+    elif config.result_classes:
+        ids = dict(zip(truth.categories, truth.category_ids, strict=True))
+        shown = {record.image_id for record in truth}
+        entries = read_results(config.results, shown, config.annotations)
+        results = numbered_by(entries, parse_names(config.result_classes), config.result_first, ids)
+    protocol = Protocol(config.protocol, config.evaluator, config.max_detections, config.compete)
+    evaluation = evaluate_detections(config.annotations, results, split, protocol)
     _write_per_class(run.path / "per_class.csv", evaluation.per_class)
     if evaluation.ignored:
         metrics["ignored_results"] = evaluation.ignored
-    return metrics | evaluation.metrics
+    metrics |= evaluation.metrics
+    if config.report or (config.results and metrics["AP50"] < DOUBTFUL):
+        judged = judge(truth.restrict(names), evaluation.counted)
+        if config.results and metrics["AP50"] < DOUBTFUL and judged.names_do_not_fit():
+            print(f"note: the boxes of {config.results} fit objects, the names hardly ever do; {_RENUMBER}")
+        if config.report:
+            images = Path(config.images) if config.images else None
+            paths = {record.image_id: record.path for record in truth}
+            write_page(run.path / "report.html", evaluation, judged, paths, images, metrics)
+    return metrics
+
+
+DOUBTFUL = 0.02
+_RENUMBER = (
+    "if its category ids count a class list, say which: result_classes=coco, coco65 or a file, "
+    "result_first=1 when they count from 1"
+)
 
 
 def _write_per_class(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -115,9 +194,15 @@ def _write_per_class(path: Path, rows: list[dict[str, Any]]) -> None:
     write_text(path, text.getvalue())
 
 
-def load_any(weights: str, config: DetectorConfig, own_settings: bool = True) -> Detector:
-    """Returns a detector from a detector's file, or a zero-shot one from a CLIP's."""
+def load_any(weights: str, config: DetectorConfig, own_settings: bool = True, text: str = "") -> Detector:
+    """Returns a detector from a detector's file, ours or RegionCLIP's, or a zero-shot one from a CLIP's."""
     is_ours = weights.endswith(".safetensors")
+    published = None if is_ours else load_published_detector(weights, None if own_settings else config, text)
+    if published is not None:
+        published.resize = published.resize if own_settings else None
+        return published
+    if text:
+        raise InputError(f"{weights} has a text tower of its own; drop text={text}")
     if is_ours and read_weights(weights)[1].get("format") == DETECTOR:
         detector = load_detector(weights, None if own_settings else config)[0]
         detector.resize = detector.resize if own_settings else None
@@ -125,26 +210,27 @@ def load_any(weights: str, config: DetectorConfig, own_settings: bool = True) ->
     return Detector(load_clip(weights), config).eval()
 
 
-def _detect(config: EvaluateConfig, results: Path) -> dict[str, Any]:
-    dataset = CocoDetection(config.annotations, config.images)
-    split = load_split(config.split, dataset.categories) if config.split else Split(dataset.categories, ())
-    dataset = dataset.restrict(split.all)
+def _detect(
+    config: EvaluateConfig, split: Split | None, names: Sequence[str], results: Path
+) -> dict[str, Any]:
+    whole = CocoDetection(config.annotations, config.images)
+    dataset = whole.restrict(names)
     device = pick_device(config.device)
-    detector = load_any(config.weights, config.detector, config.own_settings).to(device)
+    detector = load_any(config.weights, config.detector, config.own_settings, config.text).to(device)
     proposer: Proposer | None = None
     if config.proposer["name"] != "none":
         proposer = build_proposer(config.proposer, device)
+    elif config.boxes == "truth_suppressed":
+        proposer = TruthProposer(dataset)
     elif config.boxes not in ("proposals", "truth"):
         proposer = build_proposer({"name": "precomputed", "file": config.boxes}, device)
     elif config.boxes == "proposals" and detector.network is None:
         raise InputError(
             f"{config.weights} is a CLIP without a proposal network; give proposer.name=rpn, say"
         )
-    tokenizer = Tokenizer(detector.clip.config.text.context_length)
-    novel = torch.tensor(split.is_novel(split.all))
-    detector.set_vocabulary(
-        embed(detector.clip, tokenizer, split.all, config.templates, novel), config.weights
-    )
+    novel = torch.tensor(split.is_novel(names) if split else [False] * len(names))
+    vocabulary = vocabulary_for(detector, names, whole.categories, config.templates, novel, config.embeddings)
+    detector.set_vocabulary(vocabulary, config.weights)
     entries: list[dict[str, Any]] = []
     skipped: dict[int, str] = {}
     named: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -168,6 +254,12 @@ def _detect(config: EvaluateConfig, results: Path) -> dict[str, Any]:
     write_skipped(results.with_name("skipped.jsonl"), skipped)
     write_json(results, entries)
     metrics: dict[str, Any] = {"images": len(dataset) - len(skipped), "skipped": len(skipped)}
+    if dataset.missing:
+        metrics["missing"] = len(dataset.missing)
+        print(
+            f"note: {len(dataset.missing)} annotated images are not in {config.images}, first "
+            f"{dataset.missing[0].name}; their objects count as missed"
+        )
     if named:
         probabilities, labels = (torch.cat(column) for column in zip(*named, strict=True))
         metrics |= classification_accuracy(probabilities, labels, novel if config.split else None)

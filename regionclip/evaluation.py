@@ -7,8 +7,6 @@ Every figure is a fraction in [0, 1], or -1 where there is nothing to measure (p
 # names
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from clip_base.errors import InputError
+from regionclip import lvis
 from regionclip.boxes import iou
-from regionclip.coco import category_ids_by_name, read_instances, read_results
+from regionclip.coco import category_ids_by_name, frequencies, image_ids, read_instances, read_results
+from regionclip.evaluators import EVALUATORS, Precision, with_faster_coco_eval
 from regionclip.splits import Split
 
 NOTHING = -1.0
@@ -38,102 +36,160 @@ class Evaluation:
 
     Attributes:
         metrics: AP, AP50, AP75, APs, APm, APl, AP_all, AP50_all; with a split also AP_base, AP_novel,
-            AP50_base, AP50_novel.
+            AP50_base, AP50_novel; by LVIS's protocol also APr, APc, APf (rare, common, frequent).
         per_class: for each category: name, category_id, novel (None without a split), boxes (true ones that
             count), detections, AP, AP50.
-        ignored: results of categories that are not evaluated.
+        ignored: results that do not count: of categories that are not evaluated and, by LVIS's protocol,
+            beyond an image's best ones or of categories that nobody looked for in that image.
+        counted: the other results; by LVIS's protocol with `forgiven`, see `regionclip.lvis.counted`.
+        precision: [T, R, K, A], the categories in the order of `per_class`; -1: no true box.
     """
 
     metrics: dict[str, float]
     per_class: list[dict[str, Any]]
     ignored: int
+    counted: list[dict[str, Any]]
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How detections are measured.
+
+    Attributes:
+        kind: "coco"; "lvis", the federated one; "auto", which takes "lvis" when the annotations say what was
+            looked for in each image.
+        evaluator: "pycocotools", or "fast" for faster-coco-eval. LVIS's protocol is our own where it is not
+            "fast".
+        max_detections: best scored detections that count: COCO's of an image and category, LVIS's of an
+            image. 0: 100 and 300.
+        compete: "all": base and novel names, the "generalised" setting of arXiv 2112.09106, section 4.1;
+            "base" or "novel": only those.
+    """
+
+    kind: str = "auto"
+    evaluator: str = "pycocotools"
+    max_detections: int = 0
+    compete: str = "all"
 
 
 def evaluate_detections(
     annotations: str | Path | dict[str, Any],
     results: str | Path | Sequence[dict[str, Any]],
     split: Split | None = None,
-    max_detections: int = 100,
+    protocol: Protocol = Protocol(),
 ) -> Evaluation:
-    """Average precision of a results file in COCO's form, as pycocotools computes it.
+    """Average precision of a results file in COCO's form, as pycocotools computes it, or as LVIS's tools do.
 
-    The categories of the split are evaluated together, base and novel in one vocabulary (the "generalised"
-    setting of arXiv 2112.09106, section 4.1); base and novel figures are means over their categories of that
-    one evaluation.
+    Base and novel figures are means over their categories of one evaluation in which all names compete.
 
     Args:
         annotations: a file in COCO's instances form, or its content.
         results: a results file (a list of image_id, category_id, bbox [x, y, width, height], score), or its
             content.
         split: base and novel categories; None evaluates every category of the annotations.
-        max_detections: best scored detections an image and category that count (COCO: 100).
+        protocol: how to measure.
 
     Raises:
-        InputError: a malformed file or entry, a result for an image that the annotations do not have, or a
-            split whose names are not in the annotations.
+        InputError: a malformed file or entry, a result for an image that the annotations do not have, a
+            split whose names are not in the annotations, or annotations that do not suit the protocol.
     """
     where = "annotations" if isinstance(annotations, dict) else str(annotations)
     content = annotations if isinstance(annotations, dict) else read_instances(annotations)
     ids = category_ids_by_name(content["categories"], where)
+    often = dict(zip(ids, frequencies(content["categories"]), strict=True))
     if split is not None:
         absent = [name for name in split.all if name not in ids]
         if absent:
             raise InputError(
                 f"{where}: no category {absent[0]!r} ({len(absent)} of the split's names are missing)"
             )
-        chosen = set(split.all)
+        chosen = set(split.competing(protocol.compete))
         ids = {name: category for name, category in ids.items() if name in chosen}
-    entries = read_results(results, {entry["id"] for entry in content["images"]}, where)
-    counted = [entry for entry in entries if entry["category_id"] in set(ids.values())]
+    federated = protocol.kind == "lvis" or (protocol.kind == "auto" and lvis.is_federated(content))
+    entries = read_results(results, image_ids(content, where), where)
+    evaluated = set(ids.values())
+    counted = [entry for entry in entries if entry["category_id"] in evaluated]
+    truth = _truth(content, where)
+    most, numbers = protocol.max_detections, list(ids.values())
+    if not federated:
+        precision = EVALUATORS[protocol.evaluator](truth, counted, numbers, most or 100)
+    else:
+        _check_federated(content, often, where)
+        counted = lvis.counted(truth, counted, most or lvis.MOST)
+        if protocol.evaluator == "fast":
+            precision = with_faster_coco_eval(truth, counted, numbers, most or lvis.MOST, federated=True)
+        else:
+            precision = lvis.with_numpy(truth, counted, numbers)
+    # The evaluators sort the category ids; `ids` is in that order already.
+    metrics = _summary(precision, list(ids), split, often if federated else {})
+    rows = _per_class(precision, ids, split, truth, counted)
+    return Evaluation(metrics, rows, len(entries) - len(counted), counted, precision)
 
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        truth = _truth(content, where)
-        coco = COCOeval(truth, _detected(truth, counted), "bbox")
-        coco.params.catIds = list(ids.values())
-        coco.params.maxDets = [max_detections]
-        coco.evaluate()
-        coco.accumulate()
-    precision: NDArray[np.float64] = coco.eval["precision"][..., -1]  # [T, R, K, A]
-    # pycocotools sorts the category ids; `ids` is in that order already.
-    metrics = _summary(precision, list(ids), split)
-    return Evaluation(metrics, _per_class(precision, ids, split, truth, counted), len(entries) - len(counted))
 
-
-def _summary(precision: NDArray[np.float64], names: list[str], split: Split | None) -> dict[str, float]:
+def _summary(
+    precision: Precision, names: list[str], split: Split | None, often: dict[str, str]
+) -> dict[str, float]:
     metrics = {
-        "AP": _mean(precision[:, :, :, 0]),
-        "AP50": _mean(precision[0, :, :, 0]),
-        "AP75": _mean(precision[5, :, :, 0]),
-        "APs": _mean(precision[:, :, :, AREAS.index("small")]),
-        "APm": _mean(precision[:, :, :, AREAS.index("medium")]),
-        "APl": _mean(precision[:, :, :, AREAS.index("large")]),
+        "AP": mean_of(precision[:, :, :, 0]),
+        "AP50": mean_of(precision[0, :, :, 0]),
+        "AP75": mean_of(precision[5, :, :, 0]),
+        "APs": mean_of(precision[:, :, :, AREAS.index("small")]),
+        "APm": mean_of(precision[:, :, :, AREAS.index("medium")]),
+        "APl": mean_of(precision[:, :, :, AREAS.index("large")]),
     }
+    for letter in "rcf" if often else "":
+        columns = [k for k, name in enumerate(names) if often[name] == letter]
+        metrics[f"AP{letter}"] = mean_of(precision[:, :, columns, 0])
     parts = {"all": list(range(len(names)))}
     if split is not None:
         novel = split.is_novel(names)
         parts["base"] = [k for k, is_novel in enumerate(novel) if not is_novel]
         parts["novel"] = [k for k, is_novel in enumerate(novel) if is_novel]
     for part, columns in parts.items():
-        metrics[f"AP_{part}"] = _mean(precision[:, :, columns, 0])
-        metrics[f"AP50_{part}"] = _mean(precision[0][:, columns, 0])
+        metrics[f"AP_{part}"] = mean_of(precision[:, :, columns, 0])
+        metrics[f"AP50_{part}"] = mean_of(precision[0][:, columns, 0])
     return metrics
 
 
-def _mean(precision: NDArray[np.float64]) -> float:
+def _check_federated(content: dict[str, Any], often: dict[str, str], where: str) -> None:
+    lacking = next(
+        (
+            (entry["id"], key)
+            for entry in content["images"]
+            for key in ("neg_category_ids", "not_exhaustive_category_ids")
+            if not isinstance(entry.get(key), list)
+        ),
+        None,
+    )
+    if lacking is not None:
+        raise InputError(
+            f"{where}: image {lacking[0]} has no list {lacking[1]!r}, which LVIS's protocol needs; "
+            "give LVIS's own annotations or protocol=coco"
+        )
+    unknown = [name for name, letter in often.items() if letter not in (*"rcf",)]
+    if unknown:
+        raise InputError(
+            f"{where}: category {unknown[0]!r} has no `frequency` r, c or f ({len(unknown)} have none); "
+            "LVIS's APr, APc and APf need it; give LVIS's own annotations or protocol=coco"
+        )
+
+
+def mean_of(precision: Precision) -> float:
     """The mean over what was measured; pycocotools marks categories without true boxes by -1."""
     measured = precision[precision > -1]
     return float(measured.mean()) if measured.size else NOTHING
 
 
 def _per_class(
-    precision: NDArray[np.float64],
+    precision: Precision,
     ids: dict[str, int],
     split: Split | None,
-    truth: Any,
+    truth: dict[str, Any],
     results: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     boxes, detections = dict.fromkeys(ids.values(), 0), dict.fromkeys(ids.values(), 0)
-    for annotation in truth.dataset["annotations"]:
+    for annotation in truth["annotations"]:
         if annotation["category_id"] in boxes and not annotation["iscrowd"]:
             boxes[annotation["category_id"]] += 1
     for entry in results:
@@ -146,23 +202,17 @@ def _per_class(
             "novel": novel[k],
             "boxes": boxes[category],
             "detections": detections[category],
-            "AP": _mean(precision[:, :, k, 0]),
-            "AP50": _mean(precision[0, :, k, 0]),
+            "AP": mean_of(precision[:, :, k, 0]),
+            "AP50": mean_of(precision[0, :, k, 0]),
         }
         for k, (name, category) in enumerate(ids.items())
     ]
 
 
-def _index(dataset: dict[str, Any]) -> Any:
-    coco = COCO()
-    coco.dataset = dataset
-    coco.createIndex()
-    return coco
-
-
-def _truth(content: dict[str, Any], where: str) -> Any:
-    """Builds pycocotools' index of the truth, with the fields that a user's file may lack."""
+def _truth(content: dict[str, Any], where: str) -> dict[str, Any]:
+    """Returns annotations as evaluators need them, with the fields that a user's file may lack."""
     annotations = []
+    shown = image_ids(content, where)
     for place, entry in enumerate(content["annotations"]):
         try:
             box = [float(value) for value in entry["bbox"]]
@@ -177,18 +227,11 @@ def _truth(content: dict[str, Any], where: str) -> Any:
         # count anew from 1.
         size = float(entry["area"]) if entry.get("area") is not None else box[2] * box[3]
         crowd = int(bool(entry.get("iscrowd")))
-        annotations.append({"id": place + 1, "bbox": box, "area": size, "iscrowd": crowd, **fields})
-    images = [{"id": entry["id"]} for entry in content["images"]]
-    return _index({"images": images, "annotations": annotations, "categories": content["categories"]})
-
-
-def _detected(truth: Any, results: list[dict[str, Any]]) -> Any:
-    """Does what COCO.loadRes does for boxes, and does it for an empty list too."""
-    annotations = [
-        {**entry, "id": place, "area": entry["bbox"][2] * entry["bbox"][3], "iscrowd": 0}
-        for place, entry in enumerate(results, start=1)
-    ]
-    return _index({**truth.dataset, "annotations": annotations})
+        if fields["image_id"] in shown:
+            annotations.append({"id": place + 1, "bbox": box, "area": size, "iscrowd": crowd, **fields})
+    kept = ("id", "neg_category_ids", "not_exhaustive_category_ids")
+    images = [{key: entry[key] for key in kept if key in entry} for entry in content["images"]]
+    return {"images": images, "annotations": annotations, "categories": content["categories"]}
 
 
 def proposal_recall(
@@ -208,8 +251,9 @@ def proposal_recall(
         thresholds: the IoUs over which average recall is the mean.
 
     Returns:
-        For each limit k: recall@k at IoU 0.5 and AR@k, the mean recall over `thresholds`; with `novel` also
-        recall@k_base, recall@k_novel, AR@k_base, AR@k_novel.
+        For each limit k: recall@k at IoU 0.5; AR@k, the mean recall over `thresholds`; and recall50@k,
+        recall55@k, …, the recall at each. With `novel` all of them again for base and for novel categories:
+        recall@k_base, recall@k_novel, ….
     """
     if len(truth) != len(proposals) or (novel is not None and len(novel) != len(truth)):
         raise ValueError(
@@ -231,8 +275,10 @@ def proposal_recall(
         for suffix, which in parts.items():
             mine = covered[which]
             metrics[f"recall@{limit}{suffix}"] = float((mine >= 0.5).mean()) if mine.size else NOTHING
-            average = (mine[:, None] >= steps).mean() if mine.size else NOTHING
-            metrics[f"AR@{limit}{suffix}"] = float(average)
+            at_least = (mine[:, None] >= steps).mean(0) if mine.size else np.full(len(steps), NOTHING)
+            metrics[f"AR@{limit}{suffix}"] = float(at_least.mean())
+            for step, share in zip(steps, at_least, strict=True):
+                metrics[f"recall{round(100 * step)}@{limit}{suffix}"] = float(share)
     return metrics
 
 

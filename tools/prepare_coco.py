@@ -5,7 +5,7 @@
 
 Written to the folder of the annotations, or to --out:
 
-    instances_train2017_base48.json   base boxes only; every image is kept, with or without one
+    instances_train2017_base48.json   base boxes only; every image is kept, with or without one (--drop-empty)
     instances_val2017_65.json         base and novel boxes; images with neither are left out, as published
     split.json                        the names: {"base": […], "novel": […]}
 
@@ -17,13 +17,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clip_base.errors import InputError
 from clip_base.files import write_json
-from regionclip.coco import category_ids_by_name, read_instances
+from regionclip.coco import category_ids_by_name, image_fields, read_instances
 from regionclip.splits import Split, load_split
 
 ANNOTATIONS_URL = "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
@@ -48,7 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
         images={"train": root / options.train_images, "val": root / options.val_images},
     )
     try:
-        return prepare(layout, options.split, Path(options.out) if options.out else None, options.masks)
+        out = Path(options.out) if options.out else None
+        return prepare(layout, options.split, out, options.masks, options.drop_empty)
     except (InputError, OSError) as error:
         print(f"prepare_coco: {error}", file=sys.stderr)
         return 2
@@ -66,13 +68,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{part}-images", default=f"{part}2017", help=f"folder of the {part} images")
     parser.add_argument("--split", default="coco", help="coco, or a JSON file with base and novel names")
     parser.add_argument("--out", default="", help="folder to write to; empty: that of the instances files")
-    parser.add_argument(
-        "--masks", action="store_true", help="keep the masks, which make the files 3 times as large"
-    )
+    add_common(parser)
     return parser.parse_args(arguments)
 
 
-def prepare(layout: Layout, split_name: str, out: Path | None, masks: bool) -> int:
+def add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--masks", action="store_true", help="keep the masks, which make the files 3 times as large"
+    )
+    parser.add_argument(
+        "--drop-empty", action="store_true", help="leave out training images without a base box"
+    )
+
+
+def prepare(layout: Layout, split_name: str, out: Path | None, masks: bool, drop_empty: bool) -> int:
     """Checks the layout, writes what can be made, and returns the exit code."""
     missing = []
     for captions in layout.captions.values():
@@ -87,13 +96,25 @@ def prepare(layout: Layout, split_name: str, out: Path | None, masks: bool) -> i
         content = read_instances(path)
         missing += absent_images(content, layout.images[part])
         split = load_split(split_name, list(category_ids_by_name(content["categories"], path)))
-        write_part(content, part, split, (out or path.parent) / path.stem, masks)
+        names = split.base if part == "train" else split.all
+        ending = f"{'base' if part == 'train' else ''}{len(names)}.json"
+        # The published split has the 4,836 of 5,000 validation images in which one of its 65 categories
+        # occurs.
+        target = (out or path.parent) / f"{path.stem}_{ending}"
+        write_part(content, names, target, masks, keep_empty=part == "train" and not drop_empty)
     if split is not None:
         folder = out or next(path.parent for path in layout.instances.values() if path.is_file())
-        write_json(folder / "split.json", {"base": list(split.base), "novel": list(split.novel)}, indent=1)
-        print(
-            f"wrote {folder / 'split.json'}: {len(split.base)} base and {len(split.novel)} novel categories"
-        )
+        write_split(split, folder / "split.json")
+    return tell(missing)
+
+
+def write_split(split: Split, path: Path) -> None:
+    write_json(path, {"base": list(split.base), "novel": list(split.novel)}, indent=1)
+    print(f"wrote {path}: {len(split.base)} base and {len(split.novel)} novel categories")
+
+
+def tell(missing: list[str]) -> int:
+    """Says what is missing; returns the exit code."""
     for line in missing:
         print(f"missing: {line}", file=sys.stderr)
     if missing:
@@ -102,22 +123,28 @@ def prepare(layout: Layout, split_name: str, out: Path | None, masks: bool) -> i
 
 
 def absent_images(content: dict[str, Any], folder: Path) -> list[str]:
-    """Returns a line when pictures that the annotations name are not in the folder."""
-    names = {str(entry.get("file_name")) for entry in content["images"]}
-    source = IMAGES_URL.format(name=folder.name)
-    if not folder.is_dir():
-        return [f"{folder}/ ({len(names)} images; {source})"]
-    absent = sorted(names - set(os.listdir(folder)))
-    print(f"{folder}: {len(names) - len(absent)} of {len(names)} images are there", flush=True)
-    return (
-        [f"{len(absent)} of {len(names)} images in {folder}, first {absent[0]} ({source})"] if absent else []
-    )
+    """Returns a line for each folder that lacks pictures which the annotations name, relative to `folder`."""
+    wanted: dict[Path, set[str]] = {}
+    for place, entry in enumerate(content["images"]):
+        file = folder / image_fields(entry, folder, place)[1]
+        wanted.setdefault(file.parent, set()).add(file.name)
+    lines = []
+    for place, names in sorted(wanted.items()):
+        source = IMAGES_URL.format(name=place.name)
+        if not place.is_dir():
+            lines.append(f"{place}/ ({len(names)} images; {source})")
+            continue
+        absent = sorted(names - set(os.listdir(place)))
+        print(f"{place}: {len(names) - len(absent)} of {len(names)} images are there", flush=True)
+        if absent:
+            lines.append(f"{len(absent)} of {len(names)} images in {place}, first {absent[0]} ({source})")
+    return lines
 
 
-def write_part(content: dict[str, Any], part: str, split: Split, stem: Path, masks: bool) -> None:
-    """Writes the training file with base boxes only, or the validation file with base and novel ones."""
-    names = split.base if part == "train" else split.all
-    target = stem.with_name(f"{stem.name}_{'base' if part == 'train' else ''}{len(names)}.json")
+def write_part(
+    content: dict[str, Any], names: Sequence[str], target: Path, masks: bool, keep_empty: bool
+) -> None:
+    """Writes the annotations of these categories alone; `keep_empty`: also images without any."""
     categories = [entry for entry in content["categories"] if entry["name"] in set(names)]
     ids = {entry["id"] for entry in categories}
     annotations = [
@@ -126,9 +153,7 @@ def write_part(content: dict[str, Any], part: str, split: Split, stem: Path, mas
         if entry.get("category_id") in ids
     ]
     images = content["images"]
-    if part == "val":
-        # The published split has the 4,836 of 5,000 validation images in which one of its 65 categories
-        # occurs.
+    if not keep_empty:
         shown = {entry.get("image_id") for entry in annotations}
         images = [entry for entry in images if entry.get("id") in shown]
     others = {

@@ -14,6 +14,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from clip_base.checkpoint import read_weights, write_weights
 from clip_base.cli import main_regionclip
 from clip_base.files import read_json, write_json
 from clip_base.tokenizer import Tokenizer
@@ -225,6 +226,10 @@ def test_proposals_go_through_a_file_unchanged(options: list[str], tmp_path: Pat
         ([], "give either results=FILE"),
         (["results=a.json", "weights=b"], "give either results=FILE"),
         (["weights=b"], "weights= needs images=DIR"),
+        (["results=a.json", "compete=novel"], "compete=novel needs split="),
+        (["weights=b", "images=c", "result_classes=coco"], "give results=FILE too"),
+        (["results=a.json", "result_first=2"], "result_first=2 must be 0 or 1"),
+        (["results=a.json", "max_detections=-1"], "max_detections=-1 not negative"),
     ],
 )
 def test_contradicting_options_are_refused(
@@ -241,3 +246,121 @@ def test_a_clip_without_a_proposer_is_refused(
     code, error = regionclip("evaluate", *options, f"weights={clip_file}", f"out={tmp_path / 'out'}")
     assert code == 2
     assert "give proposer.name=rpn" in error
+
+
+@pytest.mark.parametrize("part", ["base", "novel"])
+def test_only_the_names_that_compete_are_looked_for(
+    part: str, options: list[str], world: Path, detector_file: Path, tmp_path: Path
+) -> None:
+    command = ["evaluate", *options, f"weights={detector_file}", f"compete={part}", f"out={tmp_path / 'out'}"]
+    assert main_regionclip(command) == 0
+    content, split = read_json(world / "instances_val.json"), read_json(world / "split.json")
+    ids = {entry["id"] for entry in content["categories"] if entry["name"] in split[part]}
+    found = {entry["category_id"] for entry in read_json(tmp_path / "out" / "results.json")}
+    assert found
+    assert found <= ids
+    metrics = read_json(tmp_path / "out" / "metrics.json")
+    assert metrics[f"AP_{part}"] == metrics["AP_all"] >= 0
+    assert metrics[f"AP_{'novel' if part == 'base' else 'base'}"] == -1
+    with (tmp_path / "out" / "per_class.csv").open(newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == len(split[part])
+
+
+def test_pictures_that_are_missing_are_counted_and_said(
+    options: list[str], world: Path, detector_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = shutil.copytree(world / "images", tmp_path / "images")
+    entry = read_json(world / "instances_val.json")["images"][1]
+    (images / entry["file_name"]).unlink()
+    others = [option for option in options if not option.startswith("images=")]
+    command = ["evaluate", *others, f"images={images}", f"weights={detector_file}", f"out={tmp_path / 'out'}"]
+    assert main_regionclip(command) == 0
+    metrics = read_json(tmp_path / "out" / "metrics.json")
+    assert (metrics["images"], metrics["missing"]) == (3, 1)
+    said = capsys.readouterr().out
+    assert f"1 annotated images are not in {images}, first {Path(entry['file_name']).name}" in said
+
+
+def as_lvis(world: Path, folder: Path) -> Path:
+    """Writes the validation scenes as LVIS would hold them: some categories were not looked for."""
+    content, novel = read_json(world / "instances_val.json"), read_json(world / "split.json")["novel"]
+    for number, entry in enumerate(content["categories"]):
+        entry["frequency"] = "r" if entry["name"] in novel else "fc"[number % 2]
+    ids = [entry["id"] for entry in content["categories"]]
+    for number, entry in enumerate(content["images"]):
+        entry["coco_url"] = f"http://images.cocodataset.org/{entry.pop('file_name')}"
+        entry |= {"neg_category_ids": ids[number::3], "not_exhaustive_category_ids": ids[number : number + 2]}
+    write_json(folder / "lvis_v1_val.json", content)
+    return folder / "lvis_v1_val.json"
+
+
+def test_lvis_is_measured_by_its_own_protocol_and_its_results_file_gives_the_same(
+    options: list[str], world: Path, clip_file: Path, tmp_path: Path
+) -> None:
+    annotations = as_lvis(world, tmp_path)
+    others = [one for one in options if not one.startswith(("annotations=", "split="))]
+    detect = [f"weights={clip_file}", "proposer.name=grid", "detector.detections=300", *others]
+    common = ["evaluate", f"annotations={annotations}", "split=lvis"]
+    assert main_regionclip([*common, *detect, f"out={tmp_path / 'first'}"]) == 0
+    metrics = read_json(tmp_path / "first" / "metrics.json")
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf"} <= metrics.keys()
+    assert metrics["APr"] == metrics["AP_novel"]
+    assert metrics["AP"] > 0
+    assert metrics["ignored_results"] > 0
+    again = [*common, f"results={tmp_path / 'first' / 'results.json'}"]
+    for evaluator in ("pycocotools", "fast"):
+        out = tmp_path / evaluator
+        assert main_regionclip([*again, f"evaluator={evaluator}", f"out={out}"]) == 0
+        second = read_json(out / "metrics.json")
+        assert second == pytest.approx({key: metrics[key] for key in second}, abs=1e-9)
+    assert main_regionclip([*again, "protocol=coco", f"out={tmp_path / 'coco'}"]) == 0
+    assert "APr" not in read_json(tmp_path / "coco" / "metrics.json")
+
+
+def test_both_evaluators_give_the_jobs_figures(measured: Path, world: Path, tmp_path: Path) -> None:
+    common = ["evaluate", f"annotations={world / 'instances_val.json'}", f"split={world / 'split.json'}"]
+    common += [f"results={measured / 'results.json'}", "evaluator=fast", f"out={tmp_path / 'out'}"]
+    assert main_regionclip(common) == 0
+    first, second = read_json(measured / "metrics.json"), read_json(tmp_path / "out" / "metrics.json")
+    assert second == pytest.approx({key: first[key] for key in second}, abs=1e-6)
+
+
+Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+DAMAGE: dict[str, Change] = {
+    "half is missing": lambda weights: dict(list(weights.items())[::2]),
+    "all under other names": lambda weights: {f"module.{name}": value for name, value in weights.items()},
+    "the vision tower is missing": lambda weights: {
+        name: value for name, value in weights.items() if "layer" not in name
+    },
+    "all are of another size": lambda weights: {
+        name: value[: len(value) // 2].clone() if value.ndim else value for name, value in weights.items()
+    },
+    "something is left over": lambda weights: {**weights, "head.weight": torch.zeros(3)},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("kind", ["detector", "clip", "rpn"])
+def test_weights_that_do_not_load_end_the_evaluation_before_anything_is_detected(
+    damage: str,
+    kind: str,
+    options: list[str],
+    clip_file: Path,
+    rpn_file: Path,
+    detector_file: Path,
+    regionclip: Command,
+    tmp_path: Path,
+) -> None:
+    sound = {"detector": detector_file, "clip": clip_file, "rpn": rpn_file}
+    weights, metadata = read_weights(sound[kind])
+    damaged = tmp_path / "damaged.safetensors"
+    write_weights(damaged, DAMAGE[damage](weights), metadata)
+    files = {**sound, kind: damaged}
+    given = [f"weights={files['detector']}"]
+    if kind != "detector":
+        given = [f"weights={files['clip']}", "proposer.name=rpn", f"proposer.weights={files['rpn']}"]
+    code, told = regionclip("evaluate", *options, *given, f"out={tmp_path / 'out'}")
+    assert code == 2, told
+    assert "damaged.safetensors" in told
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert not (tmp_path / "out" / "metrics.json").exists()

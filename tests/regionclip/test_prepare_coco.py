@@ -61,6 +61,13 @@ def test_the_split_is_made_from_a_whole_layout(root: Path):
     }
 
 
+def test_training_images_without_a_base_box_are_left_out_on_demand(root: Path):
+    done = prepare("--root", root, "--split", root / "my.json", "--drop-empty")
+    assert done.returncode == 0, done.stderr
+    train = json.loads((root / "annotations" / "instances_train2017_base1.json").read_text())
+    assert [entry["id"] for entry in train["images"]] == [1]
+
+
 def test_what_is_missing_is_said_and_the_rest_is_made(root: Path):
     (root / "val2017" / "2.jpg").unlink()
     (root / "annotations" / "instances_train2017.json").unlink()

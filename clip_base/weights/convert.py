@@ -1,4 +1,4 @@
-"""The job `convert`: from any known form to ours, open_clip's or Hugging Face's."""
+"""The job `convert`: from any known form to ours, open_clip's, Hugging Face's, or another package's."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clip_base import plugins
 from clip_base.checkpoint import write_weights
 from clip_base.config import REQUIRED, option
 from clip_base.data.images import DEVIATION, MEAN
@@ -18,12 +19,13 @@ from clip_base.errors import InputError
 from clip_base.files import replacing, write_json
 from clip_base.models.clip import CLIP, to_openai_names
 from clip_base.models.configs import ACTIVATIONS
-from clip_base.weights import naming, sizes
-from clip_base.weights.load import read_any
+from clip_base.weights import formats, naming, sizes
+from clip_base.weights.load import find, read_any
 from clip_base.weights.native import save_clip
-from clip_base.weights.reading import CONFIG_KEY, PRECISIONS
+from clip_base.weights.reading import CONFIG_KEY, PRECISIONS, read_foreign
 
 FORMS = ("native", "open_clip", "huggingface")
+OTHERS = tuple(plugins.found(formats.WRITERS))  # of other packages
 _PICKLES = (".pt", ".pth", ".bin")
 
 
@@ -33,18 +35,33 @@ class ConvertConfig:
 
     file: str = option(REQUIRED, "weights file or folder, or a published model's name", positional=True)
     out: str = option(REQUIRED, "file to write; a folder for huggingface; either for open_clip")
-    to: str = option("native", "form to write", choices=FORMS)
+    to: str = option("native", "form to write", choices=(*FORMS, *OTHERS))
     activation: str = option("", "activation of a file that does not say it", choices=("", *ACTIVATIONS))
     precision: str = option(
         "stored", "type of the numbers to write; stored: as they are", choices=("stored", *PRECISIONS)
     )
+    text: str = option("", "to=native: CLIP whose text tower goes along with a detector that brings none")
 
 
 def convert(config: ConvertConfig) -> None:
-    """Reads a CLIP in any known form and writes it as ours, open_clip's or Hugging Face's."""
-    out = Path(config.out)
-    model, report = read_any(config.file, config.activation, config.precision)
-    if out.exists() and out.resolve() in (report.path.resolve(), Path(config.file).resolve()):
+    """Reads weights in any known form and writes them as ours, open_clip's, Hugging Face's or another's."""
+    out, path = Path(config.out), find(config.file)
+    if out.exists() and out.resolve() == path.resolve():
+        raise InputError(f"out={out} is the file that is read; give another place")
+    if config.to in OTHERS:
+        if config.text:
+            raise InputError(f"text={config.text} is for to=native; drop it")
+        write: formats.Writer = plugins.load(formats.WRITERS, config.to)
+        print(f"{path} -> {write(path, out)}")
+        return
+    content = read_foreign(path) if config.to == "native" else None
+    if content is not None and content.native is not None:
+        print(f"{path} ({content.form}) -> {content.native(path, out, config.text)}")
+        return
+    if config.text:
+        raise InputError(f"{path} is no detector without a text tower; drop text={config.text}")
+    model, report = read_any(path, config.activation, config.precision)
+    if out.exists() and out.resolve() == report.path.resolve():
         raise InputError(f"out={out} is the file that is read; give another place")
     for note in report.notes:
         print(f"note: {note}")

@@ -15,9 +15,9 @@ from clip_base.checkpoint import read_weights
 from clip_base.config import REQUIRED, option
 from clip_base.errors import InputError
 from clip_base.models.configs import ACTIVATIONS, CLIPConfig
-from clip_base.weights import native, published
+from clip_base.weights import formats, native, published
 from clip_base.weights.load import find
-from clip_base.weights.reading import FRAMEWORKS, Report, is_safetensors, read_clip
+from clip_base.weights.reading import FRAMEWORKS, is_safetensors, read_clip, read_foreign
 
 
 @dataclass
@@ -32,7 +32,12 @@ def inspect(config: InspectConfig) -> None:
     """Shows what a weights file is: form, towers, parameters; fails unless it is known and whole."""
     path = find(config.file)
     other = _metadata_of_another_form(path)
-    rows = _rows_of_parts(path, *other) if other is not None else _rows_of_clip(path, config.activation)
+    if other is not None:
+        rows = _rows_of_parts(path, *other)
+    else:
+        content = read_foreign(path)
+        rows = _rows_of_content(path, content, config.activation) if content is not None else []
+        rows = rows or _rows_of_clip(path, config.activation)
     table = Table("", "", title=str(path), title_justify="left", show_header=False)
     for left, right in rows:
         table.add_row(left, right)
@@ -52,9 +57,33 @@ def _rows_of_clip(path: Path, activation: str) -> list[tuple[str, str]]:
         ("parameters", f"{report.parameters:,} in {report.tensors} tensors"),
         ("precision", ", ".join(f"{kind}: {count:,}" for kind, count in sorted(report.precision.items()))),
         ("same sizes as", ", ".join(report.matches) or "none of the published models"),
-        ("published file", _published(report)),
+        ("published file", _published_name(report.path)),
         ("whole", "yes: every tensor is there and fits, none is left over"),
         *(("note", note) for note in report.notes),
+    ]
+
+
+def _rows_of_content(path: Path, content: formats.Content, activation: str) -> list[tuple[str, str]]:
+    """Returns the rows of a file of another package's form: each group of tensors and what it is for."""
+    if content.check is not None:
+        content.check(content, path)
+    if content.clip is not None:
+        rows = _rows_of_clip(path, activation)
+    else:
+        rows = [
+            ("form", content.form),
+            ("file", f"{path.stat().st_size / 2**20:,.1f} MiB"),
+            ("published file", _published_name(path)),
+            ("whole", "yes: every tensor has its purpose, none is left over"),
+            *(("note", note) for note in content.notes),
+        ]
+    known = [row for row in rows if not row[1].startswith("not needed:")]
+    return known + [
+        (
+            group.name if group.used else f"{group.name} (not needed)",
+            f"{group.numbers:,} numbers in {len(group.state)} tensors: {group.purpose}",
+        )
+        for group in content.groups
     ]
 
 
@@ -70,9 +99,17 @@ def _towers(config: CLIPConfig) -> tuple[str, str]:
     return first, second + f"{text.context_length} positions, {text.vocab_size:,} ids"
 
 
-def _published(report: Report) -> str:
-    name = published.recognise(native.file_hash(report.path))
-    return f"yes: OpenAI's {name}, sha256 equal" if name else "no, its sha256 is not among them"
+def _published_name(path: Path) -> str:
+    """Says which published file this is, by its checksum or, where none is known, by its name."""
+    known = published.files()
+    name = published.recognise(native.file_hash(path))
+    if name is not None:
+        owner = "OpenAI's " if name in published.FILES else ""
+        return f"yes: {owner}{name}, sha256 equal"
+    named = next((key for key, file in known.items() if not file.sha256 and file.name == path.name), None)
+    if named is not None:
+        return f"it has the name of {named}; that file's checksum is not published"
+    return "no, its sha256 is not among them"
 
 
 def _metadata_of_another_form(path: Path) -> tuple[dict[str, str], dict[str, Any]] | None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from clip_base.errors import InputError
-from clip_base.models import zoo
 from clip_base.models.clip import CLIP
 from clip_base.preprocess import Preprocess
 from clip_base.weights import published
@@ -18,7 +17,7 @@ def find(name_or_path: str | Path, folder: str | Path | None = None) -> Path:
     """Returns the weights file: a path as it is, or a published file, downloaded when it is not there.
 
     Args:
-        name_or_path: a file, a folder, or one of `clip_base.available_models()`.
+        name_or_path: a file, a folder, or the name of a published file, see `published.files`.
         folder: where published files are kept; None: see `published.cache_folder`.
 
     Raises:
@@ -27,11 +26,12 @@ def find(name_or_path: str | Path, folder: str | Path | None = None) -> Path:
     path = Path(name_or_path)
     if path.exists():
         return path
-    if str(name_or_path) in zoo.available_models():
+    known = published.files()
+    if str(name_or_path) in known:
         return published.fetch(str(name_or_path), folder)
     raise InputError(
         f"there is no weights file {name_or_path} and no published model of that name; "
-        f"published are {', '.join(zoo.available_models())}"
+        f"published are {', '.join(known)}"
     )
 
 

@@ -1,7 +1,10 @@
-"""OpenAI's nine published files by name: where they are, how they are recognised, how they get here.
+"""Published files by name: where they are, how they are recognised, how they get here.
 
-Addresses and checksums are those in openai/CLIP's `clip/clip.py`, where the checksum is the folder of each
-file.
+OpenAI's nine are listed here; their addresses and checksums are those in openai/CLIP's `clip/clip.py`, where
+the checksum is the folder of each file. Other packages declare tables of theirs, name -> `Published`:
+
+    [project.entry-points."clip_base.published"]
+    regionclip = "regionclip.published.zoo:FILES"
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from clip_base import plugins
 from clip_base.errors import InputError
-from clip_base.models.zoo import available_models
-from clip_base.plugins import nearest
 from clip_base.progress import Progress
 
+GROUP = "clip_base.published"
 _BASE = "https://openaipublic.azureedge.net/clip/models"
 _MIB = 1 << 20
 _CHUNK = 1 << 18
@@ -38,13 +41,16 @@ class Published:
 
     Attributes:
         url: its address.
-        sha256: of its content, in hex.
+        sha256: of its content, in hex; "" when its publishers do not say it.
         size: in bytes; 0 when it is not known.
+        page: where people find it when programs cannot fetch it; then `url` is only the file's path among
+            what that page offers.
     """
 
     url: str
-    sha256: str
+    sha256: str = ""
     size: int = 0
+    page: str = ""
 
     @property
     def name(self) -> str:
@@ -88,21 +94,47 @@ def cache_folder() -> Path:
     return Path(os.environ.get("CLIP_BASE_CACHE") or Path.home() / ".cache" / "clip").expanduser()
 
 
+def files() -> dict[str, Published]:
+    """Returns every published file by name: OpenAI's, then those that other packages declare."""
+    every = dict(FILES)
+    for name in plugins.found(GROUP):
+        every |= plugins.load(GROUP, name)
+    return every
+
+
 def fetch(name: str, folder: str | Path | None = None) -> Path:
     """Returns the published file called `name`, downloaded and checked when it is not there yet.
 
     Raises:
-        InputError: there is no such model, or the file cannot be had; the message says where to put it by
-            hand.
+        InputError: there is no such file, or it cannot be had; the message says where to put it by hand.
     """
-    if name not in FILES:
-        raise InputError(f"{name!r} is not a published CLIP model; {nearest(name, available_models())}")
-    return download(FILES[name], Path(folder) if folder is not None else cache_folder())
+    known = files()
+    if name not in known:
+        raise InputError(f"{name!r} is not a published file; {plugins.nearest(name, list(known))}")
+    folder = Path(folder) if folder is not None else cache_folder()
+    return _by_hand(known[name], folder) if known[name].page else download(known[name], folder)
+
+
+def _by_hand(file: Published, folder: Path) -> Path:
+    """Returns where a file lies that only people can fetch, with its page's folders or without."""
+    target = folder / file.url
+    for place in (target, folder / file.name):
+        if place.is_file():
+            if not file.sha256:
+                print(f"note: {place} cannot be verified, its publishers give no checksum", file=sys.stderr)
+            elif _sha256(place) != file.sha256:
+                raise InputError(f"{place} is not the published file: its sha256 is not {file.sha256}")
+            return place
+    raise InputError(
+        f"{file.name} is not here, and programs cannot fetch it: get {file.url} from {file.page} with a "
+        f"browser and put it at {target}, or set CLIP_BASE_CACHE to the folder that holds it"
+        + ("" if file.sha256 else " (its publishers give no checksum, so that it cannot be verified)")
+    )
 
 
 def recognise(sha256: str) -> str | None:
-    """Returns the name of the published model whose file has this checksum."""
-    return next((name for name, file in FILES.items() if file.sha256 == sha256), None)
+    """Returns the name of the published file that has this checksum."""
+    return next((name for name, file in files().items() if file.sha256 == sha256), None)
 
 
 def download(file: Published, folder: Path, timeout: float = _TIMEOUT, pause: float = _PAUSE) -> Path:

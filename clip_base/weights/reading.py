@@ -19,7 +19,7 @@ from clip_base.files import existing, read_json
 from clip_base.models import zoo
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import ACTIVATIONS, CLIPConfig
-from clip_base.weights import naming, pickles, sizes
+from clip_base.weights import formats, naming, pickles, sizes
 from clip_base.weights.native import FORMAT
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -72,6 +72,7 @@ class _Found:
     state: dict[str, Tensor]
     hints: sizes.Hints
     config: CLIPConfig | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_clip(path: str | Path, activation: str = "", precision: str = "fp32") -> tuple[CLIP, Report]:
@@ -79,7 +80,8 @@ def read_clip(path: str | Path, activation: str = "", precision: str = "fp32") -
 
     Known are our own safetensors; OpenAI's TorchScript archives, whose code is not run; state dicts, plain or
     inside a training checkpoint, as `torch.save` or safetensors write them; open_clip's files and folders;
-    Hugging Face CLIP folders. Sizes come from a config in or beside the file, else from the tensors' shapes.
+    Hugging Face CLIP folders; and the forms that other packages declare, see `formats`. Sizes come from a
+    config in or beside the file, else from the tensors' shapes.
 
     Args:
         path: file or folder.
@@ -99,7 +101,7 @@ def read_clip(path: str | Path, activation: str = "", precision: str = "fp32") -
     if precision not in PRECISIONS and precision != "stored":
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)} or stored, found {precision!r}")
     found = _find(existing(path, "weights file"))
-    notes = _check_activation(found, activation)
+    notes = [*_check_activation(found, activation), *found.notes]
     hints = sizes.Hints(
         activation or found.hints.activation,
         found.hints.head_width,
@@ -185,6 +187,9 @@ def _find(path: Path) -> _Found:
     if form and form not in FRAMEWORKS:
         raise InputError(f"{path} holds {form!r}, no CLIP; `clip-base inspect {path}` shows what is in it")
     state = naming.strip(weights)
+    known = formats.recognise(state, path)
+    if known is not None:
+        return _from_another(known, path)
     if CONFIG_KEY in metadata:
         config = configs.check(CLIPConfig, _json(metadata[CONFIG_KEY], path), f"sizes in {path}")
         hints = sizes.Hints(source="its metadata")
@@ -198,9 +203,28 @@ def _from_pickle(path: Path) -> _Found:
         state = naming.strip(pickles.read_torchscript(path))
         hints = sizes.Hints("quick_gelu", source="OpenAI's archives use it")
         return _Found(path, "OpenAI's TorchScript archive", naming.to_ours(state), hints)
-    state, wrapped = naming.unwrap(pickles.read_pickle(path), path)
+    content = pickles.read_pickle(path)
+    if isinstance(content, Tensor):
+        other = formats.recognise(content, path)
+        what = other.form if other is not None else f"one tensor of shape {list(content.shape)}"
+        raise InputError(f"{path} holds {what}, no CLIP; `clip-base inspect {path}` shows what is in it")
+    state, wrapped = naming.unwrap(content, path)
+    known = formats.recognise(state, path)
+    if known is not None:
+        return _from_another(known, path)
     form = f"{'training checkpoint' if wrapped else 'state dict'}: {_style(state)}"
     return _Found(path, form, naming.to_ours(state), _hints(path, state))
+
+
+def _from_another(content: formats.Content, path: Path) -> _Found:
+    """Returns the CLIP in a file of another package's form."""
+    if content.clip is None:
+        raise InputError(
+            f"{path} is {content.form}, which holds no whole CLIP; `clip-base inspect {path}` shows its parts"
+        )
+    hints = sizes.Hints(content.activation, source=f"{content.form} has it")
+    notes = (*content.notes, *(f"not needed: {one}" for one in content.unused()))
+    return _Found(path, content.form, content.clip, hints, notes=notes)
 
 
 def _find_in_folder(folder: Path) -> _Found:
@@ -240,6 +264,20 @@ def _style(state: Mapping[str, Tensor]) -> str:
     return (
         "clip_base names" if any(name.startswith("text.") for name in state) else "open_clip or OpenAI names"
     )
+
+
+def read_foreign(path: Path) -> formats.Content | None:
+    """Returns what a file of a form that another package declares holds; None for every other file.
+
+    Raises:
+        InputError: the file is damaged, or of such a form and not whole.
+    """
+    if path.is_dir():
+        return None
+    _check_magic(path)
+    if _is_pickle(path):
+        return None if pickles.is_torchscript(path) else formats.recognise(formats.read(path), path)
+    return formats.recognise(naming.strip(read_weights(path)[0]), path)
 
 
 def is_safetensors(path: Path) -> bool:

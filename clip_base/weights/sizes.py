@@ -49,22 +49,7 @@ def infer(state: Mapping[str, Tensor], hints: Hints, path: object) -> CLIPConfig
     """
 
     def shape(name: str, dimensions: int) -> list[int]:
-        if name not in state:
-            shown = ", ".join(sorted(state)[:4])
-            raise InputError(
-                f"{path} is no whole CLIP: {name} is missing ({len(state)} tensors found: {shown}, …)"
-            )
-        if state[name].ndim != dimensions:
-            raise InputError(
-                f"{path}: {name} has shape {list(state[name].shape)}, expected {dimensions} dimensions"
-            )
-        return list(state[name].shape)
-
-    def side(name: str) -> int:
-        cells = shape(name, 2)[0] - 1
-        if math.isqrt(cells) ** 2 != cells:
-            raise InputError(f"{path}: {name} has {cells} cells, which is no square")
-        return math.isqrt(cells)
+        return _shape(state, name, dimensions, path)
 
     text_width, embed_dim = shape("text.text_projection", 2)
     vocab_size, _ = shape("text.token_embedding.weight", 2)
@@ -76,25 +61,52 @@ def infer(state: Mapping[str, Tensor], hints: Hints, path: object) -> CLIPConfig
         context_length=context_length,
         vocab_size=vocab_size,
     )
+    return CLIPConfig(embed_dim, infer_vision(state, hints, path), text, hints.activation or "quick_gelu")
+
+
+def infer_vision(state: Mapping[str, Tensor], hints: Hints, path: object) -> VisionConfig:
+    """Returns the sizes of the vision tower whose tensors `state` holds as `visual.*`.
+
+    Raises:
+        InputError: a tensor that sizes are read from is missing or has another number of dimensions.
+    """
+
+    def side(name: str) -> int:
+        cells = _shape(state, name, 2, path)[0] - 1
+        if math.isqrt(cells) ** 2 != cells:
+            raise InputError(f"{path}: {name} has {cells} cells, which is no square")
+        return math.isqrt(cells)
+
     if any(name.startswith("visual.layer1.") for name in state):
-        vision = VisionConfig(
+        return VisionConfig(
             kind="resnet",
             layers=[_count(state, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)],
-            width=shape("visual.layer1.0.conv1.weight", 4)[0],
+            width=_shape(state, "visual.layer1.0.conv1.weight", 4, path)[0],
             resolution=32 * side("visual.attnpool.positional_embedding"),
             head_width=hints.head_width or 64,
         )
-    else:
-        width, _, patch, _ = shape("visual.conv1.weight", 4)
-        vision = VisionConfig(
-            kind="vit",
-            layers=[_count(state, r"visual\.transformer\.resblocks\.(\d+)\.")],
-            width=width,
-            patch=patch,
-            resolution=patch * side("visual.positional_embedding"),
-            head_width=hints.head_width or _HEAD_WIDTHS.get(width, 64),
+    width, _, patch, _ = _shape(state, "visual.conv1.weight", 4, path)
+    return VisionConfig(
+        kind="vit",
+        layers=[_count(state, r"visual\.transformer\.resblocks\.(\d+)\.")],
+        width=width,
+        patch=patch,
+        resolution=patch * side("visual.positional_embedding"),
+        head_width=hints.head_width or _HEAD_WIDTHS.get(width, 64),
+    )
+
+
+def _shape(state: Mapping[str, Tensor], name: str, dimensions: int, path: object) -> list[int]:
+    if name not in state:
+        shown = ", ".join(sorted(state)[:4])
+        raise InputError(
+            f"{path} is no whole CLIP: {name} is missing ({len(state)} tensors found: {shown}, …)"
         )
-    return CLIPConfig(embed_dim, vision, text, hints.activation or "quick_gelu")
+    if state[name].ndim != dimensions:
+        raise InputError(
+            f"{path}: {name} has shape {list(state[name].shape)}, expected {dimensions} dimensions"
+        )
+    return list(state[name].shape)
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:

@@ -4,7 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart check test format clean
+DETECTRON2 := $(VENV)/.detectron2
+
+.PHONY: install quickstart check test format clean detectron2
 
 install: $(STAMP)
 
@@ -13,6 +15,13 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (the first time: some minutes, several GB)"
 	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+# detectron2's Python code, for the tests of regionclip/detectron2; nothing else needs it.
+detectron2: $(DETECTRON2)
+
+$(DETECTRON2): $(STAMP) tools/install_detectron2.sh
+	@tools/install_detectron2.sh $(VENV)
 	@touch $@
 
 quickstart: install
@@ -24,7 +33,7 @@ check: install
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/lint-imports > $(VENV)/lint-imports.log || (cat $(VENV)/lint-imports.log; exit 1)
 
-test: check
+test: check detectron2
 	@$(BIN)/pytest
 
 format: install

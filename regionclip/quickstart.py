@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from clip_base import config as configs
-from clip_base import plugins
 from clip_base.config import option
-from clip_base.errors import InputError
-from clip_base.files import read_json, write_json
 from clip_base.progress import clock
 from clip_base.run import RunFolder
-from regionclip.report import print_table, summary, write_report
+from regionclip.report import judge_mining, print_table, summary, write_report
+from regionclip.stages import Stage, run_stages
 
 
 @dataclass
@@ -25,39 +19,6 @@ class QuickstartConfig:
     out: str = option("quickstart", "folder for everything", free=True)
     seed: int = option(0, "decides the world, the initial weights and the order of training")
     preset: str = option("quickstart", "which of configs/*/PRESET.yaml the jobs use")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One job with its overrides.
-
-    Attributes:
-        title: what it does, for the person who waits.
-        job: name in the entry-point group.
-        minutes: what it takes on two cores, for the estimate of the remaining time.
-        overrides: `key=value`, on top of configs/JOB/PRESET.yaml.
-    """
-
-    title: str
-    job: str
-    minutes: float
-    overrides: tuple[str, ...]
-
-
-def shipped(job: str, name: str) -> Path:
-    """Returns the config file configs/JOB/NAME.yaml that comes with the project.
-
-    Raises:
-        InputError: there is no such file.
-    """
-    here = Path(__file__).parent
-    folders = [folder for folder in (here / "configs", here.parent / "configs") if folder.is_dir()]
-    for folder in folders:
-        path = folder / job / f"{name}.yaml"
-        if path.exists():
-            return path
-    known = sorted({path.stem for folder in folders for path in (folder / job).glob("*.yaml")})
-    raise InputError(f"there is no configs/{job}/{name}.yaml; known: {', '.join(known) or 'none'}")
 
 
 def stages(config: QuickstartConfig) -> list[Stage]:
@@ -162,38 +123,13 @@ def _detectors(
 def quickstart(config: QuickstartConfig) -> None:
     """Runs every job on a world it draws, about 15 minutes on two cores; ends with table and report.html."""
     run = RunFolder(config.out, config, "region-quickstart")
-    path = run.path / "timings.json"
-    timings: dict[str, float] = read_json(path, "timings") if path.exists() else {}
-    todo = stages(config)
-    pace = 1.0  # measured minutes over expected ones
-    for number, stage in enumerate(todo, 1):
-        left = sum(later.minutes for later in todo[number - 1 :] if later.title not in timings) * pace * 60
-        print(
-            f"[{number}/{len(todo)}] {stage.title}" + (f" (about {clock(left)} left in all)" if left else ""),
-            flush=True,
-        )
-        seconds = _run_stage(stage, config.preset)
-        if stage.title not in timings:
-            timings[stage.title] = round(seconds, 1)
-            write_json(path, timings, indent=2)
-            known = [one for one in todo if one.title in timings]
-            # Five expected minutes weigh in, so that one short stage does not decide the estimate.
-            measured, expected = sum(timings[one.title] for one in known), sum(one.minutes for one in known)
-            pace = (measured / 60 + 5) / (expected + 5)
-    page = write_report(run.path)
-    run.finish(summary(run.path))
+    timings = run_stages(stages(config), config.preset, run.path / "timings.json")
+    mined = judge_mining(run.path)
+    page = write_report(run.path, mined)
+    run.finish(summary(run.path, mined))
     print_table(run.path)
     print(f"{clock(sum(timings.values()))} in all; open {page} in a browser")
     print(
         f"try it: regionclip detect {run.path}/world/images/val "
         f'weights={run.path}/detector-regionclip/model.safetensors vocabulary="umbrella, cup, star"'
     )
-
-
-def _run_stage(stage: Stage, preset: str) -> float:
-    """Runs a stage's job and returns how many seconds it took; a finished job returns at once."""
-    job: Callable[[Any], None] = plugins.load(plugins.JOBS, stage.job)
-    resolved: Any = configs.resolve(plugins.schema_of(job), shipped(stage.job, preset), stage.overrides)
-    start = time.monotonic()
-    job(resolved)
-    return time.monotonic() - start

@@ -16,7 +16,7 @@ from clip_base import plugins
 from clip_base.cli import main_regionclip
 from clip_base.errors import InputError
 from clip_base.files import read_json
-from regionclip.quickstart import shipped
+from regionclip.stages import shipped
 
 Command = Callable[..., tuple[int, str]]
 
@@ -63,6 +63,8 @@ def test_every_shipped_config_fits_its_job(file: Path) -> None:
     placeholders = [one for one in required(schema) if one.partition("=")[0] not in held]
     if file.parent.name == "region-evaluate":  # it takes either results or weights with images
         placeholders += ["weights=placeholder", "images=placeholder"]
+    if file.parent.name == "region-pretrain":  # it takes either mined pairs or images alone
+        placeholders += ["mined=placeholder", "images=placeholder"]
     resolved: Any = configs.resolve(schema, file, [*placeholders, *parts_of(file, schema)])
     assert isinstance(resolved, schema)
 
@@ -120,6 +122,8 @@ def test_what_must_be_given_is_named(job: str, regionclip: Command, tmp_path: Pa
 
 WRONG_TYPES = {
     "mine": "batch_size=many",
+    "export": "labels=many",
+    "report": "examples=some",
     "pretrain": "regions=[1,2]",
     "train-detector": "rois=half",
     "train-rpn": "train.lr=fast",
@@ -128,6 +132,7 @@ WRONG_TYPES = {
     "detect": "score=high",
     "concepts": "min_count=few",
     "quickstart": "seed=lucky",
+    "interpolate": "alpha=[half]",
 }
 
 
@@ -157,6 +162,8 @@ def good(job: str, world: Path, files: dict[str, Path]) -> dict[str, object]:
     options: dict[str, dict[str, object]] = {
         "concepts": {"captions": captions, "min_count": 1},
         "mine": {"images": images, **mining, **clip, **small},
+        "report": {"mined": files["mined"], "annotations": world / "instances_train.json"},
+        "export": {"mined": files["mined"]},
         "pretrain": {"mined": files["mined"], **clip, **once},
         "train-rpn": {**train, "network.backbone_weights": files["clip"], "network.channels": 16, **once},
         "train-detector": {**train, "rpn": files["rpn"], "proposals": 20, "rois": 8, **clip, **once},
@@ -186,6 +193,12 @@ PATHS = [
     ("mine", "captions"),
     ("mine", "weights"),
     ("mine", "concepts"),
+    ("export", "mined"),
+    ("report", "mined"),
+    ("report", "annotations"),
+    ("report", "captions"),
+    ("report", "images"),
+    ("report", "pool"),
     ("pretrain", "mined"),
     ("pretrain", "weights"),
     ("pretrain", "captions"),
@@ -306,10 +319,11 @@ def test_bad_input_takes_nothing_away_from_a_finished_run(
     [
         ("concepts", "regionclip.concepts.write_text"),
         ("mine", "regionclip.mining.write_json"),
+        ("export", "regionclip.export.replacing"),
         ("pretrain", "regionclip.pretrain.save_clip"),
         ("train-rpn", "regionclip.train_rpn.save_network"),
         ("train-detector", "regionclip.train_detector.save_detector"),
-        ("propose", "regionclip.propose.write_json"),
+        ("propose", "regionclip.propose.writing"),
         ("evaluate", "regionclip.evaluate.write_json"),
         ("detect", "regionclip.detect.write_json"),
     ],

@@ -17,7 +17,8 @@ from clip_base import config as configs
 from clip_base import plugins
 from clip_base.errors import InputError
 from clip_base.files import read_json
-from regionclip.quickstart import QuickstartConfig, shipped, stages
+from regionclip.quickstart import QuickstartConfig, stages
+from regionclip.stages import shipped
 
 RUN = "import sys; from clip_base.cli import main_regionclip; sys.exit(main_regionclip(sys.argv[1:]))"
 WAIT = 240.0  # seconds until a test gives up on a child

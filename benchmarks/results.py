@@ -1,0 +1,329 @@
+"""Does it work? The paper's tables in small, on generated worlds: one resumable command, several seeds.
+
+    python benchmarks/results.py --seeds 0 1 2 --out results --write docs/results.md
+
+Every row of a seed shares what it can: one world, one CLIP, one proposal network, one set of proposals. A run
+that was stopped goes on with the same command; `--tables` only reads what is there. The options of the jobs
+stand in configs/*/results.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rounds import command, machine, put, versions
+
+from clip_base.files import read_json
+from clip_base.models.clip import CLIP
+from clip_base.weights import load_clip
+from clip_base.weights.native import save_clip
+from regionclip.stages import Stage, run_stages
+
+ALPHAS = ("0.0", "0.25", "0.5", "0.75")
+BACKGROUND_WEIGHTS = ("0.05", "0.2", "1.0")  # 0.2 is the recipe's and the detectors' of the main table
+
+
+@dataclass(frozen=True)
+class Mining:
+    """How one set of pairs is mined.
+
+    Attributes:
+        title: for the table.
+        options: `key=value` of `regionclip mine`.
+    """
+
+    title: str
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Student:
+    """How one RegionCLIP is pretrained.
+
+    Attributes:
+        title: for the table.
+        mined: key in MINED.
+        options: `key=value` of `regionclip pretrain`.
+    """
+
+    title: str
+    mined: str
+    options: tuple[str, ...] = ()
+
+
+HALF, GATE = ("teacher=roi_align", "teacher_scale=0.5"), "matcher.min_objectness=0.5"
+MINED = {
+    "published": Mining("pool, RoIAlign at the student's scale", ("matcher.name=pool", "teacher=roi_align")),
+    "pool": Mining("pool, RoIAlign at CLIP's scale", ("matcher.name=pool", GATE, *HALF)),
+    "hybrid": Mining("hybrid, RoIAlign at CLIP's scale", ("matcher.name=hybrid", GATE, *HALF)),
+    "caption": Mining("caption, RoIAlign at CLIP's scale", ("matcher.name=caption", GATE, *HALF)),
+    "exclusive": Mining("exclusive, RoIAlign at CLIP's scale", ("matcher.name=exclusive", *HALF)),
+    "crop": Mining("exclusive, crops", ("matcher.name=exclusive", "teacher=crop", "context=2.2")),
+}
+ONLY = {
+    name: tuple(f"{other}={float(other == name)}" for other in ("distillation", "contrastive", "image_text"))
+    for name in ("distillation", "contrastive", "image_text")
+}
+STUDENTS = {
+    "published": Student("RegionCLIP, as published", "published"),
+    "pool": Student("matcher pool", "pool"),
+    "hybrid": Student("matcher hybrid", "hybrid"),
+    "caption": Student("matcher caption", "caption"),
+    "best": Student("our best: matcher exclusive", "exclusive"),
+    "crop": Student("our best, teacher sees crops", "crop"),
+    "distillation": Student("our best, distillation alone", "exclusive", ONLY["distillation"]),
+    "contrastive": Student("our best, region-text contrastive alone", "exclusive", ONLY["contrastive"]),
+    "crops": Student("our best, and the crop loss", "exclusive", ("crops=1",)),
+    "image_text": Student("our best, image-text contrastive alone", "exclusive", ONLY["image_text"]),
+}
+DETECTORS = {
+    "random": "random weights",
+    "clip": "CLIP",
+    "published": "RegionCLIP, as published",
+    "best": "our best",
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder; each seed has one in it")
+    parser.add_argument("--preset", default="results", help="which of configs/*/PRESET.yaml the jobs use")
+    parser.add_argument("--tables", action="store_true", help="run nothing, print what is there")
+    parser.add_argument("--write", type=Path, help="Markdown page whose results section takes the tables")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    for seed in [] if options.tables else options.seeds:
+        folder = options.out / f"seed-{seed}"
+        print(f"seed {seed}: {folder}", flush=True)
+        run_stages(first_stages(folder, seed), options.preset, folder / "timings.json")
+        forget_vision(folder, seed)
+        run_stages(later_stages(folder, seed), options.preset, folder / "timings.json")
+    text = tables([options.out / f"seed-{seed}" for seed in options.seeds])
+    print(text)
+    if options.write:
+        facts = f"Machine: {machine(torch.get_num_threads())}.\nVersions: {versions('torch')}."
+        put(options.write, "results", f"{facts}\n\n    {command()}\n\n{text}")
+
+
+def first_stages(folder: Path, seed: int) -> list[Stage]:
+    """Returns what all rows share: world, CLIP, proposal network, concepts, proposals."""
+    world, clip, train = folder / "world", model(folder, "clip"), f"train.seed={seed}"
+    pairs = (f"captions={world}/captions_train.json", f"images={world}/images")
+    return [
+        Stage("world", "scenes", 0.5, (f"out={world}", f"seed={seed}")),
+        Stage(
+            "CLIP",
+            "pretrain",
+            14,
+            (f"out={folder}/clip", "source.name=coco", *(f"source.{pair}" for pair in pairs), train),
+        ),
+        Stage(
+            "proposal network",
+            "region-train-rpn",
+            2,
+            (
+                *boxes(world, "train"),
+                f"val_annotations={world}/instances_val.json",
+                f"network.backbone_weights={clip}",
+                f"out={folder}/rpn",
+                train,
+            ),
+        ),
+        Stage("concepts", "region-concepts", 0.5, (pairs[0], f"out={folder}/concepts.jsonl")),
+        Stage(
+            "proposals",
+            "region-propose",
+            1.5,
+            (
+                *boxes(world, "train"),
+                "proposer.name=rpn",
+                f"proposer.weights={model(folder, 'rpn')}",
+                f"out={folder}/proposals",
+            ),
+        ),
+    ]
+
+
+def later_stages(folder: Path, seed: int) -> list[Stage]:
+    """Returns the rows: mining, students and their zero-shot evaluations, detectors and their ablations."""
+    stages = [mining(folder, name) for name in MINED]
+    stages += zero_shot(folder, "clip")
+    for name, student in STUDENTS.items():
+        stages.append(pretraining(folder, seed, name, student))
+        stages += zero_shot(folder, f"student-{name}")
+    start = {"random": "random", "clip": "clip", "published": "student-published", "best": "student-best"}
+    for name in DETECTORS:
+        own = ("freeze_stages=0", "freeze_batch_norm=false") if name == "random" else ()
+        stages += detector(folder, seed, name, start[name], own)
+    for weight in BACKGROUND_WEIGHTS:
+        changed = (f"background_weight={weight}",)
+        stages += detector(folder, seed, f"background-{weight}", "student-best", changed)
+    for alpha in ALPHAS:
+        fusion = ("own_settings=false", f"detector.alpha_base={alpha}", f"detector.alpha_novel={alpha}")
+        stages.append(detection(folder, f"alpha-{alpha}", "detector-best", fusion))
+    return stages
+
+
+def model(folder: Path, name: str) -> Path:
+    return folder / name / "model.safetensors"
+
+
+def boxes(world: Path, part: str) -> tuple[str, ...]:
+    annotations = f"annotations={world}/instances_{part}.json"
+    return (annotations, f"images={world}/images", f"split={world}/split.json")
+
+
+def mining(folder: Path, name: str) -> Stage:
+    world = folder / "world"
+    return Stage(
+        f"mine {name}",
+        "region-mine",
+        1.5,
+        (
+            f"captions={world}/captions_train.json",
+            f"images={world}/images",
+            f"weights={model(folder, 'clip')}",
+            f"concepts={folder}/concepts.jsonl",
+            "proposer.name=precomputed",
+            f"proposer.file={folder}/proposals/proposals.json",
+            *MINED[name].options,
+            f"out={folder}/mined-{name}",
+        ),
+    )
+
+
+def pretraining(folder: Path, seed: int, name: str, student: Student) -> Stage:
+    return Stage(
+        f"pretrain {name}",
+        "region-pretrain",
+        2.5,
+        (
+            f"mined={folder}/mined-{student.mined}",
+            f"weights={model(folder, 'clip')}",
+            *student.options,
+            f"out={folder}/student-{name}",
+            f"train.seed={seed}",
+        ),
+    )
+
+
+def zero_shot(folder: Path, name: str) -> list[Stage]:
+    """Returns the evaluations without detector training: true boxes, proposals, and retrieval."""
+    weights, world = f"weights={model(folder, name)}", folder / "world"
+    own = ("proposer.name=rpn", f"proposer.weights={model(folder, 'rpn')}", "proposer.limit=30")
+    val = (*boxes(world, "val"), weights)
+    truth = (*val, "boxes=truth", f"out={folder}/{name}-truth")
+    return [
+        Stage(f"{name}, true boxes", "region-evaluate", 0.1, truth),
+        Stage(f"{name}, proposals", "region-evaluate", 0.3, (*val, *own, f"out={folder}/{name}-proposals")),
+        Stage(
+            f"{name}, retrieval",
+            "retrieval",
+            0.2,
+            (
+                weights,
+                f"captions={world}/captions_val.json",
+                f"images={world}/images",
+                f"out={folder}/{name}-retrieval",
+            ),
+        ),
+    ]
+
+
+def detector(folder: Path, seed: int, name: str, start: str, options: Sequence[str]) -> list[Stage]:
+    """Returns the training of a detector on base classes, and its evaluation."""
+    training = Stage(
+        f"detector {name}",
+        "region-train-detector",
+        1.3,
+        (
+            *boxes(folder / "world", "train"),
+            f"weights={model(folder, start)}",
+            f"rpn={model(folder, 'rpn')}",
+            *options,
+            f"out={folder}/detector-{name}",
+            f"train.seed={seed}",
+        ),
+    )
+    return [training, detection(folder, f"detector-{name}", f"detector-{name}")]
+
+
+def detection(folder: Path, name: str, weights: str, options: Sequence[str] = ()) -> Stage:
+    val = (*boxes(folder / "world", "val"), f"weights={model(folder, weights)}")
+    return Stage(
+        f"{name}, evaluation", "region-evaluate", 0.3, (*val, *options, f"out={folder}/{name}-evaluation")
+    )
+
+
+def forget_vision(folder: Path, seed: int) -> None:
+    """Writes `random/model.safetensors`: the CLIP's text tower, its vision tower with random weights."""
+    path = model(folder, "random")
+    if path.exists():
+        return
+    trained = load_clip(str(model(folder, "clip")))
+    torch.manual_seed(seed)
+    fresh = CLIP(trained.config)
+    trained.visual.load_state_dict(fresh.visual.state_dict())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_clip(trained, path)
+
+
+TOP1 = ("top1_base", "top1_novel", "top1")
+AP50 = ("AP50_base", "AP50_novel", "AP50_all")
+RETRIEVAL = ("image_to_text_R@1", "text_to_image_R@1")
+
+
+def tables(folders: Sequence[Path]) -> str:
+    """Returns all tables as Markdown: percent, mean and standard deviation over the seeds."""
+    students = {"clip": "CLIP"} | {f"student-{name}": student.title for name, student in STUDENTS.items()}
+    zero = ["| | " + " | ".join(ZERO_HEADINGS) + " |", "|" + "---|" * (1 + len(ZERO_HEADINGS))]
+    for key, title in students.items():
+        cells = [
+            cell(folders, f"{key}-{setting}", names)
+            for setting, names in (("truth", TOP1), ("proposals", AP50), ("retrieval", RETRIEVAL))
+        ]
+        zero.append(f"| {title} | {' | '.join(cells)} |")
+    found = {f"detector-{name}": f"started from {title}" for name, title in DETECTORS.items()}
+    found |= {f"detector-background-{w}": f"our best, background weight {w}" for w in BACKGROUND_WEIGHTS}
+    found |= {f"alpha-{alpha}": f"our best, α {alpha}" for alpha in ALPHAS}
+    detectors = ["| detector | AP50 base / novel / all | AP all |", "|---|---|---|"]
+    for key, title in found.items():
+        figures = [cell(folders, f"{key}-evaluation", names) for names in (AP50, ("AP_all",))]
+        detectors.append(f"| {title} | {' | '.join(figures)} |")
+    return "\n".join(
+        [f"Seeds: {len(folders)}; percent, mean ± standard deviation.", "", *zero, "", *detectors]
+    )
+
+
+ZERO_HEADINGS = (
+    "zero-shot, true boxes: top-1 base / novel / all",
+    "zero-shot, proposals: AP50 base / novel / all",
+    "retrieval R@1: image to text / text to image",
+)
+
+
+def cell(folders: Sequence[Path], run: str, names: Sequence[str]) -> str:
+    """Returns figures of a run as "mean ± deviation / …" over the seeds that have them; "–" without any."""
+    found = [folder / run / "metrics.json" for folder in folders]
+    metrics = [read_json(path, "metrics") for path in found if path.exists()]
+    return " / ".join(spread([100 * float(one[name]) for one in metrics]) for name in names)
+
+
+def spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+if __name__ == "__main__":
+    main()

@@ -54,6 +54,8 @@ def doctor(config: DoctorConfig) -> None:
     """Shows versions, device, precision and optional parts; fails when a needed one is missing."""
     findings = [*machine(), *packages(), *language(), *parts(), *optional()]
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
     for finding in findings:
         style = "bold red" if finding.needed and finding.remedy else "yellow" if finding.remedy else ""
         found = f"{finding.found}\n  {finding.remedy}" if finding.remedy else finding.found

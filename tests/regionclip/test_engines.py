@@ -115,6 +115,7 @@ def test_a_killed_process_is_told() -> None:
         list(run("local", START, [16, 1], 2))
 
 
+@pytest.mark.slow
 def test_ray_tells_failures_too() -> None:
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)

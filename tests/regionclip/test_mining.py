@@ -124,6 +124,7 @@ sys.meta_path.insert(0, After())
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_and_started_again_it_equals_an_undisturbed_run(
     mined: Path, mining_options: list[str], tmp_path: Path, dying: Path, workers: int
@@ -144,6 +145,7 @@ def test_killed_and_started_again_it_equals_an_undisturbed_run(
     assert same_result(out, mined)
 
 
+@pytest.mark.slow
 def test_several_processes_leave_the_same_bytes(
     mined: Path, mining_options: list[str], tmp_path: Path
 ) -> None:
@@ -151,6 +153,7 @@ def test_several_processes_leave_the_same_bytes(
     assert same_result(tmp_path / "mined", mined)
 
 
+@pytest.mark.slow
 def test_a_ray_cluster_leaves_the_same_bytes(mined: Path, mining_options: list[str], tmp_path: Path) -> None:
     pytest.importorskip("ray")
     command = ["mine", *mining_options, f"out={tmp_path / 'mined'}", "engine=ray", "workers=2"]
@@ -427,6 +430,7 @@ def test_a_region_says_how_much_of_the_probability_is_stored(mined: Path) -> Non
     assert next(read_regions(mined)).kept_mass == pytest.approx(table[0]["kept_mass"])
 
 
+@pytest.mark.slow
 def test_a_terminated_run_ends_its_workers(mining_options: list[str], tmp_path: Path) -> None:
     command = ["mine", *swapped(mining_options, shard_images=1), f"out={tmp_path / 'mined'}", "workers=2"]
     for number in (signal.SIGTERM, signal.SIGINT):

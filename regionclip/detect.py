@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from clip_base.config import REQUIRED, Part, option, part
 from clip_base.data.images import Pixels
-from clip_base.data.images import resize as shrink
 from clip_base.errors import InputError
-from clip_base.files import existing, replacing, write_json
+from clip_base.files import replacing, write_json
 from clip_base.progress import track
-from clip_base.train import autocast, pick_device
-from regionclip.datasets import load_image
-from regionclip.detector import Detector, DetectorConfig
+from clip_base.train import pick_device
+from regionclip.detector import DetectorConfig
 from regionclip.evaluate import load_any
 from regionclip.inference import build_proposer
+from regionclip.pictures import picture_files, read_upright
+from regionclip.predictor import Predictor
 from regionclip.proposals.base import GROUP as PROPOSERS
-from regionclip.proposals.base import ImageKey, Proposer
-from regionclip.published.loading import vocabulary_for
 from regionclip.structures import Detections
-from regionclip.transforms import ResizeConfig, place, to_batch
+from regionclip.transforms import ResizeConfig
 from regionclip.visualize import draw
 from regionclip.vocabulary import parse_names
-
-LARGE = 25_000_000  # pixels
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass
@@ -65,42 +58,22 @@ class DetectConfig:
     device: str = option("auto", "auto takes a GPU when there is one")
 
 
-def pictures(places: Sequence[str]) -> list[Path]:
-    """Returns the picture files among some paths; a folder stands for the pictures directly in it.
-
-    Raises:
-        InputError: a path does not exist, or a folder holds no picture.
-    """
-    files: list[Path] = []
-    for place_ in places:
-        path = existing(place_, "picture")
-        if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
-            if not inside:
-                raise InputError(f"folder {path} holds no pictures ({', '.join(PICTURES)})")
-            files += inside
-        else:
-            files.append(path)
-    return files
-
-
 def detect(config: DetectConfig) -> None:
     """Looks for named things in pictures; draws boxes and writes `out/detections.json`."""
-    files = pictures(config.photos)
+    files = picture_files(config.photos)
     out = Path(config.out)
     targets = targets_of(files, out)
     names = parse_names(config.vocabulary)
     device = pick_device(config.device)
     detector = load_any(config.weights, config.detector, config.own_settings, config.text).to(device)
-    vocabulary = vocabulary_for(detector, names, names, config.templates, embeddings=config.embeddings)
-    detector.set_vocabulary(vocabulary, config.weights)
-    proposer: Proposer | None = None
-    if config.proposer["name"] != "none":
-        proposer = build_proposer(config.proposer, device)
-    elif detector.network is None:
+    if config.proposer["name"] == "none" and detector.network is None:
         raise InputError(
             f"{config.weights} is a CLIP without a proposal network; give proposer.name=grid, say"
         )
+    proposer = None if config.proposer["name"] == "none" else build_proposer(config.proposer, device)
+    resize = detector.resize or config.resize
+    predictor = Predictor(detector, proposer, resize, config.precision, config.templates)
+    predictor.set_vocabulary(names, config.embeddings)
     entries: list[dict[str, Any]] = []
     broken: list[str] = []
     for number, (file, target) in enumerate(track(list(zip(files, targets, strict=True)), "detecting"), 1):
@@ -109,7 +82,7 @@ def detect(config: DetectConfig) -> None:
         except InputError as error:
             broken.append(str(error))
             continue
-        found = _in_picture(detector, proposer, pixels, size, number, config)
+        (found,) = predictor.in_pixels([(pixels, size)], number)
         entries += [
             {**entry, "category_name": names[entry["category_id"] - 1], "file_name": str(file)}
             for entry in found.to_coco(number, range(1, len(names) + 1))
@@ -145,56 +118,8 @@ def targets_of(files: Sequence[Path], out: Path) -> list[Path]:
     return targets
 
 
-def read_upright(file: Path) -> tuple[Pixels, tuple[int, int]]:
-    """Returns a picture as people see it, turned as its EXIF note says, and its (height, width).
-
-    Of more than `LARGE` pixels the picture is reduced, so that memory stays bounded; a JPEG is reduced as it
-    is decoded.
-
-    Raises:
-        InputError: the picture does not decode, or is larger than Pillow takes to be harmless.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            with Image.open(file) as header:
-                width, height = header.size
-        except Image.DecompressionBombError as error:
-            raise InputError(f"picture {file} is too large: {error}; make it smaller") from None
-        except (OSError, ValueError, SyntaxError):
-            width = height = 0  # decoding says what is wrong, or knows a form that Pillow does not
-        many = width * height > LARGE
-        least = round(min(width, height) * (LARGE / (width * height)) ** 0.5) if many else 0
-        pixels = load_image(file, upright=True, least=least).permute(1, 2, 0).numpy()
-    h, w = pixels.shape[:2]
-    size = (height, width) if many else (h, w)
-    if (h > w) != (size[0] > size[1]):
-        size = size[::-1]  # turned
-    if h * w > LARGE:
-        factor = (LARGE / (h * w)) ** 0.5
-        pixels = shrink(pixels, round(w * factor), round(h * factor))
-    return pixels, size
-
-
 def _at(found: Detections, pixels: Pixels) -> Detections:
     """Returns detections in the frame of a picture that was perhaps reduced."""
     height, width = pixels.shape[:2]
     factors = torch.tensor([width / found.size[1], height / found.size[0]]).repeat(2)
     return dataclasses.replace(found, boxes=found.boxes * factors, size=(height, width))
-
-
-def _in_picture(
-    detector: Detector,
-    proposer: Proposer | None,
-    original: Pixels,
-    size: tuple[int, int],
-    number: int,
-    config: DetectConfig,
-) -> Detections:
-    resize = detector.resize or config.resize
-    pixels, frame = place(original, resize.short[0], resize.long, filter=resize.filter)
-    frame = dataclasses.replace(frame, original=size)
-    device = detector.classifier.device
-    batch = to_batch([pixels], resize.multiple).to(device)
-    with torch.no_grad(), autocast(config.precision, device):
-        return detector.detect_batch(batch, [frame], [ImageKey(number, *frame.original)], proposer)[0]

@@ -13,7 +13,8 @@ from PIL import Image
 from clip_base.errors import InputError
 from clip_base.files import read_json
 from regionclip import datasets
-from regionclip.detect import pictures, read_upright, targets_of
+from regionclip.detect import targets_of
+from regionclip.pictures import picture_files, read_upright
 
 Command = Callable[..., tuple[int, str]]
 
@@ -103,7 +104,7 @@ def test_large_pictures_are_read_reduced_and_keep_their_own_frame(
         exif[0x0112] = turn
         Image.fromarray(pixels.repeat(8, 0).repeat(8, 1)[:256]).save(file, exif=exif)  # 512 wide, 256 high
         found[name] = read_upright(file)
-        monkeypatch.setattr("regionclip.detect.LARGE", 20_000)
+        monkeypatch.setattr("regionclip.pictures.LARGE", 20_000)
         reduced, size = read_upright(file)
         assert size == found[name][1] == ((512, 256) if turn == 6 else (256, 512))
         assert reduced.shape[0] * reduced.shape[1] <= 20_000
@@ -129,7 +130,7 @@ def test_a_jpeg_is_never_decoded_at_its_whole_large_size(
         return decode(path, least)
 
     monkeypatch.setattr(datasets, "decode", noted)
-    monkeypatch.setattr("regionclip.detect.LARGE", 20_000)
+    monkeypatch.setattr("regionclip.pictures.LARGE", 20_000)
     assert read_upright(file)[1] == (400, 800)
     assert sizes == [(100, 200, 3)]
 
@@ -141,7 +142,7 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(
     file = tmp_path / f"large.{ending}"
     Image.open(sorted(photos.iterdir())[0]).convert("RGB").resize((200, 100)).save(file)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000)
-    monkeypatch.setattr("regionclip.detect.load_image", None)
+    monkeypatch.setattr("regionclip.pictures.load_image", None)
     with pytest.raises(InputError, match=rf"large\.{ending} is too large: .*20000 pixels.*make it smaller"):
         read_upright(file)
 
@@ -164,12 +165,12 @@ def test_what_was_given_is_never_written_over(photos: Path, options: list[str], 
 
 def test_folders_stand_for_their_pictures(photos: Path, tmp_path: Path) -> None:
     (photos / "notes.txt").write_text("no picture")
-    assert len(pictures([str(photos)])) == 4
+    assert len(picture_files([str(photos)])) == 4
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no pictures"):
-        pictures([str(tmp_path / "empty")])
+        picture_files([str(tmp_path / "empty")])
     with pytest.raises(InputError, match="does not exist"):
-        pictures([str(tmp_path / "nowhere.jpg")])
+        picture_files([str(tmp_path / "nowhere.jpg")])
 
 
 def test_a_clip_detects_with_a_proposer(

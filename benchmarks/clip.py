@@ -150,7 +150,7 @@ def towers(name: str, options: argparse.Namespace) -> list[Row]:
         works = {"ours": encoding(mine, inputs, autocast("auto", torch.device(device)))}
         for rival, context in rivals.items():
             model = fast.eval() if rival == FASTEST and fast is not None else theirs
-            works[rival] = encoding(getattr(model, other), inputs, context, torch.no_grad)
+            works[rival] = encoding(getattr(model, other), inputs, context)
         seconds = alternate(works, options.rounds, wait)
         note = f"largest difference in fp32 {difference(mine, getattr(theirs, other), inputs):.0e}"
         unit = "images/s" if inputs is pixels else "texts/s"
@@ -205,26 +205,21 @@ def their_step(model: nn.Module, pixels: Tensor, tokens: Tensor, context: Any) -
     return step
 
 
-def encoding(
-    encode: Callable[[Tensor], Tensor],
-    inputs: Tensor,
-    context: Any,
-    guard: Callable[[], Any] = torch.inference_mode,
-) -> Callable[[], None]:
+def encoding(encode: Callable[[Tensor], Tensor], inputs: Tensor, context: Any) -> Callable[[], None]:
     """Returns the work of `BATCHES` batches under one autocast, which then casts the weights once.
 
-    `guard` is how each package's own examples switch gradients off.
+    Without gradients by `no_grad`, as both packages' own code does it.
     """
 
     def work() -> None:
-        with guard(), context:
+        with torch.no_grad(), context:
             for _ in range(BATCHES):
                 encode(inputs)
 
     return work
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def difference(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
     """Returns the largest difference of unit-length features, relative to their length."""
     return float((F.normalize(ours(inputs[:2])) - F.normalize(theirs(inputs[:2]))).abs().max())

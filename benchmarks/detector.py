@@ -193,11 +193,11 @@ def detection(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
 def detect(
     detector: Detector, precision: str, images: ImageBatch, frames: list[Frame], keys: list[ImageKey]
 ) -> object:
-    with torch.inference_mode(), autocast(precision, images.pixels.device):
+    with torch.no_grad(), autocast(precision, images.pixels.device):
         return detector.detect_batch(images, frames, keys)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def time_parts(
     detector: Detector,
     precision: str,
@@ -219,7 +219,7 @@ def time_parts(
 
     def inside(work: Callable[[], object]) -> Callable[[], object]:
         def run() -> object:
-            with torch.inference_mode(), context():
+            with torch.no_grad(), context():
                 return work()
 
         return run
@@ -237,7 +237,7 @@ def time_parts(
     return {name: statistics.median(taken) for name, taken in alternate(works, rounds, wait).items()}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def classify(
     detector: Detector, regions: Regions, embeddings: Tensor, moves: Tensor
 ) -> tuple[Tensor, Tensor]:

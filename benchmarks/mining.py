@@ -159,7 +159,7 @@ def teachers(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def our_regions(encoder: RegionEncoder, photos: list[tuple[Path, Tensor]], short: int) -> list[Tensor]:
     """Returns [N, D] of each photograph, as mining makes them: from the file on."""
     found = []
@@ -190,7 +190,7 @@ def squares(boxes: Tensor) -> list[tuple[float, ...]]:
     return [tuple(map(float, row)) for row in square_rois(regions, 1.2)[:, 1:].round().tolist()]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def likeness(encoder: RegionEncoder, model: Any, photos: list[tuple[Path, Tensor]]) -> float:
     """Returns the mean cosine of our embeddings and theirs of the same crops in float32, less their mean.
 

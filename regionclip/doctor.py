@@ -156,5 +156,7 @@ def optional() -> Iterator[Finding]:
         for requirement in _requirements(extra):
             found = _package(requirement, f"pip install '{PACKAGE}[{extra}]'", needed=False)
             yield Finding(f"{found.topic} (for {extra})", found.found, found.remedy)
-    detectron2 = _package("detectron2", "see docs/detectron2.md, or `make detectron2`", needed=False)
+    # The package has its name whoever distributes it.
+    (distribution, *_) = metadata.packages_distributions().get("detectron2", ["detectron2"])
+    detectron2 = _package(distribution, "see docs/detectron2.md, or `make detectron2`", needed=False)
     yield Finding("detectron2 (its plugin)", detectron2.found, detectron2.remedy)

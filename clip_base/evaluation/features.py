@@ -92,8 +92,7 @@ class Embedder:
     @functools.cached_property
     def model(self) -> CLIP:
         """The model, read when it is first needed."""
-        with torch.inference_mode(False):  # weights made in it could not be trained on or differentiated
-            return load_clip(self.path, self.config.activation).to(self.device)
+        return load_clip(self.path, self.config.activation).to(self.device)
 
     def __call__(self, pictures: list[Picture], description: str) -> Features:
         """Returns the features of the pictures, from the folder when they are there.
@@ -122,7 +121,8 @@ class Embedder:
             digest.update(f"{picture.path.absolute()} {picture.box} {_stamp(picture.path)}\n".encode())
         return digest.hexdigest()[:24]
 
-    @torch.inference_mode()
+    # Not inference_mode: in it autocast casts the weights anew for every batch.
+    @torch.no_grad()
     def _embed(self, pictures: list[Picture], description: str) -> Features:
         config, side = self.config, self.model.visual.resolution
         boxes = any(picture.box is not None for picture in pictures)

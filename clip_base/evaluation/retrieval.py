@@ -150,7 +150,7 @@ def _first_right(scores: Tensor, right: Tensor) -> Tensor:
     return before.sum(1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed_texts(model: CLIP, texts: Sequence[str], batch_size: int = 256) -> Tensor:
     """Returns [T, D] float32 unit-length embeddings on the CPU; texts that are too long are cut."""
     tokenizer, device = Tokenizer(model.config.text.context_length), model.logit_scale.device

@@ -170,7 +170,8 @@ def _clip(model: CLIP, path: Path) -> dict[str, Tensor]:
 def _head(detector: Detector, base: tuple[str, ...], path: Path) -> dict[str, Tensor]:
     if detector.boxes != "embedding" or detector.background is None:
         raise InputError(
-            f"{path} moves boxes by reading {detector.boxes}; RegionCLIP's detectors read the embedding"
+            f"{path} moves boxes by reading {detector.boxes}, RegionCLIP's detectors read the embedding; "
+            "train one with boxes=embedding"
         )
     state = detector.state_dict()
     head = {

@@ -2,9 +2,10 @@
 
     python benchmarks/results.py --seeds 0 1 2 --out results --write docs/results.md
 
-Every row of a seed shares what it can: one world, one CLIP, one proposal network, one set of proposals. A run
-that was stopped goes on with the same command; `--tables` only reads what is there. The options of the jobs
-stand in configs/*/results.yaml.
+Every row of a seed shares what it can: one world, one CLIP, one proposal network, one set of proposals.
+The rows of the main tables are made for all seeds, the ablations for those of `--ablations`, by default the
+first. A run that was stopped goes on with the same command; `--tables` only reads what is there. The options
+of the jobs stand in configs/*/results.yaml.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ from clip_base.weights.native import save_clip
 from regionclip.stages import Stage, run_stages
 
 ALPHAS = ("0.0", "0.25", "0.5", "0.75")
-BACKGROUND_WEIGHTS = ("0.05", "0.2", "1.0")  # 0.2 is the recipe's and the detectors' of the main table
+BACKGROUND_WEIGHTS = ("0.05", "1.0")  # beside 0.2, the recipe's and the detectors' of the main table
+CURVE = (
+    "0.25",
+    "0.5",
+    "0.75",
+)  # shares of the later model, as configs/region-interpolate/results.yaml has them
 
 
 @dataclass(frozen=True)
@@ -71,15 +77,18 @@ ONLY = {
 }
 STUDENTS = {
     "published": Student("RegionCLIP, as published", "published"),
+    "best": Student("our best: matcher exclusive", "exclusive"),
+}
+ABLATIONS = {
     "pool": Student("matcher pool", "pool"),
     "hybrid": Student("matcher hybrid", "hybrid"),
     "caption": Student("matcher caption", "caption"),
-    "best": Student("our best: matcher exclusive", "exclusive"),
     "crop": Student("our best, teacher sees crops", "crop"),
     "distillation": Student("our best, distillation alone", "exclusive", ONLY["distillation"]),
     "contrastive": Student("our best, region-text contrastive alone", "exclusive", ONLY["contrastive"]),
-    "crops": Student("our best, and the crop loss", "exclusive", ("crops=1",)),
     "image_text": Student("our best, image-text contrastive alone", "exclusive", ONLY["image_text"]),
+    "crops": Student("our best, and the crop loss", "exclusive", ("crops=1",)),
+    "temperature": Student("our best, temperature learnt", "exclusive", ("learn_temperature=true",)),
 }
 DETECTORS = {
     "random": "random weights",
@@ -92,6 +101,9 @@ DETECTORS = {
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--ablations", type=int, nargs="*", help="seeds whose ablations are run (default: the first)"
+    )
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder; each seed has one in it")
     parser.add_argument("--preset", default="results", help="which of configs/*/PRESET.yaml the jobs use")
     parser.add_argument("--tables", action="store_true", help="run nothing, print what is there")
@@ -101,12 +113,17 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
+    ablated = options.seeds[:1] if options.ablations is None else options.ablations
     for seed in [] if options.tables else options.seeds:
         folder = options.out / f"seed-{seed}"
         print(f"seed {seed}: {folder}", flush=True)
         run_stages(first_stages(folder, seed), options.preset, folder / "timings.json")
         forget_vision(folder, seed)
-        run_stages(later_stages(folder, seed), options.preset, folder / "timings.json")
+        run_stages(main_stages(folder, seed), options.preset, folder / "timings.json")
+    for seed in [] if options.tables else ablated:
+        folder = options.out / f"seed-{seed}"
+        print(f"seed {seed}, ablations: {folder}", flush=True)
+        run_stages(ablation_stages(folder, seed), options.preset, folder / "timings.json")
     text = tables([options.out / f"seed-{seed}" for seed in options.seeds])
     print(text)
     if options.write:
@@ -153,9 +170,9 @@ def first_stages(folder: Path, seed: int) -> list[Stage]:
     ]
 
 
-def later_stages(folder: Path, seed: int) -> list[Stage]:
-    """Returns the rows: mining, students and their zero-shot evaluations, detectors and their ablations."""
-    stages = [mining(folder, name) for name in MINED]
+def main_stages(folder: Path, seed: int) -> list[Stage]:
+    """Returns the rows of the main tables: students, detectors, and what each figure needs."""
+    stages = [mining(folder, name) for name in dict.fromkeys(one.mined for one in STUDENTS.values())]
     stages += zero_shot(folder, "clip")
     for name, student in STUDENTS.items():
         stages.append(pretraining(folder, seed, name, student))
@@ -164,12 +181,49 @@ def later_stages(folder: Path, seed: int) -> list[Stage]:
     for name in DETECTORS:
         own = ("freeze_stages=0", "freeze_batch_norm=false") if name == "random" else ()
         stages += detector(folder, seed, name, start[name], own)
+    return stages
+
+
+def ablation_stages(folder: Path, seed: int) -> list[Stage]:
+    """Returns what changes one thing at a time: losses, teacher, matcher, background, fusion, weights."""
+    stages = []
+    known = {one.mined for one in STUDENTS.values()}
+    for name, student in ABLATIONS.items():
+        stages += [mining(folder, student.mined)] if student.mined not in known else []
+        known.add(student.mined)
+        stages.append(pretraining(folder, seed, name, student))
+        stages += zero_shot(folder, f"student-{name}")
     for weight in BACKGROUND_WEIGHTS:
         changed = (f"background_weight={weight}",)
         stages += detector(folder, seed, f"background-{weight}", "student-best", changed)
     for alpha in ALPHAS:
         fusion = ("own_settings=false", f"detector.alpha_base={alpha}", f"detector.alpha_novel={alpha}")
-        stages.append(detection(folder, f"alpha-{alpha}", "detector-best", fusion))
+        stages.append(detection(folder, f"alpha-{alpha}", model(folder, "detector-best"), fusion))
+    return stages + curves(folder)
+
+
+def curves(folder: Path) -> list[Stage]:
+    """Returns the interpolations: from the CLIP to our best student, and from that to its detector."""
+    clip, student, trained = (model(folder, name) for name in ("clip", "student-best", "detector-best"))
+    before, after = folder / "curve-student", folder / "curve-detector"
+    stages = [
+        Stage(
+            "curve to the student",
+            "region-interpolate",
+            0.1,
+            (f"first={clip}", f"second={student}", f"out={before}"),
+        ),
+        Stage(
+            "curve to the detector",
+            "region-interpolate",
+            0.1,
+            (f"first={student}", f"second={trained}", f"out={after}"),
+        ),
+    ]
+    for alpha in CURVE:
+        file = f"alpha-{alpha}.safetensors"
+        stages += zero_shot(folder, f"student-{alpha}", before / file)
+        stages.append(detection(folder, f"detector-{alpha}", after / file))
     return stages
 
 
@@ -216,9 +270,9 @@ def pretraining(folder: Path, seed: int, name: str, student: Student) -> Stage:
     )
 
 
-def zero_shot(folder: Path, name: str) -> list[Stage]:
+def zero_shot(folder: Path, name: str, file: Path | None = None) -> list[Stage]:
     """Returns the evaluations without detector training: true boxes, proposals, and retrieval."""
-    weights, world = f"weights={model(folder, name)}", folder / "world"
+    weights, world = f"weights={file or model(folder, name)}", folder / "world"
     own = ("proposer.name=rpn", f"proposer.weights={model(folder, 'rpn')}", "proposer.limit=30")
     val = (*boxes(world, "val"), weights)
     truth = (*val, "boxes=truth", f"out={folder}/{name}-truth")
@@ -254,11 +308,11 @@ def detector(folder: Path, seed: int, name: str, start: str, options: Sequence[s
             f"train.seed={seed}",
         ),
     )
-    return [training, detection(folder, f"detector-{name}", f"detector-{name}")]
+    return [training, detection(folder, f"detector-{name}", model(folder, f"detector-{name}"))]
 
 
-def detection(folder: Path, name: str, weights: str, options: Sequence[str] = ()) -> Stage:
-    val = (*boxes(folder / "world", "val"), f"weights={model(folder, weights)}")
+def detection(folder: Path, name: str, weights: Path, options: Sequence[str] = ()) -> Stage:
+    val = (*boxes(folder / "world", "val"), f"weights={weights}")
     return Stage(
         f"{name}, evaluation", "region-evaluate", 0.3, (*val, *options, f"out={folder}/{name}-evaluation")
     )
@@ -283,25 +337,40 @@ RETRIEVAL = ("image_to_text_R@1", "text_to_image_R@1")
 
 
 def tables(folders: Sequence[Path]) -> str:
-    """Returns all tables as Markdown: percent, mean and standard deviation over the seeds."""
-    students = {"clip": "CLIP"} | {f"student-{name}": student.title for name, student in STUDENTS.items()}
-    zero = ["| | " + " | ".join(ZERO_HEADINGS) + " |", "|" + "---|" * (1 + len(ZERO_HEADINGS))]
-    for key, title in students.items():
-        cells = [
-            cell(folders, f"{key}-{setting}", names)
-            for setting, names in (("truth", TOP1), ("proposals", AP50), ("retrieval", RETRIEVAL))
-        ]
-        zero.append(f"| {title} | {' | '.join(cells)} |")
+    """Returns all tables as Markdown: percent, mean and standard deviation over the seeds that have a row."""
+    main = {"clip": "CLIP"} | {f"student-{name}": student.title for name, student in STUDENTS.items()}
+    varied = {f"student-{name}": student.title for name, student in ABLATIONS.items()}
+    mixed = {f"student-{alpha}": f"{alpha} of our best, the rest of CLIP" for alpha in CURVE}
     found = {f"detector-{name}": f"started from {title}" for name, title in DETECTORS.items()}
-    found |= {f"detector-background-{w}": f"our best, background weight {w}" for w in BACKGROUND_WEIGHTS}
-    found |= {f"alpha-{alpha}": f"our best, α {alpha}" for alpha in ALPHAS}
-    detectors = ["| detector | AP50 base / novel / all | AP all |", "|---|---|---|"]
-    for key, title in found.items():
-        figures = [cell(folders, f"{key}-evaluation", names) for names in (AP50, ("AP_all",))]
-        detectors.append(f"| {title} | {' | '.join(figures)} |")
+    changed = {f"detector-background-{w}": f"our best, background weight {w}" for w in BACKGROUND_WEIGHTS}
+    changed |= {f"alpha-{alpha}": f"our best, α {alpha}" for alpha in ALPHAS}
+    changed |= {f"detector-{alpha}": f"{alpha} of our best, the rest of its student" for alpha in CURVE}
     return "\n".join(
-        [f"Seeds: {len(folders)}; percent, mean ± standard deviation.", "", *zero, "", *detectors]
+        [
+            f"Seeds: {len(folders)}; percent, mean ± standard deviation.",
+            *["", *zero_table(folders, main), "", *detector_table(folders, found)],
+            *["", "One thing changed at a time:"],
+            *["", *zero_table(folders, varied | mixed), "", *detector_table(folders, changed)],
+        ]
     )
+
+
+def zero_table(folders: Sequence[Path], rows: dict[str, str]) -> list[str]:
+    """Returns a table of what models know without detector training; rows: title by folder's name."""
+    lines = ["| | " + " | ".join(ZERO_HEADINGS) + " |", "|" + "---|" * (1 + len(ZERO_HEADINGS))]
+    settings = (("truth", TOP1), ("proposals", AP50), ("retrieval", RETRIEVAL))
+    for key, title in rows.items():
+        cells = [cell(folders, f"{key}-{setting}", names) for setting, names in settings]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
+
+
+def detector_table(folders: Sequence[Path], rows: dict[str, str]) -> list[str]:
+    lines = ["| detector | AP50 base / novel / all | AP all |", "|---|---|---|"]
+    for key, title in rows.items():
+        figures = [cell(folders, f"{key}-evaluation", names) for names in (AP50, ("AP_all",))]
+        lines.append(f"| {title} | {' | '.join(figures)} |")
+    return lines
 
 
 ZERO_HEADINGS = (

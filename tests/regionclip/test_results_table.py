@@ -11,7 +11,7 @@ import pytest
 
 from clip_base import config as configs
 from clip_base import plugins
-from regionclip.stages import shipped
+from regionclip.stages import Stage, shipped
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 
@@ -28,9 +28,14 @@ def results(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+def all_stages(results: ModuleType, folder: Path) -> list[Stage]:
+    stages: list[Stage] = results.first_stages(folder, 3)
+    return stages + results.main_stages(folder, 3) + results.ablation_stages(folder, 3)
+
+
 @pytest.mark.parametrize("preset", ["results", "smoke"])
 def test_every_stage_of_the_table_fits_its_job(results: ModuleType, tmp_path: Path, preset: str) -> None:
-    stages = results.first_stages(tmp_path, 3) + results.later_stages(tmp_path, 3)
+    stages = all_stages(results, tmp_path)
     assert len({stage.title for stage in stages}) == len(stages)
     for stage in stages:
         schema = plugins.schema_of(plugins.load(plugins.JOBS, stage.job))
@@ -40,7 +45,7 @@ def test_every_stage_of_the_table_fits_its_job(results: ModuleType, tmp_path: Pa
 
 def test_no_stage_reads_what_no_earlier_stage_has_left(results: ModuleType, tmp_path: Path) -> None:
     left = {f"{tmp_path}/random"}
-    for stage in results.first_stages(tmp_path, 0) + results.later_stages(tmp_path, 0):
+    for stage in all_stages(results, tmp_path):
         values = dict(pair.split("=", 1) for pair in stage.overrides)
         for key, value in values.items():
             if key != "out" and value.startswith(str(tmp_path)):

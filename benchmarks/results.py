@@ -181,7 +181,14 @@ def main_stages(folder: Path, seed: int) -> list[Stage]:
     for name in DETECTORS:
         own = ("freeze_stages=0", "freeze_batch_norm=false") if name == "random" else ()
         stages += detector(folder, seed, name, start[name], own)
-    return stages
+    return [*stages, as_trained(folder)]
+
+
+def as_trained(folder: Path) -> Stage:
+    """Returns the CLIP's evaluation with true boxes in scenes of the size at which it was trained."""
+    val = (*boxes(folder / "world", "val"), f"weights={model(folder, 'clip')}", "boxes=truth")
+    size = ("resize.short=[64]", "resize.long=64", f"out={folder}/clip-as-trained-truth")
+    return Stage("clip at its own scale, true boxes", "region-evaluate", 0.1, (*val, *size))
 
 
 def ablation_stages(folder: Path, seed: int) -> list[Stage]:
@@ -338,7 +345,8 @@ RETRIEVAL = ("image_to_text_R@1", "text_to_image_R@1")
 
 def tables(folders: Sequence[Path]) -> str:
     """Returns all tables as Markdown: percent, mean and standard deviation over the seeds that have a row."""
-    main = {"clip": "CLIP"} | {f"student-{name}": student.title for name, student in STUDENTS.items()}
+    main = {"clip": "CLIP", "clip-as-trained": "CLIP, scenes at the size it was trained on"}
+    main |= {f"student-{name}": student.title for name, student in STUDENTS.items()}
     varied = {f"student-{name}": student.title for name, student in ABLATIONS.items()}
     mixed = {f"student-{alpha}": f"{alpha} of our best, the rest of CLIP" for alpha in CURVE}
     found = {f"detector-{name}": f"started from {title}" for name, title in DETECTORS.items()}

@@ -62,4 +62,4 @@ def test_the_tables_hold_mean_and_deviation_over_seeds_and_a_dash_where_nothing_
         (folder / "metrics.json").write_text(json.dumps(dict.fromkeys(results.TOP1, top1)))
     text = results.tables([tmp_path / "seed-0", tmp_path / "seed-1"])
     row = next(line for line in text.splitlines() if line.startswith("| CLIP |"))
-    assert "30.0 ± 7.1 / 30.0 ± 7.1 / 30.0 ± 7.1 | – / – / – | – / – |" in row
+    assert "30.0 ± 7.1 / 30.0 ± 7.1 / 30.0 ± 7.1 | – / – / – | – / – | – / – |" in row

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 DETECTRON2 := $(VENV)/.detectron2
 
-.PHONY: install quickstart check test format clean detectron2
+.PHONY: install quickstart check docs test format clean detectron2
 
 install: $(STAMP)
 
@@ -33,7 +33,11 @@ check: install
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/lint-imports > $(VENV)/lint-imports.log || (cat $(VENV)/lint-imports.log; exit 1)
 
-test: check detectron2
+# The pages, into build/docs; a broken link or a page that the menu lacks is an error. Nothing is fetched.
+docs: install
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+test: check docs detectron2
 	@$(BIN)/pytest
 
 format: install

@@ -10,8 +10,9 @@ They are looked up when they are first used, so that `import clip_base` loads no
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from clip_base.lazy import lazy
 
 if TYPE_CHECKING:
     from clip_base.models.zoo import available_models as available_models
@@ -20,20 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = ["available_models", "load", "tokenize"]
 
-_PLACES = {
-    "available_models": "clip_base.models.zoo",
-    "load": "clip_base.weights.load",
-    "tokenize": "clip_base.tokenizer",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PLACES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "available_models": "clip_base.models.zoo",
+        "load": "clip_base.weights.load",
+        "tokenize": "clip_base.tokenizer",
+    },
+)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import inspect
 import json
 import os
 import sys
@@ -17,9 +16,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from clip_base import completion as completions
 from clip_base import config as configs
-from clip_base import plugins
+from clip_base import outline, plugins
 from clip_base.errors import InputError
+from clip_base.outline import Description
 
 REGION_PREFIX = "region-"
 
@@ -40,7 +41,8 @@ def main_regionclip(arguments: Sequence[str] | None = None) -> int:
 
 def _run(program: str, prefix: str, arguments: list[str]) -> int:
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    if arguments[:1] != [completions.COMMAND]:  # there it is a word that was typed
+        arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         code = _dispatch(program, prefix, arguments)
         sys.stdout.flush()  # a reader that has gone away (`| head`) shows here, not while Python shuts down
@@ -80,13 +82,16 @@ def _dispatch(program: str, prefix: str, arguments: list[str]) -> int:
         print(_overview(program, jobs))
         return 0
     name, rest = arguments[0], arguments[1:]
+    if name == completions.COMMAND:
+        print(completions.completion(program, jobs, rest))
+        return 0
     if name not in jobs:
         raise InputError(f"there is no job {name!r}; {plugins.nearest(name, list(jobs))}")
+    if "-h" in rest or "--help" in rest:
+        print(job_help(f"{program} {name}", outline.describe(jobs[name])))
+        return 0
     job: Callable[[Any], None] = jobs[name].load()
     schema = plugins.schema_of(job)
-    if "-h" in rest or "--help" in rest:
-        print(job_help(f"{program} {name}", job, schema))
-        return 0
     file, overrides = parse(schema, rest)
     config: Any = configs.resolve(schema, file, overrides)
     if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun; torch is imported only for it
@@ -159,23 +164,29 @@ def _overview(program: str, jobs: dict[str, Any]) -> str:
     width = max(map(len, jobs), default=0)
     lines = [f"usage: {program} JOB [FILE.yaml] [key=value …]", "", "jobs:"]
     lines += [f"  {name:<{width}}  {plugins.summary(point)}" for name, point in sorted(jobs.items())]
-    hint = f"`{program} JOB --help` lists a job's options; key=value and --key value are the same thing."
-    lines += ["", hint]
+    shell = Path(os.environ.get("SHELL", "")).name
+    shell = shell if shell in completions.SHELLS else completions.SHELLS[0]
+    lines += [
+        "",
+        f"`{program} JOB --help` lists a job's options; key=value and --key value are the same thing.",
+        f"TAB completes jobs, options and values after `{completions.how(program, shell)}` "
+        f"(or {', '.join(other for other in completions.SHELLS if other != shell)}).",
+    ]
     return "\n".join(lines)
 
 
-def job_help(command: str, job: Callable[[Any], None], schema: type) -> str:
+def job_help(command: str, job: Description) -> str:
     """Returns the text of `JOB --help`: what it does, and every option with type, default and meaning."""
     rows: list[tuple[str, str]] = []
-    defaults = configs.defaults_of(schema)
-    for key, field, hint in configs.fields_of(schema):
+    defaults = configs.defaults_of(job.schema)
+    for key, field, hint in configs.fields_of(job.schema):
         if dataclasses.is_dataclass(hint):
             continue
         rows.append(_help_row(key, field, hint, defaults[key]))
         group = field.metadata.get("group")
         if group:
             rows += _part_rows(key, group)
-    what = (inspect.getdoc(job) or "").partition("\n\nRaises:")[0]
+    what = job.text.partition("\n\nRaises:")[0]
     lines = [f"usage: {command} [FILE.yaml] [key=value …]", "", what, "", "options:"]
     for left, right in rows:
         lines += [f"  {left}", f"      {right}"]
@@ -196,7 +207,7 @@ def _help_row(key: str, field: dataclasses.Field[Any], hint: Any, default: Any) 
 def _part_rows(key: str, group: str) -> list[tuple[str, str]]:
     rows = []
     for name in sorted(plugins.found(group)):
-        schema = plugins.schema_of(plugins.load(group, name))
+        schema = outline.describe(plugins.found(group)[name]).schema
         defaults = configs.defaults_of(schema)
         for option, field, hint in configs.fields_of(schema):
             if not dataclasses.is_dataclass(hint):

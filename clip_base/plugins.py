@@ -86,13 +86,23 @@ def build(group: str, spec: dict[str, Any], **context: Any) -> Any:
     return target(config.check(schema_of(target), options, f"{group} {spec['name']}"), **context)
 
 
+def source(module: str) -> ast.Module:
+    """Returns a module's parsed source; the module itself is not imported, packages above it are.
+
+    Raises:
+        ImportError: there is no such module, or no source of it.
+        SyntaxError: it is not Python.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ImportError(f"module {module} is missing")
+    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+
+
 def summary(point: EntryPoint) -> str:
     """Returns the first docstring line of what `point` names, read from its source without importing it."""
     try:
-        spec = importlib.util.find_spec(point.module)
-        if spec is None or spec.origin is None:
-            return f"(module {point.module} is missing)"
-        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+        tree = source(point.module)
     except (ImportError, SyntaxError) as error:
         return f"(cannot be imported: {error})"
     for node in tree.body:

@@ -13,10 +13,23 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 def pick_device(name: str) -> torch.device:
-    """Returns the device called `name`; "auto" is this process's GPU, else the CPU."""
+    """Returns the device called `name`; "auto" is this process's GPU, else the CPU.
+
+    Raises:
+        InputError: there is no such device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device={name} is none; give auto, cpu, cuda or cuda:1, say") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device={name}: PyTorch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices; "
+            "give device=auto"
+        )
+    return device
 
 
 def computes_in_bf16(device: torch.device) -> bool:
@@ -32,8 +45,10 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     """Returns the context in which a forward pass runs at `precision`, one of `PRECISIONS`.
 
     Raises:
-        InputError: fp16 is asked for on something else than a CUDA device.
+        InputError: there is no such precision, or fp16 is asked for on something else than a CUDA device.
     """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision={precision} is none of {', '.join(PRECISIONS)}")
     if precision == "fp16":
         if device.type != "cuda":
             raise InputError(

@@ -25,10 +25,6 @@ class Preprocess:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Returns [3, R, R] float32 of an image in any mode."""
-        return normalise(self.pixels(image))
-
-    def pixels(self, image: Image.Image) -> Tensor:
-        """Returns [3, R, R] uint8, before normalisation."""
         side = self.resolution
         image = image.convert("RGB")
         width, height = image.size
@@ -38,7 +34,7 @@ class Preprocess:
             image = image.resize(size, Image.Resampling.BICUBIC)
         left, top = round((image.width - side) / 2), round((image.height - side) / 2)
         square = np.array(image.crop((left, top, left + side, top + side)))  # [R, R, 3]
-        return torch.from_numpy(square).permute(2, 0, 1)
+        return normalise(torch.from_numpy(square).permute(2, 0, 1))
 
     def __repr__(self) -> str:
         return f"Preprocess({self.resolution})"

@@ -53,7 +53,9 @@ class Progress:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
             )
-            self._bar = Bar(*columns, console=Console(stderr=True), transient=False)
+            # What is printed meanwhile goes above the bar; into a file or a pipe it goes as ever.
+            above = sys.stdout.isatty()
+            self._bar = Bar(*columns, console=Console(stderr=True), transient=False, redirect_stdout=above)
             self._task = self._bar.add_task(description, total=total, completed=done, note="")
 
     def __enter__(self) -> Progress:

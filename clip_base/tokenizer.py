@@ -27,6 +27,7 @@ START, END = 49406, 49407
 _SPECIAL = ("<start_of_text>", "<end_of_text>")
 _END_OF_WORD = b"</w>"
 _NUM_BYTES = 256
+_NUM_PRINTABLE = 188  # printable characters of Latin-1
 _PIECES = regex.compile(
     r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
@@ -126,10 +127,31 @@ def tokenize(
 ) -> Tensor:
     """Returns [N, context_length] int64 token ids, as openai/CLIP's function of that name.
 
+    Args:
+        texts: N texts, or one.
+        context_length: ids a text, its beginning and end included; what is left is 0.
+        truncate: cut texts that are too long.
+
     Raises:
         InputError: a text is too long and `truncate` is False; the message names it.
     """
     return _tokenizer(context_length)(texts, truncate)
+
+
+def spelled_vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
+    """Returns the pieces of all ids but the two special ones, and the merges, as CLIP's published files do.
+
+    There, a byte is a character (arXiv 2103.00020's code took that from GPT-2): a printable one of Latin-1
+    is itself, the others are numbered from U+0100 on.
+    """
+    shown = list(map(chr, _byte_order()[:_NUM_PRINTABLE]))
+    shown += [chr(_NUM_BYTES + number) for number in range(_NUM_BYTES - _NUM_PRINTABLE)]
+    pieces = shown + [character + _END_OF_WORD.decode() for character in shown]
+    merges = []
+    for left, right in _pairs():
+        merges.append((pieces[left], pieces[right]))
+        pieces.append(pieces[left] + pieces[right])
+    return pieces, merges
 
 
 @cache

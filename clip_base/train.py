@@ -32,7 +32,7 @@ from clip_base.progress import Progress
 from clip_base.run import RunFolder
 
 # What stands beside the losses in a line of log.jsonl.
-NO_LOSS = frozenset({"step", "lr", "images_per_second", "logit_scale", "bias"})
+NO_LOSS = frozenset({"step", "lr", "images_per_second", "logit_scale", "region_text_scale", "bias"})
 
 
 @dataclass

@@ -9,34 +9,26 @@ The names are looked up when they are first used, so that `import regionclip` lo
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from clip_base.lazy import lazy
 
 if TYPE_CHECKING:
+    from regionclip.detections import Detections as Detections
     from regionclip.detector import Detector as Detector
     from regionclip.predictor import Predictor as Predictor
     from regionclip.predictor import load as load
-    from regionclip.structures import Detections as Detections
     from regionclip.vocabulary import Vocabulary as Vocabulary
 
 __all__ = ["Detections", "Detector", "Predictor", "Vocabulary", "load"]
 
-_PLACES = {
-    "Detections": "regionclip.structures",
-    "Detector": "regionclip.detector",
-    "Predictor": "regionclip.predictor",
-    "Vocabulary": "regionclip.vocabulary",
-    "load": "regionclip.predictor",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PLACES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "Detections": "regionclip.detections",
+        "Detector": "regionclip.detector",
+        "Predictor": "regionclip.predictor",
+        "Vocabulary": "regionclip.vocabulary",
+        "load": "regionclip.predictor",
+    },
+)

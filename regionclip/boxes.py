@@ -10,17 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import batched_nms
 from torchvision.ops import nms as single_nms
 
+Floats = NDArray[np.float32]
+Places = NDArray[np.int64]
 # A predicted box grows at most 1000/16 times, as in Detectron's Faster R-CNN: keeps exp() finite early in
 # training.
 MAX_LOG_SCALE = math.log(1000.0 / 16)
-# How often soft-NMS forgets what is decided, and the first steps at which it does: those decide most.
-COMPACT_EVERY = 32
-EARLY = (1, 2, 4, 8, 16)
+# Steps after which soft-NMS forgets what is decided, at least, and their share of the largest class.
+FORGET_EVERY, FORGET_SHARE = 32, 4
+TINY = float(np.finfo(np.float32).tiny)
 # Cells of a table of boxes, a class a row, that need not be parted to save work.
 SMALL_TABLE = 2**16
 # Boxes up to which comparing each with each is quicker than going through the classes one by one.
@@ -63,7 +67,7 @@ def clip_boxes(boxes: Tensor, size: tuple[int, int] | Tensor) -> Tensor:
         boxes: [N, 4].
         size: (height, width) of the image, or [N, 2] of each box's image.
     """
-    sizes = torch.as_tensor(size, device=boxes.device).to(boxes.dtype).expand(len(boxes), 2)
+    sizes = torch.as_tensor(size, device=boxes.device).to(boxes.dtype).expand(boxes.shape[0], 2)
     limits = sizes.flip(-1).repeat(1, 2)  # [N, 4]: width, height, width, height
     return torch.minimum(boxes.clamp(min=0), limits)
 
@@ -141,9 +145,11 @@ def soft_nms(
     """Gaussian soft-NMS (arXiv 1704.04503, section 3), over all labels at once.
 
     Within a label the best box is taken, and every other's score is multiplied by exp(-IoU² / sigma); then
-    the next best is taken, until none is left. All labels take their best in the same step, so that the
-    number of steps is that of the largest label and not that of all boxes. With a limit it is fewer: scores
-    only fall, so a box that scores less than `limit` boxes taken so far will not be among the best.
+    the next best is taken, until none is left; of equals the first. All labels take their best in the same
+    step, so that the number of steps is that of the largest label and not that of all boxes. With a limit it
+    is fewer: scores only fall, so a box that scores less than `limit` boxes taken so far will not be among
+    the best. Works on the CPU, wherever the boxes are: it is many small steps, each of which a GPU would
+    start slowly. The memory is that of the boxes.
 
     Args:
         boxes: [N, 4].
@@ -151,99 +157,147 @@ def soft_nms(
         labels: [N].
         sigma: above 0; the smaller, the harder overlapping boxes are punished.
         threshold: at least 0; a box whose score falls below it is dropped.
-        limit: how many of the result's first boxes are wanted; None: all.
+        limit: how many of the result's first boxes are wanted, at least 1; None: all.
 
     Returns:
-        Indices into `boxes` [K] and the decayed scores [K], best first.
+        Indices into `boxes` [K] and the decayed scores [K], best first; of equals the first label, then the
+        first box.
     """
-    if sigma <= 0 or threshold < 0:
+    if sigma <= 0 or threshold < 0 or (limit is not None and limit < 1):
         raise ValueError(
-            f"soft-NMS needs sigma above 0 and threshold at least 0, got {sigma} and {threshold}"
+            "soft-NMS needs sigma above 0, threshold at least 0 and limit at least 1, "
+            f"got {sigma}, {threshold} and {limit}"
         )
-    taken = _Taken(labels.new_zeros(0), scores.new_zeros(0, dtype=torch.float32), threshold, limit)
-    for index in _padded_classes(labels):  # [G, L] indices into boxes, -1 where a class has fewer
-        _soft_nms_rows(boxes.float()[index], scores.float()[index], index, sigma, taken)
-    return taken.best()
+    names = labels.cpu().numpy()
+    names = names - names.min(initial=0)
+    # NumPy sorts small integers by counting.
+    order = np.argsort(names.astype(np.min_scalar_type(names.max(initial=0))), kind="stable")
+    corners = boxes.detach().float().cpu()[torch.from_numpy(order)]
+    # The left and upper sides negated: one minimum then gives what two boxes share.
+    facts = torch.cat([-corners.T[:2], corners.T[2:], area(corners).clamp(min=TINY)[None]]).numpy()  # [5, N]
+    values = scores.detach().float().cpu().numpy()[order]
+    taken = _Taken(len(order), threshold, limit)
+    for index in _padded_classes(np.unique(names[order], return_counts=True)[1]):
+        _soft_nms_rows(facts, values, index, sigma, taken)
+    kept = taken.places()
+    found = torch.from_numpy(order[kept]), torch.from_numpy(taken.scores[kept])
+    return found[0].to(boxes.device), found[1].to(boxes.device)
 
 
 class _Taken:
     """The boxes that soft-NMS has taken so far, and the score below which none can follow."""
 
-    def __init__(self, indices: Tensor, scores: Tensor, threshold: float, limit: int | None) -> None:
-        self.indices, self.scores, self.limit = [indices], [scores], limit
-        self.floor = threshold
+    def __init__(self, count: int, threshold: float, limit: int | None) -> None:
+        self.scores = np.full(count, -1, np.float32)  # with which each was taken; -1: it was not
+        self.threshold, self.limit = threshold, limit
+        self.floor = max(threshold, TINY)  # a score of 0 says that a box is decided
+        self._best = np.zeros(0, np.float32)
 
-    def add(self, indices: Tensor, scores: Tensor) -> None:
-        """Notes one box a class; a score below the floor says that the class has none left."""
-        self.indices.append(indices)
-        self.scores.append(scores)
+    def add(self, places: Places, scores: Floats) -> None:
+        """Notes boxes; a score below the floor says that a class had none left."""
+        above = scores >= self.floor
+        self.scores[places[above]] = scores[above]
+        if self.limit is not None:
+            self._best = np.concatenate([self._best, scores[above]])
+            if len(self._best) >= self.limit:
+                self._best = np.partition(self._best, -self.limit)[-self.limit :]
+                self.floor = max(self.floor, float(self._best[0]))
 
-    def best(self) -> tuple[Tensor, Tensor]:
-        """Returns the indices and scores taken, best first, and raises the floor to the last of them."""
-        indices, scores = torch.cat(self.indices), torch.cat(self.scores)
-        indices, scores = indices[scores >= self.floor], scores[scores >= self.floor]
-        order = scores.argsort(descending=True, stable=True)[: self.limit]
-        self.indices, self.scores = [indices[order]], [scores[order]]
-        if len(order) == self.limit:
-            self.floor = max(self.floor, float(self.scores[0][-1]))
-        return self.indices[0], self.scores[0]
+    def places(self) -> Places:
+        """Returns [K], the best of them first, when all boxes were looked at."""
+        if not self.threshold:
+            self.scores[self.scores < 0] = 0  # nothing but their scores dropped them
+        kept = np.flatnonzero(self.scores >= (self.floor if self.threshold else 0))
+        # Sorted with their places as one number: many times as fast as a stable sort of the scores. Floats
+        # that are not negative have the order of their bits.
+        keys = (self.scores[kept].view(np.int32).astype(np.int64) << 32) - kept
+        keys.sort()
+        return (-keys[::-1] & 0xFFFFFFFF)[: self.limit]
 
 
-def _padded_classes(labels: Tensor) -> Iterator[Tensor]:
-    """Yields [G, L] tables of box indices, a class a row, padded with -1; classes of like size together."""
-    if not len(labels):
-        return
-    order = labels.argsort(stable=True)
-    counts = torch.unique_consecutive(labels[order], return_counts=True)[1]
-    starts = counts.cumsum(0) - counts
-    by_size = counts.argsort(descending=True, stable=True)
-    sizes = counts[by_size].tolist()
-    first = 0
-    while first < len(sizes):
-        last = len(sizes)
-        if sizes[first] * (last - first) > SMALL_TABLE:
+def _padded_classes(counts: Places) -> Iterator[Places]:
+    """Yields [G, L] tables of places, a class a row, padded with -1; classes of like size together.
+
+    Args:
+        counts: boxes in each class; their places follow each other.
+    """
+    starts = counts.cumsum() - counts
+    classes = (-counts).argsort(kind="stable")
+    while len(classes):
+        sizes, last = counts[classes], len(classes)
+        if sizes[0] * last > SMALL_TABLE:
             # One huge class must not make every row of the table as long as itself.
-            last = next((i for i in range(first, last) if sizes[i] * 8 < sizes[first]), last)
-        rows = by_size[first:last]
-        column = torch.arange(sizes[first], device=labels.device)  # [L]
-        inside = column[None] < counts[rows, None]  # [G, L]
-        position = (starts[rows, None] + column[None]).clamp(max=len(labels) - 1)
-        yield torch.where(inside, order[position], -1)
-        first = last
+            last = int((sizes * 8 >= sizes[0]).sum())
+        column = np.arange(sizes[0])
+        yield np.where(column < sizes[:last, None], starts[classes[:last], None] + column, -1)
+        classes = classes[last:]
 
 
-def _soft_nms_rows(boxes: Tensor, scores: Tensor, index: Tensor, sigma: float, taken: _Taken) -> None:
-    """Soft-NMS within each row of boxes [G, L, 4] and scores [G, L]; `index` [G, L] is -1 where no box is."""
-    scores = scores.masked_fill(index < 0, -1.0)  # -1: decided, or not there
-    for step in range(index.shape[1]):
-        if step % COMPACT_EVERY == 0 or step in EARLY:
-            taken.best()
-            scores = scores.masked_fill(scores < taken.floor, -1.0)
-            boxes, scores, index = _compact(boxes, scores, index)
-            if not index.numel():
-                break
-            x1, y1, x2, y2 = (side.contiguous() for side in boxes.unbind(-1))  # [G, L] each
-            areas = (x2 - x1).clamp(min=0) * (y2 - y1).clamp(min=0)
-        best, column = scores.max(1, keepdim=True)  # [G, 1]
-        taken.add(index.gather(1, column)[:, 0], best[:, 0])
-        width = torch.minimum(x2, x2.gather(1, column)) - torch.maximum(x1, x1.gather(1, column))
-        height = torch.minimum(y2, y2.gather(1, column)) - torch.maximum(y1, y1.gather(1, column))
-        shared = width.clamp_(min=0).mul_(height.clamp_(min=0))
-        union = (areas + areas.gather(1, column)).sub_(shared).clamp_(min=torch.finfo(shared.dtype).tiny)
-        decay = shared.div_(union).square_().div_(-sigma).exp_()  # [G, L]
-        scores = scores.mul_(decay).scatter_(1, column, -1.0)
-        scores.masked_fill_(scores < taken.floor, -1.0)
+def _padded(values: Places, counts: Places) -> Places:
+    """Returns [G, L]: the first of `counts` [G] values in row 0, and so on; -1 where a row has fewer."""
+    table = np.full((len(counts), counts.max()), -1)
+    table[np.arange(table.shape[1]) < counts[:, None]] = values
+    return table
 
 
-def _compact(boxes: Tensor, scores: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Drops the rows and columns of which nothing is left to decide; the order within a row stays."""
-    open_ = scores >= 0  # [G, L]
-    counts = open_.sum(1)
-    rows = counts > 0
-    length = int(counts.max()) if len(counts) else 0
-    columns = (~open_[rows]).int().argsort(dim=1, stable=True)[:, :length]  # [G', L']
-    return (
-        boxes[rows].gather(1, columns[..., None].expand(-1, -1, 4)),
-        scores[rows].gather(1, columns),
-        index[rows].gather(1, columns),
-    )
+def _soft_nms_rows(facts: Floats, scores: Floats, index: Places, sigma: float, taken: _Taken) -> None:
+    """Soft-NMS within each row of a table.
+
+    Args:
+        facts: [5, N] of boxes: -x1, -y1, x2, y2 and area.
+        scores: [N].
+        index: [G, L] boxes; -1 where none is.
+        sigma: see `soft_nms`.
+        taken: takes what is found.
+    """
+    steps = 1
+    left = np.where(index < 0, 0, scores[index])  # [G, L], 0: decided, or not there
+    while True:
+        open_ = left >= taken.floor
+        counts = open_.sum(1)
+        if not counts.any():
+            return
+        # What is decided is forgotten; the order within a row stays.
+        place = _padded(np.flatnonzero(open_), counts[counts > 0])
+        left = np.where(place < 0, 0, left.take(place, mode="clip"))
+        index = index.take(place, mode="clip")
+        most = max(FORGET_EVERY, place.shape[1] // FORGET_SHARE)
+        # With a limit the first steps decide most.
+        count, steps = (most if taken.limit is None else min(steps, most)), 2 * steps
+        found, values = _take(facts.take(index, 1, mode="clip"), left, sigma, count)
+        taken.add(index.ravel()[found], values)
+
+
+def _take(facts: Floats, scores: Floats, sigma: float, steps: int) -> tuple[Places, Floats]:
+    """Takes the best of each row of boxes [5, G, L] `steps` times; scores [G, L] decay in place.
+
+    Returns:
+        Flat places in the table and the scores taken, [G * steps] each.
+    """
+    flat_facts, flat = facts.reshape(5, -1), scores.reshape(-1)
+    areas, nearest = facts[4], np.empty_like(facts[:4])  # [G, L], [4, G, L]
+    none, shared, union = np.zeros_like(facts[:2]), np.empty_like(facts[:2]), np.empty_like(scores)
+    inner = shared[0]
+    sides, meeting = torch.from_numpy(facts[:4]), torch.from_numpy(nearest)
+    rows = np.arange(len(scores)) * scores.shape[1]
+    places = np.empty((steps, len(scores)), np.int64)
+    values = np.empty((steps, len(scores)), np.float32)
+    for place, value in zip(places, values, strict=True):
+        scores.argmax(1, out=place)
+        place += rows
+        flat.take(place, out=value, mode="clip")
+        flat[place] = 0
+        best = flat_facts.take(place, 1)[:, :, None]  # [5, G, 1]
+        # Torch spreads a column over rows twice as fast as NumPy, which does the rest with less ado.
+        torch.minimum(sides, torch.from_numpy(best[:4]), out=meeting)
+        np.add(nearest[:2], nearest[2:], out=shared)
+        np.maximum(shared, none, out=shared)
+        np.multiply(inner, shared[1], out=inner)
+        np.add(areas, best[4], out=union)
+        np.subtract(union, inner, out=union)
+        np.divide(inner, union, out=inner)  # [G, L] IoU
+        np.multiply(inner, inner, out=inner)
+        np.multiply(inner, -1 / sigma, out=inner)
+        np.exp(inner, out=inner)
+        np.multiply(scores, inner, out=scores)
+    return places.ravel(), values.ravel()

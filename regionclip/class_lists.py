@@ -17,6 +17,7 @@ CLASS_LISTS = {
     "coco65": ("coco_base.txt", "coco_novel.txt"),
     "coco_base": ("coco_base.txt",),
     "coco_novel": ("coco_novel.txt",),
+    "lvis": ("lvis.txt",),
 }
 _FILE_ENDINGS = {".txt", ".json", ".csv", ".tsv", ".jsonl", ".yaml", ".names", ".npy", ".pth", ".safetensors"}
 
@@ -26,7 +27,8 @@ def parse_names(text: str) -> list[str]:
 
     Args:
         text: "a, b, c"; a class list's name ("coco": COCO's 80 names in category order, "coco65": 48 base,
-            then 17 novel ones, "coco_base", "coco_novel"); or a file, see `read_classes`.
+            then 17 novel ones, "coco_base", "coco_novel", "lvis": LVIS's 1,203 in category order); or a file,
+            see `read_classes`.
 
     Raises:
         InputError: a file that does not exist or holds no names, no name, repeated names.

@@ -1,125 +1,269 @@
-"""Detection by name in pictures: boxes drawn, and the detections in COCO's results form."""
+"""Detection by name in pictures and videos: boxes drawn, and the detections as COCO's JSON and as a table."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+import contextlib
+import itertools
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from clip_base.config import REQUIRED, Part, option, part
+from clip_base.config import REQUIRED, option
 from clip_base.data.images import Pixels
 from clip_base.errors import InputError
-from clip_base.files import replacing, write_json
-from clip_base.progress import track
-from clip_base.train import pick_device
-from regionclip.detector import DetectorConfig
-from regionclip.evaluate import load_any
-from regionclip.inference import build_proposer
-from regionclip.pictures import picture_files, read_upright
-from regionclip.predictor import Predictor
-from regionclip.proposals.base import GROUP as PROPOSERS
+from clip_base.files import write_text
+from clip_base.progress import Progress
+from clip_base.weights.load import find
+from regionclip.class_lists import parse_names
+from regionclip.detect_files import targets_of, write_detections
+from regionclip.detector_options import DetectorOptions
+from regionclip.journal import Journal, fingerprint
+from regionclip.pictures import PICTURES, in_turn, picture_files, read_upright
+from regionclip.predictor import READERS, Predictor
 from regionclip.structures import Detections
-from regionclip.transforms import ResizeConfig
-from regionclip.visualize import draw
-from regionclip.vocabulary import parse_names
+from regionclip.videos import CODECS, VIDEOS, Video, VideoFrame, writing_video
+from regionclip.visualize import draw, save_picture
+
+JOURNAL, SKIPPED = ".detections.jsonl", "skipped.jsonl"
+
+Read = tuple[Pixels, tuple[int, int]] | InputError
+Likely = list[list[tuple[str, float]]]
 
 
 @dataclass
-class DetectConfig:
-    """Options of detection in pictures."""
+class DetectConfig(DetectorOptions):
+    """Options of detection in pictures and videos."""
 
-    photos: list[str] = option(REQUIRED, "pictures, or folders of them", positional=True)
-    weights: str = option(REQUIRED, "a detector (ours or RegionCLIP's), or a CLIP (then give a proposer)")
-    vocabulary: str = option(REQUIRED, 'names to look for: "cat, dog", a file with one a line, coco, coco65')
-    out: str = option("detections", "folder for the pictures with boxes and detections.json")
-    score: float = option(0.3, "boxes that score less are not drawn; detections.json keeps them")
-    proposer: Part = part(PROPOSERS, "none", "where regions come from; none: the detector's own network")
-    detector: DetectorConfig = option(
-        DetectorConfig(), "scores and suppression, for a CLIP or with own_settings=false"
+    photos: list[str] = option(
+        REQUIRED,
+        "pictures, videos, folders of them, or quoted patterns such as 'photos/**/*.jpg'",
+        positional=True,
     )
-    own_settings: bool = option(
-        True, "a detector sees and scores as it was trained to, not as `resize` and `detector` say"
+    out: str = option(
+        "detections",
+        "folder for what is drawn, detections.json (COCO's results form) and detections.csv",
+        free=True,
     )
-    templates: list[str] = option(["a photo of {article} {}.", "{}"], "prompts, averaged; {} is the name")
-    embeddings: str = option(
-        "", "file of the names' embeddings, such as RegionCLIP's .pth; empty: names are embedded"
+    score: float = option(0.3, "boxes that score less are not drawn; the files keep them")
+    top: int = option(
+        0, "so many most probable names of each region, whatever it was found as, in the files and on stdout"
     )
-    text: str = option("", "CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none")
-    resize: ResizeConfig = option(
-        ResizeConfig(), "size of the pictures, for a CLIP or with own_settings=false"
+    draw: bool = option(True, "draw boxes; false: only detections.json and detections.csv")
+    every: int = option(1, "videos: look at every n-th frame, and write these")
+    codec: str = option(
+        "mp4v",
+        "videos: mp4v for VLC, QuickTime and Windows; vp09 for browsers too, slow to write; avc1 (H.264) for "
+        "all, where OpenCV brings an encoder for it",
+        choices=CODECS,
     )
-    precision: str = option(
-        "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
-    )
-    device: str = option("auto", "auto takes a GPU when there is one")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every < 1 or self.top < 0 or not 0 <= self.score <= 1:
+            raise InputError(
+                f"every={self.every} must be at least 1, top={self.top} not negative, "
+                f"score={self.score} in [0, 1]"
+            )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A picture's or a video's file, and where it goes with boxes drawn."""
+
+    file: Path
+    target: Path
+
+    @property
+    def is_video(self) -> bool:
+        """Whether the file ends as videos do."""
+        return self.file.suffix.lower() in VIDEOS
 
 
 def detect(config: DetectConfig) -> None:
-    """Looks for named things in pictures; draws boxes and writes `out/detections.json`."""
-    files = picture_files(config.photos)
-    out = Path(config.out)
-    targets = targets_of(files, out)
-    names = parse_names(config.vocabulary)
-    device = pick_device(config.device)
-    detector = load_any(config.weights, config.detector, config.own_settings, config.text).to(device)
-    if config.proposer["name"] == "none" and detector.network is None:
-        raise InputError(
-            f"{config.weights} is a CLIP without a proposal network; give proposer.name=grid, say"
-        )
-    proposer = None if config.proposer["name"] == "none" else build_proposer(config.proposer, device)
-    resize = detector.resize or config.resize
-    predictor = Predictor(detector, proposer, resize, config.precision, config.templates)
-    predictor.set_vocabulary(names, config.embeddings)
-    entries: list[dict[str, Any]] = []
-    broken: list[str] = []
-    for number, (file, target) in enumerate(track(list(zip(files, targets, strict=True)), "detecting"), 1):
-        try:
-            pixels, size = read_upright(file)
-        except InputError as error:
-            broken.append(str(error))
-            continue
-        (found,) = predictor.in_pixels([(pixels, size)], number)
-        entries += [
-            {**entry, "category_name": names[entry["category_id"] - 1], "file_name": str(file)}
-            for entry in found.to_coco(number, range(1, len(names) + 1))
-        ]
-        shown = found.above(config.score)
-        with replacing(target) as temporary:
-            draw(pixels, _at(shown, pixels)).save(temporary, format="JPEG", quality=92)
-        print(f"{target}: {shown!r}")
-    write_json(out / "detections.json", entries)
-    if broken:
-        raise InputError(
-            f"{len(broken)} of {len(files)} pictures could not be read, the others are done: {broken[0]}"
-        )
+    """Looks for named things in pictures and videos; draws boxes, writes detections.json and detections.csv.
 
-
-def targets_of(files: Sequence[Path], out: Path) -> list[Path]:
-    """Returns where each picture with boxes goes: NAME.jpg, with a number when several have that name.
-
-    Raises:
-        InputError: a picture would take the place of one that was given.
+    Pictures that could not be read are named in skipped.jsonl, too. Stopped, the same command goes on behind
+    the last batch of pictures, or video, that was done. A run that has ended is done anew.
     """
-    given = {file.resolve() for file in files}
-    targets: list[Path] = []
-    for file in files:
-        names = (
-            out / f"{file.stem}{end}.jpg"
-            for end in ("", *(f"-{number}" for number in range(2, len(files) + 1)))
+    files = picture_files(config.photos, PICTURES + VIDEOS)
+    out = Path(config.out)
+    sources = [Source(*pair) for pair in zip(files, targets_of(files, out), strict=True)]
+    pictures = [source for source in sources if not source.is_video]
+    videos = [source for source in sources if source.is_video]
+    names = parse_names(config.vocabulary)
+    header = _header(config, names, files)
+    predictor = config.predictor()
+    predictor.set_vocabulary(names, config.embeddings)
+    with Journal(out / JOURNAL, header) as journal:
+        batches = -(-len(pictures) // config.batch_size)
+        pictures = pictures[journal.units * config.batch_size :]
+        videos = videos[max(journal.units - batches, 0) :]
+        before, begun = journal.images, time.monotonic()
+        if before:
+            print(f"{out}: {before} pictures were done before, going on behind them")
+        total = before + len(pictures) + sum(_frames(video, config.every) for video in videos)
+        with Progress("detecting", total, before) as progress:
+            looker = Looker(config, predictor, journal, progress)
+            looker.look_at_pictures(pictures)
+            for video in videos:
+                looker.look_at_video(video)
+        rate = (journal.images - before) / (time.monotonic() - begun)
+        count = write_detections(out, partial(journal.entries, "found"), config.top)
+        skipped = list(journal.entries("skipped"))
+        (out / SKIPPED).unlink(missing_ok=True)
+        if skipped:
+            write_text(out / SKIPPED, "".join(json.dumps(entry) + "\n" for entry in skipped))
+        journal.remove()
+    unread = sum(Path(entry["file_name"]).suffix.lower() not in VIDEOS for entry in skipped)
+    print(f"{out}: {count} detections in {journal.images - unread} pictures, {rate:.1f} pictures/s")
+    if skipped:
+        raise InputError(
+            f"{len(skipped)} of {len(files)} pictures could not be read, the others are done: "
+            f"{skipped[0]['reason']}"
         )
-        targets.append(next(name for name in names if name not in targets))
-    taken = next((target for target in targets if target.resolve() in given), None)
-    if taken is not None:
-        raise InputError(f"the picture with boxes would be written over {taken}; give another out=")
-    return targets
 
 
-def _at(found: Detections, pixels: Pixels) -> Detections:
-    """Returns detections in the frame of a picture that was perhaps reduced."""
-    height, width = pixels.shape[:2]
-    factors = torch.tensor([width / found.size[1], height / found.size[0]]).repeat(2)
-    return dataclasses.replace(found, boxes=found.boxes * factors, size=(height, width))
+def _header(config: DetectConfig, names: Sequence[str], files: Sequence[Path]) -> dict[str, Any]:
+    """Returns what decides the result, by what it is called to the user."""
+    stamp = find(config.weights).stat()
+    return {
+        **config.decisive(),
+        "names": list(names),
+        "list of pictures": fingerprint(files),
+        "weights' size and date": [stamp.st_size, stamp.st_mtime],
+    }
+
+
+def _frames(video: Source, every: int) -> int:
+    """Returns how many frames will be looked at, as far as the file tells."""
+    try:
+        with Video(video.file, every) as opened:
+            return opened.count
+    except InputError:
+        return 0
+
+
+def _read(file: Path) -> Read:
+    try:
+        return read_upright(file)
+    except InputError as error:
+        return error
+
+
+@dataclass
+class Looker:
+    """Looks at pictures and videos, and notes in the journal what it finds."""
+
+    config: DetectConfig
+    predictor: Predictor
+    journal: Journal
+    progress: Progress
+
+    def look_at_pictures(self, sources: Sequence[Source]) -> None:
+        """Looks at pictures in batches; one that cannot be read is noted."""
+        stream = in_turn(_read, (source.file for source in sources), READERS)
+        size = self.config.batch_size
+        for start in range(0, len(sources), size):
+            batch, first = sources[start : start + size], self.journal.images + 1
+            reads = list(itertools.islice(stream, size))
+            for place, run in runs(reads):
+                founds = self.predictor.in_pixels(run, first + place)
+                for slot, (found, (pixels, _)) in enumerate(zip(founds, run, strict=True), place):
+                    self._picture(found, pixels, batch[slot], first + slot)
+            for source, read in zip(batch, reads, strict=True):
+                if isinstance(read, InputError):
+                    self._skip(source, str(read))
+            self.journal.end(len(batch))
+            self.progress.advance(len(batch))
+
+    def _picture(self, found: Detections, pixels: Pixels, source: Source, image_id: int) -> None:
+        likely = self._note(found, pixels, image_id, {"file_name": str(source.file)})
+        shown = found.above(self.config.score)
+        if self.config.draw:
+            save_picture(draw(pixels, shown), source.target)
+        print(f"{source.target if self.config.draw else source.file}: {shown!r}")
+        for index, ranked in enumerate(likely):
+            score = float(found.scores[index])
+            if score >= self.config.score:
+                corners = ", ".join(f"{side:.0f}" for side in found.boxes[index].tolist())
+                others = ", ".join(f"{name} {probability:.2f}" for name, probability in ranked)
+                print(f"  {found.names[int(found.labels[index])]} {score:.2f} at ({corners}): {others}")
+
+    def look_at_video(self, source: Source) -> None:
+        """Looks at a video in batches of frames; one that does not decode, or not to its end, is noted."""
+        try:
+            video = Video(source.file, self.config.every)
+        except InputError as error:
+            self._skip(source, str(error))
+            self.journal.end(0)
+            return
+        names: Counter[str] = Counter()
+        drawn = writing_video(source.target, video.rate, self.config.codec)
+        with video, drawn if self.config.draw else contextlib.nullcontext() as writer:
+            stream = video.frames()
+            while frames := list(itertools.islice(stream, self.config.batch_size)):
+                for frame, found in zip(frames, self._look_at_frames(frames, source, video), strict=True):
+                    names.update({found.names[label] for label in found.labels.tolist()})
+                    if writer is not None:
+                        writer.add(draw(frame.pixels, found))
+                self.progress.advance(len(frames), source.file.name)
+        if video.shortfall():
+            self._skip(source, video.shortfall())
+        self.journal.end(video.seen)
+        told = ", ".join(f"{name} in {count}" for name, count in names.most_common(5)) or "nothing found"
+        print(f"{source.target if self.config.draw else source.file}: {video.seen} frames, {told}")
+
+    def _look_at_frames(
+        self, frames: Sequence[VideoFrame], source: Source, video: Video
+    ) -> Iterator[Detections]:
+        """Yields what is to be drawn on each frame; the journal takes all that was found."""
+        pictures = [(frame.pixels, (frame.pixels.shape[0], frame.pixels.shape[1])) for frame in frames]
+        first = self.journal.images + 1 + video.seen - len(frames)
+        for slot, found in enumerate(self.predictor.in_pixels(pictures, first)):
+            frame = frames[slot]
+            where = {"file_name": str(source.file), "frame": frame.number, "time": round(frame.time, 3)}
+            self._note(found, frame.pixels, first + slot, where)
+            yield found.above(self.config.score)
+
+    def _note(self, found: Detections, pixels: Pixels, image_id: int, where: dict[str, Any]) -> Likely:
+        """Writes detections into the journal; returns the most probable names of each, none with top=0."""
+        entries = found.to_coco(image_id, range(1, len(found.names) + 1))
+        likely: Likely = []
+        if self.config.top and len(found):
+            features = self.predictor.region_features(pixels, found.resized(pixels.shape[:2]).boxes)
+            likely = self.predictor.nearest_names(features, self.config.top)
+        for index, entry in enumerate(entries):
+            extra: dict[str, Any] = {"category_name": found.names[entry["category_id"] - 1], **where}
+            if likely:
+                extra["top"] = [
+                    {"name": name, "probability": round(value, 6)} for name, value in likely[index]
+                ]
+            self.journal.add("found", {**entry, **extra})
+        return likely
+
+    def _skip(self, source: Source, reason: str) -> None:
+        self.journal.add("skipped", {"file_name": str(source.file), "reason": reason})
+
+
+def runs(reads: Sequence[Read]) -> Iterator[tuple[int, list[tuple[Pixels, tuple[int, int]]]]]:
+    """Yields (place, pictures) of what is looked at together: pictures that follow each other and lie alike.
+
+    A proposer that looks pictures up counts them, so nothing may be missing in between; upright pictures
+    among those that lie on their side would be padded to squares.
+    """
+    for shape, group in itertools.groupby(enumerate(reads), lambda pair: _shape(pair[1])):
+        places, pictures = zip(*group, strict=True)
+        if shape != "broken":
+            yield places[0], list(pictures)
+
+
+def _shape(read: Read) -> str:
+    if isinstance(read, InputError):
+        return "broken"
+    height, width = read[1]
+    return "upright" if height > width else "wide"

@@ -96,6 +96,10 @@ class Detector(nn.Module):
     def set_vocabulary(self, vocabulary: Vocabulary, source: str = "the detector") -> None:
         """Makes the detector look for these names from now on.
 
+        Args:
+            vocabulary: C names and their embeddings.
+            source: what has the width, for the message.
+
         Raises:
             InputError: the embeddings do not have the detector's width.
         """
@@ -128,7 +132,10 @@ class Detector(nn.Module):
         return self.scale * cosines
 
     def stages(self, images: ImageBatch) -> list[Tensor]:
-        """Returns the maps of a ResNet tower that proposals and regions need, the regions' own last."""
+        """Returns the maps of a ResNet tower that proposals and regions need, the regions' own last.
+
+        Each is [B, channels, H / stride, W / stride] of `images`; the regions' own has stride 16.
+        """
         visual = self.clip.visual
         assert isinstance(visual, ModifiedResNet)
         return visual.stages(images.pixels) if self.shares_trunk else [visual.trunk(images.pixels)]
@@ -142,6 +149,12 @@ class Detector(nn.Module):
             images: B images.
             stages: their maps, for a network on the CLIP's trunk; None: they are computed.
             limit: most regions an image; None: the config's.
+
+        Returns:
+            N regions with boxes [N, 4] in pixels of the batch's frame, and their objectness.
+
+        Raises:
+            ValueError: the detector has none.
         """
         if self.network is None:
             raise ValueError("this detector has no proposal network; give it a proposer")
@@ -150,7 +163,12 @@ class Detector(nn.Module):
         return self.network.propose(images, limit, self.config.proposal_nms, maps=maps)
 
     def heads(self, feature_map: Tensor, regions: Regions) -> tuple[Tensor, Tensor | None]:
-        """Returns regions' [N, D] embeddings, not normalised, and how their boxes move: [N, 4], or None."""
+        """Returns regions' [N, D] embeddings, not normalised, and how their boxes move: [N, 4], or None.
+
+        Args:
+            feature_map: the regions' own of `stages`.
+            regions: N regions in the images that it shows.
+        """
         visual, head = self.clip.visual, self.box_head
         assert isinstance(visual, ModifiedResNet)
         embeddings, moves = [], []
@@ -202,6 +220,9 @@ class Detector(nn.Module):
 
         Returns:
             B detections, boxes in the original images' frames, best first.
+
+        Raises:
+            ValueError: no vocabulary is set, or there is neither a proposer nor a network.
         """
         if self.vocabulary is None:
             raise ValueError("no vocabulary is set; call set_vocabulary first")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
@@ -20,10 +22,9 @@ from clip_base.errors import InputError
 from clip_base.files import write_json
 
 PACKAGE = "regionclip"
-EXTRA = re.compile(r"extra\s*==\s*['\"]([\w-]+)['\"]")
-NAME = re.compile(r"[\w.-]+")
 FOR_DEVELOPERS = ("dev", "all")
 GIB = 2**30
+FILE_WIDTH = 110  # of the report where there is no terminal that says how wide it is
 
 
 @dataclass
@@ -52,37 +53,59 @@ class Finding:
 
 def doctor(config: DoctorConfig) -> None:
     """Shows versions, device, precision and optional parts; fails when a needed one is missing."""
-    findings = [*machine(), *packages(), *language(), *parts(), *optional()]
+    sections = {
+        "needed packages": list(packages()),
+        "this machine": list(machine()),
+        "language": list(language()),
+        "jobs and parts": list(parts()),
+        "optional": list(optional()),
+    }
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True)
-    table.add_column()
-    for finding in findings:
-        style = "bold red" if finding.needed and finding.remedy else "yellow" if finding.remedy else ""
-        found = f"{finding.found}\n  {finding.remedy}" if finding.remedy else finding.found
-        table.add_row(finding.topic, found, style=style)
-    Console(highlight=False, markup=False).print(table)
+    table.add_column(overflow="fold")
+    for title, findings in sections.items():
+        table.add_row(title, style="bold")
+        for finding in findings:
+            style = "bold red" if finding.needed and finding.remedy else "yellow" if finding.remedy else ""
+            found = f"{finding.found}\n-> {finding.remedy}" if finding.remedy else finding.found
+            table.add_row(f"  {finding.topic}", found, style=style)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
+    console.print(table)
+    everything = [finding for findings in sections.values() for finding in findings]
     if config.out:
-        write_json(config.out, [vars(finding) for finding in findings], indent=1)
-    missing = [finding for finding in findings if finding.needed and finding.remedy]
+        write_json(config.out, [vars(finding) for finding in everything], indent=1)
+    missing = [finding for finding in everything if finding.needed and finding.remedy]
     if missing:
         topics = ", ".join(finding.topic for finding in missing)
         raise InputError(f"{len(missing)} needed part(s) are missing: {topics}; {missing[0].remedy}")
+    print("all that is needed is here")
 
 
 def machine() -> Iterator[Finding]:
     """Yields what the machine computes with."""
-    import torch
-
-    from clip_base.precision import computes_in_bf16, pick_device
-    from clip_base.weights.published import cache_folder
-
-    device = pick_device("auto")
     yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    try:
+        import torch
+
+        from clip_base.precision import computes_in_bf16, pick_device
+        from clip_base.weights.published import cache_folder
+    except (ImportError, OSError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        yield Finding("device", f"unknown: {reason}", "install PyTorch anew (pytorch.org says how)", True)
+        return
+
+    device, remedy = pick_device("auto"), ""
     if device.type == "cuda":
         name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / GIB
-        yield Finding("device", f"cuda: {torch.cuda.device_count()} × {name}, {memory:.0f} GiB")
+        found = f"cuda: {torch.cuda.device_count()} × {name}, {memory:.0f} GiB"
     else:
-        yield Finding("device", f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+        found = f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        if shutil.which("nvidia-smi"):
+            build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+            remedy = (
+                f"an NVIDIA driver is installed, but PyTorch (built {build}) sees no GPU: see pytorch.org"
+            )
+    yield Finding("device", found, remedy)
     bf16 = computes_in_bf16(device)
     yield Finding("precision=auto", "bf16" if bf16 else "fp32 (this processor has no bf16 arithmetic)")
     folder = cache_folder()
@@ -96,29 +119,35 @@ def _first_existing(path: Path) -> Path:
 
 
 def packages() -> Iterator[Finding]:
-    """Yields the versions of what the project depends on."""
-    for requirement in _requirements(None):
-        yield _package(requirement, f"pip install '{requirement}'", needed=True)
+    """Yields the versions of the project itself and of what it depends on."""
+    yield Finding(PACKAGE, f"{metadata.version(PACKAGE)} in {Path(__file__).parent}")
+    for requirement in _requirements(""):
+        version, fits = _installed(requirement)
+        remedy = "" if fits else f"pip install '{requirement.name}{requirement.specifier}'"
+        yield Finding(requirement.name, version, remedy, needed=True)
 
 
-def _package(requirement: str, remedy: str, needed: bool) -> Finding:
-    name = NAME.match(requirement)
-    assert name is not None
+def _installed(requirement: Requirement) -> tuple[str, bool]:
+    """Returns the version that is installed, in words, and whether it is one that is asked for."""
     try:
-        return Finding(name[0], metadata.version(name[0]), needed=needed)
+        version = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
-        return Finding(name[0], "not installed", remedy, needed)
+        return "not installed", False
+    fits = requirement.specifier.contains(version, prereleases=True)
+    return version if fits else f"{version}, but {requirement.specifier} is needed", fits
 
 
-def _requirements(extra: str | None) -> list[str]:
-    """Returns what the project requires, without an extra or for one."""
-    chosen = []
+def _requirements(extra: str) -> list[Requirement]:
+    """Returns what the project requires on this machine; with an extra's name, what that one adds."""
+    found = []
     for line in metadata.requires(PACKAGE) or []:
-        requirement, _, marker = line.partition(";")
-        named = EXTRA.search(marker)
-        if (named[1] if named else None) == extra:
-            chosen.append(requirement.strip())
-    return chosen
+        requirement = Requirement(line)
+        marker = requirement.marker
+        always = marker is None or marker.evaluate({"extra": ""})
+        named = marker is not None and not always and marker.evaluate({"extra": extra})
+        if named if extra else always:
+            found.append(requirement)
+    return found
 
 
 def language() -> Iterator[Finding]:
@@ -138,9 +167,12 @@ def parts() -> Iterator[Finding]:
         for name in plugins.found(group):
             try:
                 plugins.load(group, name)
-            except (InputError, ImportError, AttributeError) as error:
-                broken[name] = str(error).splitlines()[0]
+            except Exception as error:  # whatever another package's module does when it is imported
+                broken[name] = (str(error).splitlines() or [type(error).__name__])[0]
         names = ", ".join(sorted(plugins.found(group)))
+        if group == plugins.JOBS:
+            counts = Counter(point.module.partition(".")[0] for point in plugins.found(group).values())
+            names = ", ".join(f"{count} of {package}" for package, count in sorted(counts.items()))
         remedy = "; ".join(f"{name}: {reason}" for name, reason in broken.items())
         yield Finding(group, names, remedy)
 
@@ -153,10 +185,13 @@ def optional() -> Iterator[Finding]:
     """Yields the packages of each extra, and how to get them."""
     extras = metadata.metadata(PACKAGE).get_all("Provides-Extra") or []
     for extra in sorted(set(extras) - set(FOR_DEVELOPERS)):
-        for requirement in _requirements(extra):
-            found = _package(requirement, f"pip install '{PACKAGE}[{extra}]'", needed=False)
-            yield Finding(f"{found.topic} (for {extra})", found.found, found.remedy)
+        found = {requirement.name: _installed(requirement) for requirement in _requirements(extra)}
+        shown = ", ".join(f"{name} {version}" for name, (version, _) in found.items())
+        whole = all(fits for _, fits in found.values())
+        yield Finding(extra, shown, "" if whole else f"pip install '{PACKAGE}[{extra}]'")
     # The package has its name whoever distributes it.
     (distribution, *_) = metadata.packages_distributions().get("detectron2", ["detectron2"])
-    detectron2 = _package(distribution, "see docs/detectron2.md, or `make detectron2`", needed=False)
-    yield Finding("detectron2 (its plugin)", detectron2.found, detectron2.remedy)
+    version, fits = _installed(Requirement(distribution))
+    yield Finding(
+        "detectron2's plugin", version, "" if fits else "see docs/detectron2.md, or `make detectron2`"
+    )

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +56,6 @@ def write_page(
     matrix = judged.matrix(threshold)
     files = {} if images is None else {image: images / file for image, file in paths.items()}
     values = {
-        "css": page.packaged("report.css"),
         "lead": _lead(evaluation, len(paths)),
         "tiles": page.tiles(_tiles(metrics)),
         "table": page.plain_table(("in percent", *COLUMNS), _summary(evaluation)),
@@ -69,7 +67,7 @@ def write_page(
         "pictures": _pictures(judged, threshold, starred, files),
         "per_class": _per_class(evaluation),
     }
-    write_text(path, Template(page.packaged("evaluation.html")).substitute(values))
+    write_text(path, page.document("evaluation.html", "Evaluation of detections", values))
 
 
 NOVEL_NOTE = '<b>Base</b> categories had boxes in training, <b class="novel-ink">★ novel</b> ones none.'

@@ -1,4 +1,4 @@
-"""Mined regions as training data for any detector: COCO annotations, or YOLO's text files.
+"""Mined regions as training data for any detector: COCO annotations, YOLO's text files, a FiftyOne folder.
 
 regionclip export mined=runs/mined out=pseudo/instances.json classes=[coco65] min_probability=0.5
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,11 @@ class ExportConfig:
     """Options of exporting."""
 
     mined: str = option(REQUIRED, "folder of mined pairs from `regionclip mine`")
-    out: str = option(REQUIRED, "format=coco: JSON file to write; format=yolo: folder", free=True)
+    out: str = option(REQUIRED, "format=coco: JSON file to write; other formats: folder", free=True)
     format: str = option(
-        "coco", "coco: one file of annotations; yolo: labels/*.txt and data.yaml", choices=("coco", "yolo")
+        "coco",
+        "coco: one file of annotations; yolo: labels/*.txt and data.yaml; fiftyone: labels.json and data/",
+        choices=("coco", "yolo", "fiftyone"),
     )
     classes: list[str] = option(
         [], "class lists whose classes are the categories (coco, coco65, files …); empty: the mined concepts"
@@ -99,7 +101,7 @@ class Categories:
 
 
 def export(config: ExportConfig) -> None:
-    """Writes mined regions as COCO annotations or YOLO labels, for any detector to train on."""
+    """Writes mined regions as COCO annotations, YOLO labels or a FiftyOne folder, to train on or look at."""
     manifest = read_manifest(config.mined)
     options = {key: value for key, value in asdict(config).items() if key != "out"}
     made = {
@@ -109,7 +111,7 @@ def export(config: ExportConfig) -> None:
     }
     concepts = Vocabulary.load(Path(config.mined) / "vocabulary.safetensors").names
     categories = Categories(config, concepts)
-    write = _write_coco if config.format == "coco" else _write_yolo
+    write = {"coco": _write_coco, "yolo": _write_yolo, "fiftyone": _write_fiftyone}[config.format]
     found = write(config, manifest, categories, made)
     if found is None:
         print(f"{config.out} is there already, made with the same options")
@@ -209,6 +211,24 @@ def _write_coco(
     return counts, len(images)
 
 
+def _write_fiftyone(
+    config: ExportConfig, manifest: dict[str, Any], categories: Categories, made: dict[str, Any]
+) -> tuple[Counter[int], int] | None:
+    """Writes the folder that FiftyOne reads as a COCODetectionDataset; scores become confidences there."""
+    folder = Path(config.out)
+    if folder.is_file():
+        raise InputError(f"out={folder} is a file; format=fiftyone makes a folder, give another out=")
+    found = _write_coco(replace(config, out=str(folder / "labels.json")), manifest, categories, made)
+    _link_images(folder / "data", manifest)
+    return found
+
+
+def _link_images(link: Path, manifest: dict[str, Any]) -> None:
+    if not link.is_symlink():
+        target = existing(manifest["images_folder"], "images folder").absolute()
+        link.symlink_to(target, target_is_directory=True)
+
+
 def _write_yolo(
     config: ExportConfig, manifest: dict[str, Any], categories: Categories, made: dict[str, Any]
 ) -> tuple[Counter[int], int] | None:
@@ -220,10 +240,8 @@ def _write_yolo(
         raise InputError(f"{run.path} was made of other pairs; delete it or give another out=")
     folder, names = run.path.absolute(), list[str]()
     counts: Counter[int] = Counter()
-    link = folder / "images"
-    if not link.is_symlink():
-        # YOLO's programs look for the labels of images/a/b.jpg in labels/a/b.txt.
-        link.symlink_to(existing(manifest["images_folder"], "images folder"), target_is_directory=True)
+    # YOLO's programs look for the labels of images/a/b.jpg in labels/a/b.txt.
+    _link_images(folder / "images", manifest)
     with Progress("exporting", manifest["images"] - manifest["skipped"]) as progress:
         for found in labelled(config, categories.of_concept):
             height, width = found.image.height, found.image.width

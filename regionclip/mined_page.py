@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from regionclip import gallery, page
@@ -75,13 +74,12 @@ def make_page(facts: Facts, sizes: Sizes) -> str:
         _places(facts.judged is not None),
     ]
     values = {
-        "css": page.packaged("report.css"),
         "lead": _lead(facts),
         "tiles": page.tiles(_tiles(facts)),
         "made": _made(facts.manifest),
         "sections": "\n".join(sections),
     }
-    return Template(page.packaged("mined_report.html")).substitute(values)
+    return page.document("mined_report.html", "Mined region-phrase pairs: can one trust them?", values)
 
 
 def _lead(facts: Facts) -> str:

@@ -7,6 +7,7 @@ so that engines, numbers of processes and interruptions change nothing about the
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,8 @@ from clip_base.progress import Progress
 from clip_base.run import RunFolder
 from clip_base.tokenizer import Tokenizer
 from clip_base.train import pick_device
-from clip_base.weights import load_clip
+from clip_base.weights import load_clip, published
+from clip_base.weights.load import find
 from clip_base.weights.native import file_hash
 from regionclip.concepts import pool_language, read_concepts
 from regionclip.engines import ENGINES, run
@@ -106,6 +108,7 @@ class MineConfig:
 def mine(config: MineConfig) -> None:
     """Mines region-phrase pairs from captioned images into Parquet shards with a manifest."""
     folder = RunFolder(config.out, config, "region-mine")
+    config = _fetched(config)
     record, inputs = folder.path / INPUTS, _inputs(config)
     begun = record.exists()
     if begun:
@@ -160,6 +163,15 @@ def _mine_shards(config: MineConfig, listed: Path, parts: Sequence[Slice]) -> No
             progress.advance(one.count - seen.pop(one.number, 0), f"{regions} regions in shard {one.number}")
 
 
+def _fetched(config: MineConfig) -> MineConfig:
+    """Returns the config with published models' names replaced by their files."""
+    proposer = {
+        key: str(find(value)) if isinstance(value, str) and value in published.files() else value
+        for key, value in config.proposer.items()
+    }
+    return replace(config, weights=str(find(config.weights)), proposer=proposer)
+
+
 def _anywhere(config: MineConfig) -> MineConfig:
     """Returns the config with absolute paths: processes on other machines begin in other folders."""
     changes: dict[str, Any] = {
@@ -184,13 +196,21 @@ def is_whole(folder: Path) -> bool:
 
 def _inputs(config: MineConfig) -> dict[str, str]:
     """Returns what decides the result besides the options: the hashes of all files, and the spaCy model."""
-    hashes = {what: file_hash(existing(file)) for what, file in _files(config).items()}
+    hashes = {what: _hash(existing(file)) for what, file in _files(config).items()}
     return hashes | {"language_model": model_name(config.language or pool_language(config.concepts))}
 
 
 def _files(config: MineConfig) -> dict[str, str]:
     files = {"teacher": config.weights, "captions": config.captions, "concepts": config.concepts}
     return files | {f"proposer_{key}": value for key, value in config.proposer.items() if _is_file(value)}
+
+
+def _hash(path: Path) -> str:
+    """Returns the sha256 of a file, or of all files of a folder (weights in transformers' form)."""
+    if path.is_file():
+        return file_hash(path)
+    lines = [f"{file.name} {file_hash(file)}" for file in sorted(path.iterdir()) if file.is_file()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _require_same(record: Path, inputs: dict[str, str], config: MineConfig) -> None:

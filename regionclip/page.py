@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from string import Template
 
 from clip_base.progress import clock
 from regionclip.figures import DASH, percent
@@ -14,8 +15,20 @@ from regionclip.figures import DASH, percent
 METER = 180
 
 
-def packaged(name: str) -> str:
-    """Returns a page's template or style sheet, which come with the package."""
+def document(template: str, title: str, values: Mapping[str, object]) -> str:
+    """Returns a page that stands alone.
+
+    Args:
+        template: file in the package, what is between <main> and </main>.
+        title: the browser's, plain text.
+        values: what the template's placeholders become; HTML.
+    """
+    body = Template(_packaged(template)).substitute(values)
+    frame = Template(_packaged("page.html"))
+    return frame.substitute(title=escape(title), css=_packaged("report.css"), body=body)
+
+
+def _packaged(name: str) -> str:
     return (files("regionclip") / "data_files" / name).read_text(encoding="utf-8")
 
 

@@ -12,7 +12,8 @@ def pool_regions(feature_map: Tensor, rois: Tensor, side: int, scale: float) -> 
     """Returns the regions' own maps by RoIAlign (Mask R-CNN, arXiv 1703.06870, section 3).
 
     What torchvision's `roi_align(…, sampling_ratio=0, aligned=True)` computes, of which this takes an eighth
-    of the time on a processor when the map is channels-last and no gradient is asked for; else it is called.
+    of the time on a processor when the map is channels-last and no gradient is asked for; else, and in graphs
+    that are exported, it is called.
 
     Args:
         feature_map: [B, C, H, W].
@@ -24,7 +25,7 @@ def pool_regions(feature_map: Tensor, rois: Tensor, side: int, scale: float) -> 
         [N, C, s, s], channels-last, of the map's type; computed in float32.
     """
     asked = feature_map.requires_grad and torch.is_grad_enabled()
-    if asked or feature_map.device.type != "cpu":
+    if asked or feature_map.device.type != "cpu" or torch.compiler.is_compiling():
         aligned: Tensor = roi_align(feature_map.float(), rois, side, scale, 0, aligned=True)
         return aligned.to(feature_map.dtype).contiguous(memory_format=torch.channels_last)
     height, width = feature_map.shape[-2:]

@@ -27,7 +27,15 @@ from clip_base.tokenizer import Tokenizer
 from clip_base.weights import load_clip
 from clip_base.weights.native import file_hash
 from regionclip.encoder import RegionEncoder
-from regionclip.losses import REGION_TEXT, Memory, NamedRegions, cosine_distance, distillation, share_of
+from regionclip.losses import (
+    REGION_TEXT,
+    Memory,
+    NamedRegions,
+    SigmoidRegionText,
+    cosine_distance,
+    distillation,
+    share_of,
+)
 from regionclip.matching.base import families
 from regionclip.structures import RegionBatch, Regions, whole_images
 from regionclip.vocabulary import Vocabulary, prompt
@@ -217,10 +225,12 @@ class RegionTextTask(nn.Module):
         return distributed.world() * (by_image + by_text) / (2 * max(total, 1))
 
     def figures(self) -> dict[str, float]:
-        """Returns what the log shows beside the losses: what is learnt of temperature and bias."""
+        """Returns what the log shows beside the losses: what is learnt of temperature, scale and bias."""
         figures = {"logit_scale": float(self.scale().detach())} if self.config.learn_temperature else {}
-        bias = getattr(self.region_text, "bias", None)
-        return figures if bias is None else {**figures, "bias": float(bias.detach())}
+        if isinstance(self.region_text, SigmoidRegionText):
+            figures["region_text_scale"] = float(self.region_text.log_scale.detach().exp())
+            figures["bias"] = float(self.region_text.bias.detach())
+        return figures
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from rich.console import Console
@@ -228,7 +227,6 @@ def write_report(folder: Path, mined: JudgedRegions) -> Path:
         for group in GROUPS
     }
     values = {
-        "css": page.packaged("report.css"),
         **{key: f"{count:,}" for key, count in _counts(folder).items()},
         "base_categories": len(split.base),
         "novel_categories": len(split.novel),
@@ -250,7 +248,7 @@ def write_report(folder: Path, mined: JudgedRegions) -> Path:
         "detect": page.detect_call(folder, (*split.novel[:2], split.base[0])),
     }
     path = folder / "report.html"
-    write_text(path, Template(page.packaged("report.html")).substitute(values))
+    write_text(path, page.document("report.html", "RegionCLIP quickstart: what came out", values))
     return path
 
 

@@ -1,4 +1,4 @@
-"""Regions of a batch, what a training step receives, and the detections of one image: checked when made."""
+"""Regions of a batch, and what a training step receives: checked when made."""
 
 # B images, N regions in all, K concepts kept for a region, T token positions
 from __future__ import annotations
@@ -6,25 +6,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from clip_base.batch import ImageBatch
-from regionclip.boxes import xywh_to_xyxy, xyxy_to_xywh
+from regionclip.checks import check_tensor, rows
+from regionclip.detections import Detections
 
-
-def _check(name: str, value: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None = None) -> None:
-    """Raises a ValueError that states the expected and the found shape and type; None means any."""
-    fits = value.ndim == len(shape) and all(
-        want in (None, got) for want, got in zip(shape, value.shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name} must be [{wanted}], got {list(value.shape)}")
-    if dtype is not None and value.dtype != dtype:
-        raise ValueError(f"{name} must be {dtype}, got {value.dtype}")
+__all__ = ["Detections", "RegionBatch", "Regions", "whole_images"]
 
 
 @dataclass(frozen=True)
@@ -50,32 +40,31 @@ class Regions:
     logits: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check("boxes", self.boxes, (None, 4), torch.float32)
+        check_tensor("boxes", self.boxes, (None, 4), torch.float32)
         count = len(self.boxes)
-        _check("image_index", self.image_index, (count,), torch.int64)
+        check_tensor("image_index", self.image_index, (count,), torch.int64)
         if self.scores is not None:
-            _check("scores", self.scores, (count,))
+            check_tensor("scores", self.scores, (count,))
         if self.logits is not None:
-            _check("logits", self.logits, (count,))
+            check_tensor("logits", self.logits, (count,))
         if self.labels is not None:
-            _check("labels", self.labels, (count,), torch.int64)
+            check_tensor("labels", self.labels, (count,), torch.int64)
         if self.concept_ids is not None:
-            _check("concept_ids", self.concept_ids, (count, None), torch.int64)
+            check_tensor("concept_ids", self.concept_ids, (count, None), torch.int64)
         if self.concept_probs is not None:
             if self.concept_ids is None:
                 raise ValueError(
                     "concept_probs without concept_ids: nothing says whose probabilities they are"
                 )
-            _check("concept_probs", self.concept_probs, (count, self.concept_ids.shape[1]))
+            check_tensor("concept_probs", self.concept_probs, (count, self.concept_ids.shape[1]))
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def __getitem__(self, which: Tensor | slice | int) -> Regions:
         """Returns the regions that a mask [N] bool, indices [M] int64, a slice or one number picks."""
-        if isinstance(which, int):
-            which = slice(which, which + 1 or None)
-        return self._each(lambda column: column[which])
+        picked = rows(which, len(self))
+        return self._each(lambda column: column[picked])
 
     def to(self, device: torch.device | str) -> Regions:
         """Returns the same regions on `device`."""
@@ -138,7 +127,7 @@ class RegionBatch:
 
     def __post_init__(self) -> None:
         if self.tokens is not None:
-            _check("tokens", self.tokens, (len(self.images), None))
+            check_tensor("tokens", self.tokens, (len(self.images), None))
         # Looking at values would make the host wait for a GPU; a batch is made on the CPU, and checked there.
         index = self.regions.image_index
         if (
@@ -154,120 +143,3 @@ class RegionBatch:
         """Returns the same batch on `device`."""
         tokens = None if self.tokens is None else self.tokens.to(device, non_blocking=True)
         return RegionBatch(self.images.to(device), self.regions.to(device), tokens)
-
-
-@dataclass(frozen=True, repr=False)
-class Detections:
-    """What was found in one image.
-
-    Attributes:
-        boxes: [N, 4] float32 (x1, y1, x2, y2) in pixels of the original image.
-        scores: [N] float32 in [0, 1].
-        labels: [N] int64 into `names`.
-        names: the vocabulary's names.
-        size: (height, width) of the original image, in pixels.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    names: tuple[str, ...]
-    size: tuple[int, int]
-
-    def __post_init__(self) -> None:
-        _check("boxes", self.boxes, (None, 4), torch.float32)
-        count = len(self.boxes)
-        _check("scores", self.scores, (count,), torch.float32)
-        _check("labels", self.labels, (count,), torch.int64)
-        if not isinstance(self.names, tuple):
-            raise ValueError(f"names must be a tuple of strings, got {type(self.names).__name__}")
-        if not count:
-            return
-        if not bool(self.boxes.isfinite().all()):
-            raise ValueError("boxes hold NaN or infinite corners")
-        # Written so that NaN fails too.
-        if not bool(((self.scores >= 0) & (self.scores <= 1)).all()):
-            raise ValueError(f"scores must lie in [0, 1], got {_span(self.scores)}")
-        if not bool(((self.labels >= 0) & (self.labels < len(self.names))).all()):
-            raise ValueError(f"labels must lie in 0…{len(self.names) - 1}, got {_span(self.labels)}")
-
-    def __len__(self) -> int:
-        return len(self.boxes)
-
-    def __getitem__(self, which: Tensor | slice | int) -> Detections:
-        """Returns the detections that a mask [N] bool, indices [M] int64, a slice or one number picks."""
-        if isinstance(which, int):
-            which = slice(which, which + 1 or None)
-        return Detections(self.boxes[which], self.scores[which], self.labels[which], self.names, self.size)
-
-    def __repr__(self) -> str:
-        height, width = self.size
-        best = self.scores.argsort(descending=True, stable=True)[:5].tolist()
-        found = [f"{self.names[int(self.labels[i])]} {float(self.scores[i]):.2f}" for i in best]
-        rest = [f"and {len(self) - len(best)} more"] if len(self) > len(best) else []
-        return f"Detections({len(self)} in {width}x{height}: {', '.join([*found, *rest]) or 'nothing found'})"
-
-    def above(self, score: float) -> Detections:
-        """Returns the detections whose score is at least `score`."""
-        return self[self.scores >= score]
-
-    def to_coco(self, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-        """Returns entries of a COCO results file.
-
-        Args:
-            image_id: the image's id in the annotations.
-            category_ids: the annotations' category id of each name.
-
-        Returns:
-            A dict for each detection: image_id, category_id, bbox [x, y, width, height] to a thousandth of a
-                pixel,
-            score.
-        """
-        if len(category_ids) != len(self.names):
-            raise ValueError(f"{len(self.names)} names need as many category ids, got {len(category_ids)}")
-        boxes = xyxy_to_xywh(self.boxes.double()).tolist()
-        return [
-            {
-                "image_id": image_id,
-                "category_id": int(category_ids[label]),
-                "bbox": [round(value, 3) for value in box],
-                "score": score,
-            }
-            for box, score, label in zip(boxes, self.scores.tolist(), self.labels.tolist(), strict=True)
-        ]
-
-    @classmethod
-    def from_coco(
-        cls,
-        results: Sequence[dict[str, Any]],
-        category_ids: Sequence[int],
-        names: Sequence[str],
-        size: tuple[int, int],
-    ) -> Detections:
-        """Reads one image's entries of a COCO results file.
-
-        Args:
-            results: entries of one image.
-            category_ids: the category id of each name.
-            names: the vocabulary's names.
-            size: (height, width) of the image.
-
-        Raises:
-            ValueError: an entry's category is not among `category_ids`.
-        """
-        label_of = {category: label for label, category in enumerate(category_ids)}
-        unknown = {entry["category_id"] for entry in results} - set(label_of)
-        if unknown:
-            raise ValueError(f"category ids {sorted(unknown)} have no name here; known: {sorted(label_of)}")
-        boxes = torch.tensor([entry["bbox"] for entry in results], dtype=torch.float64).reshape(-1, 4)
-        return cls(
-            xywh_to_xyxy(boxes).float(),
-            torch.tensor([entry["score"] for entry in results], dtype=torch.float32),
-            torch.tensor([label_of[entry["category_id"]] for entry in results], dtype=torch.int64),
-            tuple(names),
-            size,
-        )
-
-
-def _span(values: Tensor) -> str:
-    return f"{values.min().item():g}…{values.max().item():g}"

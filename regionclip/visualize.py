@@ -6,19 +6,21 @@ import colorsys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import matplotlib
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from regionclip.structures import Detections
+from clip_base.errors import InputError
+from clip_base.files import replacing
+from regionclip.detections import Detections
+from regionclip.pictures import Picture, read_picture
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
-Picture = Image.Image | Tensor | np.ndarray[Any, np.dtype[np.uint8]]
 
+# What pictures are written as, by their ending.
+FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
 # A picture whose long side is shorter is enlarged by a whole factor until text can stand in it.
 READABLE_SIDE = 384
 GOLDEN_RATIO = 0.618034
@@ -35,30 +37,31 @@ def draw(
     """Returns a copy of the picture with boxes drawn and named; small ones are enlarged (`enlargement`).
 
     Args:
-        image: a PIL image, [H, W, 3] or [H, W] uint8, or a uint8 tensor [3, H, W].
-        detections: what to draw; named "dog 0.91", a colour a name.
+        image: in any form that `regionclip.pictures.read_picture` takes.
+        detections: what to draw; named "dog 0.91", a colour a name. They may come from the same picture at
+            another size.
         boxes: instead of detections: [N, 4] (x1, y1, x2, y2) in pixels of `image`.
         texts: what to write at each box; an empty text writes nothing. With detections: instead of their
             names.
         colours: each box's colour (red, green, blue), 0 to 255; else a colour for each different text.
+
+    Raises:
+        InputError: the picture does not decode, or has other proportions than that of the detections.
     """
-    if (detections is None) == (boxes is None):
-        raise ValueError("draw needs either detections or boxes, not both")
-    if detections is not None:
+    pixels, size = read_picture(image)
+    if detections is not None and boxes is None:
         boxes = detections.boxes
-        named = [
-            f"{detections.names[label]} {score:.2f}"
-            for label, score in zip(detections.labels.tolist(), detections.scores.tolist(), strict=True)
-        ]
+        frame = _same_proportions(detections.size, size)
+        named = zip(detections.class_names, detections.scores.tolist(), strict=True)
+        texts = [f"{name} {score:.2f}" for name, score in named] if texts is None else texts
         colours = colours or [colour_of(label) for label in detections.labels.tolist()]
         order = detections.scores.argsort(stable=True).tolist()  # the best last, on top
-        texts = named if texts is None else texts
+    elif boxes is not None and detections is None:
+        frame, order = size, list(range(len(boxes)))
     else:
-        order = list(range(len(boxes or ())) if not isinstance(boxes, Tensor) else range(len(boxes)))
-    rectangles = [
-        tuple(map(float, box)) for box in (boxes.tolist() if isinstance(boxes, Tensor) else boxes or ())
-    ]
-    texts = [""] * len(rectangles) if texts is None else list(texts)
+        raise ValueError("draw needs either detections or boxes, not both")
+    rectangles = boxes.tolist() if isinstance(boxes, Tensor) else boxes
+    texts = [""] * len(rectangles) if texts is None else texts
     if colours is None:
         different = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         colours = [colour_of(different[text]) for text in texts]
@@ -67,32 +70,28 @@ def draw(
             f"{len(rectangles)} boxes, {len(texts)} texts, {len(colours)} colours: give one each a box"
         )
 
-    picture = to_picture(image)
+    picture = Image.fromarray(pixels)
     factor = enlargement(picture.width, picture.height)
     if factor > 1:
         picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
-    scaled = [_within(tuple(side * factor for side in box), picture.size) for box in rectangles]
+    wide, high = picture.width / frame[1], picture.height / frame[0]
+    scaled = [
+        _within((x1 * wide, y1 * high, x2 * wide, y2 * high), picture.size) for x1, y1, x2, y2 in rectangles
+    ]
     _draw_boxes(picture, [scaled[i] for i in order], [colours[i] for i in order])
     _draw_texts(picture, [scaled[i] for i in order], [texts[i] for i in order], [colours[i] for i in order])
     return picture
 
 
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Writes a picture in the form that its path's ending, one of `FORMATS`, says; whole or not at all."""
+    with replacing(path) as temporary:
+        picture.save(temporary, format=FORMATS[path.suffix.lower()], quality=92)
+
+
 def enlargement(width: int, height: int) -> int:
     """Returns the whole factor by which `draw` enlarges a picture: 3 for 128 pixels, 1 from 384 on."""
     return max(1, -(-READABLE_SIDE // max(width, height)))
-
-
-def to_picture(image: Picture) -> Image.Image:
-    """Returns an RGB copy of a PIL image, an [H, W, 3] or [H, W] uint8 array, or a [3, H, W] uint8 tensor."""
-    if isinstance(image, Image.Image):
-        return image.convert("RGB") if image.mode != "RGB" else image.copy()
-    if isinstance(image, Tensor):
-        if image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(f"a tensor to draw on must be [3, H, W], got {list(image.shape)}")
-        image = image.permute(1, 2, 0).cpu().numpy()
-    if image.dtype != np.uint8:
-        raise ValueError(f"pixels to draw on must be uint8, got {image.dtype}")
-    return Image.fromarray(np.ascontiguousarray(image)).convert("RGB")
 
 
 def colour_of(number: int) -> Colour:
@@ -109,7 +108,17 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
-def _within(box: tuple[float, ...], size: tuple[int, int]) -> Rectangle:
+def _same_proportions(wanted: tuple[int, int], found: tuple[int, int]) -> tuple[int, int]:
+    """Returns (height, width) as wanted when a picture of the size found may be that one at another size."""
+    (height, width), (h, w) = wanted, found
+    if abs(h * width - w * height) > height + width:  # more than a size rounded to whole pixels explains
+        raise InputError(
+            f"the detections are of a picture of {width}x{height} pixels, this one has {w}x{h}; give that one"
+        )
+    return wanted
+
+
+def _within(box: Rectangle, size: tuple[int, int]) -> Rectangle:
     """Cuts a box at the picture's edges, so that all its sides can be seen."""
     x1, y1, x2, y2 = box
     width, height = size

@@ -113,7 +113,7 @@ class Vocabulary:
             raise InputError(f"{name!r} is not in the vocabulary; {self._hint(name)}") from None
 
     def subset(self, names: Sequence[str]) -> Vocabulary:
-        """Returns the vocabulary of `names` alone, in their order."""
+        """Returns the vocabulary of `names` alone, in their order; an unknown one is an InputError."""
         rows = {name: row for row, name in enumerate(self.names)}
         missing = [name for name in names if name not in rows]
         if missing:
@@ -142,7 +142,11 @@ class Vocabulary:
             )
 
     def save(self, path: str | Path) -> None:
-        """Writes a `.safetensors` file: the embeddings, and the rest as JSON in its metadata. Atomic."""
+        """Writes the embeddings, and the rest as JSON in the file's metadata. Atomic.
+
+        Raises:
+            InputError: `path` does not end in `.safetensors`.
+        """
         if Path(path).suffix != ".safetensors":
             raise InputError(f"a vocabulary is written as .safetensors, {path} ends otherwise")
         tensors = {"embeddings": self.embeddings.cpu().contiguous()}

@@ -78,7 +78,9 @@ def decode_bytes(data: bytes, name: object, least: int = 0) -> Pixels:
         with Image.open(io.BytesIO(data)) as image:
             return np.asarray(image.convert("RGB"))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"image {name} does not decode: {error if data else 'it is empty'}") from None
+        unknown = isinstance(error, UnidentifiedImageError)  # which names an object in memory
+        reason = "it is of no known form" if unknown else error
+        raise InputError(f"image {name} does not decode: {reason if data else 'it is empty'}") from None
 
 
 def _reduction(data: bytes, least: int) -> int:

@@ -67,7 +67,7 @@ class TextTower(nn.Module):
                 f"tokenize with context_length={self.context_length}"
             )
         ends = tokens.argmax(-1)
-        if len(tokens) and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and len(tokens):
             # Attention is causal: nothing after the longest text's end can reach any end-of-text token.
             tokens = tokens[:, : int(ends.max()) + 1]
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # [B, T, C]

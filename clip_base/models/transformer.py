@@ -139,11 +139,12 @@ class ResidualBlock(nn.Module):
         """
         normed = layer_norm(x, self.ln_1)
         if at is not None:
-            rows = torch.arange(len(x), device=x.device)
+            rows = torch.arange(x.shape[0], device=x.device)
             hidden = None
             if causal:
                 positions = torch.arange(x.shape[1], device=x.device)
-                hidden = (positions > (at.unsqueeze(1) if isinstance(at, Tensor) else at)).expand(len(x), -1)
+                hidden = positions > (at.unsqueeze(1) if isinstance(at, Tensor) else at)
+                hidden = hidden.expand(x.shape[0], -1)
             x = x[rows, at] + self.attn.once(normed[rows, at], normed, hidden)  # [B, C]
         elif values_only:
             x = x + self.attn.values(normed)

@@ -82,9 +82,11 @@ class VisionTransformer(nn.Module):
             raise InputError(f"images are {list(images.shape[-2:])} pixels, smaller than a patch of {patch}")
         images = images[..., : height * patch, : width * patch].to(self.conv1.weight.dtype)
         # A convolution whose stride is its size is one matrix product over patches; no transposition follows.
-        patches = images.reshape(len(images), 3, height, patch, width, patch)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(len(images), height * width, -1)  # [B, G, 3·p·p]
+        # Not len(): in an exported graph the number of images is a variable.
+        batch = images.shape[0]
+        patches = images.reshape(batch, 3, height, patch, width, patch)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width, -1)  # [B, G, 3·p·p]
         x = F.linear(patches, self.conv1.weight.flatten(1))  # [B, G, C]
-        first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        first = self.class_embedding.to(x.dtype).expand(batch, 1, -1)
         positions = resample_positions(self.positional_embedding, height, width).to(x.dtype)
         return layer_norm(torch.cat([first, x], 1) + positions, self.ln_pre), height, width

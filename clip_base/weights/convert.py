@@ -19,10 +19,12 @@ from clip_base.errors import InputError
 from clip_base.files import replacing, write_json
 from clip_base.models.clip import CLIP, to_openai_names
 from clip_base.models.configs import ACTIVATIONS
+from clip_base.tokenizer import VOCAB_SIZE
 from clip_base.weights import formats, naming, sizes
 from clip_base.weights.load import find, read_any
 from clip_base.weights.native import save_clip
 from clip_base.weights.reading import CONFIG_KEY, PRECISIONS, read_foreign
+from clip_base.weights.tokenizer_files import write_transformers_tokenizer
 
 FORMS = ("native", "open_clip", "huggingface")
 OTHERS = tuple(plugins.found(formats.WRITERS))  # of other packages
@@ -110,9 +112,11 @@ def write_huggingface(model: CLIP, out: Path) -> str:
         raise InputError(f"{out} holds a model already; give another out= or delete that folder")
     state = naming.to_huggingface(_plain(model.state_dict()))
     write_weights(out / "model.safetensors", state, {"format": "pt"})
+    if model.config.text.vocab_size == VOCAB_SIZE:  # else the texts are another tokenizer's affair
+        write_transformers_tokenizer(out, model.config.text.context_length)
     write_json(out / "preprocessor_config.json", _preprocessing(model.config.vision.resolution), indent=2)
     write_json(out / "config.json", {**described, "dtype": _dtype(model)}, indent=2)
-    return f"{out}; load it with transformers.CLIPModel.from_pretrained('{out}')"
+    return f"{out}; load it with transformers.CLIPModel and CLIPProcessor .from_pretrained('{out}')"
 
 
 def _preprocessing(side: int) -> dict[str, Any]:

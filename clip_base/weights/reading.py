@@ -22,7 +22,8 @@ from clip_base.models.configs import ACTIVATIONS, CLIPConfig
 from clip_base.weights import formats, naming, pickles, sizes
 from clip_base.weights.native import FORMAT
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Names of dtypes, not dtypes: `--help` lists them without PyTorch.
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # The key under which a file that `convert` wrote for others carries our sizes.
 CONFIG_KEY = "clip_base.config"
 # What others put under "format": the framework, which says nothing about the content.
@@ -151,7 +152,8 @@ def _build(config: CLIPConfig, found: _Found, dtype: torch.dtype) -> CLIP:
 
 def _dtype(precision: str, state: Mapping[str, Tensor]) -> torch.dtype:
     if precision != "stored":
-        return PRECISIONS[precision]
+        dtype: torch.dtype = getattr(torch, PRECISIONS[precision])
+        return dtype
     counts: Counter[torch.dtype] = Counter()
     for value in state.values():
         if value.is_floating_point():

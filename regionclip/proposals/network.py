@@ -206,26 +206,41 @@ class ProposalNetwork(nn.Module):
         """What makes the maps: the network's own backbone, or the CLIP's trunk."""
         return self._shared[0] if self.backbone is None else self.backbone
 
-    def stages(self, images: ImageBatch) -> list[Tensor]:
-        """Returns the trunk's maps, [B, C, h, w] each: strides 4, 8, 16 and, of a whole resnet50, 32."""
+    @property
+    def frame_multiple(self) -> int:
+        """What the sides of a resnet50's frame are multiples of, in pixels; a CLIP trunk takes any frame.
+
+        As detectron2 pads: a single map needs no even sides, a pyramid's maps must halve evenly.
+        """
+        return 1 if self.config.design == "c4" else BACKBONES["resnet50"][max(self._taken)]
+
+    def stages(self, images: ImageBatch, framed: bool = False) -> list[Tensor]:
+        """Returns the trunk's maps, [B, C, h, w] each: strides 4, 8, 16 and, of a whole resnet50, 32.
+
+        Args:
+            images: B images.
+            framed: whether they lie in the frame that they are to be seen in; else a resnet50 is shown the
+                smallest that fits them.
+        """
         if self.config.backbone == "clip":
             return self.trunk.stages(images.pixels)
-        # As detectron2 pads: a single map needs no even sides, a pyramid's maps must halve evenly.
-        coarsest = BACKBONES["resnet50"][max(self._taken)]
-        images = fit_frame(images, 1 if self.config.design == "c4" else coarsest)
+        images = images if framed else fit_frame(images, self.frame_multiple)
         return self.trunk.stages(caffe_pixels(images) if self.config.pixels == "caffe" else images.pixels)
 
-    def features(self, images: ImageBatch, maps: list[Tensor] | None = None) -> list[Tensor]:
+    def features(
+        self, images: ImageBatch, maps: list[Tensor] | None = None, framed: bool = False
+    ) -> list[Tensor]:
         """Returns the head's maps, [B, C, h, w] a level.
 
         Args:
             images: B images, normalised as for CLIP.
             maps: what the shared trunk's `stages` made of them already, so that one pass serves proposals and
                 embeddings; None: the trunk is run.
+            framed: see `stages`.
         """
         if maps is not None and not self._shared:
             raise ValueError("this network has a trunk of its own; another's maps mean nothing to it")
-        maps = self.stages(images) if maps is None else maps
+        maps = self.stages(images, framed) if maps is None else maps
         if self.config.design == "c4":
             return [self.neck(maps[self._taken[0]])]
         pyramid = self.neck(OrderedDict((str(index), maps[index]) for index in self._taken))
@@ -288,7 +303,7 @@ class ProposalNetwork(nn.Module):
         levels = self.features(images, maps)
         logits, deltas = self.rpn.head(levels)
         with torch.autocast(images.pixels.device.type, enabled=False):
-            boxes, best, level_of = self._best(levels, logits, deltas)
+            boxes, best, level_of = self.best_anchors(levels, logits, deltas)
             kept = [
                 self._pick(boxes[index], best[index], level_of, size, limit, nms, min_score)
                 for index, size in enumerate(images.sizes)
@@ -309,7 +324,7 @@ class ProposalNetwork(nn.Module):
             anchors.append((shifts[:, :, None] + shapes.to(level.device)).reshape(-1, 4))
         return anchors
 
-    def _best(
+    def best_anchors(
         self, maps: list[Tensor], logits: list[Tensor], deltas: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the levels' best anchors, decoded: boxes [B, k, 4], logits [B, k], levels [k]."""
@@ -319,7 +334,7 @@ class ProposalNetwork(nn.Module):
             flat = logits[level].float().permute(0, 2, 3, 1).flatten(1)  # [B, h·w·A]
             moves = deltas[level].float().reshape(count, -1, 4, height, width)
             moves = moves.permute(0, 3, 4, 1, 2).reshape(count, -1, 4)  # [B, h·w·A, 4]
-            best, index = flat.topk(min(self.config.pre_nms, flat.shape[1]), dim=1)  # [B, k]
+            best, index = flat.topk(torch.sym_min(self.config.pre_nms, flat.shape[1]), dim=1)  # [B, k]
             moves = moves.gather(1, index[..., None].expand(-1, -1, 4))
             decoded = decode_deltas(anchors[index].flatten(0, 1), moves.flatten(0, 1))
             boxes.append(decoded.reshape(count, -1, 4))

@@ -86,7 +86,7 @@ class _Results:
                     f"proposals file {path} holds a JSON object; expected a list of boxes in COCO's "
                     "results form"
                 )
-            image_id, row = _checked(entry, f"proposals file {path}, entry {number}")
+            image_id, row = checked_entry(entry, f"proposals file {path}, entry {number}")
             self._rows.setdefault(image_id, array("d")).extend(row)
 
     def of_image(self, image_id: int) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ class _Results:
         return xywh_to_xyxy(table[:, :4]).float(), table[:, 4].float()
 
 
-def _checked(entry: Any, where: str) -> tuple[int, tuple[float, ...]]:
+def checked_entry(entry: Any, where: str) -> tuple[int, tuple[float, ...]]:
     """Returns an entry's image id and (x, y, width, height, score); InputError when it is malformed."""
     try:
         image_id, box, score = int(entry["image_id"]), entry["bbox"], float(entry["score"])

@@ -203,7 +203,7 @@ def test_a_box_is_cut_out_at_its_pixels(tmp_path: Path):
     pixels = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
 
     def prepare(pixels: Any) -> torch.Tensor:
-        return Preprocess(16).pixels(Image.fromarray(pixels))
+        return Preprocess(16)(Image.fromarray(pixels))
 
     loaded = load_picture(lambda _: pixels, prepare, Picture(tmp_path, 0, (60.0, 20.0, 30.4, 39.9)))
     assert isinstance(loaded, torch.Tensor)

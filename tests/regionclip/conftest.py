@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,58 @@ def _spread(model: CLIP) -> None:
         norm.momentum = 0.1
     shared = model.eval().encode_image(images).mean(0)
     model.visual.attnpool.c_proj.bias -= shared  # type: ignore[union-attr, operator]
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order; notes addresses and second headings.
+
+    Attributes:
+        open: tags that were not closed.
+        addresses: what a browser would load or go to.
+        headings: texts of <h2>.
+    """
+
+    VOID = ("meta", "link", "img", "br", "line", "rect", "polyline", "circle")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.headings: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = ("src", "href", "srcset", "action")
+        self.addresses += [value or "" for name, value in attrs if name in named]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in self.VOID
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+@pytest.fixture(scope="session")
+def parsed() -> Callable[[str], Page]:
+    """Reads an HTML page's text; tags that are closed out of order fail the test."""
+    return Page
+
+
+@pytest.fixture(scope="session")
+def swapped() -> Callable[..., list[str]]:
+    """Replaces options: swapped(["out=a", "b=1"], out="c") is ["b=1", "out=c"]."""
+
+    def swap(options: list[str], **changes: object) -> list[str]:
+        kept = [option for option in options if option.partition("=")[0] not in changes]
+        return kept + [f"{key}={value}" for key, value in changes.items()]
+
+    return swap
 
 
 @pytest.fixture(scope="session")

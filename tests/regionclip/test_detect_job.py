@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import regionclip as package
 from clip_base.errors import InputError
 from clip_base.files import read_json
 from regionclip import datasets
-from regionclip.detect import targets_of
+from regionclip import detect as job
+from regionclip.detect_files import targets_of
 from regionclip.pictures import picture_files, read_upright
+from regionclip.predictor import Predictor
+from regionclip.videos import Video, writing_video
 
 Command = Callable[..., tuple[int, str]]
 
@@ -38,7 +43,9 @@ def test_pictures_are_drawn_and_results_written(
     assert code == 0
     files = sorted(photos.iterdir())
     found = tmp_path / "found"
-    assert {path.name for path in found.iterdir()} == {*(path.name for path in files), "detections.json"}
+    assert {path.name for path in found.iterdir()} == {
+        *(path.name for path in files), "detections.json", "detections.csv"
+    }  # fmt: skip
     drawn = np.asarray(Image.open(found / files[0].name).convert("RGB").resize((64, 64)), dtype=float)
     assert np.abs(drawn - np.asarray(Image.open(files[0]).convert("RGB"), dtype=float)).mean() > 2
     entries = read_json(found / "detections.json")
@@ -200,8 +207,206 @@ def test_a_full_disk_is_said_in_one_line(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("regionclip.detect.write_json", full)
+    monkeypatch.setattr("regionclip.detect_files.replacing", full)
     code, told = regionclip("detect", photos, *options)
     assert code == 1
     assert told.count("\n") == 1
     assert "the disk is full" in told
+
+
+def test_urls_are_refused(options: list[str], regionclip: Command) -> None:
+    code, told = regionclip("detect", "https://example.org/cat.jpg", *options)
+    assert code == 2
+    assert "https://example.org/cat.jpg is a URL" in told
+    assert "download it" in told
+
+
+def test_patterns_stand_for_files_below(photos: Path, tmp_path: Path) -> None:
+    deep = tmp_path / "deep" / "er"
+    deep.mkdir(parents=True)
+    first, second, *_ = sorted(photos.iterdir())
+    shutil.copy(first, deep / "a.jpg")
+    shutil.copy(second, tmp_path / "deep" / "b.JPG")
+    (deep / "notes.txt").write_text("no picture")
+    assert picture_files([f"{tmp_path}/deep/**"]) == [tmp_path / "deep" / "b.JPG", deep / "a.jpg"]
+    assert picture_files([f"{tmp_path}/deep/**/*.jpg", str(deep / "a.jpg")]) == [deep / "a.jpg"]
+    assert picture_files([f"{photos}/*{first.stem[-2:]}.jp?"]) == [first]
+    with pytest.raises(InputError, match=r"pattern '.*\*\.tiff' fits no file"):
+        picture_files([f"{tmp_path}/*.tiff"])
+
+
+@pytest.mark.parametrize(("given", "count"), [("coco", 80), ("coco65", 65), ("lvis", 1203), ("file", 2)])
+def test_vocabularies_are_lists_by_name_or_files(
+    photos: Path, options: list[str], tmp_path: Path, regionclip: Command, given: str, count: int
+) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("red umbrella\nbow (weapon)\n")
+    others = [option for option in options if not option.startswith("vocabulary=")]
+    value = str(names) if given == "file" else given
+    photo = sorted(photos.iterdir())[0]
+    assert regionclip("detect", photo, *others, "--vocabulary", value, "--top", count)[0] == 0
+    entry = read_json(tmp_path / "found" / "detections.json")[0]
+    found = {one["name"] for one in entry["top"]}
+    assert len(found) == count
+    assert found >= {"red umbrella", "bow (weapon)"} if given == "file" else "cup" in found
+    assert sum(one["probability"] for one in entry["top"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_most_probable_names_are_those_that_the_predictor_gives(
+    photos: Path, options: list[str], tmp_path: Path, regionclip: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = sorted(photos.iterdir())[0]
+    arguments = [*options, "vocabulary=cup, star, dog", "top=2", "score=0.0", "precision=fp32"]
+    assert regionclip("detect", photo, *arguments)[0] == 0
+    entries = read_json(tmp_path / "found" / "detections.json")
+    weights = options[0].removeprefix("weights=")
+    predictor = package.load(weights, ["cup", "star", "dog"], precision="fp32")
+    x, y, w, h = entries[0]["bbox"]
+    ranked = predictor.nearest_names(predictor.region_features(photo, [[x, y, x + w, y + h]]), 2)[0]
+    assert [one["name"] for one in entries[0]["top"]] == [name for name, _ in ranked]
+    for one, (_, value) in zip(entries[0]["top"], ranked, strict=True):
+        assert one["probability"] == pytest.approx(value, abs=1e-3)
+
+
+def test_the_table_says_what_the_json_says(
+    photos: Path, options: list[str], tmp_path: Path, regionclip: Command
+) -> None:
+    assert regionclip("detect", photos, *options, "top=2")[0] == 0
+    entries = read_json(tmp_path / "found" / "detections.json")
+    with (tmp_path / "found" / "detections.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(entries) > 0
+    for row, entry in zip(rows, entries, strict=True):
+        assert row["file_name"] == entry["file_name"]
+        assert [float(row[key]) for key in ("x", "y", "width", "height")] == entry["bbox"]
+        assert (float(row["score"]), row["category_name"]) == (entry["score"], entry["category_name"])
+        assert [row["name_1"], row["name_2"]] == [one["name"] for one in entry["top"]]
+        assert float(row["probability_2"]) == entry["top"][1]["probability"]
+
+
+def test_batches_find_what_single_pictures_do(
+    photos: Path, options: list[str], tmp_path: Path, regionclip: Command
+) -> None:
+    """A picture that is broken, and one that lies otherwise, part a batch and change nothing else."""
+    files = sorted(photos.iterdir())
+    Image.open(files[1]).crop((0, 0, 40, 64)).save(files[1])
+    files[2].write_bytes(b"no picture")
+    found = []
+    for size in (1, 4):
+        regionclip("detect", photos, *options, f"batch_size={size}", "precision=fp32")
+        found.append(read_json(tmp_path / "found" / "detections.json"))
+    assert {entry["image_id"] for entry in found[0]} == {1, 2, 4}
+    assert len(found[0]) == len(found[1])
+    for one, other in zip(*found, strict=True):
+        assert one["bbox"] == pytest.approx(other["bbox"], abs=0.05)
+        assert one["score"] == pytest.approx(other["score"], abs=1e-4)
+        assert one["file_name"] == other["file_name"]
+
+
+@pytest.fixture
+def clip(photos: Path, tmp_path: Path) -> Path:
+    """A video of ten frames: two pictures, five times each."""
+    path = tmp_path / "clip.mp4"
+    with writing_video(path, 5.0) as writer:
+        for number in range(10):
+            writer.add(Image.open(sorted(photos.iterdir())[number // 5]).convert("RGB").resize((64, 64)))
+    return path
+
+
+def test_videos_are_looked_at_frame_by_frame(
+    photos: Path, clip: Path, options: list[str], tmp_path: Path, regionclip: Command
+) -> None:
+    found = tmp_path / "found"
+    arguments = ["detect", clip, photos, *options, "batch_size=3", "score=0.0"]
+    assert regionclip(*arguments)[0] == 0
+    entries = read_json(found / "detections.json")
+    frames = {(e["frame"], e["time"], e["image_id"]) for e in entries if e["file_name"] == str(clip)}
+    assert frames == {(number, number / 5, 5 + number) for number in range(10)}  # four pictures come first
+    assert all("frame" not in entry for entry in entries if entry["file_name"] != str(clip))
+    with Video(found / "clip.mp4") as drawn, Video(clip) as plain:
+        assert (drawn.rate, drawn.count) == (5.0, 10)
+        for one, other in zip(drawn.frames(), plain.frames(), strict=True):
+            assert one.pixels.shape == (384, 384, 3)  # small ones are enlarged, so that names can be read
+            small = np.asarray(Image.fromarray(one.pixels).resize((64, 64)), dtype=float)
+            assert np.abs(small - other.pixels).mean() > 3
+    assert regionclip(*arguments[:2], *options, "every=4", "draw=false", f"out={tmp_path / 'some'}")[0] == 0
+    some = read_json(tmp_path / "some" / "detections.json")
+    assert {(entry["frame"], entry["image_id"]) for entry in some} == {(0, 1), (4, 2), (8, 3)}
+    assert not (tmp_path / "some" / "clip.mp4").exists()
+
+
+def test_a_broken_video_costs_only_itself(
+    photos: Path, clip: Path, options: list[str], tmp_path: Path, regionclip: Command
+) -> None:
+    (photos / "broken.mp4").write_bytes(b"no video")
+    shutil.copy(clip, photos / "whole.mp4")
+    code, told = regionclip("detect", photos, *options)
+    assert code == 2
+    assert "1 of 6 pictures could not be read, the others are done: video" in told
+    assert "broken.mp4" in (tmp_path / "found" / "skipped.jsonl").read_text()
+    assert (tmp_path / "found" / "whole.mp4").exists()
+    assert not (tmp_path / "found" / "broken.mp4").exists()
+
+
+def stopping(after: int) -> Callable[..., object]:
+    """Returns `Predictor.in_pixels` that stops, as Ctrl-C does, before batch number `after`."""
+    real, calls = Predictor.in_pixels, []
+
+    def in_pixels(self: Predictor, *arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return real(self, *arguments)  # type: ignore[arg-type]
+
+    return in_pixels
+
+
+def test_a_stopped_run_goes_on_and_ends_as_an_undisturbed_one(
+    photos: Path,
+    clip: Path,
+    options: list[str],
+    tmp_path: Path,
+    regionclip: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Four pictures in two batches, then a video in five; stopped in the second batch, then in the video."""
+    sorted(photos.iterdir())[0].write_bytes(b"no picture")
+    arguments = ["detect", photos, clip, *options[:-1], "batch_size=2", "top=1", "score=0.1"]
+    found, undisturbed = tmp_path / "found", tmp_path / "undisturbed"
+    assert regionclip(*arguments, f"out={undisturbed}")[0] == 2
+    for after in (1, 3):
+        monkeypatch.setattr(Predictor, "in_pixels", stopping(after))
+        assert regionclip(*arguments, f"out={found}")[0] == 130
+        monkeypatch.undo()
+        with (found / job.JOURNAL).open("ab") as file:
+            file.write(b'["found", {"image_id": 1')  # what a kill cuts off
+    before = {path: path.stat().st_mtime_ns for path in found.glob("*.jpg")}
+    assert len(before) == 3
+    assert regionclip(*arguments, f"out={found}")[0] == 2
+    assert {path.name: path.read_bytes() for path in undisturbed.iterdir()} == {
+        path.name: path.read_bytes() for path in found.iterdir()
+    }
+    assert [path for path, time in before.items() if path.stat().st_mtime_ns != time] == []
+
+
+def test_another_command_does_not_take_a_stopped_run_away(
+    photos: Path, options: list[str], tmp_path: Path, regionclip: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["detect", photos, *options, "batch_size=1"]
+    monkeypatch.setattr(Predictor, "in_pixels", stopping(2))
+    assert regionclip(*arguments)[0] == 130
+    monkeypatch.undo()
+    journal = (tmp_path / "found" / job.JOURNAL).read_bytes()
+    for other in (["vocabulary=cup"], ["score=0.5", "top=1"]):
+        code, told = regionclip(*arguments, *other)
+        assert code == 2
+        assert other[0].partition("=")[0] in told
+        assert "give the same command to go on" in told
+    (photos / "another.jpg").write_bytes(sorted(photos.iterdir())[0].read_bytes())
+    code, told = regionclip(*arguments)
+    assert code == 2
+    assert "list of pictures" in told
+    assert (tmp_path / "found" / job.JOURNAL).read_bytes() == journal
+    (photos / "another.jpg").unlink()
+    assert regionclip(*arguments)[0] == 0
+    assert regionclip(*arguments, "vocabulary=cup")[0] == 0  # one that has ended is done anew

@@ -7,8 +7,8 @@ import io
 import re
 import shutil
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -17,33 +17,7 @@ from clip_base.cli import main_regionclip
 from clip_base.files import read_json, write_json
 
 Command = Callable[..., tuple[int, str]]
-VOID = {"meta", "link", "img", "br", "line", "rect", "polyline", "circle"}
-
-
-class Page(HTMLParser):
-    """Checks that tags are closed in order; notes addresses and texts."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.addresses: list[str] = []
-        self.headings: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag in VOID
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "h2":
-            self.headings.append(data)
+Parsed = Callable[[str], Any]
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +52,8 @@ def text(call: list[str], world: Path, tmp_path_factory: pytest.TempPathFactory)
     return (out / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_page_is_whole_and_loads_nothing(text: str):
-    page = Page(text)
+def test_the_page_is_whole_and_loads_nothing(text: str, parsed: Parsed):
+    page = parsed(text)
     assert page.open == []
     assert len(page.addresses) > 3
     assert all(address.startswith("data:") for address in page.addresses)
@@ -121,12 +95,12 @@ def test_the_mistakes_are_shown_with_what_is_there(text: str, world: Path, resul
     assert names[true["category_id"]] in confusions.partition("</table>")[0]
 
 
-def test_without_pictures_the_page_says_how_to_see_them(call: list[str], tmp_path: Path):
+def test_without_pictures_the_page_says_how_to_see_them(call: list[str], parsed: Parsed, tmp_path: Path):
     assert main_regionclip([*call, f"out={tmp_path / 'out'}"]) == 0
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "Give images=DIR" in text
     assert "data:image/jpeg" not in text
-    assert Page(text).open == []
+    assert parsed(text).open == []
 
 
 def test_pictures_that_cannot_be_read_are_counted(call: list[str], world: Path, tmp_path: Path):
@@ -154,7 +128,9 @@ def test_no_page_is_written_when_none_is_wanted(call: list[str], tmp_path: Path)
 
 
 @pytest.mark.parametrize("found", ["nothing", "a false alarm", "a wrong name"])
-def test_names_are_escaped_and_nothing_found_is_a_page_too(found: str, world: Path, tmp_path: Path):
+def test_names_are_escaped_and_nothing_found_is_a_page_too(
+    found: str, world: Path, parsed: Parsed, tmp_path: Path
+):
     content = read_json(world / "instances_val.json")
     true = content["annotations"][0]
     for entry in content["categories"]:
@@ -174,7 +150,7 @@ def test_names_are_escaped_and_nothing_found_is_a_page_too(found: str, world: Pa
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "<script" not in text
     assert f"&lt;script&gt;alert({true['category_id']})" in section(text, "The largest missed objects")
-    assert Page(text).open == []
+    assert parsed(text).open == []
     assert "nothing to compare" in text
 
 

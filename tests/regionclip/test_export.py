@@ -194,3 +194,23 @@ def test_a_detector_trains_on_what_was_mined(
     options += [f"weights={clip_file}", f"rpn={rpn_file}", f"out={tmp_path / 'detector'}"]
     assert main_regionclip(["train-detector", *options]) == 0
     assert (tmp_path / "detector" / "model.safetensors").exists()
+
+
+def test_fiftyone_finds_labels_and_pictures(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "fiftyone"
+    config = ExportConfig(str(pairs), str(out), format="fiftyone")
+    export(config)
+    # The layout of fiftyone.types.COCODetectionDataset: data/ and, with paths in it, labels.json.
+    labels = read_json(out / "labels.json")
+    assert (out / "data").resolve() == tmp_path / "photos"
+    assert [image["file_name"] for image in labels["images"]] == ["a/1.jpg", "a/2.jpg"]
+    assert labels["categories"][1] == {"id": 2, "name": "telly"}
+    first = labels["annotations"][0]
+    assert (first["bbox"], first["score"]) == ([2, 2, 38, 38], pytest.approx(0.45))
+    export(config)
+    assert "is there already" in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file; format=fiftyone makes a folder"):
+        export(dataclasses.replace(config, out=str(tmp_path / "file")))

@@ -20,7 +20,7 @@ import pytest
 from clip_base.cli import main_regionclip
 from clip_base.files import read_json, write_json
 from clip_base.weights.native import file_hash
-from regionclip import miner, mining
+from regionclip import mining
 from regionclip.concepts import Concept
 from regionclip.language import model_name
 from regionclip.miner import row_of, rows_of
@@ -30,6 +30,7 @@ from regionclip.shards import read_manifest, read_regions
 from regionclip.vocabulary import Vocabulary
 
 Command = Callable[..., tuple[int, str]]
+Swap = Callable[..., list[str]]
 
 # Stands for regionclip.miner.write_shard: dies with half a file written, once.
 DYING = """
@@ -55,12 +56,6 @@ def manifest(folder: Path) -> dict[str, Any]:
     for key in ("out", "workers", "engine", "share"):
         found["config"].pop(key)
     return found
-
-
-def swapped(options: list[str], **changes: object) -> list[str]:
-    """Returns the options with some values replaced or added."""
-    kept = [option for option in options if option.partition("=")[0] not in changes]
-    return kept + [f"{key}={value}" for key, value in changes.items()]
 
 
 def skipped(folder: Path) -> list[dict[str, Any]]:
@@ -193,7 +188,7 @@ def test_a_share_that_is_none_is_refused(
 
 
 def test_phrases_kept_beside_the_pool_change_nothing_and_spare_the_parsing(
-    world: Path, mining_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: Path, mining_options: list[str], swapped: Swap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captions = f"captions={world / 'captions_train.json'}"
     for name, kept in (("with", "true"), ("without", "false")):
@@ -211,7 +206,12 @@ def test_phrases_kept_beside_the_pool_change_nothing_and_spare_the_parsing(
 
 
 def test_phrases_of_another_parser_are_said_to_be_parsed_anew(
-    mining_options: list[str], concepts_file: Path, tmp_path: Path, regionclip: Command, mined: Path
+    mining_options: list[str],
+    swapped: Swap,
+    concepts_file: Path,
+    tmp_path: Path,
+    regionclip: Command,
+    mined: Path,
 ) -> None:
     pool = tmp_path / "concepts.jsonl"
     shutil.copy(concepts_file, pool)
@@ -284,7 +284,7 @@ def test_the_manifest_names_its_inputs_by_hash(
 
 
 def test_unusable_images_are_listed_with_their_reason(
-    world: Path, mining_options: list[str], tmp_path: Path
+    world: Path, mining_options: list[str], swapped: Swap, tmp_path: Path
 ) -> None:
     images = shutil.copytree(world / "images", tmp_path / "images")
     content = read_json(world / "captions_train.json")
@@ -329,84 +329,6 @@ def test_other_matchers_and_teachers_mine_too(
     assert any(row.phrase is None for row in rows)  # the pool also finds what no caption names
 
 
-def test_other_options_in_the_same_folder_are_refused(
-    mined: Path, mining_options: list[str], regionclip: Command
-) -> None:
-    code, told = regionclip("mine", *swapped(mining_options, context=1.5), f"out={mined}")
-    assert code == 2
-    assert "context=1.2 there, 1.5 here" in told
-    assert "another out=" in told
-
-
-@pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize("key", ["weights", "captions", "concepts", "proposer.file"])
-def test_a_file_that_changed_since_mining_began_is_refused(
-    mining_options: list[str], world: Path, tmp_path: Path, regionclip: Command, key: str, finished: bool
-) -> None:
-    boxes = [{"image_id": 1, "bbox": [0, 0, 40, 40], "score": 0.9}]
-    write_json(tmp_path / "boxes.json", boxes)
-    options = [option for option in mining_options if not option.startswith("proposer.")]
-    options += ["proposer.name=precomputed", f"proposer.file={tmp_path / 'boxes.json'}", "shard_images=12"]
-    file = Path(next(option.partition("=")[2] for option in options if option.startswith(f"{key}=")))
-    copy = tmp_path / f"copy{file.suffix}"
-    shutil.copy(file, copy)
-    command = ["mine", *swapped(options, **{key: copy}), f"out={tmp_path / 'mined'}"]
-    assert regionclip(*command)[0] == 0
-    if not finished:
-        for name in ("manifest.json", "metrics.json", "shard-00000.parquet"):
-            (tmp_path / "mined" / name).unlink()
-    copy.write_bytes(copy.read_bytes() + b"\n")
-    before = {path: path.read_bytes() for path in (tmp_path / "mined").iterdir()}
-    code, told = regionclip(*command)
-    assert code == 2
-    assert f"{copy} changed since mining into {tmp_path / 'mined'} began" in told
-    assert {path: path.read_bytes() for path in (tmp_path / "mined").iterdir()} == before
-
-
-def test_another_spacy_model_is_refused(
-    mined: Path, mining_options: list[str], regionclip: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mining, "model_name", lambda language: "en_other 1.0")
-    code, told = regionclip("mine", *mining_options, f"out={mined}")
-    assert code == 2
-    assert "en_other 1.0 changed since mining" in told
-
-
-def test_a_call_that_failed_at_once_leaves_nothing_in_the_way(
-    mining_options: list[str], world: Path, tmp_path: Path, regionclip: Command
-) -> None:
-    captions = tmp_path / "captions.json"
-    captions.write_text((world / "captions_train.json").read_text()[:-9])
-    command = ["mine", *swapped(mining_options, captions=captions), f"out={tmp_path / 'mined'}"]
-    assert regionclip(*command)[0] == 2
-    shutil.copy(world / "captions_train.json", captions)
-    assert regionclip(*command, "context=1.5")[0] == 0
-
-
-def test_a_full_disk_stops_mining_and_the_same_command_goes_on(
-    mined: Path,
-    mining_options: list[str],
-    tmp_path: Path,
-    regionclip: Command,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    write, command = miner.write_shard, ["mine", *mining_options, f"out={tmp_path / 'mined'}"]
-
-    def full(path: Path, regions: Any, skipped: Any) -> int:
-        if path.name == "shard-00001.parquet":
-            raise OSError(28, "No space left on device", str(path))
-        return write(path, regions, skipped)
-
-    monkeypatch.setattr(miner, "write_shard", full)
-    code, told = regionclip(*command)
-    assert code == 1
-    assert "the disk is full while writing" in told
-    assert "shard-00001.parquet" in told
-    monkeypatch.undo()
-    assert regionclip(*command)[0] == 0
-    assert list(read_regions(tmp_path / "mined")) == list(read_regions(mined))
-
-
 def test_a_phrase_stands_for_its_head_first() -> None:
     phrase = Phrase("red umbrella", "umbrella", 2, 14)
     assert row_of(phrase, {"red umbrella": 0, "umbrella": 1}) == 1
@@ -431,7 +353,7 @@ def test_a_region_says_how_much_of_the_probability_is_stored(mined: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_terminated_run_ends_its_workers(mining_options: list[str], tmp_path: Path) -> None:
+def test_a_terminated_run_ends_its_workers(mining_options: list[str], swapped: Swap, tmp_path: Path) -> None:
     command = ["mine", *swapped(mining_options, shard_images=1), f"out={tmp_path / 'mined'}", "workers=2"]
     for number in (signal.SIGTERM, signal.SIGINT):
         running = command_line(*command, OMP_NUM_THREADS="1")

@@ -18,6 +18,7 @@ from clip_base.cli import main_regionclip
 from clip_base.errors import InputError
 from clip_base.models.clip import CLIP
 from clip_base.tokenizer import Tokenizer
+from clip_base.train import NO_LOSS
 from regionclip.encoder import RegionEncoder
 from regionclip.pretrain import RegionPretrainConfig, mined_samples, one_things
 from regionclip.region_text import RegionTextTask, Teacher, freeze
@@ -65,6 +66,20 @@ def test_stages_that_do_not_exist_are_refused(make_clip: MakeClip) -> None:
         freeze(make_clip().visual, 5, batch_norm=True)
     with pytest.raises(InputError, match="set it to 0 for a ViT"):
         freeze(make_clip("vit").visual, 2, batch_norm=True)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_what_the_log_shows_beside_the_losses_counts_as_none(
+    mined: Path, make_clip: MakeClip, name: str
+) -> None:
+    vocabulary = Vocabulary.load(mined / "vocabulary.safetensors")
+    options = config(learn_temperature=True, region_text={"name": name})
+    task = RegionTextTask(make_clip(), vocabulary, options)
+    figures = task.figures()
+    assert ("region_text_scale" in figures) == ("bias" in figures) == (name == "sigmoid")
+    if name == "sigmoid":
+        assert figures["region_text_scale"] == pytest.approx(10)
+    assert figures.keys() <= NO_LOSS
 
 
 def test_only_losses_with_a_weight_are_made(mined: Path, make_clip: MakeClip) -> None:

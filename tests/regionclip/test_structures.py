@@ -1,4 +1,4 @@
-"""Regions, batches and detections refuse what does not fit, and lose nothing when cut and joined."""
+"""Regions and batches refuse what does not fit, and lose nothing when cut and joined."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import torch
 from torchvision.ops import roi_align
 
 from clip_base.batch import ImageBatch
-from regionclip.structures import Detections, RegionBatch, Regions, whole_images
-
-NAMES = ("cat", "dog", "umbrella")
+from regionclip.structures import RegionBatch, Regions, whole_images
 
 
 def regions(count: int = 4) -> Regions:
@@ -22,11 +20,6 @@ def regions(count: int = 4) -> Regions:
         concept_ids=torch.arange(2 * count).reshape(count, 2),
         concept_probs=torch.rand(count, 2),
     )
-
-
-def detections() -> Detections:
-    boxes = torch.tensor([[0.0, 1, 10, 21], [5, 5, 30.25, 40.5], [1, 2, 3, 4]])
-    return Detections(boxes, torch.tensor([0.9, 0.2, 0.5]), torch.tensor([1, 0, 1]), NAMES, (48, 64))
 
 
 def images() -> ImageBatch:
@@ -63,6 +56,10 @@ def test_regions_are_picked_by_mask_index_slice_and_number():
         assert picked.concept_ids is not None
         assert picked.concept_ids.tolist() == [[2, 3]]
     assert len(whole[-1]) == 1
+    assert sum(len(one) for one in whole) == 4  # type: ignore[attr-defined]
+    for missing in (4, -5):
+        with pytest.raises(IndexError, match=f"no row {missing} of 4"):
+            whole[missing]
 
 
 def test_regions_of_the_images_joined_are_the_regions():
@@ -95,47 +92,3 @@ def test_a_batch_whose_regions_point_beyond_its_images_is_refused():
         RegionBatch(images(), regions(), torch.zeros(3, 7, dtype=torch.int64))
     moved = RegionBatch(images(), regions(), torch.zeros(2, 7, dtype=torch.int64)).to("cpu")
     assert len(moved.regions) == 4
-
-
-def test_detections_survive_cocos_form():
-    found = detections()
-    entries = found.to_coco(42, [17, 18, 28])
-    assert entries[1] == {
-        "image_id": 42,
-        "category_id": 17,
-        "bbox": [5, 5, 25.25, 35.5],
-        "score": pytest.approx(0.2),
-    }
-    back = Detections.from_coco(entries, [17, 18, 28], NAMES, (48, 64))
-    torch.testing.assert_close(back.boxes, found.boxes)
-    assert torch.equal(back.scores, found.scores)
-    assert torch.equal(back.labels, found.labels)
-    assert len(Detections.from_coco([], [17, 18, 28], NAMES, (48, 64))) == 0
-    with pytest.raises(ValueError, match=r"category ids \[17, 18\] have no name"):
-        Detections.from_coco(entries, [1, 2, 3], NAMES, (48, 64))
-
-
-def test_detections_read_as_text():
-    assert repr(detections()) == "Detections(3 in 64x48: dog 0.90, dog 0.50, cat 0.20)"
-    assert repr(detections().above(0.95)) == "Detections(0 in 64x48: nothing found)"
-
-
-def test_above_keeps_what_scores_at_least_as_much():
-    assert detections().above(0.5).scores.tolist() == pytest.approx([0.9, 0.5])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"scores": torch.tensor([0.1, 1.2, 0.3])}, r"scores must lie in \[0, 1\]"),
-        ({"scores": torch.tensor([0.1, torch.nan, 0.3])}, r"scores must lie in \[0, 1\]"),
-        ({"labels": torch.tensor([0, 3, 1])}, "labels must lie in 0…2"),
-        ({"boxes": torch.full((3, 4), torch.inf)}, "NaN or infinite"),
-        ({"names": list(NAMES)}, "tuple"),
-    ],
-)
-def test_detections_that_do_not_fit_are_refused(change: dict[str, object], message: str):
-    whole = detections()
-    columns = {name: getattr(whole, name) for name in whole.__dataclass_fields__}
-    with pytest.raises(ValueError, match=message):
-        Detections(**(columns | change))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from regionclip.structures import Detections
+from regionclip.detections import Detections
 from regionclip.visualize import _place, _shared, colour_of, draw, enlargement
 
 
@@ -23,6 +23,7 @@ def test_small_pictures_are_enlarged_and_large_ones_are_not():
         Image.new("L", (400, 300)),
         np.zeros((300, 400), dtype=np.uint8),
         np.zeros((300, 400, 3), dtype=np.uint8),
+        np.zeros((300, 400, 4)),
         torch.zeros(3, 300, 400, dtype=torch.uint8),
     ],
 )
@@ -84,4 +85,4 @@ def test_what_does_not_fit_together_is_refused():
     with pytest.raises(ValueError, match="1 boxes, 2 texts"):
         draw(image, boxes=[[0, 0, 5, 5]], texts=["a", "b"])
     with pytest.raises(ValueError, match="uint8"):
-        draw(np.zeros((300, 400, 3)), boxes=[])  # type: ignore[arg-type]
+        draw(np.zeros((300, 400, 3), np.int64), boxes=[])

@@ -33,6 +33,7 @@ from clip_base.run import RunFolder
 
 # What stands beside the losses in a line of log.jsonl.
 NO_LOSS = frozenset({"step", "lr", "images_per_second", "logit_scale", "region_text_scale", "bias"})
+REMEDY = "lower train.lr or use train.precision=fp32"  # for numbers that are not finite
 
 
 @dataclass
@@ -159,7 +160,7 @@ def fit(
         the last step are in its checkpoint.
 
     Raises:
-        InputError: a loss is not a number (the step is named), or the newest checkpoint is damaged.
+        InputError: a loss or a weight is not finite (the step is named), or the newest checkpoint is damaged.
         KeyboardInterrupt: after SIGTERM or Ctrl-C, once the state is saved.
     """
     distributed.start()
@@ -288,8 +289,7 @@ class _Loop:
     def _not_finite(self, step: int, losses: dict[str, Tensor]) -> str:
         """Returns what to tell about a loss that is not a number; lists the batch's samples in a file."""
         shown = ", ".join(f"{name} {float(loss.detach()):.4g}" for name, loss in losses.items())
-        remedy = "lower train.lr or use train.precision=fp32"
-        message = f"the loss is not finite at step {step + 1} ({shown}); {remedy}"
+        message = f"the loss is not finite at step {step + 1} ({shown}); {REMEDY}"
         if self.names is None:
             return message
         samples = self.names(step)
@@ -344,10 +344,21 @@ class _Loop:
         if self.scaler.is_enabled():
             training["scaler"] = self.scaler.state_dict()
         weights = distributed.full(self.task.state_dict())
+        self._require_finite(step, weights)
         if distributed.is_first():
             checkpoint.save(self.folder, step, weights, training)
         distributed.wait()
         self._saved = time.monotonic()
+
+    def _require_finite(self, step: int, weights: dict[str, Tensor]) -> None:
+        """Raises an InputError rather than keep weights from which no later start would recover."""
+        trained = [name for name, parameter in self.task.named_parameters() if parameter.requires_grad]
+        bad = [name for name in trained if not bool(torch.isfinite(weights[name]).all())]
+        if bad:
+            raise InputError(
+                f"{len(bad)} of {len(trained)} weights, such as {bad[0]}, are not finite after step {step}; "
+                f"{REMEDY}"
+            )
 
     def finish(self) -> None:
         """Leaves the averaged weights in the task, if there are any."""

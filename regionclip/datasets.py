@@ -296,14 +296,32 @@ def load_image(
         InputError: the file is missing, does not decode, or has another size than annotated.
     """
     pixels = decode(path, least)
-    if upright or (size is not None and pixels.shape[:2] != tuple(size)):
+    if upright:
         pixels = _turned(pixels, _orientation(path))
-    if size is not None and pixels.shape[:2] != tuple(size):
+    if size is not None:
+        pixels = as_annotated(pixels, path, size)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def as_annotated(pixels: Pixels, path: str | Path, size: tuple[int, int]) -> Pixels:
+    """Returns [H, W, 3] pixels in the frame of their annotations: as stored, or turned as EXIF says.
+
+    Args:
+        pixels: as stored in the file.
+        path: the picture's file.
+        size: (height, width) that the annotations state.
+
+    Raises:
+        InputError: they have that size in neither frame, so that boxes would not lie where they were drawn.
+    """
+    if pixels.shape[:2] != tuple(size):
+        pixels = _turned(pixels, _orientation(path))
+    if pixels.shape[:2] != tuple(size):
         (height, width), (h, w) = size, pixels.shape[:2]
         raise InputError(
             f"image {path} is {w}x{h} pixels, its annotations say {width}x{height}; was it resized since?"
         )
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return pixels
 
 
 def _orientation(path: str | Path) -> int:
@@ -322,4 +340,5 @@ def _turned(pixels: Pixels, orientation: int) -> Pixels:
         pixels = pixels[::-1]
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
-    return pixels
+    # numpy calls a line of single pixels contiguous even backwards, which torch does not take.
+    return pixels if orientation == 1 else pixels.copy()

@@ -9,33 +9,38 @@ from clip_base.config import REQUIRED, Part, fields_of, option, part
 from clip_base.errors import InputError
 from clip_base.run import describe
 from clip_base.train import pick_device
-from regionclip.detector import DetectorConfig
+from regionclip.detector import Detector, DetectorConfig
 from regionclip.evaluate import load_any
 from regionclip.inference import build_proposer
-from regionclip.predictor import Predictor
+from regionclip.predictor import TEMPLATES, Predictor
 from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.transforms import ResizeConfig
 
 
 @dataclass
-class DetectorOptions:
-    """What to look at, and with which detector."""
+class PhotoOptions:
+    """What to look at."""
 
     photos: list[str] = option(
         REQUIRED, "pictures, folders of them, or quoted patterns such as 'photos/**/*.jpg'", positional=True
     )
+
+
+@dataclass
+class DetectorSource:
+    """Which detector, and what it is to look for."""
+
     weights: str = option(REQUIRED, "a detector (ours or RegionCLIP's), or a CLIP (then give a proposer)")
     vocabulary: str = option(
         REQUIRED, 'names to look for: "cat, dog", a file with one a line, coco, coco65, lvis'
     )
-    proposer: Part = part(PROPOSERS, "none", "where regions come from; none: the detector's own network")
     detector: DetectorConfig = option(
         DetectorConfig(), "scores and suppression, for a CLIP or with own_settings=false"
     )
     own_settings: bool = option(
         True, "a detector sees and scores as it was trained to, not as `resize` and `detector` say"
     )
-    templates: list[str] = option(["a photo of {article} {}.", "{}"], "prompts, averaged; {} is the name")
+    templates: list[str] = option(list(TEMPLATES), "prompts, averaged; {} is the name")
     embeddings: str = option(
         "", "file of the names' embeddings, such as RegionCLIP's .pth; empty: names are embedded"
     )
@@ -43,6 +48,21 @@ class DetectorOptions:
     resize: ResizeConfig = option(
         ResizeConfig(), "size of the pictures, for a CLIP or with own_settings=false"
     )
+
+    def load(self) -> Detector:
+        """Returns the detector, without a vocabulary.
+
+        Raises:
+            InputError: a file is missing, damaged or does not fit.
+        """
+        return load_any(self.weights, self.detector, self.own_settings, self.text)
+
+
+@dataclass
+class DetectorOptions(DetectorSource, PhotoOptions):
+    """What to look at, and with which detector."""
+
+    proposer: Part = part(PROPOSERS, "none", "where regions come from; none: the detector's own network")
     batch_size: int = option(8, "pictures at once")
     precision: str = option(
         "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
@@ -68,7 +88,7 @@ class DetectorOptions:
             InputError: a file is missing, damaged or does not fit, or a CLIP was given no proposer.
         """
         device = pick_device(self.device)
-        detector = load_any(self.weights, self.detector, self.own_settings, self.text).to(device)
+        detector = self.load().to(device)
         named = self.proposer["name"] != "none"
         if proposes and not named and detector.network is None:
             raise InputError(

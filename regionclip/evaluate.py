@@ -148,6 +148,10 @@ def _measure(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
         existing(config.images, "images folder")
     truth = CocoDetection(config.annotations, None)
     print(truth.report())
+    if not truth.categories:
+        raise InputError(
+            f"annotations file {config.annotations} lists no categories, so that nothing is named"
+        )
     split = load_split(config.split, truth.categories, truth.frequencies) if config.split else None
     names = truth.categories if split is None else split.competing(config.compete)
     if not names:

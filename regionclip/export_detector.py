@@ -29,9 +29,8 @@ from regionclip.boxes import iou
 from regionclip.class_lists import parse_names
 from regionclip.detector import Detector, DetectorConfig
 from regionclip.detector_graph import DetectorGraph
-from regionclip.evaluate import load_any
+from regionclip.detector_options import DetectorSource
 from regionclip.pictures import picture_files, read_upright
-from regionclip.predictor import TEMPLATES
 from regionclip.proposals.base import ImageKey
 from regionclip.proposals.rpn import load_network
 from regionclip.published.loading import vocabulary_for
@@ -42,16 +41,16 @@ DETECTIONS = ("boxes", "scores", "labels")
 SAME = 0.9  # IoU of boxes that are one detection, found twice
 PAINTED = ((160, 224), (199, 131))  # heights and widths of pictures to compare on
 STEP = 32  # pixels: sides that every backbone halves evenly
+LEAST_TORCH = "2.9"  # torch.export of 2.8 refuses pictures of any size
 
 
 @dataclass
-class ExportDetectorConfig:
+class ExportDetectorConfig(DetectorSource):
     """Options of exporting a detector."""
 
     weights: str = option(
         REQUIRED, "a detector (ours or RegionCLIP's), or a CLIP with network=FILE", positional=True
     )
-    vocabulary: str = option(REQUIRED, 'names to look for: "cat, dog", a file with one a line, coco, coco65')
     out: str = option(REQUIRED, "folder for detector.onnx, detector.json and what belongs to them", free=True)
     forms: list[str] = option(["onnx"], "onnx, torch (a .pt2 of torch.export), or both")
     exchangeable: bool = option(
@@ -62,20 +61,6 @@ class ExportDetectorConfig:
         True, "false: the graph ends at boxes [P, 4] and scores [P, C], before overlapping boxes are dropped"
     )
     network: str = option("", "proposal network's file, for a CLIP or a detector without one")
-    detector: DetectorConfig = option(
-        DetectorConfig(), "scores and suppression, for a CLIP or with own_settings=false"
-    )
-    own_settings: bool = option(
-        True, "a detector sees and scores as it was trained to, not as `resize` and `detector` say"
-    )
-    templates: list[str] = option(list(TEMPLATES), "prompts, averaged; {} is the name")
-    embeddings: str = option(
-        "", "file of the names' embeddings, such as RegionCLIP's .pth; empty: names are embedded"
-    )
-    text: str = option("", "CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none")
-    resize: ResizeConfig = option(
-        ResizeConfig(), "size of the pictures, for a CLIP or with own_settings=false"
-    )
     pictures: list[str] = option([], "pictures, or folders of them, to compare on; empty: painted blots")
 
     def __post_init__(self) -> None:
@@ -87,6 +72,11 @@ class ExportDetectorConfig:
 def export_detector(config: ExportDetectorConfig) -> None:
     """Writes a detector as an ONNX file that runs without PyTorch, checked in onnxruntime."""
     graphs.check_forms(config.forms)
+    if torch.__version__ < LEAST_TORCH:
+        raise InputError(
+            f"exporting a detector needs PyTorch {LEAST_TORCH} or newer, found {torch.__version__}; "
+            "pip install --upgrade torch torchvision"
+        )
     names = parse_names(config.vocabulary)
     run = RunFolder(config.out, config, "region-export-detector")
     if run.finished() is not None:
@@ -112,7 +102,7 @@ def export_detector(config: ExportDetectorConfig) -> None:
 
 def load(config: ExportDetectorConfig) -> Detector:
     """Returns the detector in float32, with its proposal network and the size at which it sees pictures."""
-    detector = load_any(config.weights, config.detector, config.own_settings, config.text)
+    detector = config.load()
     if config.network:
         if detector.network is not None:
             raise InputError(f"{config.weights} has a proposal network; drop network={config.network}")

@@ -111,7 +111,11 @@ def features(config: FeaturesConfig) -> None:
         held = read_json(folder.path / MANIFEST, "manifest")
         print(f"{folder.path} is complete: {held['regions']} regions of {held['images']} images")
         return
-    count = len(files) if files else len(CocoDetection(config.annotations, config.images))
+    count = len(files)
+    if not files:
+        dataset = CocoDetection(config.annotations, config.images)
+        print(dataset.report())
+        count = len(dataset)
     boxes = _boxes(config, files, folder.path)
     shards = [
         Shard(number, start, min(start + config.shard_images, count))

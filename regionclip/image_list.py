@@ -77,7 +77,14 @@ def _fill(base: sqlite3.Connection, captions: str | Path) -> None:
     images, texts, seen = list[tuple[int, str]](), list[tuple[int, str]](), set[str]()
 
     def flush() -> None:
-        base.executemany("INSERT OR REPLACE INTO images VALUES (?, ?)", images)
+        base.executemany("INSERT OR IGNORE INTO images VALUES (?, ?)", images)
+        for key, name in images:
+            (first,) = base.execute("SELECT file_name FROM images WHERE id = ?", (key,)).fetchone()
+            if name != first:
+                raise InputError(
+                    f"captions file {captions}: image id {key} belongs to both {first} and {name}; "
+                    "give every image an id of its own"
+                )
         base.executemany("INSERT INTO captions VALUES (?, ?)", texts)
         images.clear()
         texts.clear()

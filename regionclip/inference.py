@@ -16,7 +16,7 @@ from clip_base.config import Part
 from clip_base.data.images import Pixels, decode
 from clip_base.errors import InputError
 from clip_base.files import write_text
-from regionclip.datasets import Record
+from regionclip.datasets import Record, as_annotated
 from regionclip.proposals.base import GROUP, ImageKey, Proposer
 from regionclip.transforms import Frame, ResizeConfig, place, to_batch
 
@@ -52,12 +52,13 @@ def batches_of(
         resize: the first of its short sides is used.
         batch_size: images at once.
         device: where the pixels go.
-        skipped: takes the reason of every image that does not decode, by id; None: such an image is an error.
+        skipped: takes the reason of every image that does not decode or has another size than annotated, by
+            id; None: such an image is an error.
     """
     chunk: list[tuple[Record, Pixels, Frame]] = []
     for record in records:
         try:
-            pixels = decode(record.path)
+            pixels = as_annotated(decode(record.path), record.path, (record.height, record.width))
         except InputError as error:
             if skipped is None:
                 raise

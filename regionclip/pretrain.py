@@ -151,7 +151,9 @@ def _sample(folder: Path, regions: list[MinedRegion], captions: tuple[str, ...],
         ids[row, : len(region.concept_ids)] = torch.tensor(region.concept_ids)
         probs[row, : len(region.concept_probs)] = torch.tensor(region.concept_probs)
     boxes = torch.tensor([region.box for region in regions])
-    return Sample(folder / regions[0].file_name, boxes, None, ids, probs, captions)
+    first = regions[0]
+    size = (first.height, first.width)
+    return Sample(folder / first.file_name, boxes, None, ids, probs, captions, size)
 
 
 def picture_samples(folder: str) -> list[Sample]:

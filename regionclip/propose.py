@@ -58,6 +58,7 @@ def propose(config: ProposeConfig) -> None:
     split = load_split(config.split, names, often) if config.split else None
     if split is not None:
         dataset = dataset.restrict(split.all)
+    print(dataset.report())
     device = pick_device(config.device)
     proposer = build_proposer(config.proposer, device)
     skipped: dict[int, str] = {}

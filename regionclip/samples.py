@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from clip_base.data.images import ImageStore, Pixels
 from clip_base.data.loader import Loader
+from clip_base.errors import InputError
 from clip_base.run import RunFolder
 from clip_base.tokenizer import Tokenizer
 from clip_base.train import TrainConfig, fit
-from regionclip.datasets import Record
+from regionclip.datasets import CocoDetection, Record, as_annotated
+from regionclip.splits import Split, load_split
 from regionclip.structures import RegionBatch, Regions
 from regionclip.transforms import Frame, ResizeConfig, place_training, to_batch
 
@@ -31,6 +33,7 @@ class Sample:
         concept_ids: [n, K] int64, or None.
         concept_probs: [n, K], or None.
         captions: of which one is drawn; may be empty when no tokenizer is used.
+        size: (height, width) that the boxes were drawn in, which the picture must have; None: not known.
     """
 
     path: Path
@@ -39,11 +42,12 @@ class Sample:
     concept_ids: Tensor | None = None
     concept_probs: Tensor | None = None
     captions: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None
 
     @classmethod
     def of_record(cls, record: Record) -> Sample:
         """Makes a sample of an annotated image."""
-        return cls(record.path, record.boxes, record.labels)
+        return cls(record.path, record.boxes, record.labels, size=(record.height, record.width))
 
 
 class RegionSamples:
@@ -78,7 +82,10 @@ class RegionSamples:
     def item(self, index: int, generator: torch.Generator) -> tuple[Pixels, Regions, str]:
         """Returns the image in its frame, its regions there (image_index 0) and a caption."""
         sample = self.samples[index]
-        pixels, frame = place_training(self.store(sample.path), self.resize, generator)
+        stored = self.store(sample.path)
+        if sample.size is not None:
+            stored = as_annotated(stored, sample.path, sample.size)
+        pixels, frame = place_training(stored, self.resize, generator)
         chosen = torch.nonzero(frame.visible(sample.boxes) >= self.resize.jitter.visible)[:, 0]
         if self.max_boxes and len(chosen) > self.max_boxes:
             chosen = chosen[torch.randperm(len(chosen), generator=generator)[: self.max_boxes]]
@@ -135,6 +142,30 @@ def patches(height: int, width: int, rows: int, columns: int) -> Tensor:
     size = torch.tensor([width / columns, height / rows])
     corner = torch.cartesian_prod(torch.arange(columns), torch.arange(rows)) * size
     return torch.cat([corner, corner + size], 1)
+
+
+def base_records(annotations: str, images: str, split: str, keep_empty: bool) -> tuple[CocoDetection, Split]:
+    """Reads what a training on base classes may see, single objects of theirs, and says how many there are.
+
+    Args:
+        annotations: instances in COCO's form.
+        images: the folder of the images.
+        split: see `load_split`.
+        keep_empty: whether images without base boxes stay.
+
+    Raises:
+        InputError: a malformed file, a split that does not fit it, or no image that is left.
+    """
+    everything = CocoDetection(annotations, images)
+    chosen = load_split(split, everything.categories, everything.frequencies)
+    dataset = everything.restrict(chosen.base, keep_empty).without_crowds()
+    print(dataset.report())
+    if not len(dataset):
+        raise InputError(
+            f"nothing to train on: no image of {annotations} has a usable box of the {len(chosen.base)} base "
+            "classes; keep_empty=true trains on images without boxes too"
+        )
+    return dataset, chosen
 
 
 def fit_on(

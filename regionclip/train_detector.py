@@ -26,13 +26,11 @@ from clip_base.train import TrainConfig
 from clip_base.weights import load_clip
 from regionclip.box_head import BOX_HEADS
 from regionclip.boxes import encode_deltas, iou
-from regionclip.datasets import CocoDetection
 from regionclip.detector import DELTA_WEIGHTS, Detector, DetectorConfig, save_detector
 from regionclip.proposals.network import ProposalNetwork, ProposalNetworkConfig
 from regionclip.proposals.rpn import load_network
 from regionclip.region_text import freeze
-from regionclip.samples import RegionSamples, Sample, fit_on
-from regionclip.splits import load_split
+from regionclip.samples import RegionSamples, Sample, base_records, fit_on
 from regionclip.structures import RegionBatch, Regions
 from regionclip.transforms import ResizeConfig
 from regionclip.vocabulary import embed
@@ -263,10 +261,7 @@ def train_detector(config: TrainDetectorConfig) -> None:
     if run.finished() is not None:
         print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
         return
-    dataset = CocoDetection(config.annotations, config.images)
-    split = load_split(config.split, dataset.categories, dataset.frequencies)
-    dataset = dataset.restrict(split.base, config.keep_empty).without_crowds()
-    print(dataset.report())
+    dataset, split = base_records(config.annotations, config.images, config.split, config.keep_empty)
     clip = load_clip(config.weights)
     torch.manual_seed(config.train.seed)
     network = proposal_network(config, clip)

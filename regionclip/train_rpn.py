@@ -17,11 +17,11 @@ from clip_base.run import RunFolder
 from clip_base.train import TrainConfig, autocast, pick_device
 from clip_base.weights import load_clip
 from regionclip.datasets import CocoDetection
-from regionclip.inference import batches_of
+from regionclip.inference import batches_of, write_skipped
 from regionclip.proposals.network import ProposalNetwork, ProposalNetworkConfig
 from regionclip.proposals.recall import RecallMeter, described
 from regionclip.proposals.rpn import build_network, save_network
-from regionclip.samples import RegionSamples, Sample, fit_on
+from regionclip.samples import RegionSamples, Sample, base_records, fit_on
 from regionclip.splits import load_split
 from regionclip.structures import RegionBatch
 from regionclip.transforms import ResizeConfig
@@ -92,10 +92,7 @@ def train_rpn(config: TrainRPNConfig) -> None:
     if run.finished() is not None:
         print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
         return
-    everything = CocoDetection(config.annotations, config.images)
-    split = load_split(config.split, everything.categories, everything.frequencies)
-    dataset = everything.restrict(split.base, config.keep_empty).without_crowds()
-    print(dataset.report())
+    dataset, _ = base_records(config.annotations, config.images, config.split, config.keep_empty)
     network = make_network(config)
     task = RPNTask(network, config.objectness_weight, config.box_weight)
     data = RegionSamples([Sample.of_record(record) for record in dataset], config.resize, cache=config.cache)
@@ -107,21 +104,30 @@ def train_rpn(config: TrainRPNConfig) -> None:
     save_network(network, run.path / "model.safetensors")
     metrics: dict[str, Any] = {"steps": steps, "images": len(dataset), "loss": last_loss(run.log_path)}
     if config.val_annotations:
-        found = recall(network.eval(), config)
-        metrics |= found
+        skipped: dict[int, str] = {}
+        found = recall(network.eval(), config, skipped)
+        write_skipped(run.path / "val_skipped.jsonl", skipped)
+        metrics |= {**found, "val_skipped": len(skipped)}
         print(described(found))
     run.finish(metrics)
     print(f"{run.path / 'model.safetensors'}: {steps} steps on {len(dataset)} images")
 
 
-def recall(network: ProposalNetwork, config: TrainRPNConfig) -> dict[str, float]:
-    """Returns recall on the validation boxes, base and novel apart."""
+def recall(network: ProposalNetwork, config: TrainRPNConfig, skipped: dict[int, str]) -> dict[str, float]:
+    """Returns recall on the validation boxes, base and novel apart.
+
+    Args:
+        network: in evaluation mode.
+        config: names the validation images.
+        skipped: takes the reason of every image that could not be read, by id.
+    """
     dataset = CocoDetection(config.val_annotations, config.val_images or config.images)
     split = load_split(config.split, dataset.categories, dataset.frequencies)
     dataset = dataset.restrict(split.all).without_crowds()
+    print(f"validation: {dataset.report()}")
     device = pick_device(config.train.device)
     meter, is_novel = RecallMeter(apart=True), torch.tensor(split.is_novel(dataset.categories))
-    for batch in track(batches_of(dataset, config.resize, 16, device), "recall"):
+    for batch in track(batches_of(dataset, config.resize, 16, device, skipped), "recall"):
         with torch.no_grad(), autocast(config.train.precision, device):
             found = network.propose(batch.images, 1000).to("cpu")
         for slot, (record, frame) in enumerate(zip(batch.records, batch.frames, strict=True)):

@@ -170,7 +170,8 @@ def place_training(image: Pixels, config: ResizeConfig, generator: torch.Generat
 
 def _resized(image: Pixels, width: int, height: int, flip: bool, filter: str) -> Pixels:
     placed = resize(image, width, height) if filter == "area" else resize_bilinear(image, width, height)
-    return np.ascontiguousarray(placed[:, ::-1]) if flip else placed
+    # numpy calls a line of single pixels contiguous even backwards, which torch does not take.
+    return placed[:, ::-1].copy() if flip else placed
 
 
 def draw_placement(config: ResizeConfig, generator: torch.Generator) -> tuple[int, bool]:

@@ -125,6 +125,7 @@ def test_what_must_be_given_is_named(job: str, regionclip: Command, tmp_path: Pa
 WRONG_TYPES = {
     "mine": "batch_size=many",
     "export": "labels=many",
+    "export-detector": "suppress=often",
     "report": "examples=some",
     "pretrain": "regions=[1,2]",
     "train-detector": "rois=half",

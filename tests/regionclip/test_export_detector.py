@@ -77,6 +77,16 @@ def exchangeable(
     return detector, graph, differences, folder
 
 
+@pytest.fixture(scope="module")
+def runs(exchangeable: Any) -> list[graphs.Run]:
+    """The two files, loaded once."""
+    folder = exchangeable[-1]
+    return [
+        graphs.onnx_run(folder / "detector.onnx", DETECTIONS),
+        graphs.program_run(folder / "detector.pt2"),
+    ]
+
+
 @pytest.mark.slow
 def test_both_files_find_what_the_detector_finds(exchangeable: Any) -> None:
     _, _, differences, folder = exchangeable
@@ -89,16 +99,13 @@ def test_both_files_find_what_the_detector_finds(exchangeable: Any) -> None:
 @pytest.mark.parametrize("count", [1, 7])
 @pytest.mark.parametrize("size", [(65, 90), (129, 64)])
 def test_other_names_and_sizes_can_be_given_later(
-    exchangeable: Any, count: int, size: tuple[int, int]
+    exchangeable: Any, runs: list[graphs.Run], count: int, size: tuple[int, int]
 ) -> None:
-    detector, graph, _, folder = exchangeable
+    detector, graph, _, _ = exchangeable
     before = detector.vocabulary
     detector.set_vocabulary(vocabulary(count, seed=9))
     pixels = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
-    for run in (
-        graphs.onnx_run(folder / "detector.onnx", DETECTIONS),
-        graphs.program_run(folder / "detector.pt2"),
-    ):
+    for run in runs:
         assert comparison(detector, graph, [pixels])(run) < graphs.TOLERANCE
         boxes, scores, labels = run({"image": torch.from_numpy(pixels), **vocabulary_inputs(detector, graph)})
         assert len(boxes) == len(scores) == len(labels) > 0
@@ -230,14 +237,26 @@ def test_the_documents_example_needs_no_code_of_ours(
     assert regionclip(*shlex.split(command))[0] == 0  # it is there already
 
 
+@pytest.mark.parametrize(("version", "enough"), [("2.8.0+cu128", False), ("2.9.0", True), ("2.10.1", True)])
+def test_a_pytorch_that_is_too_old_is_named(
+    version: str, enough: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)(version))
+    config = ExportDetectorConfig(str(tmp_path / "absent"), "cup", out=str(tmp_path / "out"))
+    wanted = "absent" if enough else rf"needs PyTorch 2\.9 or newer, found {re.escape(version)}"
+    with pytest.raises(InputError, match=wanted):
+        export_detector(config)
+
+
 def test_a_clip_without_proposals_is_told_what_to_give(clip_file: Path, tmp_path: Path) -> None:
-    config = ExportDetectorConfig(str(clip_file), "cup", str(tmp_path / "out"))
+    config = ExportDetectorConfig(str(clip_file), "cup", out=str(tmp_path / "out"))
     with pytest.raises(InputError, match="has no proposal network; give one: network=FILE"):
         export_detector(config)
 
 
 def test_a_second_proposal_network_is_refused(detector_file: Path, rpn_file: Path, tmp_path: Path) -> None:
-    config = ExportDetectorConfig(str(detector_file), "cup", str(tmp_path / "out"), network=str(rpn_file))
+    out = str(tmp_path / "out")
+    config = ExportDetectorConfig(str(detector_file), "cup", out=out, network=str(rpn_file))
     with pytest.raises(InputError, match="has a proposal network; drop network="):
         export_detector(config)
 
@@ -245,4 +264,4 @@ def test_a_second_proposal_network_is_refused(detector_file: Path, rpn_file: Pat
 @pytest.mark.parametrize("size", [[64], [16, 64], [64, 64, 3]])
 def test_sizes_that_are_none_are_refused(size: list[int]) -> None:
     with pytest.raises(InputError, match="a height and a width of at least 32 pixels"):
-        ExportDetectorConfig("model.safetensors", "cup", "out", size=size)
+        ExportDetectorConfig("model.safetensors", "cup", out="out", size=size)

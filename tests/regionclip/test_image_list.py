@@ -135,3 +135,13 @@ def test_what_is_no_captions_file_leaves_nothing(tmp_path: Path, content: object
     with pytest.raises(InputError, match=message):
         listed(tmp_path, content)
     assert [path.name for path in tmp_path.iterdir()] == ["captions.json"]
+
+
+def test_an_id_of_two_pictures_is_refused_and_a_repeated_entry_is_not(tmp_path: Path) -> None:
+    file, images = tmp_path / "captions.json", [{"id": 7, "file_name": "a.jpg"}] * 2
+    file.write_text(json.dumps({"images": images, "annotations": []}))
+    write_image_list(file, tmp_path / "list.db")
+    assert len(ImageList(tmp_path / "list.db")) == 1
+    file.write_text(json.dumps({"images": [*images, {"id": 7, "file_name": "b.jpg"}], "annotations": []}))
+    with pytest.raises(InputError, match=r"captions\.json: image id 7 belongs to both a\.jpg and b\.jpg"):
+        write_image_list(file, tmp_path / "list.db")

@@ -48,9 +48,10 @@ C4 = ProposalNetworkConfig(
 NAMES = "dog, puppy\nred umbrella, red parasol  # looked for by its first name\n"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder in which all commands of the pages are typed; it is the current one meanwhile."""
+    """The folder in which all commands of the pages are typed; it is the current one meanwhile, and the small
+    models that it puts in the place of published ones are known meanwhile alone."""
     folder = tmp_path_factory.mktemp("walk")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

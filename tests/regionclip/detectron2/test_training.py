@@ -182,8 +182,8 @@ def test_ten_lines_turn_a_project_of_detectron2_into_an_open_vocabulary_detector
     assert lines.count("\n") == 10
     paths = {
         "my_project.yaml": model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"),
-        "regionclip/model.safetensors": clip_file,
-        "rpn/model.safetensors": rpn_file,
+        "runs/regionclip/model.safetensors": clip_file,
+        "runs/rpn/model.safetensors": rpn_file,
     }
     for written, path in paths.items():
         assert written in lines

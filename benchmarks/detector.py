@@ -50,6 +50,7 @@ C4 = ProposalNetworkConfig(
     strides=[16],
     anchor_sizes=[32.0, 64.0, 128.0, 256.0, 512.0],
     pre_nms=6000,
+    nms=0.95,  # the best of random scores lie close together: at the published 0.7 no thousand boxes are left
     merge_levels=False,
 )
 PARTS = ("trunk", "proposals", "region head", "classifier", "suppression")
@@ -120,6 +121,7 @@ def make_detector(options: argparse.Namespace, shared: bool) -> Detector:
             strides=[16],
             anchor_sizes=C4.anchor_sizes,
             pre_nms=C4.pre_nms,
+            nms=C4.nms,
             merge_levels=False,
         )
         trunk = clip.visual

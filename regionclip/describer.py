@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from clip_base.batch import ImageBatch
-from clip_base.data.images import Pixels
+from clip_base.data.images import Pixels, decode
 from clip_base.errors import InputError
 from clip_base.files import write_json
 from clip_base.train import autocast
 from regionclip.boxes import clip_boxes
-from regionclip.datasets import CocoDetection, Record, load_image
+from regionclip.datasets import CocoDetection, Record, as_annotated
 from regionclip.detect_files import unique_names
 from regionclip.engines import Report, cores
 from regionclip.feature_files import ImageFeatures, write_arrays, write_table
@@ -144,7 +144,7 @@ class Describer:
         try:
             if record.height:
                 size = (record.height, record.width)
-                pixels = load_image(record.path, size).permute(1, 2, 0).contiguous().numpy()
+                pixels = as_annotated(decode(record.path), record.path, size)
             else:
                 pixels, size = read_upright(record.path)
         except InputError as error:

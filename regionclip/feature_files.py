@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clip_base.files import replacing
+from regionclip.shards import REGION_COLUMNS
 
 Array = npt.NDArray[Any]
 
@@ -55,12 +56,7 @@ def schema(width: int, dtype: str) -> pa.Schema:
     number = pa.float16() if dtype == "float16" else pa.float32()
     return pa.schema(
         [
-            ("image_id", pa.int64()),
-            ("file_name", pa.string()),
-            ("height", pa.int32()),
-            ("width", pa.int32()),
-            ("box", pa.list_(pa.float32(), 4)),  # x1, y1, x2, y2 in pixels of the original image
-            ("objectness", pa.float32()),
+            *REGION_COLUMNS,
             ("whole_image", pa.bool_()),
             ("category", pa.string()),  # of a true box; else null
             ("names", pa.list_(pa.string())),  # most probable first; null without a vocabulary

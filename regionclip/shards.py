@@ -21,14 +21,18 @@ MANIFEST = "manifest.json"
 _ROWS = 5000  # regions made a table at once: as Python's objects they take ten times the memory
 _SKIPPED = b"skipped"
 
+# Which region of which picture: mined ones have these columns, described ones (`features`) too.
+REGION_COLUMNS = [
+    ("image_id", pa.int64()),
+    ("file_name", pa.string()),
+    ("height", pa.int32()),
+    ("width", pa.int32()),
+    ("box", pa.list_(pa.float32(), 4)),  # x1, y1, x2, y2 in pixels of the original image
+    ("objectness", pa.float32()),
+]
 SCHEMA = pa.schema(
     [
-        ("image_id", pa.int64()),
-        ("file_name", pa.string()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("box", pa.list_(pa.float32(), 4)),  # x1, y1, x2, y2 in pixels of the original image
-        ("objectness", pa.float32()),
+        *REGION_COLUMNS,
         ("concept_ids", pa.list_(pa.int32())),  # rows of the vocabulary, most probable first
         ("concept_probs", pa.list_(pa.float32())),
         ("kept_mass", pa.float32()),  # sum of concept_probs; the rest was cut off or belongs to no concept

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -160,9 +160,10 @@ class Checkpoint:
         """
 
         def embed() -> Tensor:
-            boxes = scaled(self.detections(photo, names).boxes, photo.size, photo.pixels.shape[:2])
+            height, width = photo.pixels.shape[:2]
+            found = self.detections(photo, names).resized((height, width))
             with self._lock:
-                return self.predictor.region_features(photo.pixels, boxes)
+                return self.predictor.region_features(photo.pixels, found.boxes)
 
         features = self._features((photo.key, names), embed)  # [N, D]
         vocabulary = self._vocabulary(among)
@@ -227,17 +228,16 @@ class Desk:
         """Returns the picture with the shown boxes; with a chosen row, that one alone in its colour."""
         photo, found = self.photo(view.path), self._found(view, which)
         rows = self.rows(view, which)
-        found = found[torch.tensor(rows, dtype=torch.int64)]
         height, width = photo.shown.shape[:2]
-        boxes = scaled(found.boxes, found.size, (height, width))
+        found = found[torch.tensor(rows, dtype=torch.int64)].resized((height, width))
         if chosen is None or chosen not in rows:
-            return draw(photo.shown, replace(found, boxes=boxes, size=(height, width)))
+            return draw(photo.shown, found)
         place = rows.index(chosen)
         order = [*(row for row in range(len(rows)) if row != place), place]  # the chosen one on top
         name, colour = _name(found, place), colour_of(int(found.labels[place]))
         texts = ["" if row != place else f"{name} {float(found.scores[place]):.2f}" for row in order]
         colours: list[Colour] = [GREY if row != place else colour for row in order]
-        return draw(photo.shown, boxes=boxes[order], texts=texts, colours=colours)
+        return draw(photo.shown, boxes=found.boxes[order], texts=texts, colours=colours)
 
     def table(self, view: View, which: int) -> list[list[Any]]:
         """Returns a line for each shown box: number, name, score, and left, top, width, height in pixels."""
@@ -279,8 +279,8 @@ class Desk:
             y: pixels from its top.
         """
         found, rows = self._found(view, which), self.rows(view, which)
-        boxes = scaled(found.boxes[rows], found.size, self.photo(view.path).shown.shape[:2])
-        place = smallest_at(boxes, x, y)
+        height, width = self.photo(view.path).shown.shape[:2]
+        place = smallest_at(found.resized((height, width)).boxes[rows], x, y)
         return None if place is None else rows[place]
 
     def nearest(self, view: View, which: int, row: int, title: str) -> tuple[str, dict[str, float]]:
@@ -372,12 +372,6 @@ def rows_shown(found: Detections, thresholds: Thresholds) -> list[int]:
     kept = able[nms(found.boxes[able], found.scores[able], found.labels[able], thresholds.overlap)]
     rows: list[int] = kept[: thresholds.most].tolist()
     return rows
-
-
-def scaled(boxes: Tensor, size: tuple[int, int], wanted: tuple[int, ...]) -> Tensor:
-    """Returns [N, 4] boxes of a picture of `size` (height, width) in the picture at another size."""
-    factors = boxes.new_tensor([wanted[1] / size[1], wanted[0] / size[0]]).repeat(2)
-    return boxes * factors
 
 
 def smallest_at(boxes: Tensor, x: float, y: float) -> int | None:

@@ -32,7 +32,6 @@ from regionclip.serve.desk import (
     for_page,
     read_photo,
     rows_shown,
-    scaled,
     smallest_at,
     typed_names,
     upload,
@@ -159,7 +158,8 @@ def test_a_click_means_the_smallest_box_that_holds_it() -> None:
 
 def test_boxes_follow_the_size_of_the_picture() -> None:
     box = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    assert scaled(box, (10, 20), (20, 80)).tolist() == [[4, 4, 12, 8]]
+    found = Detections(box, torch.ones(1), torch.zeros(1, dtype=torch.int64), ("cup",), (10, 20))
+    assert found.resized((20, 80)).boxes.tolist() == [[4, 4, 12, 8]]
 
 
 def test_the_page_finds_what_the_predictor_finds(desk: Desk, picture: Path, detector_file: Path) -> None:

@@ -19,6 +19,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 from clip_base import plugins
 from clip_base.errors import InputError
 from clip_base.files import existing
+from clip_base.runtime.tables import read_yaml
 
 T = TypeVar("T")
 REQUIRED: Any = MISSING
@@ -89,10 +90,7 @@ def to_yaml(config: Any) -> str:
 
 
 def _read_yaml(path: Path) -> DictConfig:
-    try:
-        loaded = OmegaConf.load(path)
-    except Exception as error:
-        raise InputError(f"config file {path} is not valid YAML: {str(error).splitlines()[0]}") from None
+    loaded = read_yaml(path, "config file")
     if not isinstance(loaded, DictConfig):
         raise InputError(f"config file {path} must hold keys and values, not a list")
     return loaded

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from clip_base.errors import InputError
-from clip_base.files import existing
+from clip_base.files import existing, open_text, read_json_lines
 from regionclip.json_stream import stream_entries
 
 _COLUMNS = ("caption", "captions", "text", "title", "sentence")
 
 
-def read_texts(path: str | Path, column: str = "") -> Iterator[str]:
+def read_texts(path: str | Path, column: str = "", encoding: str = "") -> Iterator[str]:
     """Yields the captions of a file, see `cleaned`; empty ones are left out.
 
     Args:
@@ -24,6 +23,7 @@ def read_texts(path: str | Path, column: str = "") -> Iterator[str]:
             and `.tsv`.
         column: the caption's column or key; "" looks for caption, text or title. For a table without a first
             line of names, its number from 0.
+        encoding: of the file, unless it is COCO's JSON; "": UTF-8.
 
     Raises:
         InputError: a missing, empty or malformed file, or one without such a column.
@@ -33,11 +33,11 @@ def read_texts(path: str | Path, column: str = "") -> Iterator[str]:
     if kind == ".json":
         texts = _from_json(path, column)
     elif kind in (".jsonl", ".ndjson"):
-        texts = _from_json_lines(path, column)
+        texts = _from_json_lines(path, column, encoding)
     elif kind in (".csv", ".tsv"):
-        texts = _from_table(path, column, "\t" if kind == ".tsv" else ",")
+        texts = _from_table(path, column, "\t" if kind == ".tsv" else ",", encoding)
     elif kind == ".txt":
-        texts = _lines(path)
+        texts = _lines(path, encoding)
     else:
         raise InputError(f"captions file {path} is of no known kind; give .json, .jsonl, .csv, .tsv or .txt")
     any_text = False
@@ -55,12 +55,9 @@ def cleaned(text: str) -> str:
     return " ".join(text.split()).encode(errors="replace").decode()
 
 
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            yield from file
-    except (UnicodeDecodeError, IsADirectoryError):
-        raise InputError(f"captions file {path} is not UTF-8 text; convert it first") from None
+def _lines(path: Path, encoding: str) -> Iterator[str]:
+    with open_text(path, "captions file", encoding) as file:
+        yield from file
 
 
 def _from_json(path: Path, column: str) -> Iterator[str]:
@@ -75,14 +72,8 @@ def _from_json(path: Path, column: str) -> Iterator[str]:
         )
 
 
-def _from_json_lines(path: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"captions file {path}, line {number} is not valid JSON: {error.msg}") from None
+def _from_json_lines(path: Path, column: str, encoding: str) -> Iterator[str]:
+    for number, entry in read_json_lines(path, "captions file", encoding):
         yield from _texts_of(entry, column, f"{path}, line {number}")
 
 
@@ -101,12 +92,12 @@ def _texts_of(entry: Any, column: str, where: str) -> list[str]:
     return texts
 
 
-def _from_table(path: Path, column: str, delimiter: str) -> Iterator[str]:
+def _from_table(path: Path, column: str, delimiter: str, encoding: str) -> Iterator[str]:
     # Tab-separated caption files are written without quoting; a lone quote must not swallow lines.
     if delimiter == "\t":
-        rows = csv.reader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
+        rows = csv.reader(_lines(path, encoding), delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
-        rows = csv.reader(_lines(path), delimiter=delimiter)
+        rows = csv.reader(_lines(path, encoding), delimiter=delimiter)
     try:
         first = next(rows, [])
         if column.isdecimal():

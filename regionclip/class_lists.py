@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_base.errors import InputError
-from clip_base.files import existing, read_json
+from clip_base.files import existing, read_json, read_text
 
 DATA_FILES = Path(__file__).parent / "data_files"
 # Class lists that come with the project, by the name one types.
@@ -99,9 +99,5 @@ def _class_of(entry: Any, path: Path) -> tuple[str, ...]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, IsADirectoryError):
-        raise InputError(f"class list {path} is not a text file; write one name a line") from None
-    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    lines = (line.partition("#")[0].strip() for line in read_text(path, "class list").splitlines())
     return (line for line in lines if line)

@@ -19,7 +19,7 @@ from typing import Any
 
 from clip_base.config import REQUIRED, fields_of, option
 from clip_base.errors import InputError
-from clip_base.files import existing, read_json, write_json, write_text
+from clip_base.files import ENCODING_HELP, existing, read_json, read_json_lines, write_json, write_text
 from clip_base.progress import track
 from regionclip.captions import read_texts
 from regionclip.class_lists import parse_names, read_classes
@@ -50,6 +50,7 @@ class ConceptsConfig:
         "", "file of heads and phrases to drop, one a line; empty: the list that comes with us"
     )
     column: str = option("", "caption's column or key; empty: caption, text or title")
+    encoding: str = option("", ENCODING_HELP)
     keep_phrases: bool = option(
         True,
         "keep the captions' phrases in OUT.phrases.db, so that mining need not parse them again",
@@ -137,8 +138,10 @@ def _make(config: ConceptsConfig, out: Path, meta_path: Path, provenance: dict[s
     parser = parser_of(config, classes)
     kept = phrases_file(out) if config.keep_phrases else ""
     parser.memory = store = PhraseStore(kept, parser.fingerprint, provenance["captions_sha256"])
-    captions = sum(1 for _ in read_texts(config.captions, config.column))
-    tally = count(read_texts(config.captions, config.column), captions, parser, aliases_of(classes))
+    captions = sum(1 for _ in read_texts(config.captions, config.column, config.encoding))
+    tally = count(
+        read_texts(config.captions, config.column, config.encoding), captions, parser, aliases_of(classes)
+    )
     if not classes and max(tally.counts.values(), default=0) < config.min_count:
         raise _nothing_left(config, tally)
     concepts = pool(tally, classes, config.min_count)
@@ -206,19 +209,9 @@ def read_concepts(path: str | Path) -> list[Concept]:
     Raises:
         InputError: a missing or malformed file, or a concept that stands there twice.
     """
-    path = existing(path, "concept pool")
     concepts: dict[str, Concept] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (UnicodeDecodeError, IsADirectoryError):
-        raise InputError(
-            f"concept pool {path} is no JSON Lines file; make it with `regionclip concepts`"
-        ) from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, entry in read_json_lines(path, "concept pool"):
         try:
-            entry = json.loads(line)
             concept = Concept(
                 str(entry["concept"]),
                 int(entry["count"]),

@@ -59,7 +59,7 @@ def _absent(config: ConceptsConfig, parser: PhraseParser, name: str) -> str:
     stems = [word[: max(1, len(word) - 4)] for word in name.split()]
     likely = Counter(
         text
-        for text in read_texts(config.captions, config.column)
+        for text in read_texts(config.captions, config.column, config.encoding)
         if all(any(word.startswith(stem) for word in text.lower().split()) for stem in stems)
     )
     times_named, examples, hiding = 0, list[str](), Counter[str]()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from clip_base.errors import InputError
-from clip_base.files import existing
+from clip_base.files import json_fault, open_text
 
 _BLOCK = 1 << 20  # characters read at once
 _WHITE = " \t\n\r"
@@ -31,23 +31,18 @@ def stream_entries(path: str | Path, what: str = "JSON file") -> Iterator[tuple[
     Raises:
         InputError: a missing, empty or malformed file; the line is named. What stood before it was yielded.
     """
-    path = existing(path, what)
     try:
-        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        with open_text(path, what) as file:
             yield from _Stream(file).entries()
-    except IsADirectoryError:
-        raise InputError(f"{what} {path} is a folder; give a file") from None
     except _MalformedError as error:
         if error.empty:
             raise InputError(f"{what} {path} is empty; write it again or give another path") from None
-        raise InputError(
-            f"{what} {path} is not valid JSON: {error.reason} at line {error.line}; "
-            "was it cut off while being copied?"
-        ) from None
+        fault = json_fault(error.reason, f" at line {error.line}")
+        raise InputError(f"{what} {path} is not valid JSON: {fault}") from None
 
 
 class _MalformedError(Exception):
-    def __init__(self, reason: str, line: int, empty: bool) -> None:
+    def __init__(self, reason: ValueError | RecursionError, line: int, empty: bool) -> None:
         self.reason, self.line, self.empty = reason, line, empty
 
 
@@ -113,8 +108,10 @@ class _Stream:
                 cut = error.pos + _LONGEST_WORD > len(self.text) or error.msg.startswith("Unterminated")
                 if not (cut and self._more()):
                     self.at = error.pos
-                    raise self._malformed(error.msg.removesuffix(" at")) from None
+                    raise self._malformed(error) from None
                 continue
+            except (ValueError, RecursionError) as error:
+                raise self._malformed(error) from None
             if end == len(self.text) and self._more():
                 continue  # a number may go on in the next block
             self.at = end
@@ -143,5 +140,6 @@ class _Stream:
         self.text, self.at = self.text[self.at :] + block, 0
         return bool(block)
 
-    def _malformed(self, reason: str) -> _MalformedError:
+    def _malformed(self, reason: str | ValueError | RecursionError) -> _MalformedError:
+        reason = json.JSONDecodeError(reason, "", 0) if isinstance(reason, str) else reason
         return _MalformedError(reason, self.lines + self.text.count("\n", 0, self.at), self.empty)

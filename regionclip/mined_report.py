@@ -13,7 +13,7 @@ from typing import Any
 from clip_base.config import REQUIRED, option
 from clip_base.data.sources import read_captions
 from clip_base.errors import InputError
-from clip_base.files import existing, write_text
+from clip_base.files import read_json_lines, write_text
 from clip_base.progress import track
 from clip_base.run import RunFolder
 from regionclip.concepts import read_concepts
@@ -113,11 +113,7 @@ def _there(path: str, what: str, option_: str) -> Path:
 
 def _skipped(mined: Path) -> list[dict[str, Any]]:
     """Reads the images that gave no region, with the reasons."""
-    path = existing(mined / "skipped.jsonl", "list of skipped images")
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not JSON Lines ({error}); mine into another folder") from None
+    return [entry for _, entry in read_json_lines(mined / "skipped.jsonl", "list of skipped images")]
 
 
 def _metrics(facts: Facts) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from spacy.symbols import ADP, ADV, CCONJ, DET, INTJ, NOUN, NUM, PART, PRON, PRO
 from spacy.tokens import Span, Token
 
 from clip_base.errors import InputError
-from clip_base.files import existing
+from clip_base.files import read_text
 from regionclip.class_lists import parse_names
 from regionclip.engines import Report, run
 from regionclip.language import load_language, model_name
@@ -96,14 +96,10 @@ def read_invisible(path: str = "") -> frozenset[str]:
 
     A line that begins with + keeps a compound although its last word is dropped.
     """
-    file = existing(path, "list of invisible things") if path else DATA_FILES / "invisible.txt"
-    try:
-        lines = (line.partition("#")[0].strip().lower() for line in file.read_text("utf-8").splitlines())
-        return frozenset(line for line in lines if line)
-    except (UnicodeDecodeError, IsADirectoryError):
-        raise InputError(
-            f"list of invisible things {file} is not a text file; give one word a line"
-        ) from None
+    file = Path(path) if path else DATA_FILES / "invisible.txt"
+    text = read_text(file, "list of invisible things")
+    lines = (line.partition("#")[0].strip().lower() for line in text.splitlines())
+    return frozenset(line for line in lines if line)
 
 
 def hidden_by(phrase: Phrase, invisible: frozenset[str]) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from clip_base.config import REQUIRED, option
 from clip_base.data.sources import Pair, Pairs
 from clip_base.errors import InputError
-from clip_base.files import existing
+from clip_base.files import ENCODING_HELP, existing, is_file, read_text
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
@@ -21,6 +21,7 @@ class FolderConfig:
 
     folder: str = option(REQUIRED, "folder of images and texts, subfolders included")
     suffix: str = option(".txt", "ending of the text beside an image; each of its lines is a caption")
+    encoding: str = option("", ENCODING_HELP)
 
 
 class FolderSource:
@@ -35,7 +36,7 @@ class FolderSource:
         images = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if not images:
             raise InputError(f"folder {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        return Beside(images, self.config.suffix)
+        return Beside(images, self.config.suffix, self.config.encoding)
 
 
 class Beside:
@@ -44,10 +45,11 @@ class Beside:
     Args:
         images: the images.
         suffix: ending of a text's name.
+        encoding: of the texts; "": UTF-8.
     """
 
-    def __init__(self, images: list[Path], suffix: str) -> None:
-        self.images, self.suffix = images, suffix
+    def __init__(self, images: list[Path], suffix: str, encoding: str = "") -> None:
+        self.images, self.suffix, self.encoding = images, suffix, encoding
 
     def __len__(self) -> int:
         return len(self.images)
@@ -56,12 +58,12 @@ class Beside:
         """Returns image `index` and the lines of its text; InputError when there is none or it is empty."""
         image = self.images[index]
         text = image.with_suffix(self.suffix)
+        if not is_file(text):
+            raise InputError(f"image {image} has no caption: there is no file {text.name} beside it")
         try:
-            lines = text.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise InputError(f"image {image} has no caption: {text.name}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"image {image} has no caption: {text.name} is not UTF-8: {error}") from None
+            lines = read_text(text, "text", self.encoding).splitlines()
+        except InputError as error:
+            raise InputError(f"image {image} has no caption: {error}") from None
         captions = tuple(" ".join(line.split()) for line in lines if line.strip())
         if not captions:
             raise InputError(f"image {image} has no caption: {text.name} is empty")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Protocol
 
 from clip_base.config import REQUIRED, option
 from clip_base.data.images import Stored
-from clip_base.errors import InputError
-from clip_base.files import existing, read_json
+from clip_base.errors import InputError, quote
+from clip_base.files import ENCODING_HELP, existing, open_text, read_json, read_json_lines
 
 SOURCES = "clip_base.sources"
 
@@ -107,6 +106,7 @@ class TableConfig:
     images: str = option("", "folder that the image paths are relative to; empty: the table's own")
     image_column: str = option("image", "column of the image path")
     caption_column: str = option("caption", "column of the caption")
+    encoding: str = option("", ENCODING_HELP)
 
 
 class TableSource:
@@ -121,8 +121,7 @@ class TableSource:
         delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab") else ","
         image, caption = self.config.image_column, self.config.caption_column
         try:
-            # Spreadsheets put a byte order mark in front, which utf-8-sig drops.
-            with path.open(encoding="utf-8-sig", newline="") as file:
+            with open_text(path, "table", self.config.encoding) as file:
                 reader = csv.DictReader(file, delimiter=delimiter)
                 columns = reader.fieldnames or []
                 for column in (image, caption):
@@ -130,8 +129,8 @@ class TableSource:
                         has = ", ".join(columns) or "none"
                         raise InputError(f"table {path} has no column {column!r}; it has {has}")
                 rows = [(row[image] or "", row[caption] or "") for row in reader]
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise InputError(f"table {path} cannot be read: {error}; save it as UTF-8") from None
+        except csv.Error as error:
+            raise InputError(f"table {path} cannot be read: {error}") from None
         return grouped(rows, Path(self.config.images) if self.config.images else path.parent)
 
 
@@ -143,6 +142,7 @@ class JsonLinesConfig:
     images: str = option("", "folder that the image paths are relative to; empty: the file's own")
     image_key: str = option("image", "key of the image path")
     caption_key: str = option("caption", "key of the caption, a text or a list of texts")
+    encoding: str = option("", ENCODING_HELP)
 
 
 class JsonLinesSource:
@@ -153,19 +153,21 @@ class JsonLinesSource:
 
     def pairs(self) -> list[Pair]:
         """Returns one pair an image, in the order of first mention."""
-        path = existing(self.config.file, "JSON Lines file")
+        path, config = Path(self.config.file), self.config
         rows: list[tuple[str, str]] = []
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                    image, texts = str(record[self.config.image_key]), record[self.config.caption_key]
-                    rows += [(image, _text(text)) for text in (texts if isinstance(texts, list) else [texts])]
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    needs = f"each line needs {self.config.image_key!r} and {self.config.caption_key!r}"
-                    raise InputError(f"{path}, line {number}: {error!r}; {needs}") from None
+        for number, record in read_json_lines(path, "JSON Lines file", config.encoding):
+            try:
+                image, texts = record[config.image_key], record[config.caption_key]
+                texts = texts if isinstance(texts, list) else [texts]
+                if not all(isinstance(text, str) for text in [image, *texts]):
+                    raise TypeError
+            except (KeyError, TypeError, IndexError):
+                raise InputError(
+                    f"JSON Lines file {path}, line {number}: each line needs {config.image_key!r}, a path, "
+                    f"and {config.caption_key!r}, a text or a list of texts; found {quote(record)}; "
+                    "set image_key= and caption_key="
+                ) from None
+            rows += [(image, text) for text in texts]
         return grouped(rows, Path(self.config.images) if self.config.images else path.parent)
 
 

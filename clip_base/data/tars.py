@@ -25,7 +25,7 @@ import numpy.typing as npt
 from clip_base.config import REQUIRED, option
 from clip_base.data.sources import Pair, Pairs
 from clip_base.errors import InputError
-from clip_base.files import existing, replacing
+from clip_base.files import ENCODING_HELP, decode_text, existing, json_fault, replacing
 from clip_base.progress import track
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -154,6 +154,7 @@ class WebdatasetConfig:
         ["txt"],
         "extensions of texts, or json.KEY for a text or a list of texts in a record's JSON; all count",
     )
+    encoding: str = option("", ENCODING_HELP)
     index: str = option("", "folder that keeps the tars' indices; empty: made anew each run", free=True)
 
     def __post_init__(self) -> None:
@@ -273,7 +274,7 @@ class Records:
             caption
             for kind, text in zip(self.config.captions, texts, strict=True)
             if text.size >= 0
-            for caption in _captions(kind, text)
+            for caption in _captions(kind, text, self.config.encoding)
         ]
         if not captions:
             raise InputError(f"{where}: the record has no caption ({', '.join(self.config.captions)})")
@@ -284,16 +285,19 @@ def _in_json(kind: str) -> bool:
     return kind.startswith("json.")
 
 
-def _captions(kind: str, member: Member) -> list[str]:
+def _captions(kind: str, member: Member, encoding: str) -> list[str]:
     """Returns the texts of one member, white space made single spaces."""
     try:
-        text = member.read_bytes().decode()
-        found: Any = text
-        if _in_json(kind):
-            found = json.loads(text).get(kind.removeprefix("json."), [])
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-        raise InputError(f"{member} does not hold captions: {error}") from None
+        data = member.read_bytes()
     except OSError as error:
         raise InputError(f"{member.tar} cannot be read: {error.strerror}") from None
+    found: Any = decode_text(data, f"text {member}", encoding)
+    if _in_json(kind):
+        try:
+            found = json.loads(found).get(kind.removeprefix("json."), [])
+        except AttributeError:
+            raise InputError(f"{member} does not hold captions: it is no JSON object") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{member} is not valid JSON: {json_fault(error)}") from None
     texts = found if isinstance(found, list) else [found]
     return [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clip_base.errors import InputError
-from clip_base.files import existing
+from clip_base.files import existing, read_text
 from clip_base.models.clip import CLIP
 from clip_base.progress import track
 from clip_base.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ def read_templates(name: str) -> list[str]:
     if name == "simple":
         return [SIMPLE]
     path = _PUBLISHED if name == "published" else existing(name, "templates (published, simple or a file)")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in read_text(path, "templates").splitlines()]
     templates = [line for line in lines if line and not line.startswith("#")]
     wrong = next((line for line in templates if "{}" not in line), None)
     if wrong is not None:

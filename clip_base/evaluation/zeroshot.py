@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
 from clip_base.evaluation.pictures import coco_pictures, folder_pictures
 from clip_base.evaluation.prompts import classifier, read_templates
 from clip_base.evaluation.tables import print_classes, summarise, to_csv
-from clip_base.files import write_text
+from clip_base.files import is_file, read_text, write_text
 from clip_base.run import RunFolder
 from clip_base.train import autocast
 
@@ -87,8 +86,8 @@ def class_names(given: Sequence[str], found: Sequence[str]) -> list[str]:
         InputError: there are more or fewer than classes, or one is empty.
     """
     names = list(given) or list(found)
-    if len(given) == 1 and Path(given[0]).is_file():
-        lines = Path(given[0]).read_text(encoding="utf-8").splitlines()
+    if len(given) == 1 and is_file(given[0]):
+        lines = read_text(given[0], "class names").splitlines()
         names = [line.strip() for line in lines if line.strip()]
     if len(names) != len(found):
         raise InputError(

@@ -91,7 +91,9 @@ def test_a_table_without_the_column_names_those_it_has(tmp_path: Path) -> None:
 def test_a_table_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "t.csv"
     file.write_bytes("image,caption\na.jpg,dög\n".encode("latin-1"))
-    with pytest.raises(InputError, match="save it as UTF-8"):
+    with pytest.raises(
+        InputError, match=r"line 2; it looks like cp1252 \('a.jpg,dög'\); save it as UTF-8 or give encoding"
+    ):
         pairs("csv", file=str(file))
 
 

@@ -111,7 +111,7 @@ def test_incomplete_records_are_unusable_by_name(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=reason):
             found[index]
-    with pytest.raises(InputError, match=r"c\.txt does not hold captions"):
+    with pytest.raises(InputError, match=r"c\.txt cannot be read: it is not UTF-8"):
         found[2]
     assert found[3].captions == ("d",)
 

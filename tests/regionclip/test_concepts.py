@@ -242,7 +242,7 @@ def test_a_bad_captions_file_is_named_with_the_place(tmp_path: Path, name: str, 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"concept": "a", "count": 1, "examples": []}\n{"conc', "line 2 is no concept"),
+        ('{"concept": "a", "count": 1, "examples": []}\n{"conc', "line 2 is not valid JSON"),
         ('{"concept": "a"}\n', "line 1 is no concept"),
         ('{"concept": "a", "count": 1, "examples": []}\n' * 2, "'a' is there twice"),
     ],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,32 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from None
 
 
+def not_finite(weights: Mapping[str, Tensor]) -> str:
+    """Returns which tensors hold NaN or infinity, in words; "" when none does."""
+    bad = [
+        f"{name} ({int((~value.isfinite()).sum()):,} of {value.numel():,} numbers)"
+        for name, value in weights.items()
+        # A sum is finite only when all its terms are, and takes a fraction of the time of looking at each.
+        if value.is_floating_point() and not value.sum(dtype=torch.float32).isfinite()
+        if not bool(value.isfinite().all())
+    ]
+    more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+    return f"{len(bad)} tensors hold NaN or infinity: {', '.join(bad[:4])}{more}" if bad else ""
+
+
+def require_finite(weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raises an InputError that names the tensors which hold NaN or infinity."""
+    bad = not_finite(weights)
+    if bad:
+        raise InputError(f"weights {source} cannot be used: {bad}; copy the file again, or train again")
+
+
 def load_exactly(module: torch.nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
     """Loads weights when every key and shape fits.
 
     Raises:
-        InputError: keys are missing, left over or misshapen; the first few of each are listed.
+        InputError: keys are missing, left over or misshapen, or numbers are not finite; the first few of each
+            are listed.
     """
     own = module.state_dict()
     missing = sorted(own.keys() - weights.keys())
@@ -128,4 +150,5 @@ def load_exactly(module: torch.nn.Module, weights: dict[str, Tensor], source: st
             faults.append(f"{len(keys)} {what}: {', '.join(keys[:4])}{more}")
     if faults:
         raise InputError(f"weights {source} do not fit the model: {'; '.join(faults)}")
+    require_finite(weights, source)
     module.load_state_dict({key: distributed.shard_like(weights[key], value) for key, value in own.items()})

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +18,9 @@ from clip_base.data.sources import SOURCES, Pair
 from clip_base.errors import InputError
 from clip_base.evaluation.pictures import folder_pictures
 from clip_base.evaluation.prompts import classifier, read_templates
-from clip_base.evaluation.retrieval import recall_at
+from clip_base.evaluation.ranking import ranks_of_classes, require_finite
+from clip_base.evaluation.retrieval import embed_texts, recall_at
 from clip_base.models.clip import CLIP
-from clip_base.tokenizer import Tokenizer
 
 _THREADS = 2
 
@@ -65,27 +64,37 @@ class Validation:
         return bool(self.pairs or self.names)
 
     def __call__(self, step: int) -> dict[str, float]:
-        """Returns shares in [0, 1]: `val_{image_to_text,text_to_image}_R@1`, `val_zeroshot_top1`."""
+        """Returns shares in [0, 1]: `val_{image_to_text,text_to_image}_R@1`, `val_zeroshot_top1`.
+
+        Raises:
+            InputError: no image decodes, or an embedding is not finite.
+        """
         figures: dict[str, float] = {}
+        source = f"the model at step {step}"
         if self.pairs:
-            figures |= self._retrieval()
+            figures |= self._retrieval(source)
         if self.names:
-            figures["val_zeroshot_top1"] = self._zeroshot()
+            figures["val_zeroshot_top1"] = self._zeroshot(source)
         return figures
 
-    def _retrieval(self) -> dict[str, float]:
+    def _retrieval(self, source: str) -> dict[str, float]:
         images, kept = self._embed_images([pair.image for pair in self.pairs])  # [N, D]
+        require_finite(images, "images", self.model, source)
         captions = [(place, text) for place, index in enumerate(kept) for text in self.pairs[index].captions]
-        texts = self._embed_texts([text for _, text in captions])  # [M, D]
-        owner = torch.tensor([place for place, _ in captions], device=texts.device)
-        return {f"val_{name}": value for name, value in recall_at(images, texts, owner, (1,)).items()}
+        texts = embed_texts(self.model, [text for _, text in captions], self.config.batch_size)  # [M, D]
+        require_finite(texts, "captions", self.model, source)
+        owner = torch.tensor([place for place, _ in captions], device=images.device)
+        found = recall_at(images, texts.to(images.device), owner, (1,))
+        return {f"val_{name}": value for name, value in found.items()}
 
-    def _zeroshot(self) -> float:
+    def _zeroshot(self, source: str) -> float:
         directions = classifier(self.model, self.names, self.templates, self.config.batch_size, truncate=True)
+        require_finite(directions, "class names", self.model, source)
         images, kept = self._embed_images([picture.path for picture in self.pictures])  # [N, D]
+        require_finite(images, "images", self.model, source)
         labels = torch.tensor([self.pictures[index].label for index in kept], device=images.device)
         with torch.autocast(images.device.type, enabled=False):
-            return float(((images @ directions.T).argmax(1) == labels).float().mean())
+            return float((ranks_of_classes(images, directions, labels) < 1).double().mean())
 
     def _embed_images(self, images: Sequence[Stored]) -> tuple[Tensor, list[int]]:
         """Returns [N, D], unit length, and which images they are: those that do not decode are left out."""
@@ -112,16 +121,6 @@ class Validation:
         if not features:
             raise InputError(f"none of the {len(images)} images to evaluate on decodes; {images[0]}, for one")
         return torch.cat(features), kept
-
-    def _embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Returns [M, D], unit length; too long texts are cut."""
-        tokenizer = Tokenizer(self.model.config.text.context_length)
-        size, device = self.config.batch_size, self.model.logit_scale.device
-        parts: list[Any] = []
-        for start in range(0, len(texts), size):
-            tokens = tokenizer(texts[start : start + size], truncate=True).to(device)
-            parts.append(F.normalize(self.model.encode_text(tokens).float(), dim=-1))
-        return torch.cat(parts)
 
 
 def _spread(size: int, limit: int) -> list[int]:

@@ -3,6 +3,7 @@
 # N pictures, K usable ones, R resolution, C channels of the feature
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -19,6 +20,7 @@ from clip_base.config import REQUIRED, option
 from clip_base.data.images import Pixels, decode, middle_square, normalise
 from clip_base.errors import InputError
 from clip_base.evaluation.pictures import Picture, batches, load_picture
+from clip_base.evaluation.ranking import require_finite
 from clip_base.files import replacing, write_text
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import ACTIVATIONS
@@ -98,16 +100,21 @@ class Embedder:
         """Returns the features of the pictures, from the folder when they are there.
 
         Raises:
-            InputError: more pictures than `max_broken` allows cannot be used.
+            InputError: a feature is not finite; the message names the weights.
         """
         kept = self.folder / f"{self._key(pictures)}.safetensors"
         features = _read(kept)
         if features is None:
             features = self._embed(pictures, description)
+            self.require_finite(features.values, description)
             with replacing(kept) as temporary:
                 tensors = {"values": features.values, "kept": features.kept}
                 save_file(tensors, temporary, {"skipped": json.dumps(features.skipped)})
         return features
+
+    def require_finite(self, features: Tensor, what: str) -> None:
+        """Raises an InputError that names the weights when embeddings of theirs hold NaN or infinity."""
+        require_finite(features, what, self.model, self.path)
 
     def _key(self, pictures: list[Picture]) -> str:
         """Returns a digest of all that the features depend on."""
@@ -186,10 +193,13 @@ def _stamp(path: Path) -> str:
 def _read(path: Path) -> Features | None:
     if not path.exists():
         return None
-    try:
-        with safe_open(path, "pt") as file:
-            skipped = json.loads(file.metadata()["skipped"])
-            return Features(file.get_tensor("values"), file.get_tensor("kept"), skipped)
-    except (SafetensorError, OSError, KeyError, ValueError):
-        path.unlink()  # damaged: the features are computed anew
-        return None
+    with (
+        contextlib.suppress(SafetensorError, OSError, KeyError, ValueError),
+        safe_open(path, "pt") as file,
+    ):
+        skipped = json.loads(file.metadata()["skipped"])
+        features = Features(file.get_tensor("values"), file.get_tensor("kept"), skipped)
+        if bool(features.values.isfinite().all()):
+            return features
+    path.unlink()  # damaged: the features are computed anew
+    return None

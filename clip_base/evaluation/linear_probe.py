@@ -22,6 +22,7 @@ from clip_base.config import REQUIRED, option
 from clip_base.errors import InputError
 from clip_base.evaluation.features import LAYERS, Embedder, FeatureConfig, note_skipped
 from clip_base.evaluation.pictures import coco_pictures, folder_pictures
+from clip_base.evaluation.ranking import ranks_of_best
 from clip_base.evaluation.tables import print_classes, summarise, to_csv
 from clip_base.files import write_text
 from clip_base.progress import Progress
@@ -170,16 +171,15 @@ def fit(train: Labelled, c: float, fits: Fits) -> LogisticRegression:
 
 
 def ranks_of(model: LogisticRegression, data: Labelled) -> Tensor:
-    """Returns [N] int64, how many classes score above the true one; classes never seen come last."""
+    """Returns [N] int64, how many other classes score at least as much as the true one.
+
+    A class that was never seen in training comes last.
+    """
     scores = model.decision_function(data.features)
     if scores.ndim == 1:  # of two classes, that of the second
         scores = np.stack([-scores, scores], 1)
-    known = np.asarray(model.classes_)
-    column = np.searchsorted(known, data.labels).clip(max=len(known) - 1)
-    seen = known[column] == data.labels
-    truth = np.where(seen, scores[np.arange(len(data)), column], -np.inf)
-    ranks: Tensor = torch.from_numpy((scores > truth[:, None]).sum(1))
-    return ranks
+    right = np.asarray(model.classes_) == data.labels[:, None]  # [N, C of training]
+    return ranks_of_best(torch.from_numpy(scores), torch.from_numpy(right))
 
 
 def accuracy(model: LogisticRegression, data: Labelled) -> float:

@@ -64,10 +64,12 @@ def classifier(
     """
     tokenizer = Tokenizer(model.config.text.context_length)
     device = model.logit_scale.device
-    texts = [template.replace("{}", name) for name in names for template in templates]
+    distinct = list(dict.fromkeys(names))  # equal names get equal embeddings, wherever they stand
+    texts = [template.replace("{}", name) for name in distinct for template in templates]
     parts = []
     for start in track(range(0, len(texts), batch_size), "class names"):
         tokens = tokenizer(texts[start : start + batch_size], truncate).to(device)
         parts.append(F.normalize(model.encode_text(tokens).float(), dim=-1))
-    embeddings = torch.cat(parts).view(len(names), len(templates), -1)  # [C, K, D]
-    return F.normalize(embeddings.mean(1), dim=-1)
+    embeddings = torch.cat(parts).view(len(distinct), len(templates), -1)  # [C, K, D] of the distinct names
+    place = {name: row for row, name in enumerate(distinct)}
+    return F.normalize(embeddings.mean(1), dim=-1)[[place[name] for name in names]]

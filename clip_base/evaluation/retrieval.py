@@ -16,8 +16,10 @@ from torch.nn import functional as F
 from clip_base.config import REQUIRED, option
 from clip_base.data.sources import read_captions
 from clip_base.errors import InputError
+from clip_base.evaluation import ranking
 from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
 from clip_base.evaluation.pictures import Picture
+from clip_base.evaluation.ranking import Answers, ranks_of_best, ranks_of_classes
 from clip_base.evaluation.tables import to_csv
 from clip_base.files import existing, write_text
 from clip_base.models.clip import CLIP
@@ -28,7 +30,6 @@ from clip_base.train import autocast
 
 KS = (1, 5, 10)
 _DIRECTIONS = ("image_to_text", "text_to_image")
-_ROWS = 1024  # queries that are scored at once
 
 
 @dataclass
@@ -73,6 +74,7 @@ def retrieval(config: RetrievalConfig) -> None:
     prompts = [config.prompt.replace("{}", text) for text in texts]
     with autocast(config.precision, embed.device):
         text_features = embed_texts(embed.model, prompts, config.batch_size)
+    embed.require_finite(text_features, "captions")
     images = F.normalize(found.values, dim=-1)
     ranks = ranks_of(images, text_features, owner)
     files = [str(pictures[index].path.name) for index in found.kept.tolist()]
@@ -116,9 +118,9 @@ def recalls(ranks: tuple[Tensor, Tensor], ks: Sequence[int]) -> dict[str, float]
 
 
 def ranks_of(image_features: Tensor, text_features: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns how many answers stand before the first right one, for each image and for each text.
+    """Returns how many wrong answers come before the first right one, for each image and for each text.
 
-    Equal scores stand in the order of their index, so that features that are all alike find nothing.
+    Equal scores count against the right one, see `ranking`: features that are all alike find nothing.
 
     Returns:
         [I'] int64 over the images that own texts, in order, and [T] int64.
@@ -127,38 +129,26 @@ def ranks_of(image_features: Tensor, text_features: Tensor, owner: Tensor) -> tu
         raise ValueError(f"owner must be [{len(text_features)}], one a text, got {list(owner.shape)}")
     owner = owner.to(image_features.device)
     with torch.autocast(image_features.device.type, enabled=False):
-        queries = torch.unique(owner)  # sorted
+        queries, texts = torch.unique(owner), Answers(text_features)  # sorted
         from_images = []
-        for part in queries.split(_ROWS):
-            scores = image_features[part].float() @ text_features.float().T  # [b, T]
+        for part in queries.split(ranking.ROWS):
             right = owner[None] == part[:, None]  # [b, T]
-            from_images.append(_first_right(scores, right))
-        from_texts = []
-        for start in range(0, len(text_features), _ROWS):
-            scores = text_features[start : start + _ROWS].float() @ image_features.float().T  # [b, I]
-            right = F.one_hot(owner[start : start + _ROWS], len(image_features)).bool()
-            from_texts.append(_first_right(scores, right))
-    return torch.cat(from_images).cpu(), torch.cat(from_texts).cpu()
-
-
-def _first_right(scores: Tensor, right: Tensor) -> Tensor:
-    """Returns [b] int64, how many columns stand before the best right one of each row."""
-    best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)  # [b, 1]
-    places = torch.arange(scores.shape[1], device=scores.device)
-    first = torch.where(right & (scores == best), places, len(places)).amin(1, keepdim=True)
-    before = (scores > best) | ((scores == best) & (places < first))
-    return before.sum(1)
+            from_images.append(ranks_of_best(texts.scores(image_features[part]), right))
+        from_texts = ranks_of_classes(text_features, image_features, owner)
+    return torch.cat(from_images).cpu(), from_texts.cpu()
 
 
 @torch.no_grad()
 def embed_texts(model: CLIP, texts: Sequence[str], batch_size: int = 256) -> Tensor:
     """Returns [T, D] float32 unit-length embeddings on the CPU; texts that are too long are cut."""
     tokenizer, device = Tokenizer(model.config.text.context_length), model.logit_scale.device
+    distinct = list(dict.fromkeys(texts))  # equal texts get equal embeddings, whatever batch they are in
     parts = []
-    for start in track(range(0, len(texts), batch_size), "captions"):
-        tokens = tokenizer(list(texts[start : start + batch_size]), truncate=True).to(device)
+    for start in track(range(0, len(distinct), batch_size), "captions"):
+        tokens = tokenizer(distinct[start : start + batch_size], truncate=True).to(device)
         parts.append(F.normalize(model.encode_text(tokens).float(), dim=-1).cpu())
-    return torch.cat(parts)
+    place = {text: row for row, text in enumerate(distinct)}
+    return torch.cat(parts)[[place[text] for text in texts]]
 
 
 def _queries(

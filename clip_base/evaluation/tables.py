@@ -22,7 +22,7 @@ def summarise(
     """Returns the figures over all pictures, and those of each class.
 
     Args:
-        ranks: [N] int64, how many classes score above the true one; -1 is left out.
+        ranks: [N] int64, how many other classes come before the true one; -1 is left out.
         labels: [N] int64, the true class.
         names: C class names.
 

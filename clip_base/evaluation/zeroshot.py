@@ -1,20 +1,21 @@
 """The job `zeroshot`: images into classes known by their names alone (arXiv 2103.00020, section 3.1)."""
 
-# N images, C classes, D embedding size
+# C classes, D embedding size
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from clip_base.config import REQUIRED, option
 from clip_base.errors import InputError
 from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
 from clip_base.evaluation.pictures import coco_pictures, folder_pictures
 from clip_base.evaluation.prompts import classifier, read_templates
+from clip_base.evaluation.ranking import ranks_of_classes
 from clip_base.evaluation.tables import print_classes, summarise, to_csv
 from clip_base.files import is_file, read_text, write_text
 from clip_base.run import RunFolder
@@ -58,25 +59,14 @@ def zeroshot(config: ZeroshotConfig) -> None:
     note_skipped(found.skipped, len(pictures), config.max_broken, run.path / "skipped.jsonl")
     with autocast(config.precision, embed.device):
         directions = classifier(embed.model, names, templates, config.batch_size)  # [C, D]
+    embed.require_finite(directions, "class names")
     labels = torch.tensor([picture.label for picture in pictures])
     ranks = torch.full((len(pictures),), -1)  # -1: unusable
-    ranks[found.kept] = ranks_of(found.values, directions.cpu(), labels[found.kept])
+    ranks[found.kept] = ranks_of_classes(found.values, directions.cpu(), labels[found.kept])
     figures, classes = summarise(ranks, labels, names)
     write_text(run.path / "per_class.csv", to_csv(classes))
     run.finish({**figures, "skipped": len(found.skipped)})
     print_classes("zero-shot classification", figures, classes, len(found.skipped))
-
-
-def ranks_of(features: Tensor, directions: Tensor, labels: Tensor) -> Tensor:
-    """Returns [N] int64: how many classes score above the true one.
-
-    Args:
-        features: [N, D], of any length.
-        directions: [C, D], unit length.
-        labels: [N] int64.
-    """
-    scores = F.normalize(features, dim=-1) @ directions.T  # [N, C]
-    return (scores > scores.gather(1, labels[:, None])).sum(1)
 
 
 def class_names(given: Sequence[str], found: Sequence[str]) -> list[str]:
@@ -96,4 +86,11 @@ def class_names(given: Sequence[str], found: Sequence[str]) -> list[str]:
         )
     if not all(name.strip() for name in names):
         raise InputError("names has an empty class name")
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        print(
+            f"note: {', '.join(map(repr, repeated[:5]))}{', …' if len(repeated) > 5 else ''} names more than "
+            "one class; such classes cannot be told apart, so none of their images counts for top1",
+            file=sys.stderr,
+        )
     return names

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from clip_base.checkpoint import read_weights
+from clip_base.checkpoint import read_weights, require_finite
 from clip_base.config import REQUIRED, option
 from clip_base.errors import InputError
 from clip_base.models.configs import ACTIVATIONS, CLIPConfig
@@ -58,13 +58,15 @@ def _rows_of_clip(path: Path, activation: str) -> list[tuple[str, str]]:
         ("precision", ", ".join(f"{kind}: {count:,}" for kind, count in sorted(report.precision.items()))),
         ("same sizes as", ", ".join(report.matches) or "none of the published models"),
         ("published file", _published_name(report.path)),
-        ("whole", "yes: every tensor is there and fits, none is left over"),
+        ("whole", "yes: every tensor is there, fits and is finite, none is left over"),
         *(("note", note) for note in report.notes),
     ]
 
 
 def _rows_of_content(path: Path, content: formats.Content, activation: str) -> list[tuple[str, str]]:
     """Returns the rows of a file of another package's form: each group of tensors and what it is for."""
+    for group in content.groups:
+        require_finite(group.state, path)
     if content.check is not None:
         content.check(content, path)
     if content.clip is not None:
@@ -74,7 +76,7 @@ def _rows_of_content(path: Path, content: formats.Content, activation: str) -> l
             ("form", content.form),
             ("file", f"{path.stat().st_size / 2**20:,.1f} MiB"),
             ("published file", _published_name(path)),
-            ("whole", "yes: every tensor has its purpose, none is left over"),
+            ("whole", "yes: every tensor has its purpose and is finite, none is left over"),
             *(("note", note) for note in content.notes),
         ]
     known = [row for row in rows if not row[1].startswith("not needed:")]
@@ -125,6 +127,7 @@ def _rows_of_parts(path: Path, metadata: dict[str, str], weights: dict[str, Any]
     """Returns the rows of a file that says what it is and brings its own sizes, whoever wrote it."""
     if not weights:
         raise InputError(f"{path} names the form {metadata['format']!r} but holds no tensors; write it again")
+    require_finite(weights, path)
     precision: Counter[str] = Counter()
     parts: Counter[str] = Counter()
     for name, value in weights.items():
@@ -142,7 +145,7 @@ def _rows_of_parts(path: Path, metadata: dict[str, str], weights: dict[str, Any]
         ("numbers", f"{sum(parts.values()):,} in {len(weights)} tensors"),
         ("parts", ", ".join(f"{part}: {count:,}" for part, count in parts.most_common(12))),
         ("precision", ", ".join(f"{kind}: {count:,}" for kind, count in sorted(precision.items()))),
-        ("whole", "yes: every tensor in its index is there"),
+        ("whole", "yes: every tensor in its index is there and finite"),
     ]
     return rows
 

@@ -113,6 +113,12 @@ def read_clip(path: str | Path, activation: str = "", precision: str = "fp32") -
     if found.config is None and not found.hints.head_width:
         wide = config.vision.head_width
         notes.append(f"heads are taken to be {wide} (vision) and 64 (text) channels wide: there is no config")
+    empty = [name for name, value in found.state.items() if value.ndim > 1 and not bool(value.any())]
+    if empty:
+        notes.append(
+            f"{len(empty)} matrices hold zeros alone, such as {empty[0]}; was it trained? "
+            "Embeddings that come out of one are all alike"
+        )
     stored: Counter[str] = Counter()
     for value in found.state.values():
         stored[str(value.dtype).removeprefix("torch.")] += value.numel()

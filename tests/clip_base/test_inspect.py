@@ -12,7 +12,7 @@ from clip_base import config as configs
 from clip_base.errors import InputError
 from clip_base.models.clip import CLIP, to_openai_names
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
-from clip_base.weights import published
+from clip_base.weights import load_clip, published
 from clip_base.weights.inspect import InspectConfig, inspect
 from clip_base.weights.native import file_hash, save_clip
 
@@ -99,3 +99,38 @@ def test_the_command_takes_the_file_as_a_plain_argument(tmp_path: Path):
     file, overrides = cli.parse(InspectConfig, [str(tmp_path / "w.safetensors")])
     assert file is None
     assert configs.resolve(InspectConfig, None, overrides).file == str(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_file_and_tensor(
+    model: CLIP, tmp_path: Path, number: float, capsys: pytest.CaptureFixture[str]
+):
+    broken = {name: value.clone() for name, value in model.state_dict().items()}
+    broken["text.text_projection"][0, :3] = number
+    for name, state, metadata in (
+        ("state.safetensors", to_openai_names(broken), {"format": "pt"}),
+        ("detector.safetensors", broken, {"format": "regionclip.detector/1"}),
+    ):
+        save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / name, metadata)
+        assert cli.main(["inspect", str(tmp_path / name)]) == 2
+        message = capsys.readouterr().err
+        assert f"{name} cannot be used: 1 tensors hold NaN or infinity" in message
+        assert "text_projection (3 of 2,048 numbers)" in message
+    with pytest.raises(InputError, match=r"text\.text_projection"):
+        load_clip(tmp_path / "state.safetensors")
+
+
+def test_weights_far_from_zero_are_finite(model: CLIP, tmp_path: Path):
+    large = {name: value.clone() for name, value in model.state_dict().items()}
+    large["text.text_projection"][0, :3] = 3e38  # their sum is no float32
+    save_file({key: value.contiguous() for key, value in large.items()}, tmp_path / "w.safetensors")
+    assert float(load_clip(tmp_path / "w.safetensors").text.text_projection.detach().max()) > 2e38
+
+
+def test_a_projection_of_zeros_is_noted(model: CLIP, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    empty = {name: value.clone() for name, value in model.state_dict().items()}
+    empty["text.text_projection"].zero_()
+    save_file({key: value.contiguous() for key, value in empty.items()}, tmp_path / "w.safetensors")
+    assert "1 matrices hold zeros alone, such as text.text_projection" in shown(
+        tmp_path / "w.safetensors", capsys
+    )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clip_base.errors import InputError
+from clip_base.errors import InputError, quote
 from clip_base.files import existing, open_text, read_json_lines
+from clip_base.runtime.tables import open_table
 from regionclip.json_stream import stream_entries
 
 _COLUMNS = ("caption", "captions", "text", "title", "sentence")
@@ -34,8 +34,8 @@ def read_texts(path: str | Path, column: str = "", encoding: str = "") -> Iterat
         texts = _from_json(path, column)
     elif kind in (".jsonl", ".ndjson"):
         texts = _from_json_lines(path, column, encoding)
-    elif kind in (".csv", ".tsv"):
-        texts = _from_table(path, column, "\t" if kind == ".tsv" else ",", encoding)
+    elif kind in (".csv", ".tsv", ".tab"):
+        texts = _from_table(path, column, encoding)
     elif kind == ".txt":
         texts = _lines(path, encoding)
     else:
@@ -92,29 +92,15 @@ def _texts_of(entry: Any, column: str, where: str) -> list[str]:
     return texts
 
 
-def _from_table(path: Path, column: str, delimiter: str, encoding: str) -> Iterator[str]:
-    # Tab-separated caption files are written without quoting; a lone quote must not swallow lines.
-    if delimiter == "\t":
-        rows = csv.reader(_lines(path, encoding), delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
-        rows = csv.reader(_lines(path, encoding), delimiter=delimiter)
-    try:
-        first = next(rows, [])
-        if column.isdecimal():
-            index, unread = int(column), [first]
-        else:
-            wanted = (column,) if column else _COLUMNS
-            found = next((name for name in wanted if name in first), None)
-            if found is None:
-                raise InputError(
-                    f"captions file {path} has no column {wanted[0]!r}, its first line is {str(first)[:80]}; "
-                    "set column= to a name there, or to a number from 0 when it has no line of names"
-                )
-            index, unread = first.index(found), []
-        for row in itertools.chain(unread, rows):
-            if row:
-                yield row[index]
-    except IndexError:
-        raise InputError(f"captions file {path}, line {rows.line_num} has no column {index}") from None
-    except csv.Error as error:
-        raise InputError(f"captions file {path}, line {rows.line_num}: {error}") from None
+def _from_table(path: Path, column: str, encoding: str) -> Iterator[str]:
+    wanted = (column,) if column else _COLUMNS
+    by_number = column.isdecimal()
+    table = open_table(path, "captions file", [] if by_number else [wanted], encoding=encoding)
+    index = int(column) if by_number else next((i for i in map(table.index, wanted) if i >= 0), -1)
+    if not 0 <= index < len(table.columns):
+        raise InputError(
+            f"captions file {path} has no column {wanted[0]!r}, its first line is {quote(table.columns)}; "
+            "set column= to a name there, or to a number from 0 when it has no line of names"
+        )
+    for _, row in itertools.islice(table.rows(), 0 if by_number else 1, None):
+        yield row[index]

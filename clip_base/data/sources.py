@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Protocol
 from clip_base.config import REQUIRED, option
 from clip_base.data.images import Stored
 from clip_base.errors import InputError, quote
-from clip_base.files import ENCODING_HELP, existing, open_text, read_json, read_json_lines
+from clip_base.files import ENCODING_HELP, existing, read_json, read_json_lines
+from clip_base.runtime.tables import DELIMITER_HELP, open_table
 
 SOURCES = "clip_base.sources"
 
@@ -102,36 +103,34 @@ def read_captions(path: str | Path) -> tuple[dict[int, list[str]], dict[int, str
 class TableConfig:
     """A table with one image and one caption a row."""
 
-    file: str = option(REQUIRED, "CSV or TSV file with a header line")
+    file: str = option(REQUIRED, "CSV or TSV file whose first line names its columns")
     images: str = option("", "folder that the image paths are relative to; empty: the table's own")
     image_column: str = option("image", "column of the image path")
     caption_column: str = option("caption", "column of the caption")
+    delimiter: str = option("", DELIMITER_HELP)
     encoding: str = option("", ENCODING_HELP)
 
 
 class TableSource:
-    """CSV or TSV (by the file's ending): rows of the same image are its several captions."""
+    """CSV or TSV, see `open_table`: rows of the same image are its several captions."""
 
     def __init__(self, config: TableConfig) -> None:
         self.config = config
 
     def pairs(self) -> list[Pair]:
         """Returns one pair an image, in the order of first mention."""
-        path = existing(self.config.file, "table")
-        delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab") else ","
-        image, caption = self.config.image_column, self.config.caption_column
-        try:
-            with open_text(path, "table", self.config.encoding) as file:
-                reader = csv.DictReader(file, delimiter=delimiter)
-                columns = reader.fieldnames or []
-                for column in (image, caption):
-                    if column not in columns:
-                        has = ", ".join(columns) or "none"
-                        raise InputError(f"table {path} has no column {column!r}; it has {has}")
-                rows = [(row[image] or "", row[caption] or "") for row in reader]
-        except csv.Error as error:
-            raise InputError(f"table {path} cannot be read: {error}") from None
-        return grouped(rows, Path(self.config.images) if self.config.images else path.parent)
+        config, path = self.config, Path(self.config.file)
+        names = (config.image_column, config.caption_column)
+        table = open_table(path, "table", [(name,) for name in names], config.delimiter, config.encoding)
+        places = [table.index(name) for name in names]
+        if -1 in places:
+            lacking = names[places.index(-1)]
+            raise InputError(
+                f"table {path} has no column {lacking!r}; it has {', '.join(table.columns)}; "
+                "set image_column= and caption_column="
+            )
+        rows = [(row[places[0]], row[places[1]]) for _, row in itertools.islice(table.rows(), 1, None)]
+        return grouped(rows, Path(config.images) if config.images else path.parent)
 
 
 @dataclass

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
-from clip_base.errors import InputError
-from clip_base.files import read_text
+from clip_base.errors import InputError, quote
+from clip_base.files import open_text, read_text
+
+DELIMITER_HELP = "what separates fields: one character, or tab; empty: found in the file"
+_DELIMITERS = ("\t", ",", ";", "|")
+_HEAD = 200  # lines by which the delimiter is found
 
 
 def read_yaml(path: str | Path, what: str = "YAML file") -> Any:
@@ -24,3 +32,190 @@ def read_yaml(path: str | Path, what: str = "YAML file") -> Any:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{what} {path} is not valid YAML: {reason:.200}") from None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table in a text file, of which all rows were found to have as many fields as the first.
+
+    Attributes:
+        path: the file.
+        what: what it is to the user, for messages.
+        columns: the fields of its first row, which are names in a table that has some.
+        dialect: how the rows are written: the keywords of `csv.reader`.
+        encoding: see `clip_base.files.read_text`.
+    """
+
+    path: Path
+    what: str
+    columns: tuple[str, ...]
+    dialect: dict[str, Any]
+    encoding: str | None
+
+    def rows(self) -> Iterator[tuple[int, list[str]]]:
+        """Yields the line number and the fields of each row, the first one too; empty lines are none."""
+        with open_text(self.path, self.what, self.encoding) as file:
+            yield from _rows(file, self.dialect)
+
+    def index(self, column: str) -> int:
+        """Returns the place of a column that the first row names, -1 when it does not.
+
+        Raises:
+            InputError: two columns have that name.
+        """
+        if self.columns.count(column) > 1:
+            raise InputError(f"{self.what} {self.path} has {column!r} twice in its first line; rename one")
+        return self.columns.index(column) if column in self.columns else -1
+
+
+def open_table(
+    path: str | Path,
+    what: str = "table",
+    wanted: Sequence[Collection[str]] = (),
+    delimiter: str = "",
+    encoding: str | None = None,
+) -> Table:
+    """Finds out how a CSV or TSV file is written, and checks all of it.
+
+    Quotes mean something only where the whole file uses them as RFC 4180 says: a field that begins with one
+    ends with one, and within it they are doubled. Tab-separated files are often written without any quoting,
+    and a lone quote in one must not swallow the rows that follow. Reads the file twice.
+
+    Args:
+        path: the file.
+        what: what it is to the user, for messages.
+        wanted: for each column that the caller needs, the names it may have. A delimiter by which the first
+            line names all of them is taken.
+        delimiter: one character, or "tab"; "" finds it: tab, comma, semicolon or bar.
+        encoding: see `clip_base.files.read_text`.
+
+    Raises:
+        InputError: the file is missing, empty or undecodable; a row has more or fewer fields than the first
+            line; quotes that may be meant in two ways.
+    """
+    path = Path(path)
+    name = f"{what} {path}"
+    with open_text(path, what, encoding) as file:
+        head = list(itertools.islice((line for line in file if line.strip()), _HEAD))
+    if not head:
+        raise InputError(f"{name} is empty; write it again or give another path")
+    mark = _delimiter(delimiter) if delimiter else _sniffed(head, wanted, path.suffix.lower())
+    plain = {"delimiter": mark, "skipinitialspace": mark != "\t", "quoting": csv.QUOTE_NONE}
+    quoted = {**plain, "quoting": csv.QUOTE_MINIMAL, "strict": True}
+    with open_text(path, what, encoding) as file:
+        literal = _read(file, plain)
+    with open_text(path, what, encoding) as file:
+        by_rule = _read(file, quoted) if literal.opens else literal
+    dialect = _chosen(name, mark, literal, by_rule, plain, quoted)
+    with open_text(path, what, encoding) as file:
+        columns = tuple(field.strip() for field in next(_rows(file, dialect))[1])
+    return Table(path, what, columns, dialect, encoding)
+
+
+@dataclass
+class _Reading:
+    """What came of reading a table in one of both ways.
+
+    Attributes:
+        fields: of the first row.
+        fault: what is wrong with it, the line named; "" when nothing is.
+        broken: whether the fault is one of quoting.
+        opens: whether a field begins with a quote.
+        spans: the first and last line of the first row that spans several; None when none does.
+    """
+
+    fields: int = 0
+    fault: str = ""
+    broken: bool = False
+    opens: bool = False
+    spans: tuple[int, int] | None = None
+
+
+def _read(file: TextIO, dialect: dict[str, Any]) -> _Reading:
+    found, before = _Reading(), 0
+    reader = csv.reader(file, **dialect)
+    try:
+        for row in reader:
+            first, before = before + 1, reader.line_num
+            if _is_blank(row):
+                continue
+            found.fields = found.fields or len(row)
+            found.opens = found.opens or any(field.startswith('"') for field in row)
+            if before > first and found.spans is None:
+                found.spans = (first, before)
+            if len(row) != found.fields:
+                found.fault = (
+                    f"line {first} has {len(row)} fields, the first line has {found.fields}: {quote(row)}"
+                )
+                break
+    except csv.Error as error:
+        found.broken = True
+        found.fault = f"in line {before + 1} a quoted text does not end where its field does"
+        if "field limit" in str(error):
+            found.fault = f"in line {before + 1} a field has more than {csv.field_size_limit():,} characters"
+    return found
+
+
+def _chosen(
+    name: str,
+    mark: str,
+    literal: _Reading,
+    by_rule: _Reading,
+    plain: dict[str, Any],
+    quoted: dict[str, Any],
+) -> dict[str, Any]:
+    """Returns the dialect by which the whole file makes sense; an InputError when none or both do."""
+    if not by_rule.fault:
+        if by_rule.spans is None or literal.fault:
+            return quoted
+        # A text of several lines that each hold just as many tabs as the table has is no text.
+        if mark == "\t" and literal.fields > 1:
+            return plain
+        first, last = by_rule.spans
+        raise InputError(
+            f"{name}: a quote that opens in line {first} closes in line {last}, which may be one text of "
+            "several lines or two lone quotes; remove the line breaks, or write a quote within a text twice"
+        )
+    if not literal.fault:
+        return plain
+    called = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}.get(mark, repr(mark))
+    raise InputError(
+        f"{name}: {by_rule.fault}; fields are taken to be separated by {called}: put quotes around a text "
+        "that holds some, and write a quote within it twice"
+    )
+
+
+def _rows(file: TextIO, dialect: dict[str, Any]) -> Iterator[tuple[int, list[str]]]:
+    reader, before = csv.reader(file, **dialect), 0
+    for row in reader:
+        first, before = before + 1, reader.line_num
+        if not _is_blank(row):
+            yield first, row
+
+
+def _is_blank(row: list[str]) -> bool:
+    return not row or (len(row) == 1 and not row[0].strip())
+
+
+def _delimiter(text: str) -> str:
+    mark = {"tab": "\t", "\\t": "\t"}.get(text, text)
+    if len(mark) != 1 or mark in '"\r\n':
+        raise InputError(f"delimiter must be one character or tab, got {quote(text)}")
+    return mark
+
+
+def _sniffed(head: list[str], wanted: Sequence[Collection[str]], suffix: str) -> str:
+    """Returns the delimiter of a table: by the names in its first line, else by equal numbers of fields."""
+    usual = "\t" if suffix in (".tsv", ".tab") else ","
+    marks = sorted(_DELIMITERS, key=lambda mark: mark != usual)
+    for mark in marks if wanted else ():
+        names = [
+            field.strip() for field in next(csv.reader(head[:1], delimiter=mark, skipinitialspace=True), [])
+        ]
+        if all(any(name in names for name in one) for one in wanted):
+            return mark
+    for mark in marks:
+        counts = {line.count(mark) for line in head}
+        if len(counts) == 1 and counts != {0}:
+            return mark
+    return max(marks, key=lambda mark: (mark in head[0], mark == usual, head[0].count(mark)))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from regionclip.boxes import area, intersection, iou, xywh_to_xyxy
 from regionclip.datasets import CocoDetection, Record
 
-VERDICTS = ("right", "wrong name", "found twice", "no object", "not judged")
+VERDICTS = ("correct", "misclassified", "duplicate", "background", "ignored")
 RIGHT, WRONG_NAME, TWICE, NO_OBJECT, NOT_JUDGED = range(len(VERDICTS))
 IOU = 0.5
 
@@ -31,8 +31,8 @@ class Judged:
         boxes: [N, 4] x1, y1, x2, y2.
         labels: [N] what was named.
         scores: [N].
-        verdicts: [N] places in VERDICTS. Objects go to detections of their name, the best scored first. "not
-            judged": in a crowd of its name, or of a category that is not annotated exhaustively there.
+        verdicts: [N] places in VERDICTS. Objects go to detections of their name, the best scored first.
+            "ignored": in a crowd of its name, or of a category that is not annotated exhaustively there.
         shown: [N] the object that the detection fits best, a place in the objects; -1: none.
         object_images: [O] image ids.
         object_boxes: [O, 4].

@@ -13,16 +13,21 @@ from torch import Tensor
 
 from regionclip.datasets import CocoDetection
 from regionclip.evaluation import NOTHING
-from regionclip.pairs import NO_OBJECT, RIGHT, UNKNOWN, WRONG_NAME, Judgement, Pair, canonical_name, judge
+from regionclip.pairs import (
+    NO_OBJECT,
+    RIGHT,
+    UNKNOWN,
+    VERDICTS,
+    WRONG_NAME,
+    Judgement,
+    Pair,
+    canonical_name,
+    judge,
+)
 from regionclip.shards import MinedRegion
 from regionclip.splits import Split
 
-# Name of a verdict in charts -> its number and its CSS class.
-SHOWN = {
-    "right": (RIGHT, "right"),
-    "wrong name": (WRONG_NAME, "wrong"),
-    "no object": (NO_OBJECT, "nothing"),
-}
+SHOWN = (RIGHT, WRONG_NAME, NO_OBJECT)
 
 
 @dataclass(frozen=True)
@@ -63,25 +68,20 @@ class JudgedRegions:
         """Returns, for each threshold, itself and the metrics of the regions whose value [P] reaches it."""
         return [{"threshold": level, **self.metrics(values >= level)} for level in thresholds]
 
-    def by_bin(
-        self, values: Tensor, bins: int = 10
-    ) -> tuple[list[str], dict[str, tuple[str, list[float]]], list[int]]:
+    def by_bin(self, values: Tensor, bins: int = 10) -> tuple[list[str], dict[str, list[float]], list[int]]:
         """Cuts [0, 1] into equal bins of the values [P].
 
         Returns:
-            Each bin's lower edge; name of a verdict -> (CSS class, its share in each bin); the number of
-            regions in each bin. Regions that cannot be judged are left out.
+            Each bin's lower edge; correct, misclassified, background -> its share in each bin; the number
+            of regions in each bin. Regions that cannot be judged are left out.
         """
         places = (values * bins).long().clamp(0, bins - 1)
         verdicts = self.judgement.verdicts
         counts = {
-            name: torch.bincount(places[verdicts == number], minlength=bins)
-            for name, (number, _) in SHOWN.items()
+            VERDICTS[number]: torch.bincount(places[verdicts == number], minlength=bins) for number in SHOWN
         }
         totals: Tensor = torch.stack(list(counts.values())).sum(0)
-        shares = {
-            name: (SHOWN[name][1], (count / totals.clamp(min=1)).tolist()) for name, count in counts.items()
-        }
+        shares = {name: (count / totals.clamp(min=1)).tolist() for name, count in counts.items()}
         return [f"{place / bins:.1f}" for place in range(bins)], shares, totals.tolist()
 
     def by_category(self) -> list[dict[str, Any]]:

@@ -1,39 +1,62 @@
-"""The page of the report on mined pairs, section by section, from facts that are read already."""
+"""The page of the report on mined pairs: what its template shows, from data that is read already."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from math import nan
 from pathlib import Path
 from typing import Any
 
-from regionclip import gallery, page
+from torch import Tensor
+
 from regionclip.coverage import ConceptUse, Coverage, reasons
 from regionclip.evaluation import NOTHING
-from regionclip.figures import DASH, histogram, percent
 from regionclip.judged import JudgedRegions
-from regionclip.mined_truth import truth_sections
+from regionclip.reports import html
+from regionclip.reports.charts import Chart, histogram, line_chart, stacked_bars
+from regionclip.reports.crops import RGB, Crop, CropBudget
+from regionclip.reports.html import DASH, percent
 from regionclip.shards import MinedRegion
 
 BINS = 20
-MOST_REGIONS = 12  # the last bar of regions an image holds all images with more
+MAX_REGIONS = 12  # the last bar of regions per image holds all images with more
+MAX_CAPTION = 140  # letters of a caption that are shown; captions of the web may fill a page
+THRESHOLDS = (*(step / 50 for step in range(50)), 0.99)
+# Rows of the tables by threshold.
+SHOWN_THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96, 0.99)
+SHARES = ("precision", "wrong_name", "no_object", "recall")
+OUTCOME_COLORS = ("green", "red", "gray")  # correct, misclassified, background
+_BOX_COLORS: dict[str | None, RGB] = {
+    None: (47, 111, 208),
+    "correct": (60, 200, 110),
+    "misclassified": (235, 70, 80),
+}
+_GRAY: RGB = (200, 204, 208)
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How much goes on the page; the fields are those of `ReportConfig`."""
+class ReportLimits:
+    """How much goes on the page.
+
+    Attributes:
+        regions: shown over all scores.
+        concepts: shown.
+        examples: regions per concept.
+        max_report_mb: MiB of images.
+        table_rows: per table.
+    """
 
     regions: int
     concepts: int
     examples: int
-    megabytes: float
-    listed: int
+    max_report_mb: float
+    table_rows: int
 
 
 @dataclass(frozen=True)
-class Facts:
+class ReportData:
     """What is known of a mined set.
 
     Attributes:
@@ -42,7 +65,7 @@ class Facts:
         regions: as mined.
         coverage: what they cover.
         skipped: entries of `skipped.jsonl`.
-        judged: the regions with the truth's verdicts; None: there is no truth.
+        quality: the regions, compared with the ground truth; None: there is none.
     """
 
     manifest: Mapping[str, Any]
@@ -50,10 +73,10 @@ class Facts:
     regions: Sequence[MinedRegion]
     coverage: Coverage
     skipped: Sequence[Mapping[str, Any]]
-    judged: JudgedRegions | None
+    quality: JudgedRegions | None
 
     def histogram(self, what: str) -> list[int]:
-        """Returns how many regions lie in each of BINS equal bins of their "probability" or "objectness"."""
+        """Returns how many regions are in each of BINS equal bins of their "probability" or "objectness"."""
         counts = [0] * BINS
         for region in self.regions:
             value = region.concept_probs[0] if what == "probability" else region.objectness
@@ -61,66 +84,172 @@ class Facts:
         return counts
 
 
-def make_page(facts: Facts, sizes: Sizes) -> str:
+@dataclass(frozen=True)
+class LabeledImage:
+    """A mined region for a page; its caption is `before`, the `phrase` that names it, and `after`."""
+
+    crop: Crop
+    concept: str
+    probability: float
+    outcome: str | None
+    before: str
+    phrase: str
+    after: str
+
+
+def make_page(data: ReportData, limits: ReportLimits) -> str:
     """Returns the page; it opens from disk and loads nothing else."""
-    album = gallery.Album(facts.images, round(sizes.megabytes * 2**20))
-    sections = [
-        *truth_sections(facts.judged, sizes.listed),
-        _scores(facts),
-        _coverage(facts.coverage, sizes),
-        *_gallery(facts, sizes, album),
-        _never_matched(facts.coverage, sizes),
-        _skipped(facts.skipped, sizes),
-        _places(facts.judged is not None),
-    ]
-    values = {
-        "lead": _lead(facts),
-        "tiles": page.tiles(_tiles(facts)),
-        "made": _made(facts.manifest),
-        "sections": "\n".join(sections),
-    }
-    return page.document("mined_report.html", "Mined region-phrase pairs: can one trust them?", values)
-
-
-def _lead(facts: Facts) -> str:
-    counts = facts.coverage.metrics()
-    if not facts.regions:
-        return f"No region was kept in {counts['images']:,.0f} images: the sections below may say why."
-    judged = "with true boxes to judge them by" if facts.judged else "without true boxes to judge them by"
-    return (
-        f"{counts['regions']:,.0f} regions of {counts['images']:,.0f} images were given a name of a pool of "
-        f"{counts['concepts']:,.0f} concepts. Here is what they look like and what they cover, {judged}."
+    budget = CropBudget(round(limits.max_report_mb * 2**20))
+    by_score = pick_pairs(data.regions, limits.regions)
+    concepts: dict[str, list[int]] = {}
+    for place, region in enumerate(data.regions):
+        concepts.setdefault(region.concept, []).append(place)
+    never = data.coverage.never_matched()
+    return html.render(
+        "mining.html",
+        limits=limits,
+        counts=data.coverage.metrics(),
+        figures=_figures(data),
+        sources=_sources(data.manifest),
+        quality=_quality(data.quality) if data.quality else None,
+        score_charts=_score_charts(data),
+        coverage_charts=_coverage_charts(data.coverage),
+        concept_rows=[_concept_row(use) for use in data.coverage.by_regions() if use.regions or use.images],
+        by_score=_labeled(data, by_score, budget),
+        by_concept=_by_concept(data, concepts, limits, budget),
+        num_concepts=len(concepts),
+        budget=budget,
+        never_matched=[
+            (
+                text,
+                [
+                    [use.concept, f"{use.images:,}", " · ".join(use.examples)]
+                    for use in never
+                    if use.in_pool == known
+                ],
+            )
+            for text, known in (
+                (
+                    "Concepts of the pool that captions name and that no region of those images was given:",
+                    True,
+                ),
+                ("Phrases that no concept of the pool stands for, by their head noun:", False),
+            )
+        ],
+        skipped=[[reason, f"{count:,}", ", ".join(names)] for reason, count, names in reasons(data.skipped)],
+        num_skipped=len(data.skipped),
     )
 
 
-def _tiles(facts: Facts) -> dict[str, str]:
-    counts = facts.coverage.metrics()
+def pick_pairs(regions: Sequence[MinedRegion], count: int) -> list[int]:
+    """Picks pairs from all scores and over the concepts, whether they are correct or not.
+
+    The pairs, sorted by probability, are cut into `count` equal parts; from each comes the first pair of the
+    concept that was picked least so far.
+
+    Returns:
+        Places in `regions`, the most probable first.
+    """
+    order = sorted(range(len(regions)), key=lambda place: (-regions[place].concept_probs[0], place))
+    count = min(count, len(order))
+    used: Counter[str] = Counter()
+    images: Counter[int] = Counter()
+    chosen = []
+    for part in range(count):
+        places = order[part * len(order) // count : (part + 1) * len(order) // count]
+        best = min(places, key=lambda place: (used[regions[place].concept], images[regions[place].image_id]))
+        used[regions[best].concept] += 1
+        images[regions[best].image_id] += 1
+        chosen.append(best)
+    return chosen
+
+
+def pick_concepts(counts: Mapping[str, int], limit: int) -> list[str]:
+    """Picks concepts to show: half are the most frequent ones, half are spread evenly over the rest.
+
+    Args:
+        counts: concept -> regions.
+        limit: most concepts to pick.
+
+    Returns:
+        Names, the most frequent first.
+    """
+    names = [name for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if count]
+    if len(names) <= limit:
+        return names
+    frequent = limit - limit // 2
+    rest = names[frequent:]
+    spread = limit // 2
+    return names[:frequent] + [rest[(2 * place + 1) * len(rest) // (2 * spread)] for place in range(spread)]
+
+
+def labeled_image(
+    folder: Path, region: MinedRegion, outcome: str | None, budget: CropBudget
+) -> LabeledImage | None:
+    """Returns a mined region for a page, or None when the budget gives no crop of it.
+
+    Args:
+        folder: what the region's file name is relative to.
+        region: the pair.
+        outcome: one of `regionclip.pairs.VERDICTS`; None: there is no ground truth.
+        budget: makes the crop.
+    """
+    alt = f"a region of {Path(region.file_name).name} named {region.concept}"
+    crop = budget.crop(folder / region.file_name, region.box, _BOX_COLORS.get(outcome, _GRAY), alt)
+    if crop is None:
+        return None
+    caption = caption_around(region.caption, region.phrase)
+    return LabeledImage(crop, region.concept, region.concept_probs[0], outcome, *caption)
+
+
+def caption_around(caption: str | None, phrase: str | None) -> tuple[str, str, str]:
+    """Cuts a caption to about MAX_CAPTION letters: what stands before its phrase, the phrase, the rest.
+
+    A phrase that stands there in another form ("people" for "person") is put before the caption.
+    """
+    if not caption:
+        return "not named in a caption", "", ""
+    phrase = phrase or ""
+    start = caption.casefold().find(phrase.casefold())
+    if not phrase or start < 0:
+        return "", phrase, (": " if phrase else "") + _cut(caption, len(caption) - MAX_CAPTION)
+    end = start + len(phrase)
+    room = max(MAX_CAPTION - len(phrase), 0)
+    before, within, after = caption[:start], caption[start:end], caption[end:]
+    drop_before = max(len(before) - max(room // 2, room - len(after)), 0)
+    drop_after = len(after) - (room - len(before) + drop_before)
+    return "…" * (drop_before > 0) + before[drop_before:], within, _cut(after, drop_after)
+
+
+def _cut(text: str, letters: int) -> str:
+    return text[:-letters] + "…" if letters > 0 else text
+
+
+def _figures(data: ReportData) -> dict[str, str]:
+    """Returns the most important figures: what each counts -> itself."""
+    counts = data.coverage.metrics()
     shown = {
         "images with pairs": f"{percent(counts['images_with_pairs'] / max(counts['images'], 1))} %",
-        "regions an image": f"{counts['regions_an_image']:.1f}",
+        "regions per image": f"{counts['regions_an_image']:.1f}",
         "concepts with pairs": f"{counts['concepts_with_pairs']:,.0f} of {counts['concepts']:,.0f}",
         "of the captions’ phrases matched": f"{percent(counts['phrases_matched'])} %",
     }
-    if facts.judged is not None:
-        truth = facts.judged.metrics()
+    if data.quality is not None:
+        metrics = data.quality.metrics()
         for measure in ("precision", "recall"):
-            for part in ("_base", "_novel") if facts.judged.split else ("",):
-                shown[f"{measure}{part.replace('_', ', ')}"] = _percent(truth[measure + part])
+            for part in ("_base", "_novel") if data.quality.split else ("",):
+                share = metrics[measure + part]
+                shown[f"{measure}{part.replace('_', ', ')}"] = (
+                    DASH if share == NOTHING else f"{percent(share)} %"
+                )
     return shown
 
 
-def _percent(share: float) -> str:
-    return DASH if share == NOTHING else f"{percent(share)} %"
-
-
-def _made(manifest: Mapping[str, Any]) -> str:
+def _sources(manifest: Mapping[str, Any]) -> str:
     config = manifest["config"]
-    parts = {
-        "Matcher": _options(manifest["matcher"]),
-        "proposer": _options(manifest["proposer"]),
-        "teacher": f"{Path(config['weights']).name} ({config['teacher']})",
-    }
-    return escape("; ".join(f"{what}: {value}" for what, value in parts.items()) + ".")
+    teacher = f"{Path(config['weights']).name} ({config['teacher']})"
+    parts = (_options(manifest[part]) for part in ("matcher", "proposer"))
+    return "Matcher: {}; proposer: {}; teacher: {}.".format(*parts, teacher)
 
 
 def _options(part: Mapping[str, Any]) -> str:
@@ -132,170 +261,129 @@ def _options(part: Mapping[str, Any]) -> str:
     return str(part["name"]) + (f" ({', '.join(others)})" if others else "")
 
 
-def _scores(facts: Facts) -> str:
+def _quality(quality: JudgedRegions) -> dict[str, Any]:
+    """Returns what the page says of the ground truth."""
+    rows = sorted(quality.by_category(), key=lambda row: (row["part"] != "novel", -row["pairs"], row["name"]))
+    values = {"probability": quality.probabilities, "objectness": quality.objectness}
+    return {
+        "metrics": quality.metrics(),
+        "is_split": quality.split is not None,
+        "by_value": [_by_value(quality, *pair) for pair in values.items()] if quality.can_be_judged else [],
+        "categories": [
+            [
+                ("★ " if row["part"] == "novel" else "") + row["name"],
+                f"{row['objects']:,}",
+                f"{row['pairs']:,}",
+                *(percent(row[key]) for key in SHARES),
+            ]
+            for row in rows
+        ],
+        "confusions": [
+            [named, shown, f"{number:,}"] for named, shown, number in quality.judgement.confusions()
+        ],
+    }
+
+
+def _by_value(quality: JudgedRegions, what: str, values: Tensor) -> dict[str, Any]:
+    """Returns charts and a table by the regions' probability or objectness: values [P]."""
+    rows = quality.by_threshold(values, THRESHOLDS)
+    parts = ("_base", "_novel") if quality.split else ("",)
+    best = quality.least_mistaken(rows)
+    shown: list[Mapping[str, float]] = []
+    for row in rows:
+        wanted = row["threshold"] in SHOWN_THRESHOLDS and (not shown or row["pairs"] != shown[-1]["pairs"])
+        if wanted or row["threshold"] == best:
+            shown.append(row)
+    curves = {
+        f"{measure}{part.replace('_', ', ')}": [
+            (row["threshold"], nan if row[measure + part] == NOTHING else row[measure + part]) for row in rows
+        ]
+        for measure in ("precision", "recall")
+        for part in parts
+    }
+    title = f"Outcomes by {what}, and the number of regions"
+    return {
+        "charts": [
+            line_chart(f"Precision and recall by {what}", curves, f"{what} of at least", shares=True),
+            stacked_bars(title, *quality.by_bin(values), colors=OUTCOME_COLORS),
+        ],
+        "titles": (what, "regions", *("correct", "misclassified", "background", "recall") * len(parts)),
+        "groups": [("", 2), *((part[1:], len(SHARES)) for part in parts)] if quality.split else [],
+        "best": [place for place, row in enumerate(shown) if row["threshold"] == best],
+        "rows": [
+            [
+                f"≥ {row['threshold']:.2f}",
+                f"{row['pairs']:,.0f}",
+                *(percent(row[key + part]) for part in parts for key in SHARES),
+            ]
+            for row in shown
+        ],
+    }
+
+
+def _score_charts(data: ReportData) -> list[Chart]:
     labels = [f"{place / BINS:.1f}" if place % 2 == 0 else "" for place in range(BINS)]
-    return page.section(
-        "Scores",
-        page.charts(
-            histogram(
-                "Probability of the first concept", labels, facts.histogram("probability"), "probability"
-            ),
-            histogram("Objectness of the regions", labels, facts.histogram("objectness"), "objectness"),
-        ),
-    )
+    titles = {"probability": "Probability of the first concept", "objectness": "Objectness of the regions"}
+    return [histogram(title, labels, data.histogram(what), what) for what, title in titles.items()]
 
 
-def _coverage(coverage: Coverage, sizes: Sizes) -> str:
-    counts = coverage.metrics()
-    fewest = Counter[int]()
-    for number, images in coverage.regions_an_image.items():
-        fewest[min(number, MOST_REGIONS)] += images
-    labels = [str(number) for number in range(MOST_REGIONS)] + [f"{MOST_REGIONS}+"]
-    bars = [fewest[number] for number in range(MOST_REGIONS + 1)]
-    text = (
-        f"{counts['images_with_captions']:,.0f} of {counts['images']:,.0f} images have captions and "
-        f"{counts['images_with_pairs']:,.0f} have pairs. The captions name {counts['concepts_named']:,.0f} "
-        f"of the pool’s {counts['concepts']:,.0f} concepts, and {counts['concepts_with_pairs']:,.0f} have "
-        f"pairs. Counted once an image, the captions hold {counts['phrases']:,.0f} phrases of the pool, of "
-        f"which {percent(counts['phrases_matched'])} % found a region in their image, and "
-        f"{counts['phrases_outside_the_pool']:,.0f} that no concept of the pool stands for."
-    )
-    sizes_of = Counter(min(len(str(use.regions)), 6) * bool(use.regions) for use in coverage.by_regions())
+def _coverage_charts(coverage: Coverage) -> list[Chart]:
+    images = Counter[int]()
+    for number, count in coverage.regions_an_image.items():
+        images[min(number, MAX_REGIONS)] += count
     decades = ["0", "1+", "10+", "100+", "1k+", "10k+", "100k+"]
-    rows = [_use_row(use) for use in coverage.by_regions() if use.regions or use.images]
-    return page.section(
-        "Coverage",
-        page.paragraph(text),
-        page.charts(
-            histogram("Images by their number of regions", labels, bars, "regions an image"),
-            histogram(
-                "Concepts by their number of regions",
-                decades,
-                [sizes_of[place] for place in range(len(decades))],
-                "regions a concept",
-            ),
+    concepts = Counter(min(len(str(use.regions)), 6) * bool(use.regions) for use in coverage.by_regions())
+    labels = [*map(str, range(MAX_REGIONS)), f"{MAX_REGIONS}+"]
+    return [
+        histogram(
+            "Images by their number of regions",
+            labels,
+            [images[n] for n in range(len(labels))],
+            "regions per image",
         ),
-        page.plain_table(
-            ("concept", "regions", "mean probability", "images naming it", "% with a region of it"),
-            rows[: sizes.listed],
+        histogram(
+            "Concepts by their number of regions",
+            decades,
+            [concepts[n] for n in range(len(decades))],
+            "regions per concept",
         ),
-        page.more(len(rows), sizes.listed, "concepts.csv"),
-    )
+    ]
 
 
-def _use_row(use: ConceptUse) -> list[str]:
+def _concept_row(use: ConceptUse) -> list[str]:
     probability = f"{use.probability:.2f}" if use.regions else DASH
     matched = percent(use.matched / use.images) if use.images else DASH
     return [use.concept, f"{use.regions:,}", probability, f"{use.images:,}", matched]
 
 
-def _gallery(facts: Facts, sizes: Sizes, album: gallery.Album) -> list[str]:
-    """Returns the galleries by score and by concept; none without regions."""
-    regions = facts.regions
-    if not regions:
-        return []
-    words: Sequence[str | None] = facts.judged.words if facts.judged else [None] * len(regions)
-
-    def figures(places: Sequence[int]) -> str:
-        made = album.figures([regions[place] for place in places], [words[place] for place in places])
-        return f'<div class="pairs">{made}</div>' if made else ""
-
-    sections = []
-    if sizes.regions:
-        by_score = figures(gallery.pick_pairs(regions, sizes.regions))
-        sections.append(page.section("Regions by score", page.paragraph(BY_SCORE + _tags(facts)), by_score))
-    of_concept: dict[str, list[int]] = {}
-    for place, region in enumerate(regions):
-        of_concept.setdefault(region.concept, []).append(place)
-    parts = []
-    counts = {name: len(places) for name, places in of_concept.items()}
-    for name in gallery.pick_concepts(counts, sizes.concepts):
-        places = of_concept[name]
-        chosen = gallery.pick_pairs([regions[place] for place in places], sizes.examples)
-        made = figures([places[number] for number in chosen])
-        if made:
-            parts.append(
-                f'<h3 class="concept">{escape(name)}<span>{_facts_of(places, words)}</span></h3>{made}'
-            )
-    if sizes.concepts and sizes.examples:
-        some = f"{len(parts)} of {len(counts):,} concepts with regions{WHICH}"
-        text = some if len(parts) < len(counts) else f"All {len(counts):,} concepts with regions."
-        sections.append(page.section("Regions by concept", page.paragraph(text), *parts, _left_out(album)))
-    return sections
-
-
-BY_SCORE = (
-    "A sample over all probabilities and concepts, the surest first: a region with some of its surroundings, "
-    "its concept and probability, and the caption that names it, the phrase underlined."
-)
-WHICH = ": half of them are the most frequent, the others are spread over the rest."
-
-
-def _tags(facts: Facts) -> str:
-    if facts.judged is None:
-        return ""
-    return (
-        " Right: an object of that name is there; wrong name: an object of another name; no object: none "
-        "fills that box (IoU below 0.5); cannot be judged: no category of the annotations."
+def _labeled(data: ReportData, places: Sequence[int], budget: CropBudget) -> list[LabeledImage]:
+    words = data.quality.words if data.quality else None
+    made = (
+        labeled_image(data.images, data.regions[place], words[place] if words else None, budget)
+        for place in places
     )
+    return [one for one in made if one is not None]
 
 
-def _facts_of(places: Sequence[int], words: Sequence[str | None]) -> str:
-    counts = Counter(words[place] for place in places)
-    judged = sum(count for word, count in counts.items() if word not in (None, "unknown"))
-    right = f", {percent(counts['right'] / judged)} % right" if judged else ""
-    return f"{len(places):,} region{'s' * (len(places) != 1)}{right}"
+def _by_concept(
+    data: ReportData, concepts: Mapping[str, Sequence[int]], limits: ReportLimits, budget: CropBudget
+) -> list[tuple[str, str, list[LabeledImage]]]:
+    """Returns concepts with a note on their regions, and examples; those without an image are left out."""
+    counts = {name: len(places) for name, places in concepts.items()}
+    shown = []
+    for name in pick_concepts(counts, limits.concepts):
+        places = concepts[name]
+        chosen = pick_pairs([data.regions[place] for place in places], limits.examples)
+        images = _labeled(data, [places[number] for number in chosen], budget)
+        if images:
+            shown.append((name, _note(data, places), images))
+    return shown
 
 
-def _left_out(album: gallery.Album) -> str:
-    notes = []
-    if album.left_out:
-        notes.append(f"{album.left_out:,} pictures were left out to keep the page small (megabytes=)")
-    if album.unreadable:
-        notes.append(f"{album.unreadable:,} pictures could not be read")
-    return f'<p class="note">{"; ".join(notes)}.</p>' if notes else ""
-
-
-def _never_matched(coverage: Coverage, sizes: Sizes) -> str:
-    never = coverage.never_matched()
-    known = [use for use in never if use.in_pool]
-    unknown = [use for use in never if not use.in_pool]
-    parts = []
-    for uses, text in (
-        (known, "Concepts of the pool that captions name and that no region of those images was given:"),
-        (unknown, "Phrases that no concept of the pool stands for, by their head noun:"),
-    ):
-        if uses:
-            rows = [[use.concept, f"{use.images:,}", " · ".join(use.examples)] for use in uses]
-            table = _phrase_table(rows[: sizes.listed])
-            parts += [page.paragraph(text), table, page.more(len(uses), sizes.listed, "never_matched.jsonl")]
-    if not parts:
-        parts = [page.paragraph("Every phrase of the captions found a region in at least one image.")]
-    return page.section("Phrases never matched", *parts)
-
-
-def _phrase_table(rows: Sequence[Sequence[str]]) -> str:
-    titles = ("phrase", "images", "captions that name it")
-    return page.plain_table(titles, rows, words=1, texts=(2,))
-
-
-def _skipped(skipped: Sequence[Mapping[str, Any]], sizes: Sizes) -> str:
-    if not skipped:
-        return page.section("Skipped images", page.paragraph("Every image gave at least one region."))
-    rows = [[reason, f"{count:,}", ", ".join(names)] for reason, count, names in reasons(skipped)]
-    text = f"{len(skipped):,} images gave no region; skipped.jsonl in the mined folder names each."
-    table = page.plain_table(("reason", "images", "such as"), rows[: sizes.listed], texts=(2,))
-    return page.section("Skipped images", page.paragraph(text), table)
-
-
-def _places(judged: bool) -> str:
-    files = {
-        "metrics.json": "the figures of this page",
-        "concepts.csv": "every concept: regions, probability, images that name it",
-        "never_matched.jsonl": "every phrase that was never matched, with captions",
-    }
-    if judged:
-        files["categories.csv"] = "every category: precision, wrong names, no object, recall"
-        files["confusions.csv"] = "what was taken for what"
-    lines = "\n".join(f"{name:<20}  {what}" for name, what in files.items())
-    return page.section("Beside this page", f"<pre>{escape(lines)}</pre>")
+def _note(data: ReportData, places: Sequence[int]) -> str:
+    note = f"{len(places):,} region{'s' * (len(places) != 1)}"
+    if data.quality is None:
+        return note
+    outcomes = Counter(data.quality.words[place] for place in places)
+    evaluated = outcomes.total() - outcomes["ignored"]
+    return note + (f", {percent(outcomes['correct'] / evaluated)} % correct" if evaluated else "")

@@ -20,8 +20,7 @@ from regionclip.concepts import read_concepts
 from regionclip.coverage import cover
 from regionclip.datasets import CocoDetection
 from regionclip.judged import judge_regions
-from regionclip.mined_page import Facts, Sizes, make_page
-from regionclip.mined_truth import THRESHOLDS
+from regionclip.mined_page import THRESHOLDS, ReportData, ReportLimits, make_page
 from regionclip.miner import mining_parser, rows_of
 from regionclip.phrases import Phrase, read_invisible
 from regionclip.shards import read_manifest, read_regions
@@ -61,12 +60,12 @@ class ReportConfig:
 
 def report(config: ReportConfig) -> None:
     """Shows mined pairs on one HTML page: gallery, scores, coverage and, with true boxes, their precision."""
-    facts = read_facts(config)
+    data = read_data(config)
     run = RunFolder(config.out, config, "region-report")
-    sizes = Sizes(config.regions, config.concepts, config.examples, config.megabytes, config.listed)
-    write_text(run.path / "report.html", make_page(facts, sizes))
-    _write_tables(run.path, facts)
-    metrics = _metrics(facts)
+    limits = ReportLimits(config.regions, config.concepts, config.examples, config.megabytes, config.listed)
+    write_text(run.path / "report.html", make_page(data, limits))
+    _write_tables(run.path, data)
+    metrics = _metrics(data)
     run.finish(metrics)
     for key, value in metrics.items():
         if not isinstance(value, list):
@@ -74,8 +73,8 @@ def report(config: ReportConfig) -> None:
     print(f"open {run.path / 'report.html'} in a browser")
 
 
-def read_facts(config: ReportConfig) -> Facts:
-    """Reads what mining left and judges it.
+def read_data(config: ReportConfig) -> ReportData:
+    """Reads what mining left and compares it with the true boxes.
 
     Raises:
         InputError: mining has not ended, or its captions or images, or the true boxes, are not there.
@@ -102,7 +101,7 @@ def read_facts(config: ReportConfig) -> Facts:
 
     concepts = [concept.concept for concept in pool]
     coverage = cover(regions, captions, names, concepts, rows_of(pool), parse, read_invisible())
-    return Facts(manifest, folder, regions, coverage, _skipped(Path(config.mined)), judged)
+    return ReportData(manifest, folder, regions, coverage, _skipped(Path(config.mined)), judged)
 
 
 def _there(path: str, what: str, option_: str) -> Path:
@@ -116,12 +115,12 @@ def _skipped(mined: Path) -> list[dict[str, Any]]:
     return [entry for _, entry in read_json_lines(mined / "skipped.jsonl", "list of skipped images")]
 
 
-def _metrics(facts: Facts) -> dict[str, Any]:
+def _metrics(data: ReportData) -> dict[str, Any]:
     """Returns the figures of the page: counts and shares, and the tables by threshold as lists."""
-    metrics: dict[str, Any] = {**facts.coverage.metrics(), "skipped": len(facts.skipped)}
-    metrics["probability_histogram"] = facts.histogram("probability")
-    metrics["objectness_histogram"] = facts.histogram("objectness")
-    judged = facts.judged
+    metrics: dict[str, Any] = {**data.coverage.metrics(), "skipped": len(data.skipped)}
+    metrics["probability_histogram"] = data.histogram("probability")
+    metrics["objectness_histogram"] = data.histogram("objectness")
+    judged = data.quality
     if judged is not None:
         metrics |= {key: value for key, value in judged.metrics().items() if key != "pairs"}
         metrics["by_probability"] = judged.by_threshold(judged.probabilities, THRESHOLDS)
@@ -131,21 +130,21 @@ def _metrics(facts: Facts) -> dict[str, Any]:
     return metrics
 
 
-def _write_tables(folder: Path, facts: Facts) -> None:
+def _write_tables(folder: Path, data: ReportData) -> None:
     """Writes the tables of which the page shows the first rows."""
-    uses = [asdict(use) for use in facts.coverage.by_regions()]
+    uses = [asdict(use) for use in data.coverage.by_regions()]
     fields = ("concept", "images", "matched", "regions", "probability")
     write_text(folder / "concepts.csv", _csv(fields, ([use[key] for key in fields] for use in uses)))
     never = (
         {"phrase": use.concept, "images": use.images, "in_pool": use.in_pool, "examples": use.examples}
-        for use in facts.coverage.never_matched()
+        for use in data.coverage.never_matched()
     )
     write_text(folder / "never_matched.jsonl", "".join(json.dumps(entry) + "\n" for entry in never))
-    if facts.judged is not None:
-        rows = facts.judged.by_category()
+    if data.quality is not None:
+        rows = data.quality.by_category()
         columns = ("name", "part", "objects", "pairs", "precision", "wrong_name", "no_object", "recall")
         write_text(folder / "categories.csv", _csv(columns, ([row[key] for key in columns] for row in rows)))
-        confusions = facts.judged.judgement.confusions()
+        confusions = data.quality.judgement.confusions()
         write_text(folder / "confusions.csv", _csv(("named", "shown", "pairs"), confusions))
 
 

@@ -17,7 +17,7 @@ from regionclip.evaluation import NOTHING
 Box = tuple[float, float, float, float]
 
 # By the number that stands for each in `Judgement.verdicts`.
-VERDICTS = ("unknown", "right", "wrong name", "no object")
+VERDICTS = ("ignored", "correct", "misclassified", "background")
 UNKNOWN, RIGHT, WRONG_NAME, NO_OBJECT = range(4)
 
 
@@ -42,9 +42,9 @@ class Judgement:
 
     Attributes:
         categories: the truth's names; labels count them.
-        verdicts: [P] int64, places in VERDICTS. "right": the box shows an object of that name; "wrong name":
-            it shows an object, but none of that name; "no object"; "unknown": the annotations have no such
-            image or category, or the box lies in a crowd of that name, so that it cannot be judged.
+        verdicts: [P] int64, places in VERDICTS. "correct": the box shows an object of that name;
+            "misclassified": it shows an object, but none of that name; "background"; "ignored": the
+            annotations have no such image or category, or the box lies in a crowd of that name.
         named: [P] int64, the label that the pair's phrase names, -1 when it names none.
         shown: [P] int64, the label of the true object that the box fits best, -1 when it fits none.
         objects: [G] int64, the labels of all true single objects.

@@ -14,18 +14,21 @@ from rich.table import Table
 
 from clip_base.errors import InputError
 from clip_base.files import read_json, write_text
-from clip_base.progress import clock
 from clip_base.train import NO_LOSS
-from regionclip import gallery, page
 from regionclip.datasets import CocoDetection
-from regionclip.figures import Points, grouped_bars, line_chart, percent, stacked_bars
+from regionclip.gallery import MAX_DRAWN, labeled_scenes
 from regionclip.judged import JudgedRegions, judge_regions
+from regionclip.mined_page import OUTCOME_COLORS, labeled_image, pick_pairs
+from regionclip.reports import html
+from regionclip.reports.charts import Chart, Points, grouped_bars, line_chart, stacked_bars
+from regionclip.reports.crops import CropBudget
+from regionclip.reports.html import DASH, percent
 from regionclip.shards import MANIFEST, read_manifest, read_regions
 from regionclip.splits import Split, load_split
-from regionclip.structures import Detections
 
 MODELS = {"clip": "CLIP (before region pretraining)", "regionclip": "RegionCLIP (after)"}
 PARTS = ("base", "novel", "all")
+PAIRS = 36  # mined pairs on the page
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,14 @@ def table(folder: Path) -> list[list[str]]:
     return [header, *_rows(results(Path(folder)))]
 
 
+def _difference(before: float, after: float) -> str:
+    """Returns the change of a share in points, with its sign; a dash where one of both was not measured."""
+    return DASH if min(before, after) < 0 else f"{100 * (after - before):+.1f}"
+
+
 def _rows(figures: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
     rows = [[title, *(percent(figures[model][key]) for key in KEYS)] for model, title in MODELS.items()]
-    changes = [page.difference(figures["clip"][key], figures["regionclip"][key]) for key in KEYS]
+    changes = [_difference(figures["clip"][key], figures["regionclip"][key]) for key in KEYS]
     return [*rows, ["difference", *changes]]
 
 
@@ -217,84 +225,57 @@ def write_report(folder: Path, mined: JudgedRegions) -> Path:
     """
     folder = Path(folder)
     figures, split, timings = results(folder), _split(folder), _timings(folder)
-    mining = mined.metrics()
-    scenes, threshold = _scenes(folder, split)
-    novel = {
-        f"{group.measure} ({group.setting})": (
-            figures["clip"][f"{group.key}_novel"],
-            figures["regionclip"][f"{group.key}_novel"],
+    changes = {
+        f"{group.measure} ({group.setting})": _difference(
+            figures["clip"][f"{group.key}_novel"], figures["regionclip"][f"{group.key}_novel"]
         )
         for group in GROUPS
     }
-    values = {
-        **{key: f"{count:,}" for key, count in _counts(folder).items()},
-        "base_categories": len(split.base),
-        "novel_categories": len(split.novel),
-        "time": clock(sum(timings.values())),
-        "table": page.result_table([group.title for group in GROUPS], PARTS, _rows(figures)),
-        "verdict": page.verdict(novel),
-        "threshold": f"{threshold:.2f}",
-        "most_drawn": gallery.MOST_DRAWN,
-        "scenes": scenes,
-        "judged": f"{mining['judged']:,.0f}",
-        **{key: percent(mining[key]) for key in _MINING},
-        "mining_charts": _mining_charts(mined, mining),
-        "pairs": _pairs(folder, mined),
-        "recall_chart": _recall_chart(folder),
-        "per_class": _per_class_table(folder, split),
-        "loss_charts": "".join(_loss_charts(folder)),
-        "timings": page.timings_table(timings),
-        "places": page.places(folder),
-        "detect": page.detect_call(folder, (*split.novel[:2], split.base[0])),
-    }
+    truth = CocoDetection(_left(folder, "world/instances_val.json"), folder / "world" / "images")
+    found = read_json(_left(folder, "evaluation/detector-regionclip/results.json"), "results")
+    threshold, scenes = labeled_scenes(truth.restrict(split.all), found, split)
+    budget = CropBudget()
+    pairs = (
+        labeled_image(folder / "world" / "images", mined.regions[place], mined.words[place], budget)
+        for place in pick_pairs(mined.regions, PAIRS)
+    )
+    page = html.render(
+        "quickstart.html",
+        counts=_counts(folder),
+        split=split,
+        timings=timings,
+        groups=[group.title for group in GROUPS],
+        parts=PARTS,
+        rows=_rows(figures),
+        changes={what: change for what, change in changes.items() if change != DASH},
+        threshold=threshold,
+        max_drawn=MAX_DRAWN,
+        scenes=scenes,
+        mining=mined.metrics(),
+        mining_charts=_mining_charts(mined),
+        pairs=[pair for pair in pairs if pair is not None],
+        budget=budget,
+        recall_chart=_recall_chart(folder),
+        per_class=_per_class(folder, split),
+        loss_charts=_loss_charts(folder),
+        folder=folder,
+    )
     path = folder / "report.html"
-    write_text(path, page.document("report.html", "RegionCLIP quickstart: what came out", values))
+    write_text(path, page)
     return path
 
 
-_MINING = ("precision", "wrong_name", "no_object", "recall_base", "recall_novel")
-
-
-def _scenes(folder: Path, split: Split) -> tuple[str, float]:
-    """Returns figures of validation scenes, and the score from which on detections are drawn."""
-    annotations = _left(folder, "world/instances_val.json")
-    truth = CocoDetection(annotations, folder / "world" / "images").restrict(split.all)
-    entries: dict[int, list[dict[str, Any]]] = {}
-    for entry in read_json(_left(folder, "evaluation/detector-regionclip/results.json"), "results"):
-        entries.setdefault(entry["image_id"], []).append(entry)
-    found = {
-        record.image_id: Detections.from_coco(
-            entries.get(record.image_id, []), truth.category_ids, split.all, (record.height, record.width)
-        )
-        for record in truth
-    }
-    threshold = gallery.best_threshold(truth, found)
-    pictures = [
-        gallery.scene_figure(
-            record, gallery.worth_drawing(found[record.image_id], threshold), truth, split.novel
-        )
-        for record in gallery.pick_scenes(truth, split.novel)
-    ]
-    return "".join(pictures), threshold
-
-
-def _pairs(folder: Path, mined: JudgedRegions) -> str:
-    images = folder / "world" / "images"
-    return "".join(
-        gallery.pair_figure(images, mined.regions[place], mined.words[place])
-        for place in gallery.pick_pairs(mined.regions)
-    )
-
-
-def _mining_charts(mined: JudgedRegions, mining: Mapping[str, float]) -> str:
-    names = ("precision", "recall")
+def _mining_charts(mined: JudgedRegions) -> list[Chart]:
+    mining, names = mined.metrics(), ("precision", "recall")
     series = {part: [mining[f"{name}_{part}"] for name in names] for part in ("base", "novel")}
-    bars = grouped_bars("Mined pairs against the truth", names, series)
-    title = "Verdict by probability (bins of 0.1; number of pairs below)"
-    return bars + stacked_bars(title, *mined.by_bin(mined.probabilities))
+    title = "Outcomes by probability (bins of 0.1; number of pairs below)"
+    return [
+        grouped_bars("Mined pairs against the ground truth", names, series),
+        stacked_bars(title, *mined.by_bin(mined.probabilities), colors=OUTCOME_COLORS),
+    ]
 
 
-def _recall_chart(folder: Path) -> str:
+def _recall_chart(folder: Path) -> Chart:
     recall = _recall(folder)
     series = {part: [recall[f"recall@{limit}_{part}"] for limit in (10, 100)] for part in ("base", "novel")}
     return grouped_bars("Recall of proposals", ("best 10", "best 100"), series)
@@ -317,7 +298,7 @@ def _losses(folder: Path, stage: str) -> dict[str, Points]:
     return dict(sorted(losses.items()))
 
 
-def _loss_charts(folder: Path) -> list[str]:
+def _loss_charts(folder: Path) -> list[Chart]:
     titles = {
         "clip": "CLIP, image-text loss",
         "rpn": "Proposal network, losses",
@@ -337,7 +318,8 @@ def _total(losses: Mapping[str, Points]) -> Points:
     return sorted(total.items())
 
 
-def _per_class_table(folder: Path, split: Split) -> str:
+def _per_class(folder: Path, split: Split) -> list[dict[str, Any]]:
+    """Returns AP50 of each category, from CLIP and from RegionCLIP: novel ones first, the best first."""
     aps: list[dict[str, float]] = []
     objects: dict[str, int] = {}
     for model in MODELS:
@@ -350,4 +332,15 @@ def _per_class_table(folder: Path, split: Split) -> str:
         raise InputError(
             f"{folder}: the two detectors were evaluated on different categories; evaluate both again"
         )
-    return page.per_class_table(aps[0], aps[1], objects, split.novel)
+    before, after = aps
+    return [
+        {
+            "name": name,
+            "novel": name in split.novel,
+            "objects": objects[name],
+            "before": before[name],
+            "after": after[name],
+            "change": _difference(before[name], after[name]),
+        }
+        for name in sorted(after, key=lambda name: (name not in split.novel, -after[name], name))
+    ]

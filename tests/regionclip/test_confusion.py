@@ -32,15 +32,15 @@ RESULTS = [
     detection(3, "cow", [0, 0, 20, 20], 0.05),  # right, and less sure than any mistake
 ]
 WORDS = {
-    0.95: "right",
-    0.9: "right",
-    0.85: "not judged",
-    0.8: "found twice",
-    0.7: "wrong name",
-    0.6: "no object",
-    0.5: "no object",
-    0.4: "not judged",
-    0.05: "right",
+    0.95: "correct",
+    0.9: "correct",
+    0.85: "ignored",
+    0.8: "duplicate",
+    0.7: "misclassified",
+    0.6: "background",
+    0.5: "background",
+    0.4: "ignored",
+    0.05: "correct",
 }
 
 

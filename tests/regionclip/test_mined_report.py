@@ -7,7 +7,9 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -15,8 +17,9 @@ import pytest
 from clip_base.cli import main_regionclip
 from clip_base.files import read_json, write_json, write_text
 from regionclip.coverage import cover, reasons
-from regionclip.gallery import CAPTION, Album, _caption, pick_concepts
+from regionclip.mined_page import MAX_CAPTION, caption_around, labeled_image, pick_concepts
 from regionclip.phrases import Phrase
+from regionclip.reports.crops import CropBudget
 from regionclip.shards import MinedRegion, read_regions, shard_path, write_shard
 
 Command = Callable[..., tuple[int, str]]
@@ -41,7 +44,6 @@ def region(image: int = 1, concept: str = "cup", probability: float = 0.5, **oth
 def test_the_page_loads_nothing_and_its_charts_are_whole(reported: Path):
     text = (reported / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|@import|url\(|<script|src=\"(?!data:)", text)
-    assert "$" not in text.partition("</style>")[2], "a placeholder was left"
     charts = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
     assert len(charts) == 8
     for chart in charts:
@@ -84,7 +86,7 @@ def test_every_true_object_of_the_world_is_counted_once(reported: Path, world: P
 def test_without_true_boxes_nothing_is_judged(mined: Path, tmp_path: Path, regionclip: Command):
     assert regionclip("report", f"mined={mined}", f"out={tmp_path / 'out'}")[0] == 0
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "Against the truth" not in text
+    assert "Against the ground truth" not in text
     assert 'class="tag' not in text
     assert not (tmp_path / "out" / "categories.csv").exists()
     assert "precision" not in read_json(tmp_path / "out" / "metrics.json")
@@ -186,18 +188,24 @@ def test_skipped_images_are_grouped_by_their_reason_without_the_name():
     ]
 
 
-def test_an_album_stays_below_its_limit_and_counts_what_it_leaves_out(world: Path):
+def test_crops_stay_below_their_budget_and_those_left_out_are_counted(world: Path):
     folder = world / "images" / "train"
     files = sorted(path.name for path in folder.glob("*.jpg"))
     regions = [region(file_name=name) for name in files] + [region(file_name="gone.jpg")]
-    whole = Album(folder, 10**8)
-    everything = whole.figures(regions, [None] * len(regions))
-    assert (whole.shown, whole.left_out, whole.unreadable) == (len(files), 0, 1)
-    small = Album(folder, len(everything) // 2)
-    part = small.figures(regions, ["right"] * len(regions))
-    assert 0 < len(part) <= len(everything) // 2
-    assert small.shown + small.left_out == len(regions)
-    assert Album(folder, 0).figures(regions, [None] * len(regions)) == ""
+
+    def bytes_within(budget: CropBudget) -> list[int]:
+        images = [labeled_image(folder, one, "correct", budget) for one in regions]
+        return [len(image.crop.src) for image in images if image is not None]
+
+    whole = CropBudget()
+    everything = bytes_within(whole)
+    assert (len(everything), whole.left_out, whole.unreadable) == (len(files), 0, 1)
+    small = CropBudget(sum(everything) // 2)
+    part = bytes_within(small)
+    assert part == everything[: len(part)]
+    assert 0 < sum(part) <= sum(everything) // 2
+    assert len(part) + small.left_out == len(regions)
+    assert bytes_within(CropBudget(0)) == []
 
 
 def test_half_of_the_concepts_picked_are_the_most_frequent_and_half_are_spread():
@@ -213,15 +221,38 @@ def test_half_of_the_concepts_picked_are_the_most_frequent_and_half_are_spread()
 @pytest.mark.parametrize("place", [0, 300, 600])
 def test_a_long_caption_is_cut_around_its_phrase(place: int):
     caption = "x " * (place // 2) + "a red cup" + " y" * ((600 - place) // 2)
-    shown = _caption(region(phrase="red cup", caption=caption))
-    assert "<mark>red cup</mark>" in shown
-    assert len(shown) <= CAPTION + len("<mark></mark>……")
-    assert shown.startswith("…") == (place > 0)
-    assert shown.endswith("…") == (place < 600)
+    before, phrase, after = caption_around(caption, "red cup")
+    assert phrase == "red cup"
+    assert len(before + phrase + after) <= MAX_CAPTION + len("……")
+    assert before.startswith("…") == (place > 0)
+    assert after.endswith("…") == (place < 600)
 
 
 def test_a_phrase_in_another_form_stands_before_its_caption():
-    assert (
-        _caption(region(phrase="person", caption="two <people>")) == "<mark>person</mark>: two &lt;people&gt;"
-    )
-    assert _caption(region(phrase=None, caption=None)) == "not named in a caption"
+    assert caption_around("two <people>", "person") == ("", "person", ": two <people>")
+    assert caption_around(None, None) == ("not named in a caption", "", "")
+
+
+HOSTILE = "<script>alert('$x^2')</script>"
+
+
+def test_names_and_captions_are_escaped(
+    mined: Path, world: Path, tmp_path: Path, regionclip: Command, parsed: Callable[[str], Any]
+):
+    folder = shutil.copytree(mined, tmp_path / "mined")
+    shards = len(read_json(folder / "manifest.json")["shards"])
+    regions = [replace(one, concept=HOSTILE, phrase=HOSTILE, caption=HOSTILE) for one in read_regions(mined)]
+    for number in range(shards):
+        write_shard(shard_path(folder, number), regions if number == 0 else [])
+    entry = {"image_id": 1, "file_name": f"{HOSTILE}.jpg", "reason": HOSTILE}
+    write_text(folder / "skipped.jsonl", json.dumps(entry) + "\n")
+    annotations = read_json(world / "instances_train.json")
+    for category in annotations["categories"]:
+        category["name"] += HOSTILE
+    write_json(tmp_path / "instances.json", annotations)
+    call = [f"mined={folder}", f"annotations={tmp_path / 'instances.json'}", f"out={tmp_path / 'out'}"]
+    assert regionclip("report", *call)[0] == 0
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;") > 10
+    assert parsed(text).open == []

@@ -44,9 +44,18 @@ def truth(tmp_path: Path) -> CocoDetection:
 
 
 def test_pairs_are_right_wrong_or_nothing(truth: CocoDetection):
-    wanted = ["right", "wrong name", "right", "no object", "unknown", "no object", "unknown", "unknown"]
+    wanted = [
+        "correct",
+        "misclassified",
+        "correct",
+        "background",
+        "ignored",
+        "background",
+        "ignored",
+        "ignored",
+    ]
     assert judge(PAIRS, truth).words() == wanted
-    assert judge(PAIRS[6:7], truth, canonical={"grass": "cat"}.get).words() == ["right"]
+    assert judge(PAIRS[6:7], truth, canonical={"grass": "cat"}.get).words() == ["correct"]
 
 
 def test_precision_goes_by_the_name_given_and_recall_by_the_object(truth: CocoDetection):
@@ -74,7 +83,7 @@ def test_pairs_left_out_find_nothing(truth: CocoDetection):
 
 def test_images_that_were_not_mined_do_not_count(truth: CocoDetection):
     assert judge(PAIRS, truth, images={1}).metrics()["recall"] == 1
-    assert judge([Pair(2, (10, 10, 60, 60), "dog")], truth, images={1}).words() == ["unknown"]
+    assert judge([Pair(2, (10, 10, 60, 60), "dog")], truth, images={1}).words() == ["ignored"]
 
 
 def test_no_pairs_find_nothing(truth: CocoDetection):

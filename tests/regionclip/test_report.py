@@ -13,19 +13,18 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import torch
+from PIL import Image
 from rich.console import Console
 
 from clip_base.data.scenes import ScenesConfig, generate
 from clip_base.errors import InputError
 from clip_base.files import read_json, write_json, write_text
 from regionclip.datasets import CocoDetection
-from regionclip.figures import grouped_bars, line_chart, percent, thinned, ticks
-from regionclip.gallery import best_threshold, pick_pairs, pick_scenes, worth_drawing
+from regionclip.gallery import MAX_DRAWN, labeled_scenes, pick_scenes
+from regionclip.mined_page import pick_pairs
 from regionclip.report import format_table, judge_mining, print_table, summary, table, write_report
 from regionclip.shards import VERSION, MinedRegion, write_shard
 from regionclip.splits import load_split
-from regionclip.structures import Detections
 
 TRAIN, VAL = 20, 16
 AP50 = {
@@ -173,7 +172,6 @@ def test_the_page_is_whole_and_asks_for_nothing_outside_itself(finished: Path, p
     assert page.open == []
     assert all(address.startswith("data:") for address in page.addresses)
     assert not re.search(r"https?://|@import|url\(|<script", text)
-    assert "$" not in text.partition("</style>")[2], "a placeholder was left"
     assert text.count("data:image/jpeg;base64,") >= 12 + 24
     for svg in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL):
         ElementTree.fromstring(svg)
@@ -183,15 +181,15 @@ def test_the_page_is_whole_and_asks_for_nothing_outside_itself(finished: Path, p
 def test_the_page_says_what_was_done_and_found(finished: Path):
     text = re.sub(r"\s+", " ", _report(finished).read_text(encoding="utf-8"))
     for fact in (
-        f"A world of {TRAIN} scenes with {3 * TRAIN} captions",
+        f"A synthetic dataset of {TRAIN} scenes with {3 * TRAIN} captions",
         f"{VAL} scenes to measure on",
         "5 min 04 s",
         "+17.0 points of top-1",
         "pretrain CLIP on image-text pairs",
-        "cannot be judged",
-        'class="tag right">right',
-        'class="tag wrong">wrong name',
-        'class="tag nothing">no object',
+        'class="tag correct">correct',
+        'class="tag misclassified">misclassified',
+        'class="tag background">background',
+        'class="tag ignored">ignored',
         "Recall of proposals",
         "from RegionCLIP",
         "detector-regionclip/model.safetensors",
@@ -278,23 +276,35 @@ def test_scenes_are_picked_by_the_truth_and_show_the_novel_categories(finished: 
     assert len(pick_scenes(truth, split.novel, VAL + 5)) == VAL
 
 
-def test_the_threshold_parts_right_detections_from_wrong_ones(finished: Path):
-    record = next(record for record in _truth(finished, "val") if len(record.boxes) >= 2)
-    truth = _truth(finished, "val")
+def test_scenes_show_what_was_found_and_missed_from_the_best_threshold_on(finished: Path):
+    truth = CocoDetection(finished / "world" / "instances_val.json", finished / "world" / "images")
+    split = load_split(finished / "world" / "split.json", truth.categories)
+    record = next(record for record in truth if len(record.boxes) >= 2)
     truth._records = [record]
-    boxes = torch.cat([record.boxes, record.boxes[:1], torch.tensor([[0.0, 0, 5, 5]])])
-    labels = torch.cat([record.labels, record.labels[:1], record.labels[:1]])
-    scores = torch.cat([torch.full((len(record.boxes),), 0.7), torch.tensor([0.4, 0.3])])
-    found = Detections(boxes, scores, labels, truth.categories, (record.height, record.width))
-    assert best_threshold(truth, {record.image_id: found}) == pytest.approx(0.7)
-    assert best_threshold(truth, {}) == 0.5
+    x1, y1, x2, y2 = record.boxes[0].tolist()
+    label = int(record.labels[0])
+    entry = {"image_id": record.image_id, "category_id": truth.category_ids[label], "score": 0.7}
+    entry["bbox"] = [x1, y1, x2 - x1, y2 - y1]
+    threshold, (scene,) = labeled_scenes(truth, [entry, entry | {"bbox": [0, 0, 5, 5], "score": 0.3}], split)
+    assert threshold == pytest.approx(0.7)
+    assert truth.categories[label] in scene.found
+    assert len(scene.missed.split(", ")) >= 1
+    threshold, (scene,) = labeled_scenes(truth, [], split)
+    assert (threshold, scene.found) == (0.5, "")
 
 
-def test_of_many_detections_the_best_are_drawn():
-    scores = torch.linspace(0.1, 0.9, 40)
-    found = Detections(torch.rand(40, 4), scores, torch.zeros(40, dtype=torch.int64), ("cat",), (9, 9))
-    assert worth_drawing(found, 0.2).scores.tolist() == scores.flip(0)[:10].tolist()
-    assert len(worth_drawing(found, 0.85)) == 3
+def test_of_many_detections_the_best_are_drawn(finished: Path, monkeypatch: pytest.MonkeyPatch):
+    truth = CocoDetection(finished / "world" / "instances_val.json", finished / "world" / "images")
+    split = load_split(finished / "world" / "split.json", truth.categories)
+    truth._records = [record := next(iter(truth))]
+    entry = {"image_id": record.image_id, "category_id": truth.category_ids[0], "bbox": [0, 0, 5, 5]}
+    drawn: dict[str, list[str]] = {}
+    monkeypatch.setattr(
+        "regionclip.gallery.draw", lambda image, **what: drawn.update(what) or Image.new("RGB", (9, 9))
+    )
+    labeled_scenes(truth, [entry | {"score": 0.5 + number / 100} for number in range(40)], split)
+    assert len(drawn["texts"]) == MAX_DRAWN
+    assert drawn["texts"][-1].endswith("0.89")  # the best last, on top
 
 
 def test_pairs_are_picked_from_all_probabilities_and_over_the_concepts():
@@ -309,30 +319,3 @@ def test_pairs_are_picked_from_all_probabilities_and_over_the_concepts():
     assert all(sum(regions[place].concept == f"thing {n}" for place in chosen) == 4 for n in range(7))
     assert pick_pairs(regions[:3], 28) == [2, 1, 0]
     assert pick_pairs([], 28) == []
-
-
-def test_ticks_are_round_and_enclose_the_data():
-    assert ticks(0, 1, 4) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
-    assert ticks(0.0, 2000) == [0, 500, 1000, 1500, 2000]
-    for low, high in ((2.31, 2.34), (-3, 7), (5, 5), (0, 0)):
-        marks = ticks(low, high)
-        assert marks[0] <= low <= high <= marks[-1]
-        assert 2 <= len(marks) <= 7
-
-
-def test_charts_draw_empty_and_unmeasured_data_and_escape_their_texts():
-    chart = line_chart("a <title>", {"x & y": [(1, math.nan), (2, math.inf)]})
-    assert "a &lt;title&gt;" in chart
-    assert "x &amp; y" in chart
-    ElementTree.fromstring(chart)
-    assert "<circle" in line_chart("one point", {"x": [(0, 1.0)]})
-    bars = grouped_bars("bars", ["a"], {"base": [0.5], "novel": [-1.0]})
-    assert percent(-1.0) in bars
-    assert "50.0" in bars
-
-
-def test_long_curves_are_thinned_by_means():
-    points = [(float(x), float(x % 2)) for x in range(1000)]
-    few = thinned(points, 100)
-    assert len(few) == 100
-    assert {y for _, y in few} == {0.5}

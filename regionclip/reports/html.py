@@ -1,0 +1,47 @@
+"""HTML pages from Jinja2 templates: all values are escaped; a page opens from disk and loads nothing else."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from clip_base.progress import clock
+
+DASH = "–"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """Returns a share in [0, 1] as a percentage without the sign: 41.2; a dash where it is negative."""
+    return DASH if share < 0 else f"{100 * share:.{digits}f}"
+
+
+def count(number: float) -> str:
+    """Returns a whole number with separators: 1,234."""
+    return f"{number:,.0f}"
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("regionclip.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "count": count, "clock": clock}
+    return environment
+
+
+def render(template: str, **values: object) -> str:
+    """Returns a page.
+
+    Args:
+        template: file in `templates`; it extends `base.html`.
+        values: what the template names; text is escaped, a `markupsafe.Markup` is not.
+
+    Raises:
+        jinja2.UndefinedError: the template names a value that is not given.
+    """
+    return _environment().get_template(template).render(values) + "\n"

@@ -70,6 +70,9 @@ class TrainDetectorConfig:
         0.5, "exponent of (1 - p) that favours hard regions; 0: none, and the mean is weighted"
     )
     box_weight: float = option(1.0, "weight of the box regression loss")
+    smooth_l1_beta: float = option(
+        0.0, "box regression loss: deltas off by less than this are squared; 0: L1, as published"
+    )
     objectness_weight: float = option(1.0, "shared trunk: weight of the proposals' objectness loss")
     proposal_weight: float = option(1.0, "shared trunk: weight of the proposals' box regression loss")
     boxes: str = option(
@@ -107,6 +110,8 @@ class TrainDetectorConfig:
             raise InputError(
                 f"rois={self.rois} must be at least 1, positive_share={self.positive_share} in (0, 1]"
             )
+        if self.smooth_l1_beta < 0:
+            raise InputError(f"smooth_l1_beta must not be below 0, found {self.smooth_l1_beta}")
 
 
 class DetectorTask(nn.Module):
@@ -171,7 +176,8 @@ class DetectorTask(nn.Module):
             classification = self._classification(logits, labels)
             objects = labels < len(self.classifier)
             wanted = encode_deltas(regions.boxes[objects], targets[objects], DELTA_WEIGHTS)
-            box = F.l1_loss(moves[objects], wanted, reduction="sum") / max(len(labels), 1)
+            box = F.smooth_l1_loss(moves[objects], wanted, reduction="sum", beta=config.smooth_l1_beta)
+            box = box / max(len(labels), 1)
         return {"classification": classification, "box": config.box_weight * box}
 
     def _classification(self, logits: Tensor, labels: Tensor) -> Tensor:

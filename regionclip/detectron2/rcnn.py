@@ -14,6 +14,7 @@ from torch import nn
 
 from clip_base.data.images import DEVIATION, MEAN, normalise
 from clip_base.errors import InputError
+from regionclip.detectron2.config import MODEL_VALUES, require, stated
 
 RGB = {"RGB": (0, 1, 2), "BGR": (2, 1, 0)}  # where the channels of an input lie
 
@@ -57,7 +58,12 @@ class OpenVocabularyRCNN(GeneralizedRCNN):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Builds the parts that the config names."""
+        """Builds the parts that the config names.
+
+        Raises:
+            InputError: the config asks for masks, keypoints, proposals from a file or test-time augmentation.
+        """
+        require(stated(cfg, list(MODEL_VALUES)), MODEL_VALUES, "OpenVocabularyRCNN")
         parts: dict[str, Any] = super().from_config(cfg)
         return {key: value for key, value in parts.items() if not key.startswith("pixel_")}
 

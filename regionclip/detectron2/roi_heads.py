@@ -3,7 +3,7 @@
 # B images, N regions in all, C names
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,14 @@ from clip_base.tokenizer import Tokenizer
 from regionclip.boxes import clip_boxes
 from regionclip.detector import Detector, DetectorConfig
 from regionclip.detectron2.catalog import class_names
-from regionclip.detectron2.config import detector_config, training_config
+from regionclip.detectron2.config import (
+    POOLER_RESOLUTION,
+    ROI_VALUES,
+    detector_config,
+    require,
+    stated,
+    training_config,
+)
 from regionclip.detectron2.structures import from_images, from_proposals, from_truth
 from regionclip.detectron2.weights import head_of, read_detector
 from regionclip.scoring import reported, score, select
@@ -43,6 +50,7 @@ class OpenVocabularyROIHeads(nn.Module):
         test_dataset: whose classes are detected, until `set_vocabulary` is called.
         text: a CLIP whose text tower embeds names, for published detectors, which have none.
         feature: name of the map that regions are cut from.
+        said: what a config says of things that are fixed here; an InputError where it is something else.
     """
 
     @configurable  # type: ignore[untyped-decorator]
@@ -56,9 +64,12 @@ class OpenVocabularyROIHeads(nn.Module):
         test_dataset: str = "",
         text: str = "",
         feature: str = "res4",
+        said: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         whole = read_detector(weights, detector, trained, training.boxes, text)
+        own = {**ROI_VALUES, POOLER_RESOLUTION: whole.clip.visual.region_size}
+        require(said or {}, own, "OpenVocabularyROIHeads")
         if not hasattr(whole.clip, "text"):
             raise InputError(
                 f"{weights} brings no text tower; set MODEL.REGIONCLIP.TEXT to the CLIP that it was made from"
@@ -88,6 +99,7 @@ class OpenVocabularyROIHeads(nn.Module):
             "train_dataset": next(iter(cfg.DATASETS.TRAIN), ""),
             "test_dataset": next(iter(cfg.DATASETS.TEST), ""),
             "text": own.TEXT,
+            "said": stated(cfg, [*ROI_VALUES, POOLER_RESOLUTION]),
         }
 
     @property

@@ -1,8 +1,9 @@
 """The region proposal network (Faster R-CNN, arXiv 1506.01497, section 3), over one map or a feature pyramid.
 
 Two backbones: the trunk of CLIP's ResNet, so that one backbone can serve proposals and embeddings, and
-torchvision's ResNet-50. Sampling, losses, head and pyramid are torchvision's. Anchors and the choice of
-proposals are our own: torchvision rounds anchors to whole pixels and derives strides from the padded size.
+torchvision's ResNet-50. Sampling, head and pyramid are torchvision's. The losses are detectron2's. Anchors
+and the choice of proposals are our own: torchvision rounds anchors to whole pixels and derives strides from
+the padded size.
 """
 
 # B images, C channels, h and w sides of a map, A anchors a cell, K anchors of an image over all levels
@@ -14,6 +15,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 from torchvision.ops import FeaturePyramidNetwork, batched_nms
@@ -75,8 +77,11 @@ class ProposalNetworkConfig:
     head_convs: int = option(1, "3x3 convolutions of the head")
     positive_iou: float = option(0.7, "anchors that overlap a box at least so much are objects")
     negative_iou: float = option(0.3, "anchors that overlap every box less are background; between: not used")
-    samples: int = option(256, "anchors an image in the loss")
+    samples: int = option(256, "anchors per image in the loss; what the sum of their losses is divided by")
     positive_share: float = option(0.5, "largest share of objects among the sampled anchors")
+    smooth_l1_beta: float = option(
+        0.0, "box loss: deltas off by less than this are squared; 0: L1, as in detectron2; torchvision: 1/9"
+    )
     pre_nms: int = option(1000, "best anchors a level that go into non-maximum suppression")
     nms: float = option(0.7, "IoU above which the lower scored of two proposals is dropped")
     merge_levels: bool = option(True, "suppress over all levels together; false: within each, as published")
@@ -123,8 +128,8 @@ class ProposalNetworkConfig:
             f"0 ≤ negative_iou ≤ positive_iou ≤ 1 must hold, got {self.negative_iou} and {self.positive_iou}",
         )
         _require(
-            self.samples > 0 and self.pre_nms > 0 and self.channels >= 0 and self.min_size >= 0,
-            "samples and pre_nms must be above 0, channels and min_size not below it",
+            min(self.samples, self.pre_nms) > 0 <= min(self.channels, self.min_size, self.smooth_l1_beta),
+            "samples and pre_nms must be above 0, channels, min_size and smooth_l1_beta not below it",
         )
         _require(self.head_convs > 0, f"head_convs must be at least 1, got {self.head_convs}")
         _require(self.design == "fpn" or not self.pyramid_norm, "pyramid_norm=true needs design=fpn")
@@ -249,15 +254,17 @@ class ProposalNetwork(nn.Module):
     def losses(self, batch: RegionBatch, maps: list[Tensor] | None = None) -> dict[str, Tensor]:
         """Returns the unweighted losses of a batch in float32; which class a box is of does not matter.
 
-        Anchors whose centre lies in the padding are not used, nor are boxes without area.
+        Those of detectron2, with one difference: anchors whose center lies in the padding are not used. Nor
+        are boxes without area.
 
         Args:
             batch: images and true boxes.
             maps: of the shared trunk, see `features`; gradients flow into them.
 
         Returns:
-            `objectness`, binary cross entropy of the sampled anchors, and `box`, the smooth L1 loss of the
-            objects among them, divided by the number of all sampled ones.
+            `objectness`, the sum of the binary cross entropies of the sampled anchors, and `box`, the sum of
+            the (smooth) L1 losses of the objects among them; each divided by `config.samples` per image, even
+            where fewer anchors could be sampled.
         """
         levels = self.features(batch.images, maps)
         logits, deltas = self.rpn.head(levels)
@@ -268,13 +275,16 @@ class ProposalNetwork(nn.Module):
             truth = [{"boxes": regions.of_image(index).boxes} for index in range(len(batch.images))]
             labels, matched = self.rpn.assign_targets_to_anchors([anchors] * len(truth), truth)
             centres = (anchors[:, :2] + anchors[:, 2:]) / 2  # [K, 2] x, y
-            targets = []
-            for label, boxes, size in zip(labels, matched, batch.images.sizes.flip(-1), strict=True):
+            for label, size in zip(labels, batch.images.sizes.flip(-1), strict=True):
                 label[(centres >= size).any(-1)] = -1
-                # Only objects are regressed; background has no box to encode.
-                targets.append(encode_deltas(anchors, torch.where((label == 1)[:, None], boxes, anchors)))
-            objectness, box = self.rpn.compute_loss(logits.float(), deltas.float(), labels, targets)
-        return {"objectness": objectness, "box": box}
+            positive, negative = (torch.cat(masks) for masks in self.rpn.fg_bg_sampler(labels))  # [B·K] 0, 1
+            objects, sampled = positive.bool(), (positive + negative).bool()
+            wanted = encode_deltas(anchors.repeat(len(truth), 1)[objects], torch.cat(matched)[objects])
+            beta, count = self.config.smooth_l1_beta, self.config.samples * len(truth)
+            box = F.smooth_l1_loss(deltas.float()[objects], wanted, reduction="sum", beta=beta)
+            found, is_object = logits.float().flatten()[sampled], objects[sampled].float()
+            objectness = F.binary_cross_entropy_with_logits(found, is_object, reduction="sum")
+        return {"objectness": objectness / count, "box": box / count}
 
     @torch.no_grad()
     def propose(
@@ -284,6 +294,7 @@ class ProposalNetwork(nn.Module):
         nms: float | None = None,
         min_score: float = 0.0,
         maps: list[Tensor] | None = None,
+        pre_nms: int | None = None,
     ) -> Regions:
         """Returns the boxes most like objects.
 
@@ -293,6 +304,7 @@ class ProposalNetwork(nn.Module):
             nms: IoU above which the lower scored of two boxes is dropped; None: the config's.
             min_score: boxes scored lower are left out.
             maps: of the shared trunk, see `features`.
+            pre_nms: best anchors per level that go into non-maximum suppression; None: the config's.
 
         Returns:
             boxes in the batch's frame and inside each image's unpadded size, sorted by image, then by falling
@@ -303,7 +315,7 @@ class ProposalNetwork(nn.Module):
         levels = self.features(images, maps)
         logits, deltas = self.rpn.head(levels)
         with torch.autocast(images.pixels.device.type, enabled=False):
-            boxes, best, level_of = self.best_anchors(levels, logits, deltas)
+            boxes, best, level_of = self.best_anchors(levels, logits, deltas, pre_nms)
             kept = [
                 self._pick(boxes[index], best[index], level_of, size, limit, nms, min_score)
                 for index, size in enumerate(images.sizes)
@@ -325,16 +337,17 @@ class ProposalNetwork(nn.Module):
         return anchors
 
     def best_anchors(
-        self, maps: list[Tensor], logits: list[Tensor], deltas: list[Tensor]
+        self, maps: list[Tensor], logits: list[Tensor], deltas: list[Tensor], pre_nms: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the levels' best anchors, decoded: boxes [B, k, 4], logits [B, k], levels [k]."""
+        most = pre_nms or self.config.pre_nms
         boxes, scores, levels = [], [], []
         for level, anchors in enumerate(self.anchors(maps)):
             count, _, height, width = logits[level].shape
             flat = logits[level].float().permute(0, 2, 3, 1).flatten(1)  # [B, h·w·A]
             moves = deltas[level].float().reshape(count, -1, 4, height, width)
             moves = moves.permute(0, 3, 4, 1, 2).reshape(count, -1, 4)  # [B, h·w·A, 4]
-            best, index = flat.topk(torch.sym_min(self.config.pre_nms, flat.shape[1]), dim=1)  # [B, k]
+            best, index = flat.topk(torch.sym_min(most, flat.shape[1]), dim=1)  # [B, k]
             moves = moves.gather(1, index[..., None].expand(-1, -1, 4))
             decoded = decode_deltas(anchors[index].flatten(0, 1), moves.flatten(0, 1))
             boxes.append(decoded.reshape(count, -1, 4))

@@ -1,8 +1,9 @@
-"""The same weights in detectron2's proposal networks and here propose the same boxes."""
+"""The same weights in detectron2's proposal networks and here give the same proposals and losses."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,15 @@ from clip_base.data.images import DEVIATION, MEAN
 from regionclip.proposals.detectron2_names import from_detectron2, to_detectron2
 from regionclip.proposals.network import ProposalNetwork
 from regionclip.proposals.rpn import load_network, save_network
+from regionclip.structures import RegionBatch, Regions
 
 pytest.importorskip("detectron2")
 
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as default_config
 from detectron2.modeling import build_backbone, build_proposal_generator
-from detectron2.structures import ImageList
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import EventStorage
 
 DESIGNS = ("c4", "fpn", "fpn_lsj")
 
@@ -168,3 +171,42 @@ def test_every_key_goes_there_and_back(pair: tuple[Peer, ProposalNetwork], tmp_p
     assert all(torch.equal(back[key], wanted[key]) for key in wanted)
     save_network(network, tmp_path / "rpn.safetensors")
     assert load_network(tmp_path / "rpn.safetensors").config == network.config
+
+
+TRUTH = ([[20.0, 10.0, 75.0, 90.0], [60.0, 40.0, 180.0, 110.0]], [[5.0, 60.0, 45.0, 120.0]])
+
+
+@pytest.mark.parametrize("beta", [0.0, 1 / 9])
+@pytest.mark.parametrize("samples", [256, 100_000], ids=["sampled", "fewer anchors than asked for"])
+def test_losses_are_detectron2s(pair: tuple[Peer, ProposalNetwork], beta: float, samples: int) -> None:
+    """Images without padding: there, detectron2 also takes anchors in the padding for background."""
+    peer, network = pair
+    generator = peer.proposal_generator
+    images = [image[:, :128, :128].contiguous() for image in photographs()]
+    shown = torch.stack([(image.flip(0).float() - peer.mean) / peer.deviation for image in images])
+    truth = [Instances((128, 128), gt_boxes=Boxes(torch.tensor(boxes))) for boxes in TRUTH]
+    before = generator.smooth_l1_beta, generator.batch_size_per_image
+    generator.smooth_l1_beta, generator.batch_size_per_image = beta, samples
+    generator.train()
+    try:
+        with EventStorage():
+            torch.manual_seed(0)
+            batch = ImageList(shown, [(128, 128)] * 2)
+            _, wanted = generator(batch, peer.backbone(shown), truth)
+    finally:
+        generator.smooth_l1_beta, generator.batch_size_per_image = before
+        generator.eval()
+
+    sizes = dataclasses.replace(network.config, smooth_l1_beta=beta, samples=samples)
+    mine = ProposalNetwork(sizes).eval()
+    mine.load_state_dict(network.state_dict())
+    regions = Regions(
+        torch.cat([torch.tensor(boxes) for boxes in TRUTH]),
+        torch.tensor([0] * len(TRUTH[0]) + [1] * len(TRUTH[1])),
+    )
+    torch.manual_seed(0)
+    found = mine.losses(RegionBatch(batch_of(images, 1, torch.float32), regions))
+    # Objects, being fewer than half of 256, are all taken; which background is drawn may differ.
+    torch.testing.assert_close(found["box"], wanted["loss_rpn_loc"], atol=1e-5, rtol=1e-4)
+    drawn = 0.05 if samples == 256 else 1e-4
+    torch.testing.assert_close(found["objectness"], wanted["loss_rpn_cls"], atol=1e-5, rtol=drawn)

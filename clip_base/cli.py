@@ -6,20 +6,22 @@ code 2, a job that fails with one line and exit code 1; `--debug` shows the trac
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from clip_base import completion as completions
 from clip_base import config as configs
 from clip_base import outline, plugins
-from clip_base.errors import InputError
+from clip_base.errors import InputError, InputNote
 from clip_base.outline import Description
 
 REGION_PREFIX = "region-"
@@ -44,7 +46,8 @@ def _run(program: str, prefix: str, arguments: list[str]) -> int:
     if arguments[:1] != [completions.COMMAND]:  # there it is a word that was typed
         arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        code = _dispatch(program, prefix, arguments)
+        with _notes_as_lines():
+            code = _dispatch(program, prefix, arguments)
         sys.stdout.flush()  # a reader that has gone away (`| head`) shows here, not while Python shuts down
         return code
     except KeyboardInterrupt:
@@ -63,6 +66,23 @@ def _run(program: str, prefix: str, arguments: list[str]) -> int:
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         return _end(f"failed: {type(error).__name__}: {first} (--debug shows where)", 1, debug)
+
+
+@contextlib.contextmanager
+def _notes_as_lines() -> Iterator[None]:
+    """Prints an `InputNote` as one line on stderr, and other warnings as Python does."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+            if issubclass(category, InputNote):
+                print(f"note: {message}", file=sys.stderr)
+            else:
+                others(message, category, *place, **options)
+
+        warnings.showwarning = show
+        warnings.simplefilter("default", InputNote)
+        yield
 
 
 def _end(message: str, code: int, debug: bool) -> int:

@@ -1,4 +1,8 @@
-"""The one error that a person who types a command should ever read."""
+"""The one error, and the one kind of note, that a person who types a command should ever read."""
+
+from __future__ import annotations
+
+import warnings
 
 
 class InputError(ValueError):
@@ -7,6 +11,23 @@ class InputError(ValueError):
     Its message is one line that says what was wrong, what was found and how to mend it. The command line
     prints it without a traceback and ends with exit code 2.
     """
+
+
+class InputNote(UserWarning):
+    """Something was assumed about what the caller gave, and the result depends on it.
+
+    In Python a warning; the command line prints it as one line on stderr that begins with `note:`.
+    """
+
+
+def note(message: str, stacklevel: int = 3) -> None:
+    """Tells what was assumed, as an `InputNote`; the same message from the same place is shown once.
+
+    Args:
+        message: one line.
+        stacklevel: whose line a Python warning names, counted from here; 3: whoever called the caller.
+    """
+    warnings.warn(message, InputNote, stacklevel=stacklevel)
 
 
 def quote(value: object, length: int = 80) -> str:

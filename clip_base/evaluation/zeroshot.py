@@ -3,7 +3,6 @@
 # C classes, D embedding size
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from clip_base.config import REQUIRED, option
-from clip_base.errors import InputError
+from clip_base.errors import InputError, note
 from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
 from clip_base.evaluation.pictures import coco_pictures, folder_pictures
 from clip_base.evaluation.prompts import classifier, read_templates
@@ -88,9 +87,9 @@ def class_names(given: Sequence[str], found: Sequence[str]) -> list[str]:
         raise InputError("names has an empty class name")
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        print(
-            f"note: {', '.join(map(repr, repeated[:5]))}{', …' if len(repeated) > 5 else ''} names more than "
-            "one class; such classes cannot be told apart, so none of their images counts for top1",
-            file=sys.stderr,
+        shown = f"{', '.join(map(repr, repeated[:5]))}{', …' if len(repeated) > 5 else ''}"
+        note(
+            f"{shown}: such names stand for more than one class; those cannot be told apart, so that none of "
+            "their images counts for top1"
         )
     return names

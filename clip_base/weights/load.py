@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from clip_base.errors import InputError
+from clip_base.errors import InputError, note
 from clip_base.models.clip import CLIP
 from clip_base.preprocess import Preprocess
 from clip_base.weights import published
@@ -48,13 +48,15 @@ def load_clip(name_or_path: str | Path, activation: str = "", precision: str = "
     Args:
         name_or_path: a file, a folder, or one of `clip_base.available_models()`.
         activation: "quick_gelu" or "gelu" for files that do not say; "" assumes quick_gelu, as OpenAI's
-            models.
+            models, and notes it.
         precision: type of the weights: "fp32", "fp16", "bf16", or "stored" for the file's own.
 
     Raises:
         InputError: the file is missing, damaged, of no known form, or does not fit.
     """
-    return read_any(name_or_path, activation, precision)[0]
+    model, report = read_any(name_or_path, activation, precision)
+    _tell(report)
+    return model
 
 
 def load(
@@ -75,7 +77,7 @@ def load(
         download_root: folder for published files; None: $CLIP_BASE_CACHE, else ~/.cache/clip.
         precision: type of the weights: "fp32", "fp16", "bf16", or "auto": fp32 on the CPU, elsewhere what the
             file holds (half precision in OpenAI's files), as openai/CLIP does.
-        activation: "quick_gelu" or "gelu" for files that do not say; "" assumes quick_gelu.
+        activation: "quick_gelu" or "gelu" for files that do not say; "" assumes quick_gelu and notes it.
 
     Returns:
         The model in evaluation mode, and a function from a PIL image to its input: [3, R, R] float32,
@@ -93,5 +95,12 @@ def load(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if precision == "auto":
         precision = "fp32" if place.type == "cpu" else "stored"
-    model, _ = read_any(name, activation, precision, download_root)
+    model, report = read_any(name, activation, precision, download_root)
+    _tell(report)
     return model.to(place), Preprocess(model.config.vision.resolution)
+
+
+def _tell(report: Report) -> None:
+    """Notes what was assumed of a file: a model with another activation computes something else."""
+    for text in report.assumed:
+        note(f"{report.path}: {text}", stacklevel=4)

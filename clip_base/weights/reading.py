@@ -51,7 +51,8 @@ class Report:
         parameters: how many trainable numbers the model has.
         precision: how many numbers of each type the file stores, e.g. {"float16": 102010000}.
         matches: the published models that have these sizes.
-        notes: what the file does not say and was assumed.
+        assumed: what the file does not say and was assumed; wrong assumptions give wrong results.
+        unused: what the file holds beside the CLIP.
     """
 
     path: Path
@@ -61,7 +62,13 @@ class Report:
     parameters: int
     precision: dict[str, int]
     matches: tuple[str, ...]
-    notes: tuple[str, ...]
+    assumed: tuple[str, ...]
+    unused: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """All there is to tell of the file."""
+        return self.assumed + self.unused
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,8 @@ class _Found:
     state: dict[str, Tensor]
     hints: sizes.Hints
     config: CLIPConfig | None = None
-    notes: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 def read_clip(path: str | Path, activation: str = "", precision: str = "fp32") -> tuple[CLIP, Report]:
@@ -102,7 +110,7 @@ def read_clip(path: str | Path, activation: str = "", precision: str = "fp32") -
     if precision not in PRECISIONS and precision != "stored":
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)} or stored, found {precision!r}")
     found = _find(existing(path, "weights file"))
-    notes = [*_check_activation(found, activation), *found.notes]
+    assumed = [*_check_activation(found, activation), *found.assumed]
     hints = sizes.Hints(
         activation or found.hints.activation,
         found.hints.head_width,
@@ -110,12 +118,15 @@ def read_clip(path: str | Path, activation: str = "", precision: str = "fp32") -
         found.hints.source,
     )
     config = found.config or sizes.infer(found.state, hints, found.path)
-    if found.config is None and not found.hints.head_width:
+    matches = tuple(name for name in zoo.available_models() if zoo.config(name) == config)
+    if found.config is None and not found.hints.head_width and not matches:
         wide = config.vision.head_width
-        notes.append(f"heads are taken to be {wide} (vision) and 64 (text) channels wide: there is no config")
+        assumed.append(
+            f"heads are taken to be {wide} (vision) and 64 (text) channels wide: there is no config"
+        )
     empty = [name for name, value in found.state.items() if value.ndim > 1 and not bool(value.any())]
     if empty:
-        notes.append(
+        assumed.append(
             f"{len(empty)} matrices hold zeros alone, such as {empty[0]}; was it trained? "
             "Embeddings that come out of one are all alike"
         )
@@ -130,8 +141,9 @@ def read_clip(path: str | Path, activation: str = "", precision: str = "fp32") -
         len(found.state),
         sum(parameter.numel() for parameter in model.parameters()),
         dict(stored),
-        tuple(name for name in zoo.available_models() if zoo.config(name) == config),
-        tuple(notes),
+        matches,
+        tuple(assumed),
+        found.unused,
     )
     return model, report
 
@@ -177,7 +189,8 @@ def _check_activation(found: _Found, asked: str) -> list[str]:
         return []
     return [
         "the file does not say which activation it was trained with; quick_gelu is assumed, as in OpenAI's "
-        "models (open_clip's own trainings use gelu: pass activation=gelu)"
+        f"models (open_clip's own trainings use gelu: pass activation=gelu, or write it into a file with "
+        f"`clip-base convert {found.path} activation=gelu out=FILE`)"
     ]
 
 
@@ -209,7 +222,7 @@ def _find(path: Path) -> _Found:
 def _from_pickle(path: Path) -> _Found:
     if pickles.is_torchscript(path):
         state = naming.strip(pickles.read_torchscript(path))
-        hints = sizes.Hints("quick_gelu", source="OpenAI's archives use it")
+        hints = sizes.Hints("quick_gelu", head_width=64, source="OpenAI's archives use it")
         return _Found(path, "OpenAI's TorchScript archive", naming.to_ours(state), hints)
     content = pickles.read_pickle(path)
     if isinstance(content, Tensor):
@@ -231,8 +244,8 @@ def _from_another(content: formats.Content, path: Path) -> _Found:
             f"{path} is {content.form}, which holds no whole CLIP; `clip-base inspect {path}` shows its parts"
         )
     hints = sizes.Hints(content.activation, source=f"{content.form} has it")
-    notes = (*content.notes, *(f"not needed: {one}" for one in content.unused()))
-    return _Found(path, content.form, content.clip, hints, notes=notes)
+    unused = tuple(f"not needed: {one}" for one in content.unused())
+    return _Found(path, content.form, content.clip, hints, assumed=content.notes, unused=unused)
 
 
 def _find_in_folder(folder: Path) -> _Found:

@@ -20,7 +20,7 @@ from clip_base.models.configs import CLIPConfig, TextConfig
 from clip_base.tokenizer import Tokenizer
 from clip_base.weights import sizes
 from clip_base.weights.formats import Content
-from clip_base.weights.load import find, read_any
+from clip_base.weights.load import find, load_clip
 from clip_base.weights.reading import is_safetensors, read_foreign
 from regionclip.class_lists import parse_names
 from regionclip.detector import Detector
@@ -293,7 +293,7 @@ def _towers(content: Content, path: Path, text: str) -> tuple[CLIP, dict[str, Te
         same = (zoo.config(name) for name in zoo.available_models())
         words = next((one.text for one in same if one.vision == vision), TextConfig())
         return ImageTower(CLIPConfig(width, vision, words)), {**visual, **scale}
-    donor = read_any(text)[0]
+    donor = load_clip(text)
     if donor.config.embed_dim != width:
         raise InputError(
             f"text={text} embeds names in {donor.config.embed_dim} numbers, {path} regions in {width}"

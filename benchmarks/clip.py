@@ -28,16 +28,16 @@ from PIL import Image
 from rounds import Row, alternate, command, compare, machine, markdown, put, versions
 from torch import Tensor, nn
 
-from clip_base.batch import ImageBatch, ImageTextBatch
-from clip_base.data.images import decode, middle_square, normalise, to_tensor
+from clip_base.data.batch import ImageBatch, ImageTextBatch
 from clip_base.data.sources import Pair
-from clip_base.losses import contrastive
+from clip_base.images.decode import decode, middle_square, normalize, to_tensor
 from clip_base.models import zoo
 from clip_base.models.clip import CLIP, from_openai_names
-from clip_base.objectives import Chunked, ChunkedConfig, PairEmbeddings
-from clip_base.pretrain import CaptionedImages, ContrastiveTask
-from clip_base.tokenizer import Tokenizer
-from clip_base.train import TrainConfig, autocast, computes_in_bf16, make_optimizer
+from clip_base.models.tokenizer import Tokenizer
+from clip_base.runtime.precision import autocast, computes_in_bf16
+from clip_base.training.loop import TrainConfig, make_optimizer
+from clip_base.training.losses import Chunked, ChunkedConfig, PairEmbeddings, contrastive
+from clip_base.training.pretrain import CaptionedImages, ContrastiveTask
 
 AS_IT_COMES, BF16, FASTEST = (
     "open_clip as it comes",
@@ -159,7 +159,7 @@ def towers(name: str, options: argparse.Namespace) -> list[Row]:
 
 
 def our_step(model: CLIP, pixels: Tensor, tokens: Tensor, compiled: bool) -> Callable[[], None]:
-    """Returns one step as `clip_base.train.fit` makes it."""
+    """Returns one step as `clip_base.training.loop.fit` makes it."""
     config = TrainConfig(steps=1, batch_size=len(pixels))
     task = ContrastiveTask(model.train())
     optimizer = make_optimizer(task, config)
@@ -250,12 +250,12 @@ def preprocessing(options: argparse.Namespace) -> list[Row]:
     data = CaptionedImages([Pair(file, ("",)) for file in files], Tokenizer(77), SIDE, 0.9, cache=False)
 
     def ours_view() -> Tensor:
-        return normalise(to_tensor([middle_square(decode(file, 2 * SIDE), SIDE) for file in files]))
+        return normalize(to_tensor([middle_square(decode(file, 2 * SIDE), SIDE) for file in files]))
 
     def ours_training() -> Tensor:
         generator = torch.Generator().manual_seed(0)
         items = [data.item(index, generator)[0] for index in range(len(files))]
-        return normalise(to_tensor(items))
+        return normalize(to_tensor(items))
 
     def theirs(transform: Callable[[Image.Image], Tensor]) -> Tensor:
         return torch.stack([transform(Image.open(file)) for file in files])

@@ -29,20 +29,19 @@ import torch.nn.functional as F
 from rounds import Row, alternate, command, compare, machine, markdown, put, shown, versions
 from torch import Tensor
 
-from clip_base.batch import ImageBatch
-from clip_base.files import read_json
+from clip_base.data.batch import ImageBatch
 from clip_base.models import zoo
 from clip_base.models.clip import CLIP
-from clip_base.train import autocast, computes_in_bf16
-from regionclip.boxes import decode_deltas, iou, soft_nms
-from regionclip.detector import DELTA_WEIGHTS, Detector, DetectorConfig
-from regionclip.evaluate import EvaluateConfig, evaluate
-from regionclip.proposals.base import ImageKey
-from regionclip.proposals.network import ProposalNetwork, ProposalNetworkConfig
-from regionclip.scoring import score, select
-from regionclip.structures import Regions
-from regionclip.transforms import Frame
-from regionclip.vocabulary import Vocabulary
+from clip_base.runtime.files import read_json
+from clip_base.runtime.precision import autocast, computes_in_bf16
+from regionclip.concepts.vocabulary import Vocabulary
+from regionclip.evaluation.evaluate import EvaluateConfig, evaluate
+from regionclip.models.detector import DELTA_WEIGHTS, Detector
+from regionclip.models.postprocess import DetectorConfig, postprocess, score
+from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.structures.boxes import decode_deltas, iou, soft_nms
+from regionclip.structures.regions import ImageInfo, Regions
+from regionclip.structures.transforms import ResizeTransform
 
 C4 = ProposalNetworkConfig(
     backbone="resnet50",
@@ -156,8 +155,8 @@ def detection(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
     generator = torch.Generator().manual_seed(0)
     images = ImageBatch.pad([torch.randn(3, height, width, generator=generator)] * options.batch, 32)
     images = images.to(device)
-    frames = [Frame((height, width), (height, width))] * options.batch
-    keys = [ImageKey(slot, height, width) for slot in range(options.batch)]
+    frames = [ResizeTransform((height, width), (height, width))] * options.batch
+    keys = [ImageInfo(slot, height, width) for slot in range(options.batch)]
     designs = {"two backbones": make_detector(options, False), "one backbone": make_detector(options, True)}
     rows: list[Row] = []
     shares = ["| share of the time | classes | proposals | s/image | " + " | ".join(PARTS) + " |"]
@@ -193,7 +192,11 @@ def detection(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
 
 
 def detect(
-    detector: Detector, precision: str, images: ImageBatch, frames: list[Frame], keys: list[ImageKey]
+    detector: Detector,
+    precision: str,
+    images: ImageBatch,
+    frames: list[ResizeTransform],
+    keys: list[ImageInfo],
 ) -> object:
     with torch.no_grad(), autocast(precision, images.pixels.device):
         return detector.detect_batch(images, frames, keys)
@@ -204,7 +207,7 @@ def time_parts(
     detector: Detector,
     precision: str,
     images: ImageBatch,
-    frames: list[Frame],
+    frames: list[ResizeTransform],
     rounds: int,
     wait: Callable[[], object],
 ) -> dict[str, float]:
@@ -232,7 +235,7 @@ def time_parts(
         "region head": inside(lambda: detector.heads(stages[-1], regions)),
         "classifier": lambda: classify(detector, regions, embeddings, moves),
         "suppression": lambda: [
-            select(boxes[mine], scores[mine], detector.config)
+            postprocess(boxes[mine], scores[mine], detector.config)
             for mine in (regions.image_index == slot for slot in range(len(frames)))
         ],
     }

@@ -5,7 +5,7 @@
 Annotations and detections are drawn: as many objects, categories and detections an image as COCO's validation
 set has. "whole" is all that `regionclip evaluate results=FILE report=false` does: reading both files,
 checking every entry, evaluating, and the means of base and novel categories. "LVIS" is the federated protocol
-of `regionclip.lvis` against faster-coco-eval's. One thread. The figures must agree to 1e-6.
+of `regionclip.metrics.lvis` against faster-coco-eval's. One thread. The figures must agree to 1e-6.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from rounds import Row, alternate, command, compare, machine, markdown, put, versions
 
-from regionclip.evaluation import Evaluation, Protocol, evaluate_detections
+from regionclip.metrics.average_precision import Evaluation, Protocol, evaluate_detections
 
 SIDES = (24, 60, 150, 320)
 Entries = list[dict[str, Any]]

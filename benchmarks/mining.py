@@ -31,17 +31,18 @@ from PIL import Image
 from rounds import Row, alternate, command, compare, machine, markdown, put, shown, versions
 from torch import Tensor, nn
 
-from clip_base.data.images import decode
+from clip_base.images.decode import decode
 from clip_base.models import zoo
 from clip_base.models.clip import CLIP, from_openai_names
-from clip_base.train import autocast, computes_in_bf16
+from clip_base.runtime.precision import autocast, computes_in_bf16
 from clip_base.weights.native import save_clip
-from regionclip.boxes import xywh_to_xyxy
-from regionclip.concepts import ConceptsConfig, build
-from regionclip.encoder import RegionEncoder, square_rois
-from regionclip.mining import MineConfig, mine
-from regionclip.structures import Regions
-from regionclip.transforms import ResizeConfig, place, to_batch
+from regionclip.concepts.build import ConceptsConfig, build
+from regionclip.mining.mine import mine
+from regionclip.mining.miner import MineConfig
+from regionclip.models.region_encoder import RegionEncoder, square_rois
+from regionclip.structures.boxes import xywh_to_xyxy
+from regionclip.structures.regions import Regions
+from regionclip.structures.transforms import ResizeConfig, resize_shortest_edge, to_batch
 
 AS_IT_COMES, BF16 = "open_clip loop as it comes", "open_clip loop bf16"
 MODEL, SIDE = "RN50", 224
@@ -164,8 +165,8 @@ def our_regions(encoder: RegionEncoder, photos: list[tuple[Path, Tensor]], short
     """Returns [N, D] of each photograph, as mining makes them: from the file on."""
     found = []
     for path, boxes in photos:
-        pixels, frame = place(decode(path), short, 10**6)
-        regions = Regions(frame.boxes_in(boxes), torch.zeros(len(boxes), dtype=torch.int64))
+        pixels, frame = resize_shortest_edge(decode(path), short, 10**6)
+        regions = Regions(frame.apply_boxes(boxes), torch.zeros(len(boxes), dtype=torch.int64))
         with autocast("auto", torch.device("cpu")):
             found.append(encoder(to_batch([pixels], multiple=32), regions))
     return found

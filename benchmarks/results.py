@@ -34,13 +34,13 @@ from rounds import command, machine, put, versions
 import regionclip
 from clip_base.data.sources import read_captions
 from clip_base.evaluation.retrieval import embed_texts, recall_at
-from clip_base.files import read_json, write_json
 from clip_base.models.clip import CLIP
-from clip_base.progress import track
-from clip_base.weights import load_clip
+from clip_base.runtime.files import read_json, write_json
+from clip_base.runtime.progress import track
+from clip_base.weights.load import load_clip
 from clip_base.weights.native import save_clip
-from regionclip.stages import run_stages
-from regionclip.transforms import ResizeConfig
+from regionclip.quickstart.stages import run_stages
+from regionclip.structures.transforms import ResizeConfig
 
 
 def arguments() -> argparse.Namespace:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from regionclip.stages import Stage
+from regionclip.quickstart.stages import Stage
 
 SIDE = 128  # pixels of the scenes that region stages see, as configs/*/results.yaml have it
 ALPHAS = ("0.0", "0.25", "0.5", "0.75")

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from clip_base.lazy import lazy
+from clip_base.runtime.lazy import lazy
 
 if TYPE_CHECKING:
-    from clip_base.models.zoo import available_models as available_models
-    from clip_base.tokenizer import tokenize as tokenize
-    from clip_base.weights.load import load as load
+    from clip_base.models.tokenizer import tokenize
+    from clip_base.models.zoo import available_models
+    from clip_base.weights.load import load
 
 __all__ = ["available_models", "load", "tokenize"]
 
@@ -26,6 +26,6 @@ __getattr__, __dir__ = lazy(
     {
         "available_models": "clip_base.models.zoo",
         "load": "clip_base.weights.load",
-        "tokenize": "clip_base.tokenizer",
+        "tokenize": "clip_base.models.tokenizer",
     },
 )

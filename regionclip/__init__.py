@@ -11,24 +11,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from clip_base.lazy import lazy
+from clip_base.runtime.lazy import lazy
 
 if TYPE_CHECKING:
-    from regionclip.detections import Detections as Detections
-    from regionclip.detector import Detector as Detector
-    from regionclip.predictor import Predictor as Predictor
-    from regionclip.predictor import load as load
-    from regionclip.vocabulary import Vocabulary as Vocabulary
+    from regionclip.concepts.vocabulary import Vocabulary
+    from regionclip.inference.predictor import Predictor, load
+    from regionclip.models.detector import Detector
+    from regionclip.structures.detections import Detections
 
 __all__ = ["Detections", "Detector", "Predictor", "Vocabulary", "load"]
 
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "Detections": "regionclip.detections",
-        "Detector": "regionclip.detector",
-        "Predictor": "regionclip.predictor",
-        "Vocabulary": "regionclip.vocabulary",
-        "load": "regionclip.predictor",
+        "Detections": "regionclip.structures.detections",
+        "Detector": "regionclip.models.detector",
+        "Predictor": "regionclip.inference.predictor",
+        "Vocabulary": "regionclip.concepts.vocabulary",
+        "load": "regionclip.inference.predictor",
     },
 )

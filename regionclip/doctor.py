@@ -16,10 +16,10 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from clip_base import plugins
-from clip_base.config import option
-from clip_base.errors import InputError
-from clip_base.files import write_json
+from clip_base.jobs import plugins
+from clip_base.jobs.config import option
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import write_json
 
 PACKAGE = "regionclip"
 FOR_DEVELOPERS = ("dev", "all")
@@ -35,7 +35,7 @@ class DoctorConfig:
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One line of the report.
 
     Attributes:
@@ -81,17 +81,17 @@ def doctor(config: DoctorConfig) -> None:
     print("all that is needed is here")
 
 
-def machine() -> Iterator[Finding]:
+def machine() -> Iterator[CheckResult]:
     """Yields what the machine computes with."""
-    yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    yield CheckResult("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     try:
-        import torch
+        import torch  # noqa: PLC0415 (what is broken here is what the doctor is asked about)
 
-        from clip_base.precision import computes_in_bf16, pick_device
-        from clip_base.weights.published import cache_folder
+        from clip_base.runtime.precision import computes_in_bf16, pick_device  # noqa: PLC0415
+        from clip_base.weights.download import cache_folder  # noqa: PLC0415
     except (ImportError, OSError) as error:
         reason = (str(error).splitlines() or [""])[0]
-        yield Finding("device", f"unknown: {reason}", "install PyTorch anew (pytorch.org says how)", True)
+        yield CheckResult("device", f"unknown: {reason}", "install PyTorch anew (pytorch.org says how)", True)
         return
 
     device, remedy = pick_device("auto"), ""
@@ -105,26 +105,26 @@ def machine() -> Iterator[Finding]:
             remedy = (
                 f"an NVIDIA driver is installed, but PyTorch (built {build}) sees no GPU: see pytorch.org"
             )
-    yield Finding("device", found, remedy)
+    yield CheckResult("device", found, remedy)
     bf16 = computes_in_bf16(device)
-    yield Finding("precision=auto", "bf16" if bf16 else "fp32 (this processor has no bf16 arithmetic)")
+    yield CheckResult("precision=auto", "bf16" if bf16 else "fp32 (this processor has no bf16 arithmetic)")
     folder = cache_folder()
     held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
     free = shutil.disk_usage(_first_existing(folder)).free
-    yield Finding("published weights", f"{folder}: {held / GIB:.1f} GiB kept, {free / GIB:.0f} GiB free")
+    yield CheckResult("published weights", f"{folder}: {held / GIB:.1f} GiB kept, {free / GIB:.0f} GiB free")
 
 
 def _first_existing(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if place.exists())
 
 
-def packages() -> Iterator[Finding]:
+def packages() -> Iterator[CheckResult]:
     """Yields the versions of the project itself and of what it depends on."""
-    yield Finding(PACKAGE, f"{metadata.version(PACKAGE)} in {Path(__file__).parent}")
+    yield CheckResult(PACKAGE, f"{metadata.version(PACKAGE)} in {Path(__file__).parent}")
     for requirement in _requirements(""):
         version, fits = _installed(requirement)
         remedy = "" if fits else f"pip install '{requirement.name}{requirement.specifier}'"
-        yield Finding(requirement.name, version, remedy, needed=True)
+        yield CheckResult(requirement.name, version, remedy, needed=True)
 
 
 def _installed(requirement: Requirement) -> tuple[str, bool]:
@@ -150,17 +150,17 @@ def _requirements(extra: str) -> list[Requirement]:
     return found
 
 
-def language() -> Iterator[Finding]:
+def language() -> Iterator[CheckResult]:
     """Yields the spaCy model that reads captions when none is named."""
-    from regionclip.language import model_name
+    from regionclip.concepts.spacy_models import model_name  # noqa: PLC0415
 
     try:
-        yield Finding("spaCy model", model_name(""), needed=True)
+        yield CheckResult("spaCy model", model_name(""), needed=True)
     except InputError as error:
-        yield Finding("spaCy model", "none", str(error), needed=True)
+        yield CheckResult("spaCy model", "none", str(error), needed=True)
 
 
-def parts() -> Iterator[Finding]:
+def parts() -> Iterator[CheckResult]:
     """Yields the jobs and named parts that entry points declare, and those that cannot be loaded."""
     for group in sorted(group for group in metadata.entry_points().groups if _is_ours(group)):
         broken = {}
@@ -174,24 +174,24 @@ def parts() -> Iterator[Finding]:
             counts = Counter(point.module.partition(".")[0] for point in plugins.found(group).values())
             names = ", ".join(f"{count} of {package}" for package, count in sorted(counts.items()))
         remedy = "; ".join(f"{name}: {reason}" for name, reason in broken.items())
-        yield Finding(group, names, remedy)
+        yield CheckResult(group, names, remedy)
 
 
 def _is_ours(group: str) -> bool:
     return group.split(".")[0] in ("clip_base", PACKAGE)
 
 
-def optional() -> Iterator[Finding]:
+def optional() -> Iterator[CheckResult]:
     """Yields the packages of each extra, and how to get them."""
     extras = metadata.metadata(PACKAGE).get_all("Provides-Extra") or []
     for extra in sorted(set(extras) - set(FOR_DEVELOPERS)):
         found = {requirement.name: _installed(requirement) for requirement in _requirements(extra)}
         shown = ", ".join(f"{name} {version}" for name, (version, _) in found.items())
         whole = all(fits for _, fits in found.values())
-        yield Finding(extra, shown, "" if whole else f"pip install '{PACKAGE}[{extra}]'")
+        yield CheckResult(extra, shown, "" if whole else f"pip install '{PACKAGE}[{extra}]'")
     # The package has its name whoever distributes it.
     (distribution, *_) = metadata.packages_distributions().get("detectron2", ["detectron2"])
     version, fits = _installed(Requirement(distribution))
-    yield Finding(
+    yield CheckResult(
         "detectron2's plugin", version, "" if fits else "see docs/detectron2.md, or `make detectron2`"
     )

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 Launch = Callable[[list[list[str]]], list[subprocess.CompletedProcess[str]]]
 JOBS = """
 import json, sys
-from clip_base import cli
+from clip_base.jobs import cli
 
 for command in json.loads(sys.argv[1]):
     code = cli.main(command)

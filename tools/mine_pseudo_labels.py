@@ -5,7 +5,7 @@ For those who start things by path. Options: `python tools/mine_pseudo_labels.py
 
 import sys
 
-from clip_base.cli import main_regionclip
+from clip_base.jobs.cli import main_regionclip
 
 if __name__ == "__main__":
     sys.exit(main_regionclip(["mine", *sys.argv[1:]]))

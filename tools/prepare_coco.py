@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_base.errors import InputError
-from clip_base.files import write_json
-from regionclip.coco import category_ids_by_name, image_fields, read_instances
-from regionclip.splits import Split, load_split
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import write_json
+from regionclip.data.categories import Split, load_split
+from regionclip.data.coco import category_ids_by_name, image_fields, read_instances
 
 ANNOTATIONS_URL = "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
 IMAGES_URL = "http://images.cocodataset.org/zips/{name}.zip"

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from prepare_coco import absent_images, add_common, tell, write_part, write_split
 
-from clip_base.errors import InputError
-from regionclip.coco import category_ids_by_name, frequencies, read_instances
-from regionclip.splits import load_split
+from clip_base.runtime.errors import InputError
+from regionclip.data.categories import load_split
+from regionclip.data.coco import category_ids_by_name, frequencies, read_instances
 
 ANNOTATIONS_URL = "https://www.lvisdataset.org/dataset"
 

@@ -5,7 +5,7 @@ For those who start things by path. Options: `python tools/pretrain_clip.py --he
 
 import sys
 
-from clip_base.cli import main
+from clip_base.jobs.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["pretrain", *sys.argv[1:]]))

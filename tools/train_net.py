@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import sys
 
-from clip_base.errors import InputError
+from clip_base.runtime.errors import InputError
 
 
 def run() -> int:
     """Returns the exit code: 2 when what was given cannot be used."""
     try:
-        from regionclip.detectron2 import training
+        from regionclip.detectron2 import training  # noqa: PLC0415 (says what is missing)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from detectron2.engine import default_argument_parser, launch
+    from detectron2.engine import default_argument_parser, launch  # noqa: PLC0415
 
     arguments = default_argument_parser().parse_args()
     try:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_base.config import REQUIRED, option
 from clip_base.data.sources import Pair, Pairs
-from clip_base.errors import InputError
-from clip_base.files import ENCODING_HELP, existing, is_file, read_text
+from clip_base.jobs.config import REQUIRED, option
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import ENCODING_HELP, existing, is_file, read_text
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")

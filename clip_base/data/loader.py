@@ -10,10 +10,10 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from clip_base import distributed
-from clip_base.data.order import epoch_length, epoch_order
-from clip_base.errors import InputError
-from clip_base.files import write_text
+from clip_base.data.sampler import epoch_length, epoch_order
+from clip_base.runtime import distributed
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import write_text
 
 Item = TypeVar("Item", covariant=True)
 B = TypeVar("B")

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_base.config import REQUIRED, option
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from clip_base.data.sources import Pair, Pairs, grouped
-from clip_base.errors import InputError
-from clip_base.files import existing
+from clip_base.jobs.config import REQUIRED, option
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import existing
 
 
 @dataclass
@@ -75,9 +78,6 @@ class ParquetSource:
         ]
 
     def _columns(self, path: Path) -> tuple[list[Any], list[Any]]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         wanted = [self.config.image_column, self.config.caption_column]
         try:
             names = pq.ParquetDataset(path).schema.names

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from clip_base.config import REQUIRED, option
-from clip_base.data.images import Stored
-from clip_base.errors import InputError, quote
-from clip_base.files import ENCODING_HELP, existing, read_json, read_json_lines
+from clip_base.images.decode import Stored
+from clip_base.jobs.config import REQUIRED, option
+from clip_base.runtime.errors import InputError, quote
+from clip_base.runtime.files import ENCODING_HELP, existing, read_json, read_json_lines
 from clip_base.runtime.tables import DELIMITER_HELP, open_table
 
 SOURCES = "clip_base.sources"

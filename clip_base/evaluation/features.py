@@ -16,17 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clip_base.config import REQUIRED, option
-from clip_base.data.images import Pixels, decode, middle_square, normalise
-from clip_base.errors import InputError
-from clip_base.evaluation.pictures import Picture, batches, load_picture
+from clip_base.evaluation.datasets import Picture, batches, load_picture
 from clip_base.evaluation.ranking import require_finite
-from clip_base.files import replacing, write_text
+from clip_base.images.decode import Pixels, decode, middle_square, normalize
+from clip_base.jobs.config import REQUIRED, option
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import ACTIVATIONS
 from clip_base.models.vit import VisionTransformer
-from clip_base.progress import Progress
-from clip_base.train import autocast, pick_device
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import replacing, write_text
+from clip_base.runtime.precision import autocast, pick_device
+from clip_base.runtime.progress import Progress
 from clip_base.weights.load import find, load_clip
 
 LAYERS = ("embedding", "penultimate")
@@ -37,17 +37,17 @@ class FeatureConfig:
     """Options of every job that embeds images."""
 
     weights: str = option(REQUIRED, "weights in any known form, or a published model's name")
-    out: str = option(REQUIRED, "folder for metrics and tables", free=True)
+    out: str = option(REQUIRED, "folder for metrics and tables", runtime_only=True)
     activation: str = option("", "activation of weights that do not say it", choices=("", *ACTIVATIONS))
     features: str = option(
-        "", "folder that keeps image features between runs; empty: out/features", free=True
+        "", "folder that keeps image features between runs; empty: out/features", runtime_only=True
     )
-    batch_size: int = option(64, "images embedded at once", free=True)
-    workers: int = option(2, "threads that decode images", free=True)
+    batch_size: int = option(64, "images embedded at once", runtime_only=True)
+    workers: int = option(2, "threads that decode images", runtime_only=True)
     precision: str = option(
         "auto", "of the computation; auto: as the processor likes", choices=("auto", "fp32", "bf16")
     )
-    device: str = option("auto", "auto takes a GPU when there is one", free=True)
+    device: str = option("auto", "auto takes a GPU when there is one", runtime_only=True)
     max_broken: float = option(0.1, "share of unusable images above which the run stops")
 
     def __post_init__(self) -> None:
@@ -144,7 +144,7 @@ class Embedder:
             for loaded in batches(pictures, load, config.batch_size, config.workers):
                 usable = [item for item in loaded if isinstance(item, Tensor)]
                 if usable:
-                    pixels = normalise(torch.stack(usable).to(self.device))  # [B, 3, R, R]
+                    pixels = normalize(torch.stack(usable).to(self.device))  # [B, 3, R, R]
                     parts.append(self._features(pixels).float().cpu())  # [B, C]
                 for index, item in enumerate(loaded, start):
                     if isinstance(item, Tensor):

@@ -18,15 +18,15 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from clip_base.config import REQUIRED, option
-from clip_base.errors import InputError
+from clip_base.evaluation.datasets import coco_pictures, folder_pictures
 from clip_base.evaluation.features import LAYERS, Embedder, FeatureConfig, note_skipped
-from clip_base.evaluation.pictures import coco_pictures, folder_pictures
 from clip_base.evaluation.ranking import ranks_of_best
 from clip_base.evaluation.tables import print_classes, summarise, to_csv
-from clip_base.files import write_text
-from clip_base.progress import Progress
-from clip_base.run import RunFolder
+from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.run import RunFolder
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import write_text
+from clip_base.runtime.progress import Progress
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -68,7 +68,7 @@ class LinearProbeConfig(FeatureConfig):
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabeledFeatures:
     """Features and their classes.
 
     Attributes:
@@ -82,9 +82,9 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def pick(self, rows: Labels) -> Labelled:
+    def pick(self, rows: Labels) -> LabeledFeatures:
         """Returns some of the rows."""
-        return Labelled(self.features[rows], self.labels[rows])
+        return LabeledFeatures(self.features[rows], self.labels[rows])
 
 
 @dataclass
@@ -132,14 +132,14 @@ def linear_probe(config: LinearProbeConfig) -> None:
 
 def _read(
     config: LinearProbeConfig, embed: Embedder, which: str
-) -> tuple[list[str], Labelled, list[dict[str, Any]]]:
+) -> tuple[list[str], LabeledFeatures, list[dict[str, Any]]]:
     folder, annotations = getattr(config, which), getattr(config, f"{which}_annotations")
     names, pictures = coco_pictures(annotations, folder) if annotations else folder_pictures(folder)
     found = embed(pictures, f"{which} images")
     if not len(found.kept):
         raise InputError(f"{which}={folder}: no image can be used (first: {found.skipped[0]['reason']})")
     labels = np.array([pictures[index].label for index in found.kept.tolist()], np.int64)
-    return names, Labelled(found.values.numpy(), labels), found.skipped
+    return names, LabeledFeatures(found.values.numpy(), labels), found.skipped
 
 
 def split(labels: Labels, share: float, seed: int) -> tuple[Labels, Labels]:
@@ -155,7 +155,7 @@ def split(labels: Labels, share: float, seed: int) -> tuple[Labels, Labels]:
     return rows, np.setdiff1d(np.arange(len(labels)), rows)
 
 
-def fit(train: Labelled, c: float, fits: Fits) -> LogisticRegression:
+def fit(train: LabeledFeatures, c: float, fits: Fits) -> LogisticRegression:
     """Fits multinomial logistic regression by L-BFGS, at most 1000 iterations, with sklearn's C."""
     if len(np.unique(train.labels)) < 2:
         raise InputError("the training images are all of one class; the probe needs two")
@@ -170,7 +170,7 @@ def fit(train: Labelled, c: float, fits: Fits) -> LogisticRegression:
     return model
 
 
-def ranks_of(model: LogisticRegression, data: Labelled) -> Tensor:
+def ranks_of(model: LogisticRegression, data: LabeledFeatures) -> Tensor:
     """Returns [N] int64, how many other classes score at least as much as the true one.
 
     A class that was never seen in training comes last.
@@ -182,12 +182,12 @@ def ranks_of(model: LogisticRegression, data: Labelled) -> Tensor:
     return ranks_of_best(torch.from_numpy(scores), torch.from_numpy(right))
 
 
-def accuracy(model: LogisticRegression, data: Labelled) -> float:
+def accuracy(model: LogisticRegression, data: LabeledFeatures) -> float:
     """Returns the share of rows that are classified rightly."""
     return float((ranks_of(model, data) < 1).double().mean())
 
 
-def search(train: Labelled, validation: Labelled, fits: Fits) -> float:
+def search(train: LabeledFeatures, validation: LabeledFeatures, fits: Fits) -> float:
     """Returns the C with the best accuracy on `validation`, of 96 logarithmic steps from 1e-6 to 1e6.
 
     Seven values are tried first, then the middles beside the best one, until neighbours are an eighth of a
@@ -211,7 +211,11 @@ def peak(measure: Callable[[float], float]) -> float:
 
 
 def few_shot(
-    config: LinearProbeConfig, train: Labelled, validation: Labelled, test: Labelled, fits: Fits
+    config: LinearProbeConfig,
+    train: LabeledFeatures,
+    validation: LabeledFeatures,
+    test: LabeledFeatures,
+    fits: Fits,
 ) -> list[dict[str, Any]]:
     """Returns a row for each number of shots and each draw: `shots`, `draw`, `images`, `C`, `top1`.
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_base.errors import InputError
-from clip_base.files import existing, read_text
 from clip_base.models.clip import CLIP
-from clip_base.progress import track
-from clip_base.tokenizer import Tokenizer
+from clip_base.models.tokenizer import Tokenizer
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import existing, read_text
+from clip_base.runtime.progress import track
 
 SIMPLE = "a photo of a {}."  # arXiv 2103.00020, section 3.1.4
 _PUBLISHED = Path(__file__).parent.parent / "data_files" / "templates.txt"

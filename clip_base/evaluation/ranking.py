@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clip_base.checkpoint import not_finite
-from clip_base.errors import InputError
+from clip_base.runtime.errors import InputError
+from clip_base.weights.native import not_finite
 
 ROWS = 1024  # queries that are scored at once
 

@@ -13,20 +13,20 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_base.config import REQUIRED, option
 from clip_base.data.sources import read_captions
-from clip_base.errors import InputError
 from clip_base.evaluation import ranking
+from clip_base.evaluation.datasets import Picture
 from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
-from clip_base.evaluation.pictures import Picture
 from clip_base.evaluation.ranking import Answers, ranks_of_best, ranks_of_classes
 from clip_base.evaluation.tables import to_csv
-from clip_base.files import existing, write_text
+from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.run import RunFolder
 from clip_base.models.clip import CLIP
-from clip_base.progress import track
-from clip_base.run import RunFolder
-from clip_base.tokenizer import Tokenizer
-from clip_base.train import autocast
+from clip_base.models.tokenizer import Tokenizer
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import existing, write_text
+from clip_base.runtime.precision import autocast
+from clip_base.runtime.progress import track
 
 KS = (1, 5, 10)
 _DIRECTIONS = ("image_to_text", "text_to_image")

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
-from clip_base.config import REQUIRED, option
-from clip_base.errors import InputError, note
+from clip_base.evaluation.datasets import coco_pictures, folder_pictures
 from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
-from clip_base.evaluation.pictures import coco_pictures, folder_pictures
 from clip_base.evaluation.prompts import classifier, read_templates
 from clip_base.evaluation.ranking import ranks_of_classes
 from clip_base.evaluation.tables import print_classes, summarise, to_csv
-from clip_base.files import is_file, read_text, write_text
-from clip_base.run import RunFolder
-from clip_base.train import autocast
+from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.run import RunFolder
+from clip_base.runtime.errors import InputError, note
+from clip_base.runtime.files import is_file, read_text, write_text
+from clip_base.runtime.precision import autocast
 
 
 @dataclass

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clip_base.config import option
-from clip_base.errors import InputError
+from clip_base.jobs.config import option
+from clip_base.runtime.errors import InputError
 
 VISION_KINDS = ("resnet", "vit")
 ACTIVATIONS = ("quick_gelu", "gelu")

@@ -197,10 +197,10 @@ class ModifiedResNet(nn.Module):
         Args:
             feature_map: [N, C, h, w] as the trunk makes them, whole or cut out; any size.
         """
-        pooled: Tensor = self.attnpool(self.deepen(feature_map))
+        pooled: Tensor = self.attnpool(self.layer4_map(feature_map))
         return pooled
 
-    def deepen(self, feature_map: Tensor) -> Tensor:
+    def layer4_map(self, feature_map: Tensor) -> Tensor:
         """Returns [N, 2 · C, h / 2, w / 2], rounded down: layer4 alone, the first part of `head`."""
         height, width = feature_map.shape[-2:]
         if min(height, width) < 2:  # layer4 halves the map, so a single row or column is doubled

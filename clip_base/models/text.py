@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from clip_base.errors import InputError
 from clip_base.models.configs import TextConfig
 from clip_base.models.transformer import ResidualBlock, Transformer, layer_norm
+from clip_base.runtime.errors import InputError
 
 
 class TextTower(nn.Module):

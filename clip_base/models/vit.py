@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clip_base.errors import InputError
 from clip_base.models.configs import VisionConfig
 from clip_base.models.positions import resample_positions
 from clip_base.models.transformer import Transformer, layer_norm
+from clip_base.runtime.errors import InputError
 
 
 class VisionTransformer(nn.Module):

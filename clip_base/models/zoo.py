@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 
-from clip_base.errors import InputError
+from clip_base.jobs.plugins import did_you_mean
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
-from clip_base.plugins import nearest
+from clip_base.runtime.errors import InputError
 
 
 def _resnet(layers: list[int], width: int, resolution: int, embed_dim: int, text_width: int) -> CLIPConfig:
@@ -44,5 +44,5 @@ def config(name: str) -> CLIPConfig:
         InputError: there is no such model; the message names the nearest.
     """
     if name not in _CONFIGS:
-        raise InputError(f"{name!r} is not a published CLIP model; {nearest(name, available_models())}")
+        raise InputError(f"{name!r} is not a published CLIP model; {did_you_mean(name, available_models())}")
     return copy.deepcopy(_CONFIGS[name])

@@ -11,8 +11,8 @@ from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
-from clip_base.errors import InputError, quote
-from clip_base.files import open_text, read_text
+from clip_base.runtime.errors import InputError, quote
+from clip_base.runtime.files import open_text, read_text
 
 DELIMITER_HELP = "what separates fields: one character, or tab; empty: found in the file"
 _DELIMITERS = ("\t", ",", ";", "|")
@@ -43,7 +43,7 @@ class Table:
         what: what it is to the user, for messages.
         columns: the fields of its first row, which are names in a table that has some.
         dialect: how the rows are written: the keywords of `csv.reader`.
-        encoding: see `clip_base.files.read_text`.
+        encoding: see `clip_base.runtime.files.read_text`.
     """
 
     path: Path
@@ -87,7 +87,7 @@ def open_table(
         wanted: for each column that the caller needs, the names it may have. A delimiter by which the first
             line names all of them is taken.
         delimiter: one character, or "tab"; "" finds it: tab, comma, semicolon or bar.
-        encoding: see `clip_base.files.read_text`.
+        encoding: see `clip_base.runtime.files.read_text`.
 
     Raises:
         InputError: the file is missing, empty or undecodable; a row has more or fewer fields than the first

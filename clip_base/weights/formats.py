@@ -1,7 +1,7 @@
 """Forms of weights files that other packages know, found by entry point.
 
     [project.entry-points."clip_base.formats"]
-    regionclip = "regionclip.published.names:recognise"
+    regionclip = "regionclip.checkpoints.convert:content_with_readers"
 
 A form is a function of what a file holds, a state dict or one tensor, and of the file's path. It returns what
 each tensor is for, None when the file is not of its form, and raises an `InputError` when a file of its form
@@ -16,14 +16,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from clip_base import plugins
-from clip_base.weights import naming, pickles
+from clip_base.jobs import plugins
+from clip_base.weights import key_names, unpickle
 
 GROUP = "clip_base.formats"
+
+
 # How `convert` writes forms of other packages: a function of the file and of where to write, which returns
 # what it wrote, in words.
 WRITERS = "clip_base.writers"
+
+
 Writer = Callable[[Path, Path], str]
+
+
 # The same in the other direction; its third argument is the CLIP whose text tower goes along, or "".
 Reader = Callable[[Path, Path, str], str]
 
@@ -81,13 +87,13 @@ class Content:
         )
 
 
-Recogniser = Callable[[Mapping[str, Tensor] | Tensor, Path], Content | None]
+Recognizer = Callable[[Mapping[str, Tensor] | Tensor, Path], Content | None]
 
 
-def recognise(content: Mapping[str, Tensor] | Tensor, path: Path) -> Content | None:
+def recognize(content: Mapping[str, Tensor] | Tensor, path: Path) -> Content | None:
     """Returns what a file holds when one of the declared forms knows it."""
     for name in plugins.found(GROUP):
-        form: Recogniser = plugins.load(GROUP, name)
+        form: Recognizer = plugins.load(GROUP, name)
         found = form(content, path)
         if found is not None:
             return found
@@ -100,5 +106,10 @@ def read(path: Path) -> dict[str, Tensor] | Tensor:
     Raises:
         InputError: the file is damaged or holds something else.
     """
-    content = pickles.read_pickle(path)
-    return content if isinstance(content, Tensor) else naming.unwrap(content, path)[0]
+    content = unpickle.read_pickle(path)
+    return content if isinstance(content, Tensor) else key_names.unwrap(content, path)[0]
+
+
+def group_of(content: Content, name: str) -> dict[str, Tensor]:
+    """Returns the tensors of the group called `name`; none when the file has no such group."""
+    return next((group.state for group in content.groups if group.name == name), {})

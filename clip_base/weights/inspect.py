@@ -11,12 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from clip_base.checkpoint import read_weights, require_finite
-from clip_base.config import REQUIRED, option
-from clip_base.errors import InputError
+from clip_base.jobs.config import REQUIRED, option
 from clip_base.models.configs import ACTIVATIONS, CLIPConfig
-from clip_base.weights import formats, native, published
+from clip_base.runtime.errors import InputError
+from clip_base.weights import download, formats, native
 from clip_base.weights.load import find
+from clip_base.weights.native import read_weights, require_finite
 from clip_base.weights.reading import FRAMEWORKS, is_safetensors, read_clip, read_foreign
 
 
@@ -103,10 +103,10 @@ def _towers(config: CLIPConfig) -> tuple[str, str]:
 
 def _published_name(path: Path) -> str:
     """Says which published file this is, by its checksum or, where none is known, by its name."""
-    known = published.files()
-    name = published.recognise(native.file_hash(path))
+    known = download.files()
+    name = download.recognize(native.file_hash(path))
     if name is not None:
-        owner = "OpenAI's " if name in published.FILES else ""
+        owner = "OpenAI's " if name in download.FILES else ""
         return f"yes: {owner}{name}, sha256 equal"
     named = next((key for key, file in known.items() if not file.sha256 and file.name == path.name), None)
     if named is not None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from clip_base.errors import InputError, note
+from clip_base.images.preprocess import Preprocess
 from clip_base.models.clip import CLIP
-from clip_base.preprocess import Preprocess
-from clip_base.weights import published
-from clip_base.weights.reading import PRECISIONS, Report, read_clip
+from clip_base.runtime.errors import InputError, note
+from clip_base.weights import download
+from clip_base.weights.formats import Content
+from clip_base.weights.reading import PRECISIONS, Report, is_safetensors, read_clip, read_foreign
 
 
 def find(name_or_path: str | Path, folder: str | Path | None = None) -> Path:
@@ -26,9 +27,9 @@ def find(name_or_path: str | Path, folder: str | Path | None = None) -> Path:
     path = Path(name_or_path)
     if path.exists():
         return path
-    known = published.files()
+    known = download.files()
     if str(name_or_path) in known:
-        return published.fetch(str(name_or_path), folder)
+        return download.fetch(str(name_or_path), folder)
     raise InputError(
         f"there is no weights file {name_or_path} and no published model of that name; "
         f"published are {', '.join(known)}"
@@ -104,3 +105,23 @@ def _tell(report: Report) -> None:
     """Notes what was assumed of a file: a model with another activation computes something else."""
     for text in report.assumed:
         note(f"{report.path}: {text}", stacklevel=4)
+
+
+def is_published(path: Path) -> bool:
+    """Whether a file may be of another package's form: one that `torch.save` wrote."""
+    return path.is_file() and not is_safetensors(path)
+
+
+def content_of(path: Path) -> Content:
+    """Returns what a RegionCLIP file, or a detectron2 file with a proposal network, holds.
+
+    Raises:
+        InputError: it is something else, damaged, or not whole.
+    """
+    content = read_foreign(path)
+    if content is None:
+        raise InputError(
+            f"{path} is neither RegionCLIP's nor a detectron2 checkpoint with a proposal network; "
+            f"`clip-base inspect {path}` shows what it is"
+        )
+    return content

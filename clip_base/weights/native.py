@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from clip_base import config as configs
-from clip_base.checkpoint import load_exactly, read_weights, write_weights
-from clip_base.errors import InputError
-from clip_base.files import existing
+from clip_base.jobs import config as configs
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig
+from clip_base.runtime import distributed
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import existing, naming_full_disk, replacing
 
 FORMAT = "clip_base.clip/1"
 
@@ -49,3 +53,79 @@ def file_hash(path: str | Path) -> str:
 def describe(metadata: dict[str, str]) -> dict[str, Any]:
     """Returns a file's metadata with its JSON values read."""
     return {key: json.loads(value) if value[:1] in "{[" else value for key, value in metadata.items()}
+
+
+def write_weights(path: str | Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes weights as safetensors, atomically. Shared storage is copied, so every tensor stands alone.
+
+    Several processes must all call it; the first writes.
+    """
+    path, whole = Path(path), distributed.full(weights)
+    if not distributed.is_first():
+        return
+    with replacing(path) as temporary, naming_full_disk(path, SafetensorError):
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in whole.items()}, temporary, metadata)
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a safetensors file; returns its tensors and its metadata.
+
+    Raises:
+        InputError: the file is missing, cut off or no safetensors file.
+    """
+    path = existing(path, "weights file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"weights file {path} cannot be read ({reason}); it was cut off or is no safetensors file: "
+            "copy it again"
+        ) from None
+
+
+def not_finite(weights: Mapping[str, Tensor]) -> str:
+    """Returns which tensors hold NaN or infinity, in words; "" when none does."""
+    bad = [
+        f"{name} ({int((~value.isfinite()).sum()):,} of {value.numel():,} numbers)"
+        for name, value in weights.items()
+        # A sum is finite only when all its terms are, and takes a fraction of the time of looking at each.
+        if value.is_floating_point() and not value.sum(dtype=torch.float32).isfinite()
+        if not bool(value.isfinite().all())
+    ]
+    more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+    return f"{len(bad)} tensors hold NaN or infinity: {', '.join(bad[:4])}{more}" if bad else ""
+
+
+def require_finite(weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raises an InputError that names the tensors which hold NaN or infinity."""
+    bad = not_finite(weights)
+    if bad:
+        raise InputError(f"weights {source} cannot be used: {bad}; copy the file again, or train again")
+
+
+def load_exactly(module: torch.nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+    """Loads weights when every key and shape fits.
+
+    Raises:
+        InputError: keys are missing, left over or misshapen, or numbers are not finite; the first few of each
+            are listed.
+    """
+    own = module.state_dict()
+    missing = sorted(own.keys() - weights.keys())
+    extra = sorted(weights.keys() - own.keys())
+    misshapen = [
+        f"{key} {list(weights[key].shape)} for {list(own[key].shape)}"
+        for key in sorted(own.keys() & weights.keys())
+        if own[key].shape != weights[key].shape
+    ]
+    faults = []
+    for what, keys in (("missing", missing), ("left over", extra), ("misshapen", misshapen)):
+        if keys:
+            more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+            faults.append(f"{len(keys)} {what}: {', '.join(keys[:4])}{more}")
+    if faults:
+        raise InputError(f"weights {source} do not fit the model: {'; '.join(faults)}")
+    require_finite(weights, source)
+    module.load_state_dict({key: distributed.shard_like(weights[key], value) for key, value in own.items()})

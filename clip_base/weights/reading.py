@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip_base import config as configs
-from clip_base.checkpoint import load_exactly, read_weights
-from clip_base.errors import InputError
-from clip_base.files import existing, read_json
+from clip_base.jobs import config as configs
 from clip_base.models import zoo
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import ACTIVATIONS, CLIPConfig
-from clip_base.weights import formats, naming, pickles, sizes
-from clip_base.weights.native import FORMAT
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import existing, read_json
+from clip_base.weights import formats, infer_config, key_names, unpickle
+from clip_base.weights.native import FORMAT, load_exactly, read_weights
 
 # Names of dtypes, not dtypes: `--help` lists them without PyTorch.
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -78,7 +77,7 @@ class _Found:
     path: Path
     form: str
     state: dict[str, Tensor]
-    hints: sizes.Hints
+    hints: infer_config.Hints
     config: CLIPConfig | None = None
     assumed: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
@@ -111,13 +110,13 @@ def read_clip(path: str | Path, activation: str = "", precision: str = "fp32") -
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)} or stored, found {precision!r}")
     found = _find(existing(path, "weights file"))
     assumed = [*_check_activation(found, activation), *found.assumed]
-    hints = sizes.Hints(
+    hints = infer_config.Hints(
         activation or found.hints.activation,
         found.hints.head_width,
         found.hints.text_heads,
         found.hints.source,
     )
-    config = found.config or sizes.infer(found.state, hints, found.path)
+    config = found.config or infer_config.infer(found.state, hints, found.path)
     matches = tuple(name for name in zoo.available_models() if zoo.config(name) == config)
     if found.config is None and not found.hints.head_width and not matches:
         wide = config.vision.head_width
@@ -204,37 +203,37 @@ def _find(path: Path) -> _Found:
     form = metadata.get("format", "")
     if form == FORMAT:
         config = configs.check(CLIPConfig, _json(metadata.get("config", ""), path), f"sizes in {path}")
-        return _Found(path, "clip_base", weights, sizes.Hints(source="its metadata"), config)
+        return _Found(path, "clip_base", weights, infer_config.Hints(source="its metadata"), config)
     if form and form not in FRAMEWORKS:
         raise InputError(f"{path} holds {form!r}, no CLIP; `clip-base inspect {path}` shows what is in it")
-    state = naming.strip(weights)
-    known = formats.recognise(state, path)
+    state = key_names.strip(weights)
+    known = formats.recognize(state, path)
     if known is not None:
         return _from_another(known, path)
     if CONFIG_KEY in metadata:
         config = configs.check(CLIPConfig, _json(metadata[CONFIG_KEY], path), f"sizes in {path}")
-        hints = sizes.Hints(source="its metadata")
-        return _Found(path, f"{_style(state)}, safetensors", naming.to_ours(state), hints, config)
+        hints = infer_config.Hints(source="its metadata")
+        return _Found(path, f"{_style(state)}, safetensors", key_names.to_ours(state), hints, config)
     form = f"{'training ' if len(state) and set(state) != set(weights) else ''}{_style(state)}, safetensors"
-    return _Found(path, form, naming.to_ours(state), _hints(path, state))
+    return _Found(path, form, key_names.to_ours(state), _hints(path, state))
 
 
 def _from_pickle(path: Path) -> _Found:
-    if pickles.is_torchscript(path):
-        state = naming.strip(pickles.read_torchscript(path))
-        hints = sizes.Hints("quick_gelu", head_width=64, source="OpenAI's archives use it")
-        return _Found(path, "OpenAI's TorchScript archive", naming.to_ours(state), hints)
-    content = pickles.read_pickle(path)
+    if unpickle.is_torchscript(path):
+        state = key_names.strip(unpickle.read_torchscript(path))
+        hints = infer_config.Hints("quick_gelu", head_width=64, source="OpenAI's archives use it")
+        return _Found(path, "OpenAI's TorchScript archive", key_names.to_ours(state), hints)
+    content = unpickle.read_pickle(path)
     if isinstance(content, Tensor):
-        other = formats.recognise(content, path)
+        other = formats.recognize(content, path)
         what = other.form if other is not None else f"one tensor of shape {list(content.shape)}"
         raise InputError(f"{path} holds {what}, no CLIP; `clip-base inspect {path}` shows what is in it")
-    state, wrapped = naming.unwrap(content, path)
-    known = formats.recognise(state, path)
+    state, wrapped = key_names.unwrap(content, path)
+    known = formats.recognize(state, path)
     if known is not None:
         return _from_another(known, path)
     form = f"{'training checkpoint' if wrapped else 'state dict'}: {_style(state)}"
-    return _Found(path, form, naming.to_ours(state), _hints(path, state))
+    return _Found(path, form, key_names.to_ours(state), _hints(path, state))
 
 
 def _from_another(content: formats.Content, path: Path) -> _Found:
@@ -243,7 +242,7 @@ def _from_another(content: formats.Content, path: Path) -> _Found:
         raise InputError(
             f"{path} is {content.form}, which holds no whole CLIP; `clip-base inspect {path}` shows its parts"
         )
-    hints = sizes.Hints(content.activation, source=f"{content.form} has it")
+    hints = infer_config.Hints(content.activation, source=f"{content.form} has it")
     unused = tuple(f"not needed: {one}" for one in content.unused())
     return _Found(path, content.form, content.clip, hints, assumed=content.notes, unused=unused)
 
@@ -265,22 +264,30 @@ def _find_in_folder(folder: Path) -> _Found:
     state: dict[str, Tensor] = {}
     for shard in shards:
         state |= read_weights(folder / shard)[0]
-    state = naming.strip(state)
+    state = key_names.strip(state)
     form = f"{_style(state)}, {len(shards)} safetensors"
-    return _Found(folder / name, form, naming.to_ours(state), _hints(folder / name, state))
+    return _Found(folder / name, form, key_names.to_ours(state), _hints(folder / name, state))
 
 
-def _hints(path: Path, state: Mapping[str, Tensor]) -> sizes.Hints:
+def _hints(path: Path, state: Mapping[str, Tensor]) -> infer_config.Hints:
     """Returns what the config beside a weights file says: Hugging Face's or open_clip's, by the names."""
-    if naming.is_huggingface(state):
+    if key_names.is_huggingface(state):
         beside = path.with_name("config.json")
-        return sizes.from_huggingface(read_json(beside), str(beside)) if beside.exists() else sizes.Hints()
+        return (
+            infer_config.from_huggingface(read_json(beside), str(beside))
+            if beside.exists()
+            else infer_config.Hints()
+        )
     beside = path.with_name(_OPEN_CLIP_CONFIG)
-    return sizes.from_open_clip(read_json(beside), str(beside)) if beside.exists() else sizes.Hints()
+    return (
+        infer_config.from_open_clip(read_json(beside), str(beside))
+        if beside.exists()
+        else infer_config.Hints()
+    )
 
 
 def _style(state: Mapping[str, Tensor]) -> str:
-    if naming.is_huggingface(state):
+    if key_names.is_huggingface(state):
         return "Hugging Face CLIP"
     return (
         "clip_base names" if any(name.startswith("text.") for name in state) else "open_clip or OpenAI names"
@@ -297,8 +304,8 @@ def read_foreign(path: Path) -> formats.Content | None:
         return None
     _check_magic(path)
     if _is_pickle(path):
-        return None if pickles.is_torchscript(path) else formats.recognise(formats.read(path), path)
-    return formats.recognise(naming.strip(read_weights(path)[0]), path)
+        return None if unpickle.is_torchscript(path) else formats.recognize(formats.read(path), path)
+    return formats.recognize(key_names.strip(read_weights(path)[0]), path)
 
 
 def is_safetensors(path: Path) -> bool:

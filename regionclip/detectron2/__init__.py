@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 
-from clip_base.errors import InputError
+from clip_base.runtime.errors import InputError
 
 INSTALL = (
     "detectron2 is not installed; install it from its repository with `pip install --no-build-isolation "
@@ -32,12 +32,11 @@ with warnings.catch_warnings():
 from regionclip.detectron2.backbone import ClipBackbone
 from regionclip.detectron2.catalog import class_names, register_dataset, register_published
 from regionclip.detectron2.config import add_regionclip_config
-from regionclip.detectron2.evaluator import OpenVocabularyEvaluator
 from regionclip.detectron2.mapper import RegionMapper
+from regionclip.detectron2.modeling import OpenVocabularyRCNN, OpenVocabularyROIHeads
 from regionclip.detectron2.proposals import RegionProposals
-from regionclip.detectron2.rcnn import OpenVocabularyRCNN
-from regionclip.detectron2.roi_heads import OpenVocabularyROIHeads
 from regionclip.detectron2.structures import from_instances, to_instances
+from regionclip.detectron2.training import OpenVocabularyEvaluator
 
 __all__ = [
     "ClipBackbone",

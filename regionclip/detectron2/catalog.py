@@ -12,11 +12,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
 from detectron2.structures import BoxMode
 
-from clip_base.errors import InputError
-from regionclip.class_lists import parse_names
-from regionclip.coco import category_ids_by_name, frequencies, read_instances
-from regionclip.datasets import CocoDetection
-from regionclip.splits import Split, load_split
+from clip_base.runtime.errors import InputError
+from regionclip.data.annotations import CocoDetection
+from regionclip.data.categories import Split, load_split, parse_names
+from regionclip.data.coco import category_ids_by_name, frequencies, read_instances
 
 EVALUATOR = "open_vocabulary"
 # How RegionCLIP's configs call the parts, and what they are.
@@ -110,7 +109,7 @@ def register_dataset(
         name: in detectron2's catalogs.
         annotations: a file in COCO's instances form.
         images: the folder that its file names are relative to.
-        split: "coco", "lvis", or a file with base and novel names; see `regionclip.splits.load_split`.
+        split: "coco", "lvis", or a file with base and novel names; see `load_split`.
         part: "base", "novel" or "all".
 
     Raises:

@@ -13,9 +13,9 @@ from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 
-from clip_base.errors import InputError
-from regionclip.scoring import DetectorConfig
-from regionclip.train_detector import TrainDetectorConfig
+from clip_base.runtime.errors import InputError
+from regionclip.models.postprocess import DetectorConfig
+from regionclip.training.train_detector import TrainDetectorConfig
 
 OWN = "MODEL.REGIONCLIP."
 # Our option: its key.

@@ -13,9 +13,9 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data.detection_utils import check_image_size
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from clip_base.data.images import decode
-from clip_base.errors import InputError
-from regionclip.transforms import ResizeConfig, place, place_training
+from clip_base.images.decode import decode
+from clip_base.runtime.errors import InputError
+from regionclip.structures.transforms import ResizeConfig, random_resize, resize_shortest_edge
 
 
 class RegionMapper:
@@ -64,9 +64,11 @@ class RegionMapper:
         pixels = decode(mapped["file_name"])
         check_image_size(mapped, pixels)
         if self.is_train:
-            pixels, frame = place_training(pixels, self.resize, torch.default_generator)
+            pixels, frame = random_resize(pixels, self.resize, torch.default_generator)
         else:
-            pixels, frame = place(pixels, self.resize.short[0], self.resize.long, filter=self.resize.filter)
+            pixels, frame = resize_shortest_edge(
+                pixels, self.resize.short[0], self.resize.long, filter=self.resize.filter
+            )
         mapped["image"] = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
         if self.is_train:
             single = [entry for entry in annotations if not entry.get("iscrowd")]
@@ -74,7 +76,7 @@ class RegionMapper:
             labels = torch.tensor([entry["category_id"] for entry in single], dtype=torch.int64)
             seen = frame.visible(boxes) >= self.resize.jitter.visible
             mapped["instances"] = Instances(
-                frame.size, gt_boxes=Boxes(frame.boxes_in(boxes[seen])), gt_classes=labels[seen]
+                frame.size, gt_boxes=Boxes(frame.apply_boxes(boxes[seen])), gt_classes=labels[seen]
             )
         return mapped
 

@@ -13,10 +13,9 @@ from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
-from clip_base.errors import InputError
 from clip_base.models.resnet import ModifiedResNet
-from regionclip.detector import DetectorConfig
-from regionclip.detectron2.backbone import STAGES
+from clip_base.runtime.errors import InputError
+from regionclip.detectron2.backbone import STAGES, read_detector
 from regionclip.detectron2.config import (
     ANCHOR_RATIOS,
     ANCHOR_SIZES,
@@ -27,10 +26,10 @@ from regionclip.detectron2.config import (
     stated,
 )
 from regionclip.detectron2.structures import from_images, from_truth, to_proposals
-from regionclip.detectron2.weights import read_detector
-from regionclip.proposals.network import ProposalNetwork
-from regionclip.proposals.rpn import load_network
-from regionclip.structures import RegionBatch
+from regionclip.models.postprocess import DetectorConfig
+from regionclip.proposals.rpn.network import ProposalNetwork
+from regionclip.proposals.rpn.proposer import load_network
+from regionclip.structures.regions import RegionBatch
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()

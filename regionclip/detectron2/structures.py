@@ -9,9 +9,10 @@ import torch
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
-from clip_base.batch import ImageBatch
+from clip_base.data.batch import ImageBatch
 from regionclip.proposals.base import collect
-from regionclip.structures import Detections, Regions
+from regionclip.structures.detections import Detections
+from regionclip.structures.regions import Regions
 
 
 def to_instances(detections: Detections) -> Instances:

@@ -1,32 +1,77 @@
-"""Training and evaluation as detectron2's users start them, from a YAML or a LazyConfig."""
+"""Our evaluation as one of detectron2's evaluators."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, default_setup, default_writers, hooks
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.events import TensorboardXWriter
 from torch import nn
 
-from clip_base.errors import InputError
-from regionclip.detector import save_detector
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import write_json
+from regionclip.checkpoints.load import save_detector
+from regionclip.detectron2.backbone import to_detector
 from regionclip.detectron2.catalog import class_names, register_listed
 from regionclip.detectron2.config import add_regionclip_config
-from regionclip.detectron2.evaluator import OpenVocabularyEvaluator
 from regionclip.detectron2.mapper import RegionMapper
-from regionclip.detectron2.rcnn import OpenVocabularyRCNN
-from regionclip.detectron2.weights import to_detector
-from regionclip.transforms import ResizeConfig
+from regionclip.detectron2.modeling import OpenVocabularyRCNN
+from regionclip.detectron2.structures import from_instances
+from regionclip.metrics.average_precision import Protocol, evaluate_detections
+from regionclip.structures.transforms import ResizeConfig
+
+
+class OpenVocabularyEvaluator(DatasetEvaluator):  # type: ignore[misc]
+    """Average precision of base, novel and all classes in percent, as `regionclip evaluate` computes it.
+
+    Args:
+        dataset: a dataset of the catalogs, with its annotations in COCO's form as `json_file`.
+        out: folder for `results.json` in COCO's results form; None: it is not written.
+        max_detections: best scored detections an image that count; 0: 100 (COCO), 300 (LVIS).
+    """
+
+    def __init__(self, dataset: str, out: str | Path | None = None, max_detections: int = 0) -> None:
+        self.dataset, self.out, self.max_detections = dataset, out, max_detections
+        self.entries: list[dict[str, Any]] = []
+
+    def reset(self) -> None:
+        """Forgets what was processed."""
+        self.entries = []
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """Takes a batch's detections."""
+        metadata = MetadataCatalog.get(self.dataset)
+        names, _ = class_names(self.dataset)
+        ids = {label: category for category, label in metadata.thing_dataset_id_to_contiguous_id.items()}
+        for image, output in zip(inputs, outputs, strict=True):
+            detections = from_instances(output["instances"], names)
+            self.entries += detections.to_coco(image["image_id"], [ids[label] for label in range(len(names))])
+
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
+        """Returns {"bbox": metrics} in the first process, None in the others."""
+        gathered = comm.gather(self.entries, dst=0)
+        if not comm.is_main_process():
+            return None
+        entries = list(itertools.chain.from_iterable(gathered))
+        if self.out is not None:
+            Path(self.out).mkdir(parents=True, exist_ok=True)
+            write_json(Path(self.out) / "results.json", entries)
+        metadata = MetadataCatalog.get(self.dataset)
+        protocol = Protocol(max_detections=self.max_detections, compete=getattr(metadata, "part", "all"))
+        found = evaluate_detections(metadata.json_file, entries, getattr(metadata, "split", None), protocol)
+        return {"bbox": {key: 100 * value if value >= 0 else value for key, value in found.metrics.items()}}
+
 
 logger = logging.getLogger("detectron2.regionclip")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,34 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from clip_base.batch import ImageBatch
-from clip_base.config import option
-from clip_base.errors import InputError
-from regionclip.structures import Regions
+from clip_base.data.batch import ImageBatch
+from clip_base.jobs import plugins
+from clip_base.jobs.config import Plugin, option
+from clip_base.runtime.errors import InputError
+from regionclip.structures.regions import ImageInfo, Regions
 
 GROUP = "regionclip.proposers"
-
-
-@dataclass(frozen=True)
-class ImageKey:
-    """Says which image a slot of a batch holds, and how large it is on disk.
-
-    Attributes:
-        image_id: the image's id in its dataset.
-        height: of the original image, pixels.
-        width: of the original image, pixels.
-    """
-
-    image_id: int
-    height: int
-    width: int
-
-    def __post_init__(self) -> None:
-        """Checks the size."""
-        if self.height < 1 or self.width < 1:
-            raise ValueError(
-                f"image {self.image_id} has size {self.height}x{self.width}, expected at least 1x1"
-            )
 
 
 @dataclass(kw_only=True)
@@ -63,7 +43,7 @@ class Proposer(Protocol):
     Its constructor takes `config`, a dataclass with its options, and may take `device`.
     """
 
-    def __call__(self, images: ImageBatch, keys: Sequence[ImageKey]) -> Regions:
+    def __call__(self, images: ImageBatch, keys: Sequence[ImageInfo]) -> Regions:
         """Returns boxes for every image of the batch.
 
         The i-th image fills `images.sizes[i]` of its frame and is the whole of `keys[i]`, resized and not
@@ -80,7 +60,7 @@ class Proposer(Protocol):
         ...
 
 
-def frame_scale(images: ImageBatch, keys: Sequence[ImageKey]) -> Tensor:
+def frame_scale(images: ImageBatch, keys: Sequence[ImageInfo]) -> Tensor:
     """Returns [B, 4] float32 factors (x, y, x, y) that turn original pixels into pixels of the batch's frame.
 
     Height and width have factors of their own, because a resized side is rounded to whole pixels.
@@ -101,3 +81,19 @@ def collect(boxes: Sequence[Tensor], scores: Sequence[Tensor], device: torch.dev
         image_index=image_index.to(device),
         scores=torch.cat([torch.zeros(0, device=device), *(rows.to(device) for rows in scores)]),
     )
+
+
+def build_proposer(spec: Plugin, device: torch.device) -> Proposer:
+    """Builds the proposer that a job's options name; `device` goes to those whose constructor takes one.
+
+    Args:
+        spec: the proposer's name and its own options.
+        device: where a network is to run.
+
+    Raises:
+        InputError: no such proposer, or options that it does not have.
+    """
+    takes = inspect.signature(plugins.load(GROUP, str(spec.get("name", "")))).parameters
+    context = {"device": device} if "device" in takes else {}
+    proposer: Proposer = plugins.build(GROUP, spec, **context)
+    return proposer

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clip_base.batch import ImageBatch
-from clip_base.config import option
-from clip_base.errors import InputError
-from regionclip.proposals.base import ImageKey, collect
-from regionclip.structures import Regions
+from clip_base.data.batch import ImageBatch
+from clip_base.jobs.config import option
+from clip_base.runtime.errors import InputError
+from regionclip.proposals.base import collect
+from regionclip.structures.regions import ImageInfo, Regions
 
 # The grid has no opinion on where objects are. With a score of 1 a product of objectness and name score is
 # the name score alone, and no objectness threshold drops every box, as it could with a smaller constant.
@@ -46,7 +46,7 @@ class GridProposer:
     def __init__(self, config: GridConfig) -> None:
         self.config = config
 
-    def __call__(self, images: ImageBatch, keys: Sequence[ImageKey]) -> Regions:
+    def __call__(self, images: ImageBatch, keys: Sequence[ImageInfo]) -> Regions:
         """See `Proposer`. Boxes depend on the images' sizes only; `keys` are not needed."""
         sizes = [(int(height), int(width)) for height, width in images.sizes.tolist()]
         grids = {size: self.boxes(*size) for size in set(sizes)}

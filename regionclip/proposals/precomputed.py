@@ -1,10 +1,10 @@
-"""Boxes that were proposed before, read from a file in COCO's results form or from Parquet."""
+"""The true boxes of a dataset as proposals: what a detector would do if it missed nothing."""
 
 from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip_base.batch import ImageBatch
-from clip_base.config import REQUIRED, option
-from clip_base.errors import InputError
-from regionclip.boxes import xywh_to_xyxy
-from regionclip.json_stream import stream_entries
-from regionclip.proposals.base import ImageKey, collect, frame_scale
-from regionclip.proposals.files import ProposalTable
-from regionclip.structures import Regions
+from clip_base.data.batch import ImageBatch
+from clip_base.jobs.config import REQUIRED, option
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.json_stream import stream_entries
+from regionclip.data.annotations import ImageAnnotations
+from regionclip.proposals.base import collect, frame_scale
+from regionclip.proposals.storage import ProposalTable
+from regionclip.structures.boxes import xywh_to_xyxy
+from regionclip.structures.regions import ImageInfo, Regions
+
+
+class TruthProposer:
+    """Proposes each image's true boxes, all with objectness 1; crowds are left out.
+
+    Args:
+        records: the annotated images.
+    """
+
+    def __init__(self, records: Iterable[ImageAnnotations]) -> None:
+        self.boxes = {record.image_id: record.without_crowds().boxes for record in records}
+
+    def __call__(self, images: ImageBatch, keys: Sequence[ImageInfo]) -> Regions:
+        """See `Proposer`. The pixels are not looked at."""
+        scales = frame_scale(images, keys)
+        boxes = [self.boxes[key.image_id] * scale for key, scale in zip(keys, scales, strict=True)]
+        return collect(boxes, [torch.ones(len(rows)) for rows in boxes], images.pixels.device)
 
 
 @dataclass
@@ -55,7 +73,7 @@ class PrecomputedProposer:
         table = path.suffix == ".parquet" or path.is_dir()
         self._source: _Results | ProposalTable = ProposalTable(path) if table else _Results(path)
 
-    def __call__(self, images: ImageBatch, keys: Sequence[ImageKey]) -> Regions:
+    def __call__(self, images: ImageBatch, keys: Sequence[ImageInfo]) -> Regions:
         """See `Proposer`. The pixels are not looked at."""
         boxes, scores = [], []
         for key, scale in zip(keys, frame_scale(images, keys), strict=True):
@@ -64,7 +82,7 @@ class PrecomputedProposer:
             scores.append(values)
         return collect(boxes, scores, images.pixels.device)
 
-    def _of_image(self, key: ImageKey) -> tuple[Tensor, Tensor]:
+    def _of_image(self, key: ImageInfo) -> tuple[Tensor, Tensor]:
         """Returns an image's [n, 4] boxes in original pixels and their [n] scores, best first."""
         boxes, scores = self._source.of_image(key.image_id)
         order = scores.argsort(descending=True, stable=True)

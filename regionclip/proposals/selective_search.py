@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_base.batch import ImageBatch
-from clip_base.config import option
-from clip_base.data.images import DEVIATION, MEAN, Pixels
-from clip_base.errors import InputError
-from regionclip.proposals.base import ImageKey, collect
-from regionclip.structures import Regions
+from clip_base.data.batch import ImageBatch
+from clip_base.images.decode import DEVIATION, MEAN, Pixels
+from clip_base.jobs.config import option
+from clip_base.runtime.errors import InputError
+from regionclip.proposals.base import collect
+from regionclip.structures.regions import ImageInfo, Regions
 
 # The search orders its boxes but does not say how sure it is of any: see `grid` on why that is 1.
 SCORE = 1.0
@@ -64,7 +64,7 @@ class SelectiveSearchProposer:
                 "opencv-python-headless has overwritten it)"
             )
 
-    def __call__(self, images: ImageBatch, keys: Sequence[ImageKey]) -> Regions:
+    def __call__(self, images: ImageBatch, keys: Sequence[ImageInfo]) -> Regions:
         """See `Proposer`. Of `keys` only the ids are used, to draw the order."""
         boxes = []
         for pixels, (height, width), key in zip(images.pixels, images.sizes.tolist(), keys, strict=True):

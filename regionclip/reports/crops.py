@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from clip_base.data.images import decode
-from clip_base.errors import InputError
+from clip_base.images.decode import decode
+from clip_base.runtime.errors import InputError
 
 RGB = tuple[int, int, int]
 

@@ -6,7 +6,7 @@ from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from clip_base.progress import clock
+from clip_base.runtime.progress import clock
 
 DASH = "–"
 

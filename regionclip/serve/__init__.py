@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_base.config import REQUIRED, Part, option, part
-from clip_base.errors import InputError
+from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
+from clip_base.runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from regionclip.predictor import Predictor
+    from regionclip.inference.predictor import Predictor
     from regionclip.serve.desk import Desk
 
 PROPOSERS = "regionclip.proposers"
@@ -38,7 +38,7 @@ class ServeConfig:
     port: int = option(7860, "port to listen on; 0: a free one")
     megabytes: float = option(20.0, "largest file that can be uploaded, in MB (1,000,000 bytes)")
     megapixels: float = option(25.0, "largest picture, in millions of pixels")
-    proposer: Part = part(
+    proposer: Plugin = plugin(
         PROPOSERS, "none", "where regions come from for weights without a proposal network of their own"
     )
     text: str = option("", "CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none")
@@ -85,7 +85,7 @@ def open_desk(config: ServeConfig) -> Desk:
     Raises:
         InputError: a file is missing, damaged or does not fit; weights without proposals and no proposer.
     """
-    from regionclip.class_lists import parse_names
+    from regionclip.data.categories import parse_names
     from regionclip.serve.desk import Checkpoint, Desk, Limits
 
     lists = {Path(one).stem: tuple(parse_names(one)) for one in config.lists}
@@ -98,8 +98,8 @@ def open_desk(config: ServeConfig) -> Desk:
 
 
 def _load(file: str, config: ServeConfig) -> Predictor:
-    from regionclip.inference import build_proposer
-    from regionclip.predictor import load
+    from regionclip.inference.predictor import load
+    from regionclip.proposals.base import build_proposer
 
     predictor = load(file, text=config.text, precision=config.precision, device=config.device)
     if predictor.detector.network is None:
@@ -121,9 +121,9 @@ def first_names(vocabulary: str) -> str:
     Raises:
         InputError: a file that does not exist or holds no names, repeated names.
     """
-    from clip_base.data.pictograms import TABLE
-    from clip_base.data.scenes import ScenesConfig
-    from regionclip.class_lists import parse_names
+    from clip_base.synthetic.pictograms import TABLE
+    from clip_base.synthetic.scenes import ScenesConfig
+    from regionclip.data.categories import parse_names
 
     drawn = [category.name for category in TABLE[: ScenesConfig.categories]]
     return ", ".join(parse_names(vocabulary) if vocabulary else drawn)
@@ -135,8 +135,8 @@ def example_pictures(folder: str, place: Path) -> list[Path]:
     Raises:
         InputError: the folder does not exist or holds no pictures.
     """
-    from clip_base.data.scenes import ScenesConfig, generate
-    from regionclip.pictures import picture_files
+    from clip_base.images.inputs import picture_files
+    from clip_base.synthetic.scenes import ScenesConfig, generate
 
     if folder:
         return picture_files([folder])[:MOST_EXAMPLES]

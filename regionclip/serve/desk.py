@@ -17,15 +17,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_base.data.images import Pixels, resize
-from clip_base.errors import InputError
-from regionclip.boxes import area, nms
-from regionclip.class_lists import CLASS_LISTS, check_names, parse_names
-from regionclip.pictures import read_upright
-from regionclip.predictor import Predictor
-from regionclip.structures import Detections
-from regionclip.visualize import Colour, colour_of, draw
-from regionclip.vocabulary import Vocabulary
+from clip_base.images.decode import Pixels, resize
+from clip_base.images.inputs import read_upright
+from clip_base.runtime.errors import InputError
+from regionclip.concepts.vocabulary import Vocabulary
+from regionclip.data.categories import CLASS_LISTS, check_names, parse_names
+from regionclip.inference.predictor import Predictor
+from regionclip.structures.boxes import area, nms
+from regionclip.structures.detections import Detections
+from regionclip.structures.drawing import Color, color_of, draw
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -142,7 +142,7 @@ class Checkpoint:
             vocabulary = self._vocabulary(names)
             with self._lock:
                 self.predictor.set_vocabulary(vocabulary)
-                (found,) = self.predictor.in_pixels([(photo.pixels, photo.size)])
+                (found,) = self.predictor.detect_batch([(photo.pixels, photo.size)])
             return found
 
         return self._found((photo.key, names), look)
@@ -169,7 +169,7 @@ class Checkpoint:
         vocabulary = self._vocabulary(among)
         with self._lock:
             self.predictor.set_vocabulary(vocabulary)
-            (best,) = self.predictor.nearest_names(features[row : row + 1], NEAREST)
+            (best,) = self.predictor.classify_embeddings(features[row : row + 1], NEAREST)
         return dict(best)
 
     def _vocabulary(self, names: tuple[str, ...]) -> Vocabulary:
@@ -234,9 +234,9 @@ class Desk:
             return draw(photo.shown, found)
         place = rows.index(chosen)
         order = [*(row for row in range(len(rows)) if row != place), place]  # the chosen one on top
-        name, colour = _name(found, place), colour_of(int(found.labels[place]))
+        name, colour = _name(found, place), color_of(int(found.labels[place]))
         texts = ["" if row != place else f"{name} {float(found.scores[place]):.2f}" for row in order]
-        colours: list[Colour] = [GREY if row != place else colour for row in order]
+        colours: list[Color] = [GREY if row != place else colour for row in order]
         return draw(photo.shown, boxes=found.boxes[order], texts=texts, colours=colours)
 
     def table(self, view: View, which: int) -> list[list[Any]]:

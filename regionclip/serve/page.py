@@ -12,8 +12,8 @@ from typing import Any
 
 import gradio as gr
 
-from clip_base.errors import InputError
-from clip_base.files import write_text
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import write_text
 from regionclip.serve.desk import TYPED, Desk, Thresholds, View
 
 COLUMNS = {"#": "9%", "name": "29%", "score": "14%", "x": "12%", "y": "12%", "w": "12%", "h": "12%"}

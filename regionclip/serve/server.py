@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_base.errors import InputError
+from clip_base.runtime.errors import InputError
 
 if TYPE_CHECKING:
     import uvicorn

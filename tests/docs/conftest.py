@@ -17,16 +17,18 @@ import torch
 from torch import Tensor
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from clip_base.data.scenes import ScenesConfig, generate
-from clip_base.files import read_json, write_json, write_text
 from clip_base.models.clip import CLIP, to_openai_names
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
-from clip_base.weights import published
-from regionclip.class_lists import parse_names
-from regionclip.detector import Detector, DetectorConfig, save_detector
-from regionclip.proposals.detectron2_names import to_detectron2
-from regionclip.proposals.network import ProposalNetwork, ProposalNetworkConfig
-from regionclip.transforms import ResizeConfig
+from clip_base.runtime.files import read_json, write_json, write_text
+from clip_base.synthetic.scenes import ScenesConfig, generate
+from clip_base.weights import download
+from regionclip.checkpoints.load import save_detector
+from regionclip.data.categories import parse_names
+from regionclip.models.detector import Detector
+from regionclip.models.postprocess import DetectorConfig
+from regionclip.proposals.rpn.detectron2_names import to_detectron2
+from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.structures.transforms import ResizeConfig
 
 ROOT = Path(__file__).parents[2]
 SIDE = 64
@@ -60,9 +62,9 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             (folder / name).symlink_to(ROOT / name)
         _own_data(folder)
         for name, vision in FILES.items():
-            patch.setitem(published.FILES, name, _publish(name, vision, folder))
-        patch.setattr("regionclip.proposals.backbone.resnet50", _resnet50)
-        patch.setattr("regionclip.proposals.detectron2_names.BLOCKS", BLOCKS)
+            patch.setitem(download.FILES, name, _publish(name, vision, folder))
+        patch.setattr("regionclip.proposals.rpn.backbone.resnet50", _resnet50)
+        patch.setattr("regionclip.proposals.rpn.detectron2_names.BLOCKS", BLOCKS)
         torch.save(_resnet50().state_dict(), folder / "resnet50.pth")
         _publish_regionclip(folder / "cache")
         _quickstart(folder)
@@ -115,9 +117,9 @@ def _clip(vision: VisionConfig) -> CLIP:
     return CLIP(CLIPConfig(32, vision, TEXT)).eval()
 
 
-def _publish(name: str, vision: VisionConfig, folder: Path) -> published.Published:
+def _publish(name: str, vision: VisionConfig, folder: Path) -> download.Published:
     """Writes a tiny file in the place of one that OpenAI has published; returns what is known of it."""
-    known = published.FILES[name]
+    known = download.FILES[name]
     path = folder / "cache" / known.name
     path.parent.mkdir(exist_ok=True)
     state = to_openai_names(_clip(vision).state_dict())

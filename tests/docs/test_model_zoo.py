@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from clip_base.models import zoo
-from clip_base.weights import published
+from clip_base.weights import download
 
 PAGE = Path(__file__).parents[2] / "docs" / "model_zoo.md"
 MEBIBYTE = 1 << 20
@@ -14,7 +14,7 @@ MEBIBYTE = 1 << 20
 def rows() -> dict[str, str]:
     """Returns the table's row of every published file, by name."""
     made = {}
-    for name, file in published.files().items():
+    for name, file in download.files().items():
         size = f"{file.size / MEBIBYTE:,.0f} MiB" if file.size else "–"
         checksum = f"`{file.sha256[:12]}…`" if file.sha256 else "–"
         place = file.url if file.page else file.name

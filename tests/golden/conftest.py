@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import nn
 
-from clip_base.cli import main, main_regionclip
+from clip_base.jobs.cli import main, main_regionclip
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.weights.native import save_clip

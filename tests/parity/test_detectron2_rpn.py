@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from clip_base.batch import ImageBatch
-from clip_base.checkpoint import load_exactly
-from clip_base.data.images import DEVIATION, MEAN
-from regionclip.proposals.detectron2_names import from_detectron2, to_detectron2
-from regionclip.proposals.network import ProposalNetwork
-from regionclip.proposals.rpn import load_network, save_network
-from regionclip.structures import RegionBatch, Regions
+from clip_base.data.batch import ImageBatch
+from clip_base.images.decode import DEVIATION, MEAN
+from clip_base.weights.native import load_exactly
+from regionclip.proposals.rpn.detectron2_names import from_detectron2, to_detectron2
+from regionclip.proposals.rpn.network import ProposalNetwork
+from regionclip.proposals.rpn.proposer import load_network, save_network
+from regionclip.structures.regions import RegionBatch, Regions
 
 pytest.importorskip("detectron2")
 

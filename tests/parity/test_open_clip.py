@@ -14,7 +14,7 @@ from clip_base.models import zoo
 from clip_base.models.clip import CLIP, from_openai_names
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.models.positions import resample_positions
-from clip_base.tokenizer import Tokenizer, tokenize
+from clip_base.models.tokenizer import Tokenizer, tokenize
 
 open_clip = pytest.importorskip("open_clip")
 

@@ -19,14 +19,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clip_base.batch import ImageBatch
-from clip_base.cli import main_regionclip
-from clip_base.data.images import DEVIATION, MEAN, normalise
-from clip_base.files import write_json
-from regionclip.class_lists import parse_names
-from regionclip.published.loading import load_published_detector
-from regionclip.scoring import DetectorConfig
-from regionclip.structures import Regions
+from clip_base.data.batch import ImageBatch
+from clip_base.images.decode import DEVIATION, MEAN, normalize
+from clip_base.jobs.cli import main_regionclip
+from clip_base.runtime.files import write_json
+from regionclip.checkpoints.load import load_published_detector
+from regionclip.data.categories import parse_names
+from regionclip.models.postprocess import DetectorConfig
+from regionclip.structures.regions import Regions
 
 pytest.importorskip("detectron2")
 pytest.importorskip("open_clip")
@@ -302,7 +302,7 @@ def test_region_features_are_the_released_codes(tmp_path: Path, photographs: Pat
         boxes = torch.cat([corners.amin(0), corners.amax(0)], 1)
         wanted = released.features(image, Boxes(boxes))
         regions = Regions(boxes, torch.zeros(len(boxes), dtype=torch.int64))
-        batch = ImageBatch.whole(normalise(image[None]))
+        batch = ImageBatch.whole(normalize(image[None]))
         with torch.no_grad():
             found, moves = detector.heads(detector.stages(batch)[-1], regions)
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)

@@ -9,7 +9,7 @@ from torch import Tensor
 from clip_base.models import zoo
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
-from clip_base.tokenizer import END, START, Tokenizer
+from clip_base.models.tokenizer import END, START, Tokenizer
 
 transformers = pytest.importorskip("transformers")
 

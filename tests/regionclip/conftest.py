@@ -13,16 +13,18 @@ import pytest
 import torch
 from torch import nn
 
-from clip_base.cli import main_regionclip
-from clip_base.data.scenes import ScenesConfig, generate
-from clip_base.files import read_json, write_text
+from clip_base.jobs.cli import main_regionclip
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.models.resnet import Bottleneck
+from clip_base.runtime.files import read_json, write_text
+from clip_base.synthetic.scenes import ScenesConfig, generate
 from clip_base.weights.native import save_clip
-from regionclip.detector import Detector, DetectorConfig, save_detector
-from regionclip.proposals.network import ProposalNetwork, ProposalNetworkConfig
-from regionclip.proposals.rpn import save_network
+from regionclip.checkpoints.load import save_detector
+from regionclip.models.detector import Detector
+from regionclip.models.postprocess import DetectorConfig
+from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn.proposer import save_network
 
 RESNET = VisionConfig(layers=[1, 1, 1, 1], width=8, head_width=32, resolution=64)
 VIT = VisionConfig(kind="vit", layers=[2], width=32, head_width=16, patch=16, resolution=64)

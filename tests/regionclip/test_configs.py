@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from clip_base import config as configs
-from clip_base import plugins
-from clip_base.cli import main_regionclip
-from clip_base.errors import InputError
-from clip_base.files import read_json
-from regionclip.stages import shipped
+from clip_base.jobs import config as configs
+from clip_base.jobs import plugins
+from clip_base.jobs.cli import main_regionclip
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import read_json
+from regionclip.quickstart.stages import shipped
 
 Command = Callable[..., tuple[int, str]]
 
@@ -326,16 +326,16 @@ def test_bad_input_takes_nothing_away_from_a_finished_run(
 @pytest.mark.parametrize(
     ("job", "writer"),
     [
-        ("concepts", "regionclip.concepts.write_text"),
-        ("mine", "regionclip.mining.write_json"),
-        ("export", "regionclip.export.replacing"),
-        ("pretrain", "regionclip.pretrain.save_clip"),
-        ("train-rpn", "regionclip.train_rpn.save_network"),
-        ("train-detector", "regionclip.train_detector.save_detector"),
-        ("propose", "regionclip.propose.writing"),
-        ("evaluate", "regionclip.evaluate.write_json"),
-        ("detect", "regionclip.detect_files.replacing"),
-        ("features", "regionclip.feature_files.replacing"),
+        ("concepts", "regionclip.concepts.build.write_text"),
+        ("mine", "regionclip.mining.mine.write_json"),
+        ("export", "regionclip.export.pseudo_labels.replacing"),
+        ("pretrain", "regionclip.training.pretrain.save_clip"),
+        ("train-rpn", "regionclip.training.train_rpn.save_network"),
+        ("train-detector", "regionclip.training.train_detector.save_detector"),
+        ("propose", "regionclip.proposals.propose.writing"),
+        ("evaluate", "regionclip.evaluation.evaluate.write_json"),
+        ("detect", "regionclip.inference.detect.replacing"),
+        ("features", "regionclip.inference.feature_files.replacing"),
     ],
 )
 def test_a_full_disk_ends_a_job_with_one_line_and_it_goes_on_later(

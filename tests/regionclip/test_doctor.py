@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip_base.errors import InputError
-from clip_base.files import read_json
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import read_json
 from regionclip import doctor
 
 

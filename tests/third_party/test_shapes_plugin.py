@@ -60,7 +60,7 @@ def dataset(tmp_path: Path) -> Path:
 
 SHELL = """
 import contextlib, io, json, sys
-from clip_base import cli
+from clip_base.jobs import cli
 
 results = []
 for program, *arguments in json.loads(sys.argv[1]):

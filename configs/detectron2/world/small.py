@@ -14,7 +14,6 @@ from detectron2.model_zoo import get_config
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-from regionclip.detector import DetectorConfig
 from regionclip.detectron2 import (
     ClipBackbone,
     OpenVocabularyEvaluator,
@@ -23,8 +22,9 @@ from regionclip.detectron2 import (
     RegionMapper,
     RegionProposals,
 )
-from regionclip.train_detector import TrainDetectorConfig
-from regionclip.transforms import ResizeConfig
+from regionclip.models.postprocess import DetectorConfig
+from regionclip.structures.transforms import ResizeConfig
+from regionclip.training.train_detector import TrainDetectorConfig
 
 STEPS, SIDE = 250, 128
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from regionclip.detector import DetectorConfig
+from regionclip.models.postprocess import DetectorConfig
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs" / "detectron2"
@@ -39,8 +39,8 @@ def make_cfg(datasets: Path) -> MakeCfg:
     pytest.importorskip("detectron2")
     from detectron2.config import get_cfg
 
-    from regionclip.detectron2 import add_regionclip_config
     from regionclip.detectron2.catalog import register_listed
+    from regionclip.detectron2.config import add_regionclip_config
 
     def make(weights: Path, changes: dict[str, Any] | None = None) -> Any:
         cfg = get_cfg()

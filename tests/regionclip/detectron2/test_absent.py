@@ -17,14 +17,14 @@ def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def test_importing_the_package_says_how_to_install_detectron2() -> None:
     done = run("import regionclip.detectron2")
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("clip_base.errors.InputError: detectron2 is not installed")
+    assert last.startswith("clip_base.runtime.errors.InputError: detectron2 is not installed")
     official, script = last.index("--no-build-isolation"), last.index("make detectron2")
     assert official < script
 
 
 def test_the_proposer_says_how_to_install_detectron2(world: Path, tmp_path: Path) -> None:
     done = run(
-        "from clip_base.cli import main_regionclip; sys.exit(main_regionclip(sys.argv[1:]))",
+        "from clip_base.jobs.cli import main_regionclip; sys.exit(main_regionclip(sys.argv[1:]))",
         "propose",
         f"annotations={world / 'instances_val.json'}",
         f"images={world / 'images'}",
@@ -46,5 +46,8 @@ def test_the_training_script_says_how_to_install_detectron2() -> None:
 
 
 def test_nothing_else_imports_it() -> None:
-    done = run("import regionclip.detect, regionclip.evaluate, regionclip.mining, regionclip.train_detector")
+    done = run(
+        "import regionclip.inference.detect, regionclip.evaluation.evaluate, regionclip.mining.mine; "
+        "import regionclip.training.train_detector"
+    )
     assert done.returncode == 0, done.stderr

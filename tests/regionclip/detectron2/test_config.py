@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from clip_base.errors import InputError
-from regionclip.detector import load_detector
+from clip_base.runtime.errors import InputError
+from regionclip.checkpoints.load import read_detector_file
 
 pytest.importorskip("detectron2")
 
 from detectron2.modeling import build_model
 
-from regionclip.detectron2.weights import to_detector
+from regionclip.detectron2.backbone import to_detector
 
 MakeCfg = Callable[..., Any]
 
@@ -59,7 +59,7 @@ def test_all_that_is_refused_is_said_at_once(detector_file: Path, make_cfg: Make
 
 
 def test_sizes_that_agree_with_the_file_are_taken(detector_file: Path, make_cfg: MakeCfg) -> None:
-    network = load_detector(detector_file)[0].network
+    network = read_detector_file(detector_file)[0].network
     assert network is not None
     sizes, levels = network.config.anchor_sizes, len(network.config.strides)
     each = len(sizes) // levels
@@ -106,7 +106,7 @@ def test_fewer_anchors_before_suppression_give_fewer_proposals(
     import torch
     from detectron2.data import DatasetCatalog
 
-    from regionclip.detectron2 import RegionMapper
+    from regionclip.detectron2.mapper import RegionMapper
 
     changes = {"MODEL.RPN.PRE_NMS_TOPK_TEST": 2, "MODEL.RPN.NMS_THRESH": 1.0}
     cfg = make_cfg(detector_file, changes)

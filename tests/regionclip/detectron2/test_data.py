@@ -9,25 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from clip_base.errors import InputError
-from clip_base.files import read_json
-from regionclip.datasets import CocoDetection
-from regionclip.structures import Detections, Regions
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import read_json
+from regionclip.data.annotations import CocoDetection
+from regionclip.structures.detections import Detections
+from regionclip.structures.regions import Regions
 
 pytest.importorskip("detectron2")
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
-from regionclip.detectron2 import (
-    OpenVocabularyEvaluator,
-    RegionMapper,
-    class_names,
-    from_instances,
-    register_dataset,
-    to_instances,
-)
-from regionclip.detectron2.structures import from_proposals, to_proposals
+from regionclip.detectron2.catalog import class_names, register_dataset
+from regionclip.detectron2.mapper import RegionMapper
+from regionclip.detectron2.structures import from_instances, from_proposals, to_instances, to_proposals
+from regionclip.detectron2.training import OpenVocabularyEvaluator
 
 MakeCfg = Callable[..., Any]
 

@@ -10,21 +10,23 @@ import cv2
 import pytest
 import torch
 
-from clip_base.errors import InputError
+from clip_base.export.convert import ConvertConfig, convert
 from clip_base.models.clip import CLIP
 from clip_base.models.resnet import ModifiedResNet
-from clip_base.tokenizer import Tokenizer
-from clip_base.weights.convert import ConvertConfig, convert
-from regionclip.datasets import CocoDetection
-from regionclip.detector import Detector, DetectorConfig, load_detector, save_detector
-from regionclip.inference import batches_of
-from regionclip.proposals.network import ProposalNetwork, ProposalNetworkConfig
-from regionclip.samples import RegionSamples, Sample
-from regionclip.splits import load_split
-from regionclip.structures import Detections
-from regionclip.train_detector import DetectorTask, TrainDetectorConfig
-from regionclip.transforms import ResizeConfig
-from regionclip.vocabulary import embed
+from clip_base.models.tokenizer import Tokenizer
+from clip_base.runtime.errors import InputError
+from regionclip.checkpoints.load import read_detector_file, save_detector
+from regionclip.concepts.vocabulary import embed
+from regionclip.data.annotations import CocoDetection
+from regionclip.data.batches import batches_of
+from regionclip.data.categories import load_split
+from regionclip.models.detector import Detector
+from regionclip.models.postprocess import DetectorConfig
+from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.structures.detections import Detections
+from regionclip.structures.transforms import ResizeConfig
+from regionclip.training.samples import RegionDataset, Sample
+from regionclip.training.train_detector import DetectorTask, TrainDetectorConfig
 
 pytest.importorskip("detectron2")
 
@@ -34,8 +36,9 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from regionclip.detectron2 import RegionMapper, from_instances
-from regionclip.detectron2.weights import to_detector
+from regionclip.detectron2.backbone import to_detector
+from regionclip.detectron2.mapper import RegionMapper
+from regionclip.detectron2.structures import from_instances
 
 RESIZE = ResizeConfig(short=[64], long=64, flip=False)
 MakeCfg = Callable[..., Any]
@@ -70,7 +73,7 @@ def shared_file(make_clip: Callable[..., CLIP], tmp_path: Path) -> Path:
 
 def ours(file: Path, world: Path, config: DetectorConfig) -> dict[int, Detections]:
     """Returns what our detector finds in the validation scenes, by image id."""
-    detector = load_detector(file, config)[0]
+    detector = read_detector_file(file, config)[0]
     dataset = CocoDetection(world / "instances_val.json", world / "images")
     split = load_split(str(world / "split.json"), dataset.categories)
     names, novel = split.all, torch.tensor(split.is_novel(split.all))
@@ -144,7 +147,7 @@ def test_a_step_has_the_losses_of_our_training(
     with EventStorage():
         found = model(samples)
 
-    detector = load_detector(file)[0]
+    detector = read_detector_file(file)[0]
     dataset = CocoDetection(world / "instances_train.json", world / "images")
     names = load_split(str(world / "split.json"), dataset.categories).base
     dataset = dataset.restrict(names, keep_empty=False)
@@ -152,7 +155,7 @@ def test_a_step_has_the_losses_of_our_training(
     tokenizer = Tokenizer(detector.clip.config.text.context_length)
     classifier = embed(detector.clip, tokenizer, names, config.templates).embeddings
     task = DetectorTask(detector, classifier, config).train()
-    data = RegionSamples([Sample.of_record(record) for record in dataset[:4]], RESIZE)
+    data = RegionDataset([Sample.of_record(record) for record in dataset[:4]], RESIZE)
     batch = data.collate([data.item(index, torch.Generator()) for index in range(4)])
     torch.manual_seed(0)
     wanted = task(batch)
@@ -208,7 +211,7 @@ def test_new_weights_are_embedded_anew(moved_file: Path, make_cfg: MakeCfg) -> N
 
 def test_the_parts_make_our_detector_again(moved_file: Path, make_cfg: MakeCfg) -> None:
     whole = to_detector(build_model(make_cfg(moved_file)))
-    wanted = load_detector(moved_file)[0].state_dict()
+    wanted = read_detector_file(moved_file)[0].state_dict()
     found = whole.state_dict()
     assert set(found) == set(wanted)
     for key, value in wanted.items():
@@ -217,7 +220,7 @@ def test_the_parts_make_our_detector_again(moved_file: Path, make_cfg: MakeCfg) 
 
 def test_a_converted_detector_fills_every_part(moved_file: Path, make_cfg: MakeCfg, tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
-    detector, base = load_detector(moved_file)
+    detector, base = read_detector_file(moved_file)
     for value in detector.parameters():
         value.data += 1.0
     save_detector(detector, other, base)

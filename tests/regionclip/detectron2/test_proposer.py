@@ -8,21 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip_base.batch import ImageBatch
-from clip_base.data.images import normalise
-from clip_base.errors import InputError
-from clip_base.files import read_json
-from regionclip.proposals.base import ImageKey
-from regionclip.proposals.detectron2 import Detectron2Config, Detectron2Proposer
-from regionclip.proposals.detectron2_names import to_detectron2
-from regionclip.proposals.network import ProposalNetwork, ProposalNetworkConfig
+from clip_base.data.batch import ImageBatch
+from clip_base.images.decode import normalize
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import read_json
+from regionclip.detectron2.proposer import Detectron2Config, Detectron2Proposer
+from regionclip.proposals.rpn.detectron2_names import to_detectron2
+from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.structures.regions import ImageInfo
 
 pytest.importorskip("detectron2")
 
 Command = Callable[..., tuple[int, str]]
 
 SIZES = ((96, 128), (80, 112))
-KEYS = [ImageKey(slot, *size) for slot, size in enumerate(SIZES)]
+KEYS = [ImageInfo(slot, *size) for slot, size in enumerate(SIZES)]
 ZOO = {"c4": "COCO-Detection/rpn_R_50_C4_1x.yaml", "fpn": "COCO-Detection/rpn_R_50_FPN_1x.yaml"}
 DESIGNS = {
     "c4": {"design": "c4", "strides": [16], "pre_nms": 6000},
@@ -34,7 +34,7 @@ def images() -> ImageBatch:
     """Two pictures of unlike size in one frame."""
     generator = torch.Generator().manual_seed(0)
     pictures = [torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8) for size in SIZES]
-    return ImageBatch.pad([normalise(picture) for picture in pictures], 32)
+    return ImageBatch.pad([normalize(picture) for picture in pictures], 32)
 
 
 def make_network(design: str) -> ProposalNetwork:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from clip_base.files import read_json
-from regionclip.detector import DetectorConfig, load_detector
-from regionclip.train_detector import TrainDetectorConfig
+from clip_base.runtime.files import read_json
+from regionclip.checkpoints.load import read_detector_file
+from regionclip.models.postprocess import DetectorConfig
+from regionclip.training.train_detector import TrainDetectorConfig
 
 pytest.importorskip("detectron2")
 
@@ -23,8 +24,14 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup
 from detectron2.evaluation import COCOEvaluator
 
-from regionclip.detectron2 import add_regionclip_config, training
-from regionclip.detectron2.config import DETECTOR_KEYS, TRAINING_KEYS, detector_config, training_config
+from regionclip.detectron2 import training
+from regionclip.detectron2.config import (
+    DETECTOR_KEYS,
+    TRAINING_KEYS,
+    add_regionclip_config,
+    detector_config,
+    training_config,
+)
 
 Command = Callable[..., tuple[int, str]]
 ROOT = Path(__file__).parents[3]
@@ -65,13 +72,13 @@ def test_it_trains_resumes_and_evaluates(
     out = tmp_path / "out"
     given = sources(clip_file, rpn_file, out)
     start(**given, SOLVER__MAX_ITER="2")
-    first = load_detector(out / "model.safetensors")[0]
+    first = read_detector_file(out / "model.safetensors")[0]
     assert (out / "last_checkpoint").read_text() == "model_final.pth"
     (out / "model_0000001.pth").unlink()
     start("--resume", **given, SOLVER__MAX_ITER="4")
     assert (out / "model_0000003.pth").exists()
     assert not (out / "model_0000001.pth").exists()  # the first two steps were not made again
-    detector, base = load_detector(out / "model.safetensors")
+    detector, base = read_detector_file(out / "model.safetensors")
     assert base == tuple(read_json(world / "split.json")["base"])
     assert detector.resize is not None
     assert detector.resize.short == [64]
@@ -143,7 +150,7 @@ def test_the_shipped_lazy_config_trains_and_evaluates(
     ]
     line = ["--config-file", str(CONFIGS / "world" / "small.py"), *options]
     training.main(default_argument_parser().parse_args(line))
-    detector, _ = load_detector(out / "model.safetensors")
+    detector, _ = read_detector_file(out / "model.safetensors")
     assert detector.config.proposals == 30
     assert read_json(out / "inference" / "results.json")
     found = training.main(default_argument_parser().parse_args(["--eval-only", "--resume", *line]))

@@ -12,14 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from clip_base.cli import main_regionclip
-from clip_base.errors import InputError
-from regionclip.evaluation import proposal_recall
-from regionclip.proposals import files
-from regionclip.proposals.base import ImageKey
-from regionclip.proposals.files import SCHEMA, ProposalTable, writing
+from clip_base.jobs.cli import main_regionclip
+from clip_base.runtime.errors import InputError
+from regionclip.metrics.recall import RecallMeter, described, proposal_recall
+from regionclip.proposals import storage
 from regionclip.proposals.precomputed import PrecomputedConfig, PrecomputedProposer
-from regionclip.proposals.recall import RecallMeter, described
+from regionclip.proposals.storage import SCHEMA, ProposalTable, writing
+from regionclip.structures.regions import ImageInfo
 
 BatchOf = Callable[..., object]
 
@@ -50,23 +49,23 @@ def test_a_proposer_reads_what_was_written(
     found = drawn(12)
     proposer = PrecomputedProposer(PrecomputedConfig(str(write(tmp_path / name, found))))
     for image_id, (boxes, scores) in found.items():
-        again = proposer(batch_of((100, 100)), [ImageKey(image_id, 100, 100)])  # type: ignore[arg-type]
+        again = proposer(batch_of((100, 100)), [ImageInfo(image_id, 100, 100)])  # type: ignore[arg-type]
         torch.testing.assert_close(again.boxes, boxes, atol=0.02, rtol=0)
         torch.testing.assert_close(again.scores, scores, atol=1e-5, rtol=0)
-    assert len(proposer(batch_of((10, 10)), [ImageKey(5, 10, 10)])) == 0  # type: ignore[arg-type]
+    assert len(proposer(batch_of((10, 10)), [ImageInfo(5, 10, 10)])) == 0  # type: ignore[arg-type]
 
 
 def test_row_groups_are_bounded_and_read_once_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_GROUP", 10)
+    monkeypatch.setattr(storage, "_GROUP", 10)
     found = drawn(60)
     path = write(tmp_path / "p.parquet", found)
     groups = pq.ParquetFile(path).num_row_groups
     assert groups > 10
     read: list[int] = []
-    real = files._read_group
-    monkeypatch.setattr(files, "_read_group", lambda file, group: read.append(group) or real(file, group))
+    real = storage._read_group
+    monkeypatch.setattr(storage, "_read_group", lambda file, group: read.append(group) or real(file, group))
     table = ProposalTable(path)
     for image_id, (boxes, _) in found.items():
         assert torch.equal(table.of_image(image_id)[0], boxes)
@@ -84,7 +83,7 @@ def test_a_folder_of_files_is_one_table_and_an_image_may_lie_in_several(tmp_path
 
 
 def test_mined_shards_are_proposals_too(mined: Path) -> None:
-    from regionclip.shards import read_regions
+    from regionclip.mining.shards import read_regions
 
     region = next(read_regions(mined))
     boxes, scores = ProposalTable(mined).of_image(region.image_id)

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from clip_base.batch import ImageBatch
-from clip_base.errors import InputError
-from regionclip.proposals.base import ImageKey
+from clip_base.data.batch import ImageBatch
+from clip_base.runtime.errors import InputError
 from regionclip.proposals.grid import GridConfig, GridProposer
-from regionclip.structures import Regions
+from regionclip.structures.regions import ImageInfo, Regions
 
 AssertInside = Callable[[Regions, ImageBatch], None]
 BatchOf = Callable[..., ImageBatch]
@@ -37,7 +36,7 @@ def test_the_grid_of_each_size_covers_the_image_and_stays_inside(height: int, wi
 
 def test_the_grid_depends_on_the_unpadded_size_only(assert_inside: AssertInside, batch_of: BatchOf) -> None:
     images = batch_of((64, 48), (96, 96), (64, 48))
-    found = GridProposer(GridConfig())(images, [ImageKey(i, 64, 64) for i in range(3)])
+    found = GridProposer(GridConfig())(images, [ImageInfo(i, 64, 64) for i in range(3)])
     assert_inside(found, images)
     assert torch.equal(found.of_image(0).boxes, found.of_image(2).boxes)
     assert found.scores is not None

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip_base.batch import ImageBatch
-from clip_base.errors import InputError
-from regionclip.proposals.base import ImageKey
+from clip_base.data.batch import ImageBatch
+from clip_base.runtime.errors import InputError
 from regionclip.proposals.precomputed import PrecomputedConfig, PrecomputedProposer
-from regionclip.structures import Regions
+from regionclip.structures.regions import ImageInfo, Regions
 
 AssertInside = Callable[[Regions, ImageBatch], None]
 BatchOf = Callable[..., ImageBatch]
@@ -36,7 +35,7 @@ def test_precomputed_boxes_are_scaled_cut_sorted_and_limited(tmp_path: Path, bat
         (8, [0, 0, 10, 10], 0.05),
     )
     proposer = PrecomputedProposer(PrecomputedConfig(file, limit=2, min_score=0.1))
-    keys = [ImageKey(9, 10, 10), ImageKey(7, 100, 100), ImageKey(8, 50, 50)]
+    keys = [ImageInfo(9, 10, 10), ImageInfo(7, 100, 100), ImageInfo(8, 50, 50)]
     found = proposer(batch_of((10, 10), (50, 200), (50, 50)), keys)
     assert found.image_index.tolist() == [1, 1]
     # Image 7 is drawn half as high and twice as wide; its box beyond the right edge is left out.
@@ -64,7 +63,7 @@ def test_precomputed_reads_real_proposals(
     folder = shared_data / "coco_mini"
     file = folder / "proposals_yolox_nano_val.json"
     images = json.loads((folder / "instances_val.json").read_text())["images"]
-    keys = [ImageKey(image["id"], image["height"], image["width"]) for image in images[:4]]
+    keys = [ImageInfo(image["id"], image["height"], image["width"]) for image in images[:4]]
     batch = batch_of(*((key.height // 2, key.width // 2) for key in keys))
     found = PrecomputedProposer(PrecomputedConfig(str(file)))(batch, keys)
     assert found.image_index.bincount(minlength=4).tolist() == [100] * 4

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from clip_base.batch import ImageBatch
-from clip_base.data.images import normalise
-from clip_base.errors import InputError
-from regionclip.boxes import iou
-from regionclip.proposals.base import ImageKey
+from clip_base.data.batch import ImageBatch
+from clip_base.images.decode import normalize
+from clip_base.runtime.errors import InputError
 from regionclip.proposals.selective_search import SelectiveSearchConfig, SelectiveSearchProposer
-from regionclip.structures import Regions
+from regionclip.structures.boxes import iou
+from regionclip.structures.regions import ImageInfo, Regions
 
 AssertInside = Callable[[Regions, ImageBatch], None]
 Rows = Sequence[tuple[int, int, int, int]]
@@ -49,7 +48,7 @@ class FakeSearch:
         return np.roll(np.array(self.rows, np.int32).reshape(-1, 4), self.calls, axis=0)
 
 
-def batch_of(*sizes: tuple[int, int]) -> tuple[ImageBatch, list[ImageKey]]:
+def batch_of(*sizes: tuple[int, int]) -> tuple[ImageBatch, list[ImageInfo]]:
     """Returns orange images with a blue block each, and their keys."""
     images = []
     for height, width in sizes:
@@ -57,8 +56,8 @@ def batch_of(*sizes: tuple[int, int]) -> tuple[ImageBatch, list[ImageKey]]:
         image[:, height // 4 : height // 2, width // 4 : width // 2] = torch.tensor([0, 0, 255])[
             :, None, None
         ]
-        images.append(normalise(image))
-    keys = [ImageKey(number, *size) for number, size in enumerate(sizes)]
+        images.append(normalize(image))
+    keys = [ImageInfo(number, *size) for number, size in enumerate(sizes)]
     return ImageBatch.pad(images, 32), keys
 
 
@@ -82,7 +81,7 @@ def test_the_order_is_the_images_own_and_favours_large_boxes(monkeypatch: pytest
     rows = [(0, 0, 10 + side, 10 + side) for side in range(80)]
     FakeSearch(rows).install(monkeypatch)
     images, _ = batch_of(*[(96, 96)] * 40)
-    keys = [ImageKey(7 + slot % 20, 96, 96) for slot in range(40)]
+    keys = [ImageInfo(7 + slot % 20, 96, 96) for slot in range(40)]
     found = SelectiveSearchProposer(SelectiveSearchConfig(limit=20))(images, keys)
     per_image = [found.of_image(slot).boxes for slot in range(40)]
     assert {len(boxes) for boxes in per_image} == {20}

@@ -6,10 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_base.config import REQUIRED, option
-from clip_base.data.images import decode
-from clip_base.files import existing
-from clip_base.run import RunFolder
+from clip_base.images.decode import decode
+from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.run import RunFolder
+from clip_base.runtime.files import existing
 
 
 @dataclass
@@ -17,7 +17,7 @@ class CountShapesConfig:
     """Options of counting."""
 
     images: str = option(REQUIRED, "folder of pictures")
-    out: str = option(REQUIRED, "folder for metrics.json", free=True)
+    out: str = option(REQUIRED, "folder for metrics.json", runtime_only=True)
     tolerance: float = option(0.1, "how far a square's sides may differ, as a share of the longer one")
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from clip_base.batch import ImageBatch
-from clip_base.config import option
-from clip_base.errors import InputError
-from regionclip.proposals.base import ImageKey
-from regionclip.structures import Regions
+from clip_base.data.batch import ImageBatch
+from clip_base.jobs.config import option
+from clip_base.runtime.errors import InputError
+from regionclip.structures.regions import ImageInfo, Regions
 
 
 @dataclass
@@ -31,7 +30,7 @@ class CentreProposer:
     def __init__(self, config: CentreConfig) -> None:
         self.config = config
 
-    def __call__(self, images: ImageBatch, keys: Sequence[ImageKey]) -> Regions:
+    def __call__(self, images: ImageBatch, keys: Sequence[ImageInfo]) -> Regions:
         """Returns a box an image, in the batch's frame."""
         heights, widths = images.sizes.float().unbind(1)
         near, far = (1 - self.config.share) / 2, (1 + self.config.share) / 2

@@ -1,0 +1,127 @@
+"""Pictures with a class each: what is evaluated on, and how it is read."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from clip_base.data.folders import IMAGE_SUFFIXES
+from clip_base.images.decode import Pixels
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import existing, read_json
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image, or one box of it, and its class.
+
+    Attributes:
+        path: the image file.
+        label: index of the class.
+        box: (x, y, width, height) in pixels; None is the whole image.
+    """
+
+    path: Path
+    label: int
+    box: tuple[float, float, float, float] | None = None
+
+
+def folder_pictures(folder: str) -> tuple[list[str], list[Picture]]:
+    """Returns the subfolders' names, sorted, `_` as a space, and the images in them.
+
+    Raises:
+        InputError: the folder is missing, or holds no subfolders with images.
+    """
+    root = existing(folder, "image folder")
+    subfolders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    pictures = [
+        Picture(path, label)
+        for label, subfolder in enumerate(subfolders)
+        for path in sorted(subfolder.rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    if not pictures:
+        raise InputError(
+            f"{folder} holds no images in subfolders; put each class's images into a folder of its name, "
+            "or give annotations=FILE in COCO's form"
+        )
+    return [path.name.replace("_", " ") for path in subfolders], pictures
+
+
+def coco_pictures(annotations: str, images: str) -> tuple[list[str], list[Picture]]:
+    """Returns the categories of a COCO instances file, by id, and the boxes of its single objects.
+
+    Raises:
+        InputError: the file is no such file, or an annotation names an image or category that it does not
+            list.
+    """
+    content, folder = read_json(annotations, "annotations"), existing(images, "image folder")
+    try:
+        categories = sorted(content["categories"], key=lambda category: int(category["id"]))
+        label_of = {category["id"]: label for label, category in enumerate(categories)}
+        path_of = {image["id"]: folder / str(image["file_name"]) for image in content["images"]}
+        pictures = [
+            Picture(path_of[entry["image_id"]], label_of[entry["category_id"]], _box(entry["bbox"]))
+            for entry in content["annotations"]
+            if not entry.get("iscrowd")
+        ]
+        names = [str(category["name"]) for category in categories]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{annotations} is no COCO instances file: {type(error).__name__} at {error}; it needs images, "
+            "categories and annotations with image_id, category_id and bbox"
+        ) from None
+    if not pictures:
+        raise InputError(f"{annotations} holds no boxes of single objects")
+    return names, sorted(pictures, key=lambda picture: picture.path)
+
+
+def _box(values: Any) -> tuple[float, float, float, float]:
+    x, y, width, height = (float(value) for value in values)
+    return x, y, width, height
+
+
+def batches(
+    pictures: list[Picture], load: Callable[[Picture], Tensor | str], size: int, workers: int
+) -> Iterator[list[Tensor | str]]:
+    """Yields loaded batches in order; the next one is loading meanwhile."""
+    waiting: deque[Iterator[Tensor | str]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(pictures), size):
+            waiting.append(pool.map(load, pictures[start : start + size]))
+            if len(waiting) > 1:
+                yield list(waiting.popleft())
+        while waiting:
+            yield list(waiting.popleft())
+
+
+def load_picture(
+    decode: Callable[[Path], Pixels], prepare: Callable[[Pixels], Tensor], picture: Picture
+) -> Tensor | str:
+    """Returns [3, R, R] uint8, or why the picture cannot be used.
+
+    Args:
+        decode: reads an image file as [H, W, 3].
+        prepare: makes the tower's input, before normalisation, of the picture's pixels.
+        picture: what to read.
+    """
+    try:
+        pixels = decode(picture.path)  # [H, W, 3]
+    except InputError as error:
+        return str(error)
+    if picture.box is not None:
+        x, y, width, height = picture.box
+        if not all(math.isfinite(value) for value in picture.box):
+            return f"box {picture.box} is not finite"
+        top, left = max(math.floor(y), 0), max(math.floor(x), 0)
+        pixels = pixels[top : max(math.ceil(y + height), 0), left : max(math.ceil(x + width), 0)]
+        if width <= 0 or height <= 0 or not pixels.size:
+            return f"box {picture.box} holds no pixels of the image"
+    return prepare(pixels)

@@ -1,0 +1,1 @@
+"""CLIP in other programs: converted weights, tokenizer files, graphs."""

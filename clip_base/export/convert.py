@@ -1,0 +1,145 @@
+"""The job `convert`: from any known form to ours, open_clip's, Hugging Face's, or another package's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clip_base.export.hf_tokenizer import write_transformers_tokenizer
+from clip_base.images.decode import DEVIATION, MEAN
+from clip_base.jobs import plugins
+from clip_base.jobs.config import REQUIRED, option
+from clip_base.models.clip import CLIP, to_openai_names
+from clip_base.models.configs import ACTIVATIONS
+from clip_base.models.tokenizer import VOCAB_SIZE
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import replacing, write_json
+from clip_base.weights import formats, infer_config, key_names
+from clip_base.weights.load import find, read_any
+from clip_base.weights.native import save_clip, write_weights
+from clip_base.weights.reading import CONFIG_KEY, PRECISIONS, read_foreign
+
+FORMS = ("native", "open_clip", "huggingface")
+OTHERS = tuple(plugins.found(formats.WRITERS))  # of other packages
+_PICKLES = (".pt", ".pth", ".bin")
+
+
+@dataclass
+class ConvertConfig:
+    """Options of `convert`."""
+
+    file: str = option(REQUIRED, "weights file or folder, or a published model's name", positional=True)
+    out: str = option(REQUIRED, "file to write; a folder for huggingface; either for open_clip")
+    to: str = option("native", "form to write", choices=(*FORMS, *OTHERS))
+    activation: str = option("", "activation of a file that does not say it", choices=("", *ACTIVATIONS))
+    precision: str = option(
+        "stored", "type of the numbers to write; stored: as they are", choices=("stored", *PRECISIONS)
+    )
+    text: str = option("", "to=native: CLIP whose text tower goes along with a detector that brings none")
+
+
+def convert(config: ConvertConfig) -> None:
+    """Reads weights in any known form and writes them as ours, open_clip's, Hugging Face's or another's."""
+    out, path = Path(config.out), find(config.file)
+    if out.exists() and out.resolve() == path.resolve():
+        raise InputError(f"out={out} is the file that is read; give another place")
+    if config.to in OTHERS:
+        if config.text:
+            raise InputError(f"text={config.text} is for to=native; drop it")
+        write: formats.Writer = plugins.load(formats.WRITERS, config.to)
+        print(f"{path} -> {write(path, out)}")
+        return
+    content = read_foreign(path) if config.to == "native" else None
+    if content is not None and content.native is not None:
+        print(f"{path} ({content.form}) -> {content.native(path, out, config.text)}")
+        return
+    if config.text:
+        raise InputError(f"{path} is no detector without a text tower; drop text={config.text}")
+    model, report = read_any(path, config.activation, config.precision)
+    if out.exists() and out.resolve() == report.path.resolve():
+        raise InputError(f"out={out} is the file that is read; give another place")
+    for note in report.notes:
+        print(f"note: {note}")
+    written = {"native": write_native, "open_clip": write_open_clip, "huggingface": write_huggingface}[
+        config.to
+    ](model, out)
+    print(f"{report.path} ({report.form}) -> {written}")
+
+
+def write_native(model: CLIP, out: Path) -> str:
+    """Writes our safetensors; returns what was written, in words."""
+    if out.suffix != ".safetensors":
+        raise InputError(f"out={out}: our form is a .safetensors file, give such a name")
+    save_clip(model, out)
+    return str(out)
+
+
+def write_open_clip(model: CLIP, out: Path) -> str:
+    """Writes a file that open_clip's `pretrained=` takes, or a folder for its `local-dir:`.
+
+    The file alone does not tell open_clip the activation; the returned words say how to load it.
+    """
+    state = to_openai_names(_plain(model.state_dict()))
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(dataclasses.asdict(model.config))}
+    if out.suffix == ".safetensors":
+        write_weights(out, state, metadata)
+    elif out.suffix in _PICKLES:
+        with replacing(out) as temporary:
+            torch.save(state, temporary)
+    elif out.suffix and not out.is_dir():
+        raise InputError(f"out={out}: open_clip reads .safetensors, {', '.join(_PICKLES)}, or a folder")
+    else:
+        write_weights(out / "open_clip_model.safetensors", state, metadata)
+        write_json(out / "open_clip_config.json", infer_config.to_open_clip(model.config), indent=2)
+        return f"{out}; load it with open_clip.create_model('local-dir:{out}')"
+    quick = model.config.activation == "quick_gelu"
+    return f"{out}; load it with open_clip.create_model(NAME, pretrained='{out}', force_quick_gelu={quick})"
+
+
+def write_huggingface(model: CLIP, out: Path) -> str:
+    """Writes a folder that transformers' `CLIPModel.from_pretrained` takes; vision transformers only."""
+    described = infer_config.to_huggingface(model.config)
+    if out.suffix == ".safetensors" or out.is_file():
+        raise InputError(f"out={out}: Hugging Face's form is a folder, give a folder's name")
+    if (out / "config.json").exists():
+        raise InputError(f"{out} holds a model already; give another out= or delete that folder")
+    state = key_names.to_huggingface(_plain(model.state_dict()))
+    write_weights(out / "model.safetensors", state, {"format": "pt"})
+    if model.config.text.vocab_size == VOCAB_SIZE:  # else the texts are another tokenizer's affair
+        write_transformers_tokenizer(out, model.config.text.context_length)
+    write_json(out / "preprocessor_config.json", _preprocessing(model.config.vision.resolution), indent=2)
+    write_json(out / "config.json", {**described, "dtype": _dtype(model)}, indent=2)
+    return f"{out}; load it with transformers.CLIPModel and CLIPProcessor .from_pretrained('{out}')"
+
+
+def _preprocessing(side: int) -> dict[str, Any]:
+    """Returns the settings of transformers' CLIPImageProcessor; 3 is Pillow's bicubic filter."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(MEAN),
+        "image_std": list(DEVIATION),
+    }
+
+
+def _dtype(model: CLIP) -> str:
+    return str(model.text.text_projection.dtype).removeprefix("torch.")
+
+
+def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors in the usual memory order, which is what files hold."""
+    return {name: value.detach().contiguous() for name, value in state.items()}

@@ -1,0 +1,1 @@
+"""Images and videos: decoding, forms in memory, preprocessing."""

@@ -1,0 +1,173 @@
+"""Pictures in memory, PIL images, arrays and tensors of several forms, as [H, W, 3] uint8."""
+
+# H, W height and width
+from __future__ import annotations
+
+import contextlib
+import glob
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from clip_base.images.decode import Pixels, load_image
+from clip_base.images.decode import resize as shrink
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import existing
+
+
+def pixels_of(picture: Image.Image | npt.NDArray[Any] | Tensor) -> Pixels:
+    """Returns a picture as [H, W, 3] uint8 RGB.
+
+    Args:
+        picture: a PIL image, turned as its EXIF note says; an array [H, W, 3] (RGB), [H, W, 4] (of which the
+            transparency is dropped), [H, W, 1] or [H, W] (grey); or a tensor of these forms with the channels
+            first. Numbers are uint8, or floating in [0, 1].
+
+    Raises:
+        InputError: an array or a tensor of another form, something else, or an image of more than 8 bits.
+    """
+    if isinstance(picture, Image.Image):
+        picture = ImageOps.exif_transpose(picture)
+        # Pillow would cut off 16 bits at 255 and not scale them: such images are refused as arrays are.
+        deep = picture.mode.startswith(("I", "F"))
+        return _checked(np.array(picture if deep else picture.convert("RGB")), repr(picture))
+    if isinstance(picture, Tensor):
+        tensor = picture.detach().cpu()
+        if tensor.ndim == 3:
+            tensor = tensor.permute(1, 2, 0)
+        whole = tensor.float() if tensor.is_floating_point() else tensor
+        return _checked(whole.numpy(), f"a tensor {list(picture.shape)}")
+    array = np.asarray(picture)
+    known = isinstance(picture, np.ndarray)
+    return _checked(array, f"an array {list(array.shape)}" if known else type(picture).__name__)
+
+
+def _checked(array: npt.NDArray[Any], given: str) -> Pixels:
+    """Returns [H, W, 3] uint8 of an array with the channels last; `given` names what the user gave."""
+    colours = 1 if array.ndim == 2 else array.shape[-1] if array.ndim == 3 else 0
+    if colours not in (1, 3, 4) or not array.size:
+        raise InputError(
+            f"a picture is a path, a PIL image, an array [H, W, 3] or a tensor [3, H, W]; got {given}"
+        )
+    if array.dtype.kind == "f":
+        low, high = float(array.min()), float(array.max())
+        if not (low >= 0 and high <= 1):  # written so that NaN fails too
+            raise InputError(
+                f"a floating picture lies in [0, 1], got {low:g}…{high:g}; was it normalised? Give it as it "
+                "was before, or, where 255 is white, divided by 255"
+            )
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise InputError(f"a picture's pixels are uint8, or floating in [0, 1]; got {array.dtype}")
+    array = array.reshape(*array.shape[:2], colours)
+    return np.ascontiguousarray(array[..., :3] if colours > 1 else array.repeat(3, axis=2))
+
+
+Picture = str | Path | Image.Image | npt.NDArray[Any] | Tensor
+
+LARGE = 25_000_000  # pixels
+
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+_WARNINGS = threading.Lock()  # what is to be warned of is one setting for all threads
+
+
+def picture_files(places: Sequence[str], endings: Sequence[str] = PICTURES) -> list[Path]:
+    """Returns the picture files that some places stand for, in the order given, each once.
+
+    Args:
+        places: files; folders, which stand for the files directly in them; patterns such as `photos/*.jpg` or
+            `photos/**/*.jpg`, where `**` is any folders below.
+        endings: of the files that folders and patterns stand for; a file that is named itself may end
+            otherwise.
+
+    Raises:
+        InputError: a place does not exist, is a URL, or stands for no such file.
+    """
+    files: list[Path] = []
+    for place_ in places:
+        if "://" in place_:
+            raise InputError(
+                f"{place_} is a URL; pictures are read from files: download it and give its path"
+            )
+        path = Path(place_)
+        if any(sign in place_ for sign in "*?[") and not path.exists():
+            found = (Path(name) for name in glob.iglob(place_, recursive=True))
+            inside = sorted(file for file in found if file.suffix.lower() in endings and file.is_file())
+            if not inside:
+                raise InputError(f"pattern {place_!r} fits no file ({', '.join(endings)})")
+            files += inside
+        elif existing(path, "picture").is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in endings)
+            if not inside:
+                raise InputError(
+                    f"folder {path} holds no pictures ({', '.join(endings)}); those in folders below are "
+                    f"'{path}/**'"
+                )
+            files += inside
+        else:
+            files.append(path)
+    return list(dict.fromkeys(files))
+
+
+def read_picture(picture: Picture) -> tuple[Pixels, tuple[int, int]]:
+    """Returns a picture as [H, W, 3] uint8 RGB, and its (height, width), which is larger when it was reduced.
+
+    Args:
+        picture: a file's path, turned as its EXIF note says; or a picture in memory, see `pixels_of`.
+
+    Raises:
+        InputError: a file is missing or does not decode; an array or a tensor of another form.
+    """
+    if isinstance(picture, str | Path):
+        return read_upright(Path(picture))
+    pixels = pixels_of(picture)
+    return pixels, (pixels.shape[0], pixels.shape[1])
+
+
+def read_upright(file: Path) -> tuple[Pixels, tuple[int, int]]:
+    """Returns a picture as people see it, turned as its EXIF note says, and its (height, width).
+
+    Of more than `LARGE` pixels the picture is reduced, so that memory stays bounded; a JPEG is reduced as it
+    is decoded.
+
+    Raises:
+        InputError: the picture does not decode, or is larger than Pillow takes to be harmless.
+    """
+    with _about_size_unwarned():
+        try:
+            with Image.open(file) as header:
+                width, height = header.size
+        except Image.DecompressionBombError as error:
+            raise InputError(f"picture {file} is too large: {error}; make it smaller") from None
+        except (OSError, ValueError, SyntaxError):
+            width = height = 0  # decoding says what is wrong, or knows a form that Pillow does not
+    many = width * height > LARGE
+    least = round(min(width, height) * (LARGE / (width * height)) ** 0.5) if many else 0
+    with _about_size_unwarned() if many else contextlib.nullcontext():
+        pixels = load_image(file, upright=True, least=least).permute(1, 2, 0).numpy()
+    h, w = pixels.shape[:2]
+    size = (height, width) if many else (h, w)
+    if (h > w) != (size[0] > size[1]):
+        size = size[::-1]  # turned
+    if h * w > LARGE:
+        factor = (LARGE / (h * w)) ** 0.5
+        pixels = shrink(pixels, round(w * factor), round(h * factor))
+    return pixels, size
+
+
+@contextlib.contextmanager
+def _about_size_unwarned() -> Iterator[None]:
+    """Keeps Pillow's warning of very large pictures away; one thread at a time."""
+    with _WARNINGS, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield

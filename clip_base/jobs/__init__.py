@@ -1,0 +1,1 @@
+"""Jobs: the command line, typed options, plugins, run folders."""

@@ -1,0 +1,236 @@
+"""The command line of every job: `clip-base JOB [FILE.yaml] [key=value …]`.
+
+`key=value`, `--key value` and `--key=value` are the same thing. A bad call ends with one line and exit
+code 2, a job that fails with one line and exit code 1; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from clip_base.jobs import completion as completions
+from clip_base.jobs import config as configs
+from clip_base.jobs import outline, plugins
+from clip_base.jobs.outline import Description
+from clip_base.runtime.errors import InputError, InputNote
+
+REGION_PREFIX = "region-"
+
+# OpenMP threads that spin while they wait bring a shared machine to a standstill: two jobs beside each other
+# then run forty times slower, not twice. Set before torch is imported, which reads it once.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `clip-base`; returns the exit code."""
+    return _run("clip-base", "", sys.argv[1:] if arguments is None else list(arguments))
+
+
+def main_regionclip(arguments: Sequence[str] | None = None) -> int:
+    """Runs `regionclip`, which lists the region jobs without their prefix; returns the exit code."""
+    return _run("regionclip", REGION_PREFIX, sys.argv[1:] if arguments is None else list(arguments))
+
+
+def _run(program: str, prefix: str, arguments: list[str]) -> int:
+    debug = "--debug" in arguments
+    if arguments[:1] != [completions.COMMAND]:  # there it is a word that was typed
+        arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        with _notes_as_lines():
+            code = _dispatch(program, prefix, arguments)
+        sys.stdout.flush()  # a reader that has gone away (`| head`) shows here, not while Python shuts down
+        return code
+    except KeyboardInterrupt:
+        return _end("stopped; the same command goes on from here", 130, debug)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except InputError as error:
+        return _end(str(error), 2, debug)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" while writing {error.filename}" if error.filename else ""
+            remedy = "make room and give the same command again: what was written before is kept"
+            return _end(f"the disk is full{where}; {remedy}", 1, debug)
+        return _end(f"{error}", 1, debug)
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        return _end(f"failed: {type(error).__name__}: {first} (--debug shows where)", 1, debug)
+
+
+@contextlib.contextmanager
+def _notes_as_lines() -> Iterator[None]:
+    """Prints an `InputNote` as one line on stderr, and other warnings as Python does."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+            if issubclass(category, InputNote):
+                print(f"note: {message}", file=sys.stderr)
+            else:
+                others(message, category, *place, **options)
+
+        warnings.showwarning = show
+        warnings.simplefilter("default", InputNote)
+        yield
+
+
+def _end(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {message}" if code != 130 else message, file=sys.stderr)
+    return code
+
+
+def _dispatch(program: str, prefix: str, arguments: list[str]) -> int:
+    jobs = {
+        name.removeprefix(prefix): point
+        for name, point in plugins.found(plugins.JOBS).items()
+        if name.startswith(prefix)
+    }
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview(program, jobs))
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name == completions.COMMAND:
+        print(completions.completion(program, jobs, rest))
+        return 0
+    if name not in jobs:
+        raise InputError(f"there is no job {name!r}; {plugins.did_you_mean(name, list(jobs))}")
+    if "-h" in rest or "--help" in rest:
+        print(job_help(f"{program} {name}", outline.describe(jobs[name])))
+        return 0
+    job: Callable[[Any], None] = jobs[name].load()
+    schema = plugins.schema_of(job)
+    file, overrides = parse(schema, rest)
+    config: Any = configs.resolve(schema, file, overrides)
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun; torch is imported only for it
+        from clip_base.runtime import distributed  # noqa: PLC0415
+
+        distributed.start()
+    job(config)
+    return 0
+
+
+def parse(schema: type, arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Splits a job's arguments into its config file and its `key=value` overrides."""
+    fields = {key: (field, hint) for key, field, hint in configs.fields_of(schema)}
+    positional = next((key for key, (field, _) in fields.items() if field.metadata.get("positional")), None)
+    file, overrides, plain = None, [], []
+    queue = list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        if argument.startswith("--"):
+            key, equals, value = argument[2:].partition("=")
+            key = key.replace("-", "_")
+            if not equals:
+                is_flag = key in fields and fields[key][1] is bool
+                if is_flag and not (queue and queue[0].lower() in ("true", "false")):
+                    value = "true"
+                elif queue:
+                    value = queue.pop(0)
+                else:
+                    raise InputError(f"--{key} needs a value")
+            overrides.append(f"{key}={_quoted(value, fields.get(key))}")
+        elif "=" in argument and not Path(argument).exists():
+            key, _, value = argument.partition("=")
+            overrides.append(f"{key}={_quoted(value, fields.get(key))}")
+        elif argument.endswith((".yaml", ".yml")) and file is None:
+            file = argument
+        else:
+            plain.append(argument)
+    if plain and positional is None:
+        raise InputError(f"{plain[0]!r} is not of the form key=value (see --help)")
+    if plain and positional is not None:
+        is_list = str(fields[positional][1]).startswith("list")
+        if len(plain) > 1 and not is_list:
+            raise InputError(f"only one {positional} can be given, found {', '.join(plain)}")
+        values = ",".join(_quote(item) for item in plain)
+        overrides.append(f"{positional}=[{values}]" if is_list else f"{positional}={_quote(plain[0])}")
+    return file, overrides
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # what JSON quotes, YAML reads
+
+
+def _quoted(value: str, known: tuple[dataclasses.Field[Any], Any] | None) -> str:
+    """Quotes a text option's value, so that commas, colons and braces in it stay what they are.
+
+    The type of a part's option is not known here; quoted numbers and flags are converted where it is checked.
+    """
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" and value[0] not in value[1:-1]:
+        return value
+    if known is None:
+        return value if value[:1] in ("[", "{") else _quote(value)
+    if known[1] is str and "${" not in value:
+        return _quote(value)
+    if known[1] == list[str] and not value.startswith("["):
+        return "[" + ",".join(_quote(item.strip()) for item in value.split(",") if item.strip()) + "]"
+    return value
+
+
+def _overview(program: str, jobs: dict[str, Any]) -> str:
+    width = max(map(len, jobs), default=0)
+    lines = [f"usage: {program} JOB [FILE.yaml] [key=value …]", "", "jobs:"]
+    lines += [f"  {name:<{width}}  {plugins.summary(point)}" for name, point in sorted(jobs.items())]
+    shell = Path(os.environ.get("SHELL", "")).name
+    shell = shell if shell in completions.SHELLS else completions.SHELLS[0]
+    lines += [
+        "",
+        f"`{program} JOB --help` lists a job's options; key=value and --key value are the same thing.",
+        f"TAB completes jobs, options and values after `{completions.how(program, shell)}` "
+        f"(or {', '.join(other for other in completions.SHELLS if other != shell)}).",
+    ]
+    return "\n".join(lines)
+
+
+def job_help(command: str, job: Description) -> str:
+    """Returns the text of `JOB --help`: what it does, and every option with type, default and meaning."""
+    rows: list[tuple[str, str]] = []
+    defaults = configs.defaults_of(job.schema)
+    for key, field, hint in configs.fields_of(job.schema):
+        if dataclasses.is_dataclass(hint):
+            continue
+        rows.append(_help_row(key, field, hint, defaults[key]))
+        group = field.metadata.get("group")
+        if group:
+            rows += _part_rows(key, group)
+    what = job.text.partition("\n\nRaises:")[0]
+    lines = [f"usage: {command} [FILE.yaml] [key=value …]", "", what, "", "options:"]
+    for left, right in rows:
+        lines += [f"  {left}", f"      {right}"]
+    return "\n".join(lines)
+
+
+def _help_row(key: str, field: dataclasses.Field[Any], hint: Any, default: Any) -> tuple[str, str]:
+    meaning, choices = str(field.metadata.get("meaning", "")), field.metadata.get("choices")
+    group = field.metadata.get("group")
+    if group:
+        known = ", ".join(sorted(plugins.found(group)))
+        return f"{key}.name (part, default {default['name']}; known: {known})", meaning
+    kind = str(hint) if str(hint).startswith(("list", "dict")) else getattr(hint, "__name__", str(hint))
+    shown = "required" if default == configs.REQUIRED else f"default {default!r}"
+    return f"{key} ({'|'.join(choices) if choices else kind}, {shown})", meaning
+
+
+def _part_rows(key: str, group: str) -> list[tuple[str, str]]:
+    rows = []
+    for name in sorted(plugins.found(group)):
+        schema = outline.describe(plugins.found(group)[name]).schema
+        defaults = configs.defaults_of(schema)
+        for option, field, hint in configs.fields_of(schema):
+            if not dataclasses.is_dataclass(hint):
+                left, right = _help_row(f"{key}.{option}", field, hint, defaults[option])
+                rows.append((left, f"[{name}] {right}"))
+    return rows

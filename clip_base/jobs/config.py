@@ -1,0 +1,200 @@
+"""One dataclass is a job's schema: YAML and `key=value` overrides are merged into it and checked.
+
+A field is declared with `option(default, meaning)`; a field that names a plugin with
+`part(group, name, meaning)`. The same declarations make `--help`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from clip_base.jobs import plugins
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import existing
+from clip_base.runtime.tables import read_yaml
+
+T = TypeVar("T")
+REQUIRED: Any = MISSING
+Plugin = dict[str, Any]
+
+
+def option(
+    default: T,
+    meaning: str,
+    *,
+    positional: bool = False,
+    runtime_only: bool = False,
+    choices: Sequence[str] = (),
+) -> T:
+    """Declares a field of a config dataclass.
+
+    Args:
+        default: the value without one given; `REQUIRED` makes the user give it.
+        meaning: one line for `--help`, with the unit.
+        positional: the command line's plain arguments go to this field.
+        runtime_only: a run may go on with another value (its result does not depend on it).
+        choices: the values it may take.
+    """
+    metadata = {
+        "meaning": meaning,
+        "positional": positional,
+        "runtime_only": runtime_only,
+        "choices": tuple(choices),
+    }
+    if isinstance(default, list | dict) or dataclasses.is_dataclass(default):
+        return cast(T, dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata))
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def plugin(group: str, name: str, meaning: str) -> Plugin:
+    """Declares a field that holds a plugin: `{name: …, its own options}`, by default the one called `name`.
+
+    A default of "none" makes the part optional.
+    """
+    metadata = {"meaning": meaning, "group": group}
+    return cast(Plugin, dataclasses.field(default_factory=lambda: {"name": name}, metadata=metadata))
+
+
+def resolve(schema: type[T], file: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Merges the dataclass's defaults, a YAML file and `key=value` overrides, in that order.
+
+    Raises:
+        InputError: an unknown key (the nearest right one is named), a value of the wrong type, a missing one.
+    """
+    config = OmegaConf.structured(schema)
+    if file is not None:
+        config = _merge(config, _read_yaml(existing(file, "config file")), f"{file}: ")
+    changes = []
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"{override!r} is not of the form key=value")
+        try:
+            changes.append(OmegaConf.from_dotlist([override]))
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{override!r} cannot be read: {reason}; quote special characters") from None
+    if changes:
+        # All at once: a part's name and its options may then come in any order.
+        config = _merge(config, OmegaConf.merge(*changes), "")
+    return _finish(schema, config, "")
+
+
+def check(schema: type[T], values: dict[str, Any], where: str) -> T:
+    """Returns a `schema` made from plain values, with the same checks as `resolve`."""
+    where = f"{where}: "
+    return _finish(schema, _merge(OmegaConf.structured(schema), OmegaConf.create(values), where), where)
+
+
+def to_yaml(config: Any) -> str:
+    """Returns a resolved config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    loaded = read_yaml(path, "config file")
+    if not isinstance(loaded, DictConfig):
+        raise InputError(f"config file {path} must hold keys and values, not a list")
+    return loaded
+
+
+def _merge(config: Any, change: Any, where: str) -> Any:
+    try:
+        for key, value in change.items():
+            node = config.get(key, None) if key in config else None
+            if not isinstance(node, DictConfig):
+                continue
+            if not isinstance(value, DictConfig):
+                inner = f"{key}.name" if "name" in node else f"{key}.{next(map(str, node), 'NAME')}"
+                raise InputError(f"{where}option {key!r} has options of its own: give {inner}=… or the like")
+            # A part that is named anew starts from that part's defaults, not from another part's options.
+            if "name" in value and node.get("name") not in (None, value.name):
+                config[key] = {"name": value.name}
+        return OmegaConf.merge(config, change)
+    except ConfigKeyError as error:
+        key = str(error.full_key or error.key)
+        schema = cast(type, OmegaConf.get_type(config))
+        hint = plugins.did_you_mean(key, [name for name, _, _ in fields_of(schema)])
+        raise InputError(f"{where}there is no option {key!r}; {hint}") from None
+    except (ValidationError, OmegaConfBaseException, AssertionError) as error:
+        key, reason = getattr(error, "full_key", ""), str(error).splitlines()[0]
+        raise InputError(f"{where}option {key!r}: {reason}") from None
+
+
+def _finish(schema: type[T], config: Any, where: str) -> T:
+    try:
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+        if missing:
+            raise InputError(f"{where}missing: {', '.join(f'{key}=…' for key in missing)}; see --help")
+        made = cast(T, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        cause = error.__cause__
+        if isinstance(cause, InputError):
+            raise cause from None
+        raise InputError(f"{where}{str(error).splitlines()[0]}") from None
+    _check_fields(made, where)
+    return made
+
+
+def _check_fields(config: Any, where: str, prefix: str = "") -> None:
+    """Checks choices and fills in the options of parts, so that the resolved config is complete."""
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            _check_fields(value, where, f"{key}.")
+        choices = field.metadata.get("choices") or ()
+        if choices and value not in choices:
+            hint = plugins.did_you_mean(str(value), list(choices))
+            raise InputError(f"{where}option {key!r}: {value!r} is not one of {', '.join(choices)}; {hint}")
+        group = field.metadata.get("group")
+        if group:
+            name = str(value.get("name", ""))
+            if name == default_of(field)["name"] == "none":
+                object.__setattr__(config, field.name, {"name": name})
+                continue
+            target = plugins.load(group, name)
+            options = {k: v for k, v in value.items() if k != "name"}
+            checked: Any = check(plugins.schema_of(target), options, f"{where}{key} ({name})")
+            object.__setattr__(config, field.name, {"name": name, **dataclasses.asdict(checked)})
+
+
+def fields_of(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """Yields (dotted key, field, type) for every option of a schema, nested ones included."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        hint = hints[field.name]
+        yield f"{prefix}{field.name}", field, hint
+        if dataclasses.is_dataclass(hint):
+            yield from fields_of(cast(type, hint), f"{prefix}{field.name}.")
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """Returns a field's default, made when it has a factory."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def defaults_of(schema: type, instance: Any = None, prefix: str = "") -> dict[str, Any]:
+    """Returns the default of every option by its dotted key, as the whole schema sets it.
+
+    A nested dataclass may be declared with an instance whose values differ from its own defaults.
+    """
+    hints = typing.get_type_hints(schema)
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(schema):
+        value = default_of(field) if instance is None else getattr(instance, field.name)
+        if dataclasses.is_dataclass(hints[field.name]):
+            nested = None if isinstance(value, str) else value  # a nested part may be REQUIRED as a whole
+            flat |= defaults_of(cast(type, hints[field.name]), nested, f"{prefix}{field.name}.")
+        else:
+            flat[f"{prefix}{field.name}"] = value
+    return flat

@@ -1,0 +1,106 @@
+"""What a job has found so far, line by line, so that a stopped run goes on and memory does not grow."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import write_text
+
+
+class ResumeLog:
+    """Entries of units of work, appended as they are found; a unit counts once it has ended.
+
+    Opened again after a run was stopped, it holds the units that had ended and nothing of the next one. Use
+    it in a `with` statement.
+
+    Args:
+        path: the file.
+        header: what decides the result: a run with another header must not go on here.
+
+    Attributes:
+        units: how many units have ended.
+        images: how many images those had.
+
+    Raises:
+        InputError: the file holds another run that was stopped.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path, self.units, self.images = path, 0, 0
+        if path.exists():
+            self._go_on(header)
+        else:
+            write_text(path, _line("header", header))
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> ResumeLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def _go_on(self, header: dict[str, Any]) -> None:
+        place, whole = 0, 0  # bytes read, and of the header with the units that have ended
+        with self.path.open("rb+") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # cut off by a kill
+                place += len(line)
+                kind, value = json.loads(line)
+                if kind == "header":
+                    self._require_same(value, json.loads(json.dumps(header)))
+                    whole = place
+                elif kind == "end":
+                    self.units, self.images, whole = self.units + 1, self.images + value, place
+            file.truncate(whole)
+
+    def _require_same(self, there: dict[str, Any], here: dict[str, Any]) -> None:
+        differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+        if differing:
+            raise InputError(
+                f"{self.path.parent} holds a run that was stopped and had other {', '.join(differing[:3])}: "
+                f"give the same command to go on with it, another out=, or delete {self.path} to begin anew"
+            )
+
+    def add(self, kind: str, entry: dict[str, Any]) -> None:
+        """Appends an entry to the unit under way; `kind` is any word but "header" and "end"."""
+        self._file.write(_line(kind, entry))
+
+    def end(self, images: int) -> None:
+        """Ends the unit under way, which had so many images."""
+        self._file.write(_line("end", images))
+        self._file.flush()
+        self.units, self.images = self.units + 1, self.images + images
+
+    def entries(self, kind: str) -> Iterator[dict[str, Any]]:
+        """Yields all entries of one kind, in order."""
+        self._file.flush()
+        with self.path.open(encoding="utf-8") as file:
+            for line in file:
+                found, value = json.loads(line)
+                if found == kind:
+                    yield value
+
+    def remove(self) -> None:
+        """Deletes the file: what it held is written elsewhere."""
+        self.path.unlink()
+
+
+def _line(kind: str, value: Any) -> str:
+    return json.dumps([kind, value], ensure_ascii=False) + "\n"
+
+
+def fingerprint(lines: Iterable[object]) -> str:
+    """Returns a hash of some things' texts in their order, such as the files a run looks at."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()

@@ -1,0 +1,132 @@
+"""A job's output folder: which run it holds, its log, its metrics.
+
+Every job leaves `config.yaml` (resolved; itself a valid config file), `log.jsonl` (a line a step) and, when
+it has ended well, `metrics.json`; of several processes the first writes them. The same command on a finished
+folder returns at once; another is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from clip_base.jobs import config as configs
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import read_json, write_json, write_text
+
+
+class RunFolder:
+    """The folder `out` of one run of one job.
+
+    Raises:
+        InputError: the folder holds another run; the options that differ are named.
+    """
+
+    def __init__(self, out: str, config: Any, job: str) -> None:
+        self.path = Path(out)
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"out={out} is a file; give a folder")
+        here, held = self.path / "config.yaml", f"# {job}\n{configs.to_yaml(config)}"
+        if here.exists() and not self._only_begun():
+            self._same_run(here, config, job)
+        elif (
+            not here.exists()
+            and self.path.exists()
+            and any(not _is_leftover(path) for path in self.path.iterdir())
+        ):
+            raise InputError(f"{out} is not empty and holds no run of {job}; give another out= or empty it")
+        if _writes():
+            write_text(here, held)
+        self.log_path = self.path / "log.jsonl"
+
+    def _only_begun(self) -> bool:
+        """Whether nothing but the config was written: a call that failed at once holds no run."""
+        return all(path.name == "config.yaml" or _is_leftover(path) for path in self.path.iterdir())
+
+    def _same_run(self, here: Path, config: Any, job: str) -> None:
+        text = here.read_text(encoding="utf-8")
+        other_job = text.partition("\n")[0].removeprefix("# ")
+        remedy = "give another out= or delete that folder"
+        if other_job != job:
+            raise InputError(f"{self.path} holds a run of {other_job!r}, not of {job!r}; {remedy}")
+        free = {
+            key for key, field, _ in configs.fields_of(type(config)) if field.metadata.get("runtime_only")
+        }
+        there = _flat(OmegaConf.to_container(OmegaConf.create(text)))
+        here_now = _flat(OmegaConf.to_container(OmegaConf.create(configs.to_yaml(config))))
+        differing = [
+            f"{key}={there.get(key)!r} there, {here_now.get(key)!r} here"
+            for key in sorted(there.keys() | here_now.keys())
+            if there.get(key) != here_now.get(key) and key not in free
+        ]
+        if differing:
+            raise InputError(f"{self.path} holds another run ({'; '.join(differing[:3])}); {remedy}")
+
+    @property
+    def metrics_path(self) -> Path:
+        """The file whose presence says that the run has ended well."""
+        return self.path / "metrics.json"
+
+    def finished(self) -> dict[str, Any] | None:
+        """Returns the metrics of a run that has ended, else None."""
+        if not self.metrics_path.exists():
+            return None
+        metrics: dict[str, Any] = read_json(self.metrics_path, "metrics")
+        return metrics
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Writes the metrics; from now on the run counts as ended."""
+        if not _writes():
+            return
+        write_json(self.metrics_path, metrics, indent=2)
+
+    def rewind_log(self, step: int) -> None:
+        """Drops what was logged after `step`, so that a resumed run's log is an undisturbed run's."""
+        if not self.log_path.exists() or not _writes():
+            return
+        kept = []
+        for line in self.log_path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                break  # the line that a kill cut off
+            if entry.get("step", 0) <= step:
+                kept.append(line + "\n")
+        write_text(self.log_path, "".join(kept))
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Appends one line to `log.jsonl`."""
+        if not _writes():
+            return
+        with self.log_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _writes() -> bool:
+    """Whether this process is the one of its group that writes; a job without torch has no group."""
+    distributed = sys.modules.get("clip_base.runtime.distributed")
+    return distributed is None or bool(distributed.is_first())
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a kill left this file of `replacing`."""
+    return path.name.startswith(".config.yaml.") and path.name.endswith(".tmp")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.")
+    return flat
+
+
+def describe(config: Any) -> dict[str, Any]:
+    """Returns a config as plain values, for manifests and weight files."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,286 @@
+"""Reading what people give and writing what must survive a kill: every file appears whole or not at all."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import errno
+import gzip
+import io
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from charset_normalizer import from_bytes
+
+from clip_base.runtime.errors import InputError, quote
+
+GZIPPED = b"\x1f\x8b"
+ENCODING_HELP = "encoding of the texts, such as gb18030 or cp1252; empty: UTF-8"
+_UTF8 = "utf-8-sig"
+_BLOCK = 1 << 20  # bytes decoded at once to find the place of a bad one
+_SAMPLE = 1 << 16  # bytes from which an encoding is guessed
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16's, which it begins with
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def existing(path: str | Path, what: str = "file") -> Path:
+    """Returns `path` when it exists; otherwise an InputError that names the nearest folder that does."""
+    path = Path(path)
+    try:
+        if path.exists():
+            return path
+        parent = next((folder for folder in path.absolute().parents if folder.exists()), Path("/"))
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise InputError(f"{what} {quote(str(path))} cannot be opened: {error.strerror}") from None
+    raise InputError(f"{what} {path} does not exist ({parent} is the last folder on that path which does)")
+
+
+def existing_file(path: str | Path, what: str = "file") -> Path:
+    """Returns `path` when it is a regular file, the only kind that is opened: a named pipe would block."""
+    path = existing(path, what)
+    if path.is_dir():
+        raise InputError(f"{what} {path} is a folder; give a file")
+    if not path.is_file():
+        raise InputError(f"{what} {path} is no regular file (a pipe or a device); give a file")
+    return path
+
+
+def is_file(text: str | Path) -> bool:
+    """Whether a text, which may be something else, is the path of a file."""
+    try:
+        return Path(text).is_file()
+    except OSError:  # too long for a path
+        return False
+
+
+def read_text(path: str | Path, what: str = "file", encoding: str | None = None) -> str:
+    """Reads a text file.
+
+    Args:
+        path: the file; a byte order mark at its beginning is dropped.
+        what: what the file is to the user, for messages.
+        encoding: of the text; "" is UTF-8. None: UTF-8, and the user has no option to say otherwise.
+
+    Raises:
+        InputError: the file is missing, unreadable or not in that encoding; the line is named, and the
+            encoding that it looks like.
+    """
+    path = existing_file(path, what)
+    return decode_text(_bytes_of(path, what), f"{what} {path}", encoding)
+
+
+def decode_text(data: bytes, where: str, encoding: str | None = None) -> str:
+    """Returns the text that `data` encodes, see `read_text`; `where` names it in messages."""
+    codec = _codec(encoding)
+    if codec == _UTF8 and b"\0" in data:  # UTF-16 of plain letters is valid UTF-8
+        raise InputError(_no_text(where, "it holds NUL bytes", data[:_SAMPLE], data[:_SAMPLE], encoding))
+    try:
+        return data.decode(codec)
+    except UnicodeDecodeError:
+        raise InputError(_undecodable(io.BytesIO(data), where, codec, encoding)) from None
+
+
+@contextlib.contextmanager
+def open_text(path: str | Path, what: str = "file", encoding: str | None = None) -> Iterator[TextIO]:
+    """Opens a text file for reading piece by piece, line ends untouched; errors as `read_text`'s."""
+    path, codec = existing_file(path, what), _codec(encoding)
+    try:
+        raw = path.open("rb")
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be read: {error.strerror}") from None
+    with raw:
+        head = raw.read(_SAMPLE)
+        if codec == _UTF8 and b"\0" in head:
+            raise InputError(_no_text(f"{what} {path}", "it holds NUL bytes", head, head, encoding))
+        raw.seek(0)
+        try:
+            yield io.TextIOWrapper(raw, encoding=codec, newline="")
+        except UnicodeDecodeError:
+            with path.open("rb") as again:
+                message = _undecodable(again, f"{what} {path}", codec, encoding)
+            raise InputError(message) from None
+
+
+def read_json(path: str | Path, what: str = "JSON file") -> Any:
+    """Reads a JSON file, gzipped or not.
+
+    Raises:
+        InputError: the file is missing, empty or malformed; the file and the place in it are named.
+    """
+    path = existing_file(path, what)
+    content = _bytes_of(path, what)
+    if content.startswith(GZIPPED):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"{what} {path} does not unpack ({error}); was it cut off?") from None
+    text = decode_text(content, f"{what} {path}")
+    if not text.strip():
+        raise InputError(f"{what} {path} is empty; write it again or give another path")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        place = (
+            f" at line {error.lineno}, column {error.colno}"
+            if isinstance(error, json.JSONDecodeError)
+            else ""
+        )
+        raise InputError(f"{what} {path} is not valid JSON: {json_fault(error, place)}") from None
+
+
+def read_json_lines(
+    path: str | Path, what: str = "JSON Lines file", encoding: str | None = None
+) -> Iterator[tuple[int, Any]]:
+    """Yields the number and the value of each line that is not empty, as it is read.
+
+    Raises:
+        InputError: the file is missing, not in that encoding, or a line is not valid JSON.
+    """
+    with open_text(path, what, encoding) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(
+                    f"{what} {path}, line {number} is not valid JSON: {json_fault(error)}"
+                ) from None
+
+
+def json_fault(error: ValueError | RecursionError, place: str = "") -> str:
+    """Returns what json's decoder found wrong, for a message; `place` is such as " at line 3"."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')}{place}; was it cut off while being copied?"
+    if isinstance(error, RecursionError):
+        return f"lists or objects are nested too deeply{place}; write it flat"
+    return f"a whole number has too many digits{place}; write a smaller one"
+
+
+def _bytes_of(path: Path, what: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be read: {error.strerror}") from None
+
+
+def _codec(encoding: str | None) -> str:
+    """Returns the codec to decode with. Spreadsheets write a byte order mark, which utf-8-sig drops."""
+    try:
+        name = codecs.lookup(encoding or "utf-8").name
+        io.TextIOWrapper(io.BytesIO(), name)  # "base64" is a codec, but none of texts
+    except LookupError:
+        raise InputError(
+            f"there is no encoding {quote(encoding)}; known are utf-8, cp1252, gb18030, utf-16 and others"
+        ) from None
+    return _UTF8 if name == "utf-8" else name
+
+
+def _undecodable(file: BinaryIO, where: str, codec: str, encoding: str | None) -> str:
+    """Returns a message that names the first bad byte's line and the encoding that the file looks like."""
+    decoder, line, head = codecs.getincrementaldecoder(codec)(), 1, b""
+    while True:
+        block = file.read(_BLOCK)
+        head = head or block[:4]
+        try:
+            decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            line += error.object.count(b"\n", 0, error.start)
+            data = error.object[error.object.rfind(b"\n", 0, error.start) + 1 :][:_SAMPLE]
+            byte = error.object[error.start]
+            break
+        line += block.count(b"\n")
+    used = "UTF-8" if codec == _UTF8 else codec
+    return _no_text(where, f"it is not {used}: byte 0x{byte:02X} in line {line}", head, data, encoding)
+
+
+def _no_text(where: str, problem: str, head: bytes, data: bytes, encoding: str | None) -> str:
+    """Returns a message: the problem, what the bytes look like, how to fix it."""
+    found = _looks_like(head, data)
+    if found is None:
+        return f"{where} cannot be read as text: {problem}; is it the right file?"
+    name, sample = found
+    remedy = "save it as UTF-8" if encoding is None else f"save it as UTF-8 or give encoding={name}"
+    return f"{where} cannot be read: {problem}; it looks like {name} ({quote(sample, 40)}); {remedy}"
+
+
+def _looks_like(head: bytes, data: bytes) -> tuple[str, str] | None:
+    """Returns the encoding that a text looks like and some of its text; None: it looks like no text."""
+    marked = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
+    if marked is not None:
+        width = 2 if marked == "utf-16" else 4
+        mark = head[:width] if not data.startswith(head[:width]) else b""
+        whole = mark + data[: (len(data) - len(mark)) // width * width]
+        return marked, _first_words(whole.decode(marked, errors="replace"))
+    foreign = b"\n".join(line for line in data.split(b"\n") if not line.isascii())
+    runs = re.findall(rb"[\x80-\xff]+", foreign)
+    # Accented letters stand alone among plain ones; a text in another script, or of two bytes a character,
+    # has them in rows. Statistics, which charset-normalizer is good at, need more than a word or two.
+    if b"\0" not in data and 2 * sum(len(run) == 1 for run in runs) > len(runs):
+        with contextlib.suppress(UnicodeDecodeError):
+            return "cp1252", _first_words(foreign.decode("cp1252"))
+    wide = b"\0" in data
+    best = from_bytes(data if wide else foreign, cp_exclusion=None if wide else ["utf_16", "utf_32"]).best()
+    if best is None or (wide and not best.encoding.startswith(("utf_16", "utf_32"))):
+        return None
+    return best.encoding.replace("_", "-"), _first_words(str(best))
+
+
+def _first_words(text: str) -> str:
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return next((line for line in lines if not line.isascii()), "") or " ".join(text.split())[:40]
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is flushed to disk and renamed over `path`.
+
+    When the body raises (a full disk, say), the temporary file is removed and `path` is left as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes `text` to `path` atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
+    """Writes `value` as JSON to `path` atomically."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns a library's own error (one of `kinds`) into OSError(ENOSPC) when it stems from a full disk.
+
+    torch and safetensors write through code of their own and do not raise OSError.
+    """
+    try:
+        yield
+    except kinds as error:
+        told = f"(os error {errno.ENOSPC})" in str(error)
+        # The part that was written has taken what was left; torch does not tell why it stopped.
+        if told or shutil.disk_usage(path.parent).free < 1 << 16:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise

@@ -1,0 +1,61 @@
+"""Where a computation runs and in which precision."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+from clip_base.runtime.errors import InputError
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+def pick_device(name: str) -> torch.device:
+    """Returns the device called `name`; "auto" is this process's GPU, else the CPU.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device={name} is none; give auto, cpu, cuda or cuda:1, say") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device={name}: PyTorch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices; "
+            "give device=auto"
+        )
+    return device
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bfloat16 matrices in hardware (AVX512-BF16, AMX, Ampere and later)."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Returns the context in which a forward pass runs at `precision`, one of `PRECISIONS`.
+
+    Raises:
+        InputError: there is no such precision, or fp16 is asked for on something else than a CUDA device.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision={precision} is none of {', '.join(PRECISIONS)}")
+    if precision == "fp16":
+        if device.type != "cuda":
+            raise InputError(
+                f"precision=fp16 needs a CUDA device, found {device.type}; use precision=auto, which takes "
+                "bf16 where the processor computes in it"
+            )
+        return torch.autocast(device.type, torch.float16)
+    if precision == "bf16" or (precision == "auto" and computes_in_bf16(device)):
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()

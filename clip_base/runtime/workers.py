@@ -1,0 +1,318 @@
+"""Work over several processes: on this machine, or on the machines of a Ray cluster.
+
+Work is a function of a task alone, so that its results are the same whichever process does it. The engines
+differ in where the processes are:
+
+- `local`: processes of this machine, each with its share of the cores; one worker works in this process.
+- `ray`: actors on the Ray cluster that RAY_ADDRESS names or that runs on this machine, else on a new one
+  here. Its machines must see the same files at the same paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+from clip_base.runtime.errors import InputError
+
+ENGINES = ("local", "ray")
+
+Task = TypeVar("Task")
+
+
+Result = TypeVar("Result")
+
+
+Report = Callable[[int, str], None]
+
+
+"""Takes how many steps more of the task are done, and a note."""
+
+
+Work = Callable[[Task, Report], Result]
+
+
+Watch = Callable[[Task, int, str], None]
+
+
+def run(
+    engine: str,
+    start: Callable[[], Work[Task, Result]],
+    tasks: Iterable[Task],
+    workers: int = 1,
+    watch: Watch[Task] | None = None,
+    gpus: int = 0,
+) -> Iterator[tuple[Task, Result]]:
+    """Yields (task, result) of all tasks, in the order in which they end.
+
+    Args:
+        engine: one of ENGINES.
+        start: called once in every process, makes the function that does the work; it is sent there.
+        tasks: read when a process is free.
+        workers: processes; 0: one a core (ray: one a core or GPU of the cluster).
+        watch: takes a task's reports; ray sends none.
+        gpus: how many a worker may choose from; each takes one of them.
+
+    Raises:
+        InputError: the work raised one, or Ray is not installed.
+        OSError: the work raised one.
+        RuntimeError: the work failed otherwise, which the message tells, or a process was killed.
+    """
+    watch = watch or _unwatched
+    if engine == "ray":
+        return _on_ray(start, tasks, workers, gpus)
+    count = workers or cores()
+    return _here(start, tasks, watch) if count == 1 else _in_processes(start, tasks, count, watch, gpus)
+
+
+def cores() -> int:
+    """Returns how many cores this process may use, where the system tells; else how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _unwatched(task: object, steps: int, note: str) -> None:
+    pass
+
+
+def _here(
+    start: Callable[[], Work[Task, Result]], tasks: Iterable[Task], watch: Watch[Task]
+) -> Iterator[tuple[Task, Result]]:
+    work: Work[Task, Result] | None = None
+    for task in tasks:
+        work = work or start()
+        yield task, work(task, lambda steps, note, task=task: watch(task, steps, note))  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What went wrong in another process.
+
+    Attributes:
+        error: what the user can mend, raised here as it is; None for anything else.
+        last_line: of the traceback.
+        text: the traceback.
+    """
+
+    error: Exception | None
+    last_line: str
+    text: str
+
+    @classmethod
+    def of(cls, error: Exception) -> _Failure:
+        text = traceback.format_exc()
+        kept = error if type(error) is InputError or isinstance(error, OSError) else None
+        return cls(kept, text.strip().splitlines()[-1], text)
+
+    def again(self) -> Exception:
+        error = self.error or RuntimeError(f"a worker failed: {self.last_line}")
+        error.add_note(self.text)  # what --debug shows
+        return error
+
+
+def _in_processes(
+    start: Callable[[], Work[Task, Result]],
+    tasks: Iterable[Task],
+    workers: int,
+    watch: Watch[Task],
+    gpus: int,
+) -> Iterator[tuple[Task, Result]]:
+    context = multiprocessing.get_context("spawn")
+    queue, busy = iter(tasks), dict[connection.Connection, Task]()
+    crew: dict[connection.Connection, BaseProcess] = {}
+    try:
+        for task in queue:
+            ours, theirs = context.Pipe()
+            crew[ours] = context.Process(target=_serve, args=(start, theirs), daemon=True)
+            with _surroundings(len(crew) - 1, workers, gpus):
+                crew[ours].start()
+            theirs.close()
+            _send(ours, task, crew[ours])
+            busy[ours] = task
+            if len(crew) == workers:
+                break
+        while busy:
+            for pipe in connection.wait(list(busy)):
+                assert isinstance(pipe, connection.Connection)
+                kind, value = _receive(pipe, crew[pipe])
+                if kind == "report":
+                    watch(busy[pipe], *value)
+                elif kind == "failed":
+                    raise value.again()
+                else:
+                    yield busy.pop(pipe), value
+                    for task in queue:
+                        _send(pipe, task, crew[pipe])
+                        busy[pipe] = task
+                        break
+    finally:
+        for process in crew.values():
+            process.terminate()
+        for process in crew.values():
+            process.join()
+
+
+def _send(pipe: connection.Connection, task: object, process: BaseProcess) -> None:
+    try:
+        pipe.send(task)
+    except OSError:
+        raise _killed(process) from None
+
+
+def _receive(pipe: connection.Connection, process: BaseProcess) -> tuple[str, Any]:
+    try:
+        kind, value = pipe.recv()
+    except (EOFError, OSError):
+        raise _killed(process) from None
+    return kind, value
+
+
+def _killed(process: BaseProcess) -> RuntimeError:
+    process.join(5)
+    code = process.exitcode
+    how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
+    return RuntimeError(f"a worker process ended {how} (was memory short?); the same command goes on")
+
+
+@contextlib.contextmanager
+def _surroundings(index: int, workers: int, gpus: int) -> Iterator[None]:
+    """Sets what a process inherits that is started meanwhile.
+
+    Its share of the cores: threads of several processes that wait for each other slow all of them down many
+    times. One of the GPUs. And Ctrl-C, which the terminal sends to all processes at once, is for the first
+    one alone, which then ends the others.
+    """
+    threads = max(1, cores() // workers)
+    changes = {"OMP_NUM_THREADS": str(min(threads, int(os.environ.get("OMP_NUM_THREADS") or threads)))}
+    if gpus > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        visible = visible if visible != [""] else [str(gpu) for gpu in range(gpus)]
+        changes["CUDA_VISIBLE_DEVICES"] = visible[index % len(visible)]
+    before = {key: os.environ.get(key) for key in changes}
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main_thread else None
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, handler)
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+def _serve(start: Callable[[], Work[Any, Any]], pipe: connection.Connection) -> None:
+    """Works in a process of its own until nobody listens any more: a killed parent's worker ends itself."""
+
+    def tell(kind: str, value: object) -> None:
+        try:
+            pipe.send((kind, value))
+        except OSError:
+            os._exit(1)
+
+    work: Work[Any, Any] | None = None
+    while True:
+        try:
+            task = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            work = work or start()
+            result = work(task, lambda steps, note: tell("report", (steps, note)))
+        except Exception as error:
+            tell("failed", _Failure.of(error))
+            return
+        tell("done", result)
+
+
+class _Actor:
+    """A worker of a Ray cluster."""
+
+    def __init__(self, start: Callable[[], Work[Any, Any]]) -> None:
+        self.start = start
+        self.work: Work[Any, Any] | None = None
+
+    def do(self, task: object) -> object:
+        """Returns the task's result, or a _Failure."""
+        try:
+            self.work = self.work or self.start()
+            return self.work(task, lambda steps, note: None)
+        except Exception as error:
+            return _Failure.of(error)
+
+
+def _on_ray(
+    start: Callable[[], Work[Task, Result]], tasks: Iterable[Task], workers: int, gpus: int
+) -> Iterator[tuple[Task, Result]]:
+    try:
+        import ray  # noqa: PLC0415 (optional)
+    except ImportError:
+        raise InputError("engine=ray needs Ray; install it with `pip install 'regionclip[ray]'`") from None
+    connected = ray.is_initialized()
+    if not connected:
+        ray.init(log_to_driver=False)
+    resources = ray.cluster_resources()
+    on_gpu = bool(gpus and resources.get("GPU"))
+    most = max(int(resources.get("GPU" if on_gpu else "CPU", 1)), 1)
+    make = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0)(_Actor)
+    queue, crew = iter(tasks), []
+    busy: dict[Any, tuple[Task, Any]] = {}  # the result to come -> its task and who works on it
+    try:
+        for task in queue:
+            crew.append(make.remote(start))
+            busy[crew[-1].do.remote(task)] = task, crew[-1]
+            if len(crew) == min(workers or most, most):  # more would wait for a core for ever
+                break
+        while busy:
+            (ended,), _ = ray.wait(list(busy), num_returns=1)
+            task, actor = busy.pop(ended)
+            try:
+                result = ray.get(ended)
+            except ray.exceptions.RayError as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise RuntimeError(f"a worker of the Ray cluster was lost: {reason}") from error
+            if isinstance(result, _Failure):
+                raise result.again()
+            yield task, result
+            for following in queue:
+                busy[actor.do.remote(following)] = following, actor
+                break
+    finally:
+        for actor in crew:
+            ray.kill(actor)
+        if not connected:
+            ray.shutdown()
+
+
+Item = TypeVar("Item")
+
+
+Read = TypeVar("Read")
+
+
+def in_turn(read: Callable[[Item], Read], items: Iterable[Item], threads: int) -> Iterator[Read]:
+    """Yields read(item) of each item, in order; threads read ahead, twice as many items as there are threads.
+
+    Decoding and resizing run beside what is done with the results, as they hold no lock of Python's.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[Read]] = deque()
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -1,0 +1,1 @@
+"""The synthetic dataset: generated scenes with captions, boxes and masks."""

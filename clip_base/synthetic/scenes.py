@@ -1,0 +1,315 @@
+"""`clip-base scenes`: draws a world of captioned pictures with exact boxes and masks, in COCO's own format.
+
+Left in `out`: `images/{train,val}/*.jpg`, `captions_{train,val}.json`, `instances_{train,val}.json`,
+`split.json` (names of base and novel categories) and, last of all, `scenes.json` (the options, with the
+automatic ones filled in). File names in the annotations are relative to `images`.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.run import RunFolder
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import read_json, write_json
+from clip_base.runtime.progress import Progress
+from clip_base.synthetic.captions import Seen, Style, describe
+from clip_base.synthetic.painting import Painter, Recipe, Scene
+from clip_base.synthetic.pictograms import TABLE, Category
+
+SPLITS = ("train", "val")
+DRAWING = 1
+"""Raised when the same options begin to give other pictures or captions, so that worlds are not mixed."""
+
+_CHUNK = 250
+_BANK = len(SPLITS)
+
+
+@dataclass
+class ScenesConfig:
+    """Options of `clip-base scenes`."""
+
+    out: str = option(REQUIRED, "folder to write the world to", runtime_only=True)
+    images: int = option(10_000, "number of training scenes")
+    val_images: int = option(0, "number of validation scenes; 0 takes a tenth of images")
+    seed: int = option(0, "determines every picture and every word")
+    size: int = option(128, "side of the square pictures, in pixels")
+    categories: int = option(16, f"number of categories, up to {len(TABLE)}")
+    novel: int = option(0, "how many categories are novel; 0 takes a quarter")
+    objects_min: int = option(1, "fewest objects a scene")
+    objects_max: int = option(4, "most objects a scene")
+    object_min: float = option(0.2, "longest side of the smallest objects, as a share of the picture's")
+    object_max: float = option(0.5, "longest side of the largest objects, as a share of the picture's")
+    distractors: int = option(1, "most shapes without a name a scene")
+    captions: int = option(3, "captions a scene")
+    colours: float = option(0.15, "share of the phrases with a colour word, 0 to 1")
+    mention: float = option(0.75, "probability that a caption names an object, 0 to 1; it always names one")
+    quality: int = option(90, "JPEG quality, 1 to 100")
+    workers: int = option(0, "processes; 0 takes one a core", runtime_only=True)
+
+    def __post_init__(self) -> None:
+        """Refuses values that cannot be drawn."""
+        whole = {"images": 1, "val_images": 0, "seed": 0, "size": 32, "categories": 2, "novel": 0}
+        whole |= {"objects_min": 1, "distractors": 0, "captions": 1, "quality": 1, "workers": 0}
+        for name, least in whole.items():
+            if getattr(self, name) < least:
+                raise InputError(f"{name}={getattr(self, name)} is too small; give {least} or more")
+        highest = {"categories": len(TABLE), "novel": self.categories - 1, "quality": 100, "objects_max": 100}
+        for name, most in highest.items():
+            if getattr(self, name) > most:
+                raise InputError(f"{name}={getattr(self, name)} is too large; give {most} or less")
+        if self.objects_max < self.objects_min:
+            raise InputError(f"objects_max={self.objects_max} is below objects_min={self.objects_min}")
+        if not 0 < self.object_min <= self.object_max <= 0.65:
+            raise InputError(
+                f"object_min={self.object_min}, object_max={self.object_max}: "
+                "give shares with 0 < object_min <= object_max <= 0.65"
+            )
+        if self.object_min * self.size < 10:
+            raise InputError(
+                f"object_min={self.object_min} of size={self.size} is under 10 pixels, too small to see"
+            )
+        for name in ("colours", "mention"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}={getattr(self, name)} must lie between 0 and 1")
+
+
+def generate(config: ScenesConfig) -> None:
+    """Draws the world; goes on where a killed run stopped, and returns at once when all is there.
+
+    Raises:
+        InputError: `out` holds another world, or one that another version of the drawing made.
+    """
+    folder, finished = RunFolder(config.out, config, "scenes").path, _resolved(config)
+    record = folder / "scenes.json"
+    if record.exists():
+        if read_json(record, "scene record") != finished:
+            raise InputError(
+                f"{record} was written by another version of this job; delete {folder} or give another out"
+            )
+        return
+    parts = folder / ".parts"
+    counts = {"train": config.images, "val": finished["val_images"]}
+    tasks = [
+        (split, start, min(start + _CHUNK, counts[split]))
+        for split in SPLITS
+        for start in range(0, counts[split], _CHUNK)
+    ]
+    for split in SPLITS:
+        (folder / "images" / split).mkdir(parents=True, exist_ok=True)
+    _begin_parts(parts, finished)
+    missing = [task for task in tasks if not _part(parts, task).exists()]
+    total = sum(counts.values())
+    done = total - sum(stop - start for _, start, stop in missing)
+    with Progress("scenes", total, done) as progress:
+        for drawn in _draw_all(config, missing):
+            progress.advance(drawn)
+    for split in SPLITS:
+        _assemble(folder, split, [_part(parts, task) for task in tasks if task[0] == split], config)
+    categories = TABLE[: config.categories]
+    novel = {category.name for category in novel_categories(config)}
+    names = [category.name for category in categories]
+    split_names = {
+        "base": [name for name in names if name not in novel],
+        "novel": [name for name in names if name in novel],
+    }
+    write_json(folder / "split.json", split_names, indent=2)
+    write_json(record, finished, indent=2)
+    shutil.rmtree(parts)
+
+
+def novel_categories(config: ScenesConfig) -> list[Category]:
+    """Returns the novel ones among the world's categories, spread evenly over the table."""
+    count = config.novel or max(1, config.categories // 4)
+    return [TABLE[int((i + 0.5) * config.categories / count)] for i in range(count)]
+
+
+def _resolved(config: ScenesConfig) -> dict[str, Any]:
+    """The options that determine the world, with the automatic ones filled in."""
+    values = asdict(replace(config, val_images=config.val_images or max(1, config.images // 10)))
+    values["novel"] = len(novel_categories(config))
+    return {"drawing": DRAWING} | {
+        key: value for key, value in values.items() if key not in ("out", "workers")
+    }
+
+
+Task = tuple[str, int, int]
+
+
+def _part(parts: Path, task: Task) -> Path:
+    return parts / f"{task[0]}_{task[1]:09d}.json"
+
+
+def _begin_parts(parts: Path, options: dict[str, Any]) -> None:
+    """Keeps what a killed run of the same options finished; drops what another version of the drawing did."""
+    mark = parts / "options.json"
+    if mark.exists() and read_json(mark) == options:
+        return
+    shutil.rmtree(parts, ignore_errors=True)
+    write_json(mark, options)
+
+
+def _draw_all(config: ScenesConfig, tasks: list[Task]) -> Iterator[int]:
+    """Draws the chunks, in this process or in several; yields how many scenes each finished one held."""
+    workers = min(config.workers or _cores(), len(tasks))
+    threads = cv2.getNumThreads()
+    # One thread a process; set before forking, because a fork copies OpenCV's pool without its threads.
+    cv2.setNumThreads(1)
+    try:
+        if workers <= 1:
+            artist = _Artist(config)
+            for task in tasks:
+                yield artist.draw(task)
+            return
+        forks = "fork" in multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("fork" if forks else None)
+        with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(config,)) as pool:
+            futures = [pool.submit(_draw_here, task) for task in tasks]
+            try:
+                for future in as_completed(futures):
+                    yield future.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+    finally:
+        cv2.setNumThreads(threads)
+
+
+def _cores() -> int:
+    """How many cores this process may use, where the system tells; else how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_artist: _Artist | None = None
+
+
+def _start_worker(config: ScenesConfig) -> None:
+    """Readies a worker process, which ends itself when its parent has been killed."""
+    global _artist
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        sentinel = parent.sentinel
+
+        def follow() -> None:
+            connection.wait([sentinel])
+            os._exit(1)
+
+        threading.Thread(target=follow, daemon=True).start()
+    cv2.setNumThreads(1)
+    _artist = _Artist(config)
+
+
+def _draw_here(task: Task) -> int:
+    assert _artist is not None
+    return _artist.draw(task)
+
+
+class _Artist:
+    """Draws chunks of scenes and writes their pictures and their share of the annotations."""
+
+    def __init__(self, config: ScenesConfig) -> None:
+        self.config, self.folder = config, Path(config.out)
+        self.category_ids = {category: i + 1 for i, category in enumerate(TABLE[: config.categories])}
+        recipe = Recipe(
+            size=config.size,
+            categories=TABLE[: config.categories],
+            objects=(config.objects_min, config.objects_max),
+            side=(config.object_min, config.object_max),
+            distractors=config.distractors,
+        )
+        self.painter = Painter(recipe, (config.seed, _BANK))
+        self.style = Style(config.mention, config.colours)
+
+    def draw(self, task: Task) -> int:
+        """Draws scenes `start` to `stop` of a split; the part file comes last and says that they exist."""
+        split, start, stop = task
+        images, instances, captions = [], [], []
+        for index in range(start, stop):
+            rng = np.random.default_rng([self.config.seed, SPLITS.index(split), index])
+            scene = self.painter.scene(rng)
+            image_id = index + 1 + (self.config.images if split == "val" else 0)
+            name = f"{split}/{image_id:012d}.jpg"
+            _, encoded = cv2.imencode(".jpg", scene.pixels, [cv2.IMWRITE_JPEG_QUALITY, self.config.quality])
+            (self.folder / "images" / name).write_bytes(encoded.tobytes())
+            size = self.config.size
+            images.append({"id": image_id, "file_name": name, "width": size, "height": size})
+            instances += self._annotations(scene, image_id)
+            captions += [
+                {"image_id": image_id, "caption": text}
+                for text in self._captions(scene, self.config.captions, rng)
+            ]
+        part = {"images": images, "instances": instances, "captions": captions}
+        write_json(_part(self.folder / ".parts", task), part)
+        return stop - start
+
+    def _annotations(self, scene: Scene, image_id: int) -> list[dict[str, Any]]:
+        masks = np.stack([placed.mask for placed in scene.objects], axis=-1).view(np.uint8)
+        rles = coco_mask.encode(np.asfortranarray(masks))
+        return [
+            {
+                "image_id": image_id,
+                "category_id": self.category_ids[placed.category],
+                "bbox": [float(value) for value in placed.box],
+                "area": float(placed.mask.sum()),
+                "iscrowd": 0,
+                "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},
+            }
+            for placed, rle in zip(scene.objects, rles, strict=True)
+        ]
+
+    def _captions(self, scene: Scene, count: int, rng: np.random.Generator) -> list[str]:
+        size = self.config.size
+        objects = [
+            Seen(
+                placed.category,
+                (placed.box[0] / size, placed.box[1] / size, placed.box[2] / size, placed.box[3] / size),
+                placed.colour,
+                placed.behind,
+            )
+            for placed in scene.objects
+        ]
+        texts: list[str] = []
+        while len(texts) < count:
+            text = describe(objects, scene.backdrop, self.style, rng)
+            if (
+                text in texts and rng.random() < 0.9
+            ):  # a repetition teaches nothing; say it otherwise if we can
+                continue
+            texts.append(text)
+        return texts
+
+
+def _assemble(folder: Path, split: str, parts: list[Path], config: ScenesConfig) -> None:
+    """Joins a split's parts, in order, into the two annotation files; ids count from 1."""
+    images: list[Any] = []
+    lists: dict[str, list[Any]] = {"instances": [], "captions": []}
+    for path in parts:
+        part = json.loads(path.read_text(encoding="utf-8"))
+        images += part["images"]
+        for kind, entries in lists.items():
+            entries += part[kind]
+    info = {"description": f"drawn scenes, {split}, seed {config.seed}", "version": str(DRAWING)}
+    categories = [
+        {"id": i + 1, "name": category.name, "supercategory": category.group}
+        for i, category in enumerate(TABLE[: config.categories])
+    ]
+    for kind, entries in lists.items():
+        numbered = [{"id": i + 1} | entry for i, entry in enumerate(entries)]
+        whole: dict[str, Any] = {"info": info, "licenses": [], "images": images, "annotations": numbered}
+        if kind == "instances":
+            whole["categories"] = categories
+        write_json(folder / f"{kind}_{split}.json", whole)

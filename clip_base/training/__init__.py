@@ -1,0 +1,1 @@
+"""The training loop, contrastive pretraining and its losses."""

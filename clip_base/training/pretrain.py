@@ -1,0 +1,250 @@
+"""Contrastive image-text pretraining from raw captions (arXiv 2103.00020)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from clip_base.data.batch import ImageBatch, ImageTextBatch
+from clip_base.data.loader import Loader
+from clip_base.data.mixture import weights_of
+from clip_base.data.sources import SOURCES, Pairs, Source
+from clip_base.images.decode import ImageStore, Pixels, normalize, resize_bicubic, to_tensor
+from clip_base.jobs import plugins
+from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
+from clip_base.jobs.run import RunFolder
+from clip_base.models import zoo
+from clip_base.models.clip import CLIP
+from clip_base.models.configs import CLIPConfig
+from clip_base.models.positions import resample_positions
+from clip_base.models.resnet import recompute_contexts
+from clip_base.models.tokenizer import Tokenizer
+from clip_base.runtime.errors import InputError
+from clip_base.training import checkpoint as checkpoints
+from clip_base.training.loop import NO_LOSS, TrainConfig, fit
+from clip_base.training.losses import OBJECTIVES, Contrastive, ContrastiveConfig, PairEmbeddings
+from clip_base.training.validation import Validation, ValidationConfig
+from clip_base.weights.load import load_clip
+from clip_base.weights.native import load_exactly, save_clip
+
+MAX_LOGIT_SCALE = math.log(100)  # arXiv 2103.00020, section 2.5
+
+
+@dataclass
+class PretrainConfig:
+    """Options of contrastive pretraining."""
+
+    out: str = option(REQUIRED, "folder for weights, log and metrics", runtime_only=True)
+    source: Plugin = plugin(SOURCES, "coco", "where image-text pairs come from")
+    model: str = option("", "a published tower by name, such as RN50; empty: the sizes under `tower`")
+    tower: CLIPConfig = option(CLIPConfig(), "sizes of the towers when `model` is empty")
+    init: str = option("", "weights file to start from; empty: random weights from train.seed")
+    crop: float = option(0.9, "side of the smallest random square crop, as a share of the short side")
+    objective: Plugin = plugin(OBJECTIVES, "contrastive", "the loss over the batch's embeddings")
+    accumulate: int = option(1, "parts in which a batch is embedded, to save memory; its loss stays whole")
+    replacement: bool = option(False, "draw pairs independently instead of each once an epoch")
+    cache: bool = option(False, "keep decoded images in memory (for small data sets)", runtime_only=True)
+    evaluate: ValidationConfig = option(ValidationConfig(), "what is measured along the way")
+    train: TrainConfig = option(TrainConfig(epochs=32), "the training loop")
+
+    def __post_init__(self) -> None:
+        if not 0.1 <= self.crop <= 1:
+            raise InputError(f"crop must lie in [0.1, 1], found {self.crop}")
+        if self.accumulate < 1:
+            raise InputError(f"accumulate must be at least 1, found {self.accumulate}")
+
+
+class CaptionedImages:
+    """Pairs as training samples: a random square crop and one caption drawn at random.
+
+    Args:
+        pairs: images and their captions.
+        tokenizer: turns a caption into ids; too long ones are cut.
+        resolution: side of the crop in pixels after resizing.
+        crop: smallest side of the crop as a share of the image's short side.
+        cache: keep decoded images in memory.
+    """
+
+    def __init__(self, pairs: Pairs, tokenizer: Tokenizer, resolution: int, crop: float, cache: bool) -> None:
+        self.pairs, self.tokenizer, self.resolution, self.crop = pairs, tokenizer, resolution, crop
+        side = math.ceil(resolution / crop)
+        # Twice the size that is needed leaves the final filter enough to work on.
+        self.store = ImageStore(side if cache else 0, keep=cache, least=2 * side)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def item(self, index: int, generator: torch.Generator) -> tuple[Pixels, str]:
+        """Returns an [R, R, 3] crop and a caption."""
+        pair = self.pairs[index]
+        image = self.store(pair.image)
+        height, width = image.shape[:2]
+        share, down, right, which = torch.rand(4, generator=generator).tolist()
+        side = max(round(min(height, width) * (self.crop + (1 - self.crop) * share)), 1)
+        top, left = round(down * (height - side)), round(right * (width - side))
+        piece = resize_bicubic(image[top : top + side, left : left + side], self.resolution, self.resolution)
+        return piece, pair.captions[int(which * len(pair.captions))]
+
+    def name(self, index: int) -> str:
+        """Returns what the image of a sample is called."""
+        return str(self.pairs[index].image)
+
+    def collate(self, items: list[tuple[Pixels, str]]) -> ImageTextBatch:
+        """Makes a batch of crops and captions."""
+        pixels = normalize(to_tensor([image for image, _ in items]))
+        return ImageTextBatch(
+            ImageBatch.whole(pixels), self.tokenizer([text for _, text in items], truncate=True)
+        )
+
+
+class ContrastiveTask(nn.Module):
+    """CLIP's training task.
+
+    With `accumulate` a batch is embedded part by part. What the towers computed on the way is not kept: each
+    part is embedded once more in the backward pass, when the gradient of the whole batch's loss with respect
+    to its embeddings is known (GradCache, arXiv 2101.06983). Gradients are those of the undivided batch, but
+    for batch norms that take statistics: theirs are a part's, not the batch's.
+
+    Args:
+        model: trained in place.
+        objective: the loss; None: CLIP's.
+        accumulate: parts that a process's share of the batch is embedded in.
+    """
+
+    def __init__(self, model: CLIP, objective: nn.Module | None = None, accumulate: int = 1) -> None:
+        super().__init__()
+        self.model, self.accumulate = model, accumulate
+        self.objective = objective or Contrastive(ContrastiveConfig())
+
+    def forward(self, batch: ImageTextBatch) -> dict[str, Tensor]:
+        """Returns the loss of the batch, named as the objective is."""
+        images = self._embed(self.model.encode_image, batch.images.pixels)
+        texts = self._embed(self.model.encode_text, batch.tokens)
+        with torch.autocast(images.device.type, enabled=False):
+            tokens = batch.tokens if getattr(self.objective, "merge_equal", False) else None
+            pairs = PairEmbeddings.gathered(images, texts, tokens)
+            return {str(self.objective.name): self.objective(pairs, self.model.logit_scale.exp())}
+
+    def _embed(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """Returns [b, D], unit length."""
+        if self.accumulate == 1:
+            return F.normalize(encode(inputs).float(), dim=-1)
+        parts = [
+            checkpoint(encode, part, use_reentrant=False, context_fn=recompute_contexts)
+            for part in inputs.chunk(self.accumulate)
+        ]
+        return F.normalize(torch.cat(parts).float(), dim=-1)
+
+    def log_scalars(self) -> dict[str, float]:
+        """Returns what the log shows beside the loss: the factor on the cosines, the sigmoid loss's bias."""
+        figures = {"logit_scale": float(self.model.logit_scale.detach().exp())}
+        bias = getattr(self.objective, "bias", None)
+        return figures if bias is None else {**figures, "bias": float(bias.detach())}
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Keeps the logit scale in its published range."""
+        self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+
+def make_model(config: PretrainConfig) -> CLIP:
+    """Returns the model to train: published sizes or `tower`, random or from `init`.
+
+    Initial weights for another resolution get their position embeddings resampled, which is how the paper's
+    extra epoch at 336 pixels begins (arXiv 2103.00020, section 2.5).
+    """
+    sizes = zoo.config(config.model) if config.model else config.tower
+    torch.manual_seed(config.train.seed)
+    if not config.init:
+        return CLIP(sizes)
+    model = load_clip(config.init)
+    if model.config == sizes:
+        return model
+    found, wanted = model.config.vision.resolution, sizes.vision.resolution
+    if replace(model.config, vision=replace(model.config.vision, resolution=wanted)) != sizes:
+        raise InputError(
+            f"init={config.init} holds {model.config}, asked for was {sizes}; set model= or tower= to fit"
+        )
+    key = next(key for key in model.visual.state_dict() if key.endswith("positional_embedding"))
+    state, resized = model.state_dict(), CLIP(sizes)
+    old, new = state[f"visual.{key}"], resized.visual.state_dict()[key]
+    before, side = (round((len(positions) - 1) ** 0.5) for positions in (old, new))
+    state[f"visual.{key}"] = resample_positions(old, side, side)
+    resized.load_state_dict(state)
+    cells = f"from {before} × {before} to {side} × {side} cells"
+    print(f"{config.init}: position embeddings resampled {cells}, for {wanted} pixels instead of {found}")
+    return resized
+
+
+def make_task(config: PretrainConfig, model: CLIP) -> ContrastiveTask:
+    """Returns the training task of `model`; random weights get the objective's initial logit scale."""
+    objective = plugins.build(OBJECTIVES, config.objective)
+    start = getattr(objective, "initial_logit_scale", None)
+    if start is not None and not config.init:
+        nn.init.constant_(model.logit_scale, start)
+    return ContrastiveTask(model, objective, config.accumulate)
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Trains a CLIP on image-text pairs; leaves `out/model.safetensors`.
+
+    With `train.ema` those are the averaged weights, and `out/model_raw.safetensors` holds the last step's.
+    """
+    run = RunFolder(config.out, config, "pretrain")
+    if run.finished() is not None:
+        print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
+        return
+    source: Source = plugins.build(SOURCES, config.source)
+    pairs = source.pairs()
+    model = make_model(config)
+    sizes = model.config
+    data = CaptionedImages(
+        pairs, Tokenizer(sizes.text.context_length), sizes.vision.resolution, config.crop, config.cache
+    )
+    train = config.train
+    loader = Loader(
+        data,
+        data.collate,
+        train.batch_size,
+        seed=train.seed,
+        workers=train.workers,
+        skipped=run.path / "skipped.jsonl",
+        weights=weights_of(pairs),
+        replacement=config.replacement,
+    )
+    model.to(memory_format=torch.channels_last)
+    task = make_task(config, model)
+    steps = fit(task, loader, train, run, Validation(config.evaluate, model) or None)
+    save_clip(model, run.path / "model.safetensors")
+    figures = task.log_scalars()
+    if train.ema:
+        _save_last(task, run)
+    loss, skipped = last_loss(run.log_path), len(loader.broken)
+    run.finish({"steps": steps, "pairs": len(pairs), "skipped": skipped, "loss": loss, **figures})
+    print(f"{run.path / 'model.safetensors'}: {steps} steps on {len(pairs)} images, loss {loss:.3f}")
+
+
+def _save_last(task: ContrastiveTask, run: RunFolder) -> None:
+    """Writes the last step's weights beside their average: `model_raw.safetensors`."""
+    found = checkpoints.newest(run.path / "checkpoints")
+    assert found is not None
+    step, weights, _ = found
+    load_exactly(task, weights, run.path / f"checkpoints/{step:08d}")
+    save_clip(task.model, run.path / "model_raw.safetensors")
+
+
+def last_loss(log: Path) -> float:
+    """Returns the sum of the losses in the last line of a training log."""
+    for line in reversed(log.read_text(encoding="utf-8").splitlines()):
+        entry = json.loads(line)
+        if "lr" in entry:
+            return float(sum(value for key, value in entry.items() if key not in NO_LOSS))
+    return math.nan

@@ -1,0 +1,132 @@
+"""Retrieval and zero-shot classification measured while a CLIP is being trained."""
+
+# N images, M texts, D embedding size, R resolution
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clip_base.data.sources import SOURCES, Pair
+from clip_base.evaluation.datasets import folder_pictures
+from clip_base.evaluation.prompts import classifier, read_templates
+from clip_base.evaluation.ranking import ranks_of_classes, require_finite
+from clip_base.evaluation.retrieval import embed_texts, recall_at
+from clip_base.images.decode import Stored, decode, middle_square, normalize
+from clip_base.jobs import plugins
+from clip_base.jobs.config import Plugin, option, plugin
+from clip_base.models.clip import CLIP
+from clip_base.runtime.errors import InputError
+
+_THREADS = 2
+
+
+@dataclass
+class ValidationConfig:
+    """What is measured every `train.evaluate_every` steps and at the end."""
+
+    source: Plugin = plugin(
+        SOURCES, "none", "image-text pairs to measure retrieval on; none: it is not measured"
+    )
+    images: str = option("", "folder with a subfolder of images a class, for zero-shot accuracy; empty: none")
+    templates: str = option("simple", "prompts: published (CLIP's 80), simple (one) or a file of them")
+    limit: int = option(5000, "most pairs and most images used, spread evenly over all; 0: all")
+    batch_size: int = option(128, "images or texts embedded at once", runtime_only=True)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.limit < 0:
+            raise InputError("evaluate.batch_size must be at least 1 and evaluate.limit at least 0")
+
+
+class Validation:
+    """Measures a model on data that it is not trained on; called with the step, it returns the figures.
+
+    Args:
+        config: what is measured.
+        model: the model in training, in evaluation mode whenever this is called.
+    """
+
+    def __init__(self, config: ValidationConfig, model: CLIP) -> None:
+        self.config, self.model = config, model
+        self.pairs: list[Pair] = []
+        if config.source["name"] != "none":
+            pairs = plugins.build(SOURCES, config.source).pairs()
+            self.pairs = [pairs[index] for index in _spread(len(pairs), config.limit)]
+        self.names: list[str] = []
+        if config.images:
+            self.names, pictures = folder_pictures(config.images)
+            self.pictures = [pictures[index] for index in _spread(len(pictures), config.limit)]
+            self.templates = read_templates(config.templates)
+
+    def __bool__(self) -> bool:
+        return bool(self.pairs or self.names)
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Returns shares in [0, 1]: `val_{image_to_text,text_to_image}_R@1`, `val_zeroshot_top1`.
+
+        Raises:
+            InputError: no image decodes, or an embedding is not finite.
+        """
+        figures: dict[str, float] = {}
+        source = f"the model at step {step}"
+        if self.pairs:
+            figures |= self._retrieval(source)
+        if self.names:
+            figures["val_zeroshot_top1"] = self._zeroshot(source)
+        return figures
+
+    def _retrieval(self, source: str) -> dict[str, float]:
+        images, kept = self._embed_images([pair.image for pair in self.pairs])  # [N, D]
+        require_finite(images, "images", self.model, source)
+        captions = [(place, text) for place, index in enumerate(kept) for text in self.pairs[index].captions]
+        texts = embed_texts(self.model, [text for _, text in captions], self.config.batch_size)  # [M, D]
+        require_finite(texts, "captions", self.model, source)
+        owner = torch.tensor([place for place, _ in captions], device=images.device)
+        found = recall_at(images, texts.to(images.device), owner, (1,))
+        return {f"val_{name}": value for name, value in found.items()}
+
+    def _zeroshot(self, source: str) -> float:
+        directions = classifier(self.model, self.names, self.templates, self.config.batch_size, truncate=True)
+        require_finite(directions, "class names", self.model, source)
+        images, kept = self._embed_images([picture.path for picture in self.pictures])  # [N, D]
+        require_finite(images, "images", self.model, source)
+        labels = torch.tensor([self.pictures[index].label for index in kept], device=images.device)
+        with torch.autocast(images.device.type, enabled=False):
+            return float((ranks_of_classes(images, directions, labels) < 1).double().mean())
+
+    def _embed_images(self, images: Sequence[Stored]) -> tuple[Tensor, list[int]]:
+        """Returns [N, D], unit length, and which images they are: those that do not decode are left out."""
+        side = self.model.visual.resolution
+
+        def load(image: Stored) -> Tensor | None:
+            try:
+                pixels = middle_square(decode(image, least=2 * side), side)  # [R, R, 3]
+            except InputError:
+                return None  # training on this source would list it; here one fewer is measured
+            return torch.from_numpy(pixels).permute(2, 0, 1)  # [3, R, R]
+
+        features: list[Tensor] = []
+        kept: list[int] = []
+        size, device = self.config.batch_size, self.model.logit_scale.device
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for start in range(0, len(images), size):
+                loaded = list(pool.map(load, images[start : start + size]))
+                kept += [start + place for place, pixels in enumerate(loaded) if pixels is not None]
+                whole = [pixels for pixels in loaded if pixels is not None]
+                if whole:
+                    embedded = self.model.encode_image(normalize(torch.stack(whole).to(device)))
+                    features.append(F.normalize(embedded.float(), dim=-1))
+        if not features:
+            raise InputError(f"none of the {len(images)} images to evaluate on decodes; {images[0]}, for one")
+        return torch.cat(features), kept
+
+
+def _spread(size: int, limit: int) -> list[int]:
+    """Returns at most `limit` numbers below `size`, evenly spread; all of them when `limit` is 0."""
+    if not limit or size <= limit:
+        return list(range(size))
+    return [place * size // limit for place in range(limit)]

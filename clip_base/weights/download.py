@@ -1,0 +1,264 @@
+"""Published files by name: where they are, how they are recognised, how they get here.
+
+OpenAI's nine are listed here; their addresses and checksums are those in openai/CLIP's `clip/clip.py`, where
+the checksum is the folder of each file. Other packages declare tables of theirs, name -> `Published`:
+
+    [project.entry-points."clip_base.published"]
+    regionclip = "regionclip.checkpoints.zoo:FILES"
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from clip_base.jobs import plugins
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.progress import Progress
+
+GROUP = "clip_base.published"
+_BASE = "https://openaipublic.azureedge.net/clip/models"
+_MIB = 1 << 20
+_CHUNK = 1 << 18
+_ATTEMPTS = 4  # in a row that bring nothing new
+_PAUSE = 1.0  # seconds before the second attempt; doubled each time
+_TIMEOUT = 30.0  # seconds without a byte
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published file.
+
+    Attributes:
+        url: its address.
+        sha256: of its content, in hex; "" when its publishers do not say it.
+        size: in bytes; 0 when it is not known.
+        page: where people find it when programs cannot fetch it; then `url` is only the file's path among
+            what that page offers.
+    """
+
+    url: str
+    sha256: str = ""
+    size: int = 0
+    page: str = ""
+
+    @property
+    def name(self) -> str:
+        """The file's own name."""
+        return self.url.rpartition("/")[2]
+
+
+def _file(name: str, sha256: str, size: int) -> Published:
+    return Published(f"{_BASE}/{sha256}/{name}", sha256, size)
+
+
+FILES = {
+    "RN50": _file("RN50.pt", "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762", 255827503),
+    "RN101": _file("RN101.pt", "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599", 291791292),
+    "RN50x4": _file(
+        "RN50x4.pt", "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd", 421854225
+    ),
+    "RN50x16": _file(
+        "RN50x16.pt", "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa", 661125706
+    ),
+    "RN50x64": _file(
+        "RN50x64.pt", "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c", 1353500174
+    ),
+    "ViT-B/32": _file(
+        "ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", 353976522
+    ),
+    "ViT-B/16": _file(
+        "ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", 350837078
+    ),
+    "ViT-L/14": _file(
+        "ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", 932768134
+    ),
+    "ViT-L/14@336px": _file(
+        "ViT-L-14-336px.pt", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", 934088680
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Returns the folder of published files: $CLIP_BASE_CACHE, else ~/.cache/clip, as openai/CLIP."""
+    return Path(os.environ.get("CLIP_BASE_CACHE") or Path.home() / ".cache" / "clip").expanduser()
+
+
+def files() -> dict[str, Published]:
+    """Returns every published file by name: OpenAI's, then those that other packages declare."""
+    every = dict(FILES)
+    for name in plugins.found(GROUP):
+        every |= plugins.load(GROUP, name)
+    return every
+
+
+def fetch(name: str, folder: str | Path | None = None) -> Path:
+    """Returns the published file called `name`, downloaded and checked when it is not there yet.
+
+    Raises:
+        InputError: there is no such file, or it cannot be had; the message says where to put it by hand.
+    """
+    known = files()
+    if name not in known:
+        raise InputError(f"{name!r} is not a published file; {plugins.did_you_mean(name, list(known))}")
+    folder = Path(folder) if folder is not None else cache_folder()
+    return _by_hand(known[name], folder) if known[name].page else download(known[name], folder)
+
+
+def _by_hand(file: Published, folder: Path) -> Path:
+    """Returns where a file lies that only people can fetch, with its page's folders or without."""
+    target = folder / file.url
+    for place in (target, folder / file.name):
+        if place.is_file():
+            if not file.sha256:
+                print(f"note: {place} cannot be verified, its publishers give no checksum", file=sys.stderr)
+            elif _sha256(place) != file.sha256:
+                raise InputError(f"{place} is not the published file: its sha256 is not {file.sha256}")
+            return place
+    raise InputError(
+        f"{file.name} is not here, and programs cannot fetch it: get {file.url} from {file.page} with a "
+        f"browser and put it at {target}, or set CLIP_BASE_CACHE to the folder that holds it"
+        + ("" if file.sha256 else " (its publishers give no checksum, so that it cannot be verified)")
+    )
+
+
+def recognize(sha256: str) -> str | None:
+    """Returns the name of the published file that has this checksum."""
+    return next((name for name, file in files().items() if file.sha256 == sha256), None)
+
+
+def download(file: Published, folder: Path, timeout: float = _TIMEOUT, pause: float = _PAUSE) -> Path:
+    """Returns `folder / file.name`, which has the right content; downloads it when it has not.
+
+    What arrives goes to `NAME.part`, and a later call goes on where an earlier one was cut off. The file is
+    renamed to its name only after its checksum was found right. Processes that want the same file wait for
+    one of them.
+
+    Args:
+        file: what to get.
+        folder: made when it does not exist.
+        timeout: seconds without a byte after which the connection is given up and made anew.
+        pause: seconds before the second attempt, doubled each time.
+
+    Raises:
+        InputError: the server cannot be reached, refuses, or sends other content; or the disk is full.
+    """
+    target, part = folder / file.name, folder / f"{file.name}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder / f".{file.name}.lock"):
+            if target.is_file():
+                if _sha256(target) == file.sha256:
+                    return target
+                print(f"{target} is not the published file; downloading it again", file=sys.stderr)
+            for _ in range(2):  # once more from the beginning when what came was wrong
+                _receive(file, part, timeout, pause)
+                if _sha256(part) == file.sha256:
+                    part.replace(target)
+                    return target
+                part.unlink()
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        raise _unavailable(file, target, _reason(error)) from None
+    raise _unavailable(file, target, "what arrives has another sha256")
+
+
+def _receive(file: Published, part: Path, timeout: float, pause: float) -> None:
+    """Makes `part` as long as the server's file; goes on after cuts and stalls while bytes arrive."""
+    fruitless = 0
+    with Progress(f"{file.name} (MiB)", -(-file.size // _MIB) or None, _length(part) // _MIB) as progress:
+        while True:
+            before = _length(part)
+            try:
+                if _receive_once(file, part, timeout, progress):
+                    return
+                fault: Exception = ConnectionError("the connection was cut")
+            except urllib.error.HTTPError as error:
+                if error.code < 500 and error.code != 429:
+                    raise
+                fault = error
+            except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+                fault = error
+            fruitless = 0 if _length(part) > before else fruitless + 1
+            if fruitless >= _ATTEMPTS:
+                raise fault
+            time.sleep(pause * 2**fruitless / 2)
+
+
+def _receive_once(file: Published, part: Path, timeout: float, progress: Progress) -> bool:
+    """Makes one request and appends what arrives; returns whether the file is whole now."""
+    start = _length(part)
+    request = urllib.request.Request(file.url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        answer = urllib.request.urlopen(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and start:  # nothing lies beyond what is here; the checksum decides
+            return True
+        raise
+    with answer:
+        if start and not _continues(answer, start):
+            start = 0  # the server sends the file from its beginning
+        announced = answer.headers.get("Content-Length")
+        total = start + int(announced) if announced and announced.isdigit() else file.size
+        with part.open("r+b" if start else "wb") as out:
+            out.seek(start)
+            _copy(answer, out, progress)
+    return _length(part) >= total if total else True
+
+
+def _continues(answer: Any, start: int) -> bool:
+    return answer.status == 206 and str(answer.headers.get("Content-Range", "")).startswith(f"bytes {start}-")
+
+
+def _copy(answer: Any, out: IO[bytes], progress: Progress) -> None:
+    while chunk := answer.read1(_CHUNK):
+        out.write(chunk)
+        progress.advance(out.tell() // _MIB - progress.done)
+
+
+def _length(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Lets one process at a time in, where the system has file locks; the lock ends with the process."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl  # noqa: PLC0415 (not everywhere)
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"the server answers {error.code} {error.reason}"
+    if isinstance(error, TimeoutError):
+        return "the server has stopped sending"
+    if isinstance(error, urllib.error.URLError):
+        return f"the server cannot be reached: {error.reason}"
+    return str(error) or type(error).__name__
+
+
+def _unavailable(file: Published, target: Path, reason: str) -> InputError:
+    return InputError(
+        f"{file.name} cannot be downloaded ({reason}); get {file.url} by other means, put it at {target} "
+        f"(sha256 {file.sha256}), or set CLIP_BASE_CACHE to the folder that holds it"
+    )

@@ -1,0 +1,222 @@
+"""Sizes of a CLIP from the shapes of its tensors, and from the configs that others put beside weights."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from clip_base.images.decode import DEVIATION, MEAN
+from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
+from clip_base.runtime.errors import InputError
+
+# Widths of vision transformers whose heads are not 64 channels wide: open_clip's ViT-H-14.
+_HEAD_WIDTHS = {1280: 80}
+# Settings of an open_clip config that change the numbers but not the shapes, and what these towers do.
+_OPEN_CLIP_TOWERS: dict[str, dict[str, Any]] = {
+    "vision_cfg": {"pool_type": "tok", "final_ln_after_pool": False, "mlp_ratio": 4.0, "no_ln_pre": False},
+    "text_cfg": {"pool_type": "argmax", "no_causal_mask": False, "mlp_ratio": 4.0, "proj_type": "linear"},
+}
+_OPEN_CLIP_REFUSED = ("timm_model_name", "hf_model_name", "act_kwargs", "norm_kwargs", "attentional_pool")
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What shapes cannot tell.
+
+    Attributes:
+        activation: of both transformers; "" when it is not known.
+        head_width: channels of a vision head; 0 when it is not known.
+        text_heads: heads of a text block; 0 when it is not known.
+        source: the file that said so.
+    """
+
+    activation: str = ""
+    head_width: int = 0
+    text_heads: int = 0
+    source: str = ""
+
+
+def infer(state: Mapping[str, Tensor], hints: Hints, path: object) -> CLIPConfig:
+    """Returns the sizes of the CLIP whose tensors (by our names) `state` holds.
+
+    Raises:
+        InputError: a tensor that sizes are read from is missing or has another number of dimensions.
+    """
+
+    def shape(name: str, dimensions: int) -> list[int]:
+        return _shape(state, name, dimensions, path)
+
+    text_width, embed_dim = shape("text.text_projection", 2)
+    vocab_size, _ = shape("text.token_embedding.weight", 2)
+    context_length, _ = shape("text.positional_embedding", 2)
+    text = TextConfig(
+        width=text_width,
+        heads=hints.text_heads or max(1, text_width // 64),
+        layers=_count(state, r"text\.transformer\.resblocks\.(\d+)\."),
+        context_length=context_length,
+        vocab_size=vocab_size,
+    )
+    return CLIPConfig(embed_dim, infer_vision(state, hints, path), text, hints.activation or "quick_gelu")
+
+
+def infer_vision(state: Mapping[str, Tensor], hints: Hints, path: object) -> VisionConfig:
+    """Returns the sizes of the vision tower whose tensors `state` holds as `visual.*`.
+
+    Raises:
+        InputError: a tensor that sizes are read from is missing or has another number of dimensions.
+    """
+
+    def side(name: str) -> int:
+        cells = _shape(state, name, 2, path)[0] - 1
+        if math.isqrt(cells) ** 2 != cells:
+            raise InputError(f"{path}: {name} has {cells} cells, which is no square")
+        return math.isqrt(cells)
+
+    if any(name.startswith("visual.layer1.") for name in state):
+        return VisionConfig(
+            kind="resnet",
+            layers=[_count(state, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)],
+            width=_shape(state, "visual.layer1.0.conv1.weight", 4, path)[0],
+            resolution=32 * side("visual.attnpool.positional_embedding"),
+            head_width=hints.head_width or 64,
+        )
+    width, _, patch, _ = _shape(state, "visual.conv1.weight", 4, path)
+    return VisionConfig(
+        kind="vit",
+        layers=[_count(state, r"visual\.transformer\.resblocks\.(\d+)\.")],
+        width=width,
+        patch=patch,
+        resolution=patch * side("visual.positional_embedding"),
+        head_width=hints.head_width or _HEAD_WIDTHS.get(width, 64),
+    )
+
+
+def _shape(state: Mapping[str, Tensor], name: str, dimensions: int, path: object) -> list[int]:
+    if name not in state:
+        shown = ", ".join(sorted(state)[:4])
+        raise InputError(
+            f"{path} is no whole CLIP: {name} is missing ({len(state)} tensors found: {shown}, …)"
+        )
+    if state[name].ndim != dimensions:
+        raise InputError(
+            f"{path}: {name} has shape {list(state[name].shape)}, expected {dimensions} dimensions"
+        )
+    return list(state[name].shape)
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """Returns how many blocks the names tell of; a hole among them shows later as missing names."""
+    numbers = [int(found[1]) for found in (re.match(pattern, name) for name in state) if found]
+    return max(numbers, default=-1) + 1
+
+
+def from_open_clip(config: Any, source: str) -> Hints:
+    """Returns what `open_clip_config.json` says beyond shapes.
+
+    Raises:
+        InputError: it asks for something these towers do not compute.
+    """
+    model = config.get("model_cfg") if isinstance(config, dict) else None
+    if not isinstance(model, dict):
+        raise InputError(f"{source} is no open_clip config: it has no model_cfg")
+    for part, fixed in _OPEN_CLIP_TOWERS.items():
+        tower = model.get(part) or {}
+        wrong = [f"{key}={tower[key]!r}" for key, value in fixed.items() if tower.get(key, value) != value]
+        wrong += [f"{key}={tower[key]!r}" for key in _OPEN_CLIP_REFUSED if tower.get(key)]
+        if wrong:
+            raise InputError(
+                f"{source}: {part} has {', '.join(wrong)}, which CLIP's published towers do not have"
+            )
+    vision, text = model.get("vision_cfg") or {}, model.get("text_cfg") or {}
+    activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    return Hints(activation, int(vision.get("head_width") or 64), int(text.get("heads") or 8), source)
+
+
+def to_open_clip(config: CLIPConfig) -> dict[str, Any]:
+    """Returns the content of `open_clip_config.json`."""
+    vision, text = config.vision, config.text
+    sizes: dict[str, Any] = {
+        "image_size": vision.resolution,
+        "layers": vision.layers if vision.kind == "resnet" else vision.layers[0],
+        "width": vision.width,
+        "head_width": vision.head_width,
+        "patch_size": None if vision.kind == "resnet" else vision.patch,
+    }
+    texts = {key: getattr(text, key) for key in ("context_length", "vocab_size", "width", "heads", "layers")}
+    model: dict[str, Any] = {"embed_dim": config.embed_dim, "vision_cfg": sizes, "text_cfg": texts}
+    model["quick_gelu"] = config.activation == "quick_gelu"
+    return {"model_cfg": model, "preprocess_cfg": {"mean": list(MEAN), "std": list(DEVIATION)}}
+
+
+def from_huggingface(config: Any, source: str) -> Hints:
+    """Returns what a Hugging Face CLIP folder's `config.json` says beyond shapes.
+
+    Raises:
+        InputError: it is another model's, or asks for something these towers do not compute.
+    """
+    if not isinstance(config, dict) or config.get("model_type") != "clip":
+        found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+        raise InputError(f"{source} is of a {found!r} model, expected model_type 'clip'")
+    # Old files repeat a tower's settings under `…_dict`; there the repetition wins.
+    text = {**(config.get("text_config") or {}), **(config.get("text_config_dict") or {})}
+    vision = {**(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
+    activations = {str(tower.get("hidden_act", "quick_gelu")) for tower in (text, vision)}
+    if len(activations) > 1 or not activations <= {"quick_gelu", "gelu"}:
+        raise InputError(
+            f"{source} has hidden_act {sorted(activations)}; both towers take quick_gelu, or both gelu"
+        )
+    for tower in (text, vision):
+        if not math.isclose(float(tower.get("layer_norm_eps", 1e-5)), 1e-5, rel_tol=1e-3):
+            raise InputError(f"{source} has layer_norm_eps {tower['layer_norm_eps']}, these towers have 1e-5")
+    width, heads = int(vision.get("hidden_size", 768)), int(vision.get("num_attention_heads", 12))
+    return Hints(activations.pop(), width // heads, int(text.get("num_attention_heads", 8)), source)
+
+
+def to_huggingface(config: CLIPConfig) -> dict[str, Any]:
+    """Returns the content of a Hugging Face CLIP folder's `config.json`.
+
+    Raises:
+        InputError: the vision tower is a ResNet, which transformers' CLIPModel does not have.
+    """
+    vision, text = config.vision, config.text
+    if vision.kind != "vit":
+        raise InputError(
+            "transformers has no CLIP with a ResNet; convert this one with to=open_clip or to=native"
+        )
+
+    def tower(width: int, layers: int, heads: int) -> dict[str, Any]:
+        return {
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "hidden_act": config.activation,
+            "layer_norm_eps": 1e-5,
+            "projection_dim": config.embed_dim,
+        }
+
+    # CLIP's start and end tokens are the two last ids; texts are padded with what follows the end unseen.
+    ids = {"bos_token_id": text.vocab_size - 2, "eos_token_id": text.vocab_size - 1, "pad_token_id": 0}
+    texts = {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length, **ids}
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.embed_dim,
+        "text_config": {
+            "model_type": "clip_text_model",
+            **tower(text.width, text.layers, text.heads),
+            **texts,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            **tower(vision.width, vision.layers[0], vision.heads),
+            "image_size": vision.resolution,
+            "patch_size": vision.patch,
+            "num_channels": 3,
+        },
+    }

@@ -1,0 +1,194 @@
+"""Weights out of PyTorch's pickled files without running anything that is in them.
+
+A pickle is a program; what it can call is decided by the reader. State dicts go through `torch.load` with
+`weights_only=True`. TorchScript archives, which `torch.load` leaves to an interpreter for the code inside,
+are opened here as what they are: a zip file whose `data.pkl` names modules and tensors and whose `data/N`
+hold the numbers. The code in the archive is not looked at.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from clip_base.runtime.errors import InputError
+
+_STORAGES = {
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+_LISTS = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
+_DEEPEST = 64  # modules inside modules; CLIP needs nine
+# What reading a damaged or foreign pickle, or a zip file around it, can raise.
+_FAULTS = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    RuntimeError,
+    EOFError,
+    OSError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+)
+
+
+class Forbidden(pickle.UnpicklingError):
+    """The pickle asks for something that is neither a tensor nor a plain container."""
+
+
+class _Part:
+    """What stands for any class of the archive: its attributes, and none of its behaviour."""
+
+    def __init__(self) -> None:
+        self.attributes: dict[str, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise Forbidden(f"a module whose state is a {type(state).__name__}")
+        self.attributes = state
+
+
+class _ArchiveUnpickler(pickle.Unpickler):
+    """Rebuilds modules as `_Part` and tensors from the archive's storages; knows no other name."""
+
+    def __init__(self, file: IO[bytes], storage: Callable[[str, torch.dtype], Tensor]) -> None:
+        super().__init__(file)
+        self._storage = storage
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "__torch__" or module.startswith("__torch__."):
+            return _Part
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *_: torch.as_strided(storage, size, stride, offset)
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda tensor, *_: tensor
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch.jit._pickle" and name in _LISTS:
+            return lambda values: list(values)
+        if module == "torch.jit._pickle" and name == "restore_type_tag":
+            return lambda value, _: value
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        raise Forbidden(f"{module}.{name}")
+
+    def persistent_load(self, saved: Any) -> Tensor:
+        kind, dtype, key, _, length = saved
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
+            raise Forbidden(f"an object of kind {kind!r}")
+        values = self._storage(key, dtype)
+        if len(values) < length:
+            raise pickle.UnpicklingError(f"storage {key} holds {len(values)} values instead of {length}")
+        return values
+
+
+def _root(archive: zipfile.ZipFile) -> str | None:
+    """Returns the folder inside the zip file that holds `data.pkl`, with its slash."""
+    for name in archive.namelist():
+        if name.endswith("/data.pkl") and name.count("/") == 1:
+            return name.removesuffix("data.pkl")
+    return None
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether `path` is a zip file as `torch.jit.save` writes it: with constants beside the data."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        root = _root(archive)
+        return root is not None and f"{root}constants.pkl" in archive.namelist()
+
+
+def read_torchscript(path: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a TorchScript archive by their dotted names, in the precision stored.
+
+    Raises:
+        InputError: the archive is damaged, or its pickle asks for anything but modules, tensors and
+            containers.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            root = _root(archive) or ""
+            names = set(archive.namelist())
+            if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+                raise InputError(f"{path} was written on a big-endian machine; save it again on this one")
+            kept: dict[str, Tensor] = {}
+
+            def storage(key: str, dtype: torch.dtype) -> Tensor:
+                if key not in kept:
+                    data = bytearray(archive.read(f"{root}data/{key}"))
+                    kept[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+                return kept[key]
+
+            with archive.open(f"{root}data.pkl") as file:
+                module = _ArchiveUnpickler(file, storage).load()
+            if not isinstance(module, _Part):
+                raise Forbidden(f"a {type(module).__name__} where the model should be")
+            return dict(_tensors(module, "", 0))
+    except InputError:
+        raise
+    except Forbidden as error:
+        raise _refusal(path, str(error)) from None
+    except _FAULTS as error:
+        raise _damaged(path, error) from None
+
+
+def _tensors(part: _Part, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+    if depth > _DEEPEST:
+        raise Forbidden(f"modules nested more than {_DEEPEST} deep")
+    for name, value in part.attributes.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, _Part):
+            yield from _tensors(value, f"{prefix}{name}.", depth + 1)
+
+
+def read_pickle(path: Path) -> Any:
+    """Returns what `torch.save` wrote: tensors in plain containers, on the CPU.
+
+    Raises:
+        InputError: the file is damaged, or holds anything else, such as whole modules or a program.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|class|global|function) ([A-Za-z_][\w.]*\.[\w.]+)", str(error))
+        asks = found[1].rstrip(".") if found else None
+        if asks or "nsupported" in str(error):
+            raise _refusal(path, asks or str(error).splitlines()[0]) from None
+        raise _damaged(path, error) from None
+    except _FAULTS as error:
+        raise _damaged(path, error) from None
+
+
+def _refusal(path: Path, found: str) -> InputError:
+    return InputError(
+        f"{path} is refused: its pickle holds {found}, not only tensors in plain containers; "
+        "let whoever wrote it save model.state_dict()"
+    )
+
+
+def _damaged(path: Path, error: BaseException) -> InputError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return InputError(
+        f"weights file {path} cannot be read ({reason}); it was cut off or is damaged: copy it again"
+    )

@@ -1,0 +1,209 @@
+"""Our files as RegionCLIP's or plain detectron2 checkpoints, and theirs as ours: for `clip-base convert`."""
+
+# C names, D embedding size
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clip_base.models.clip import CLIP
+from clip_base.models.resnet import ModifiedResNet
+from clip_base.models.tokenizer import Tokenizer
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import replacing
+from clip_base.weights.formats import Content
+from clip_base.weights.load import content_of, load_clip
+from clip_base.weights.native import read_weights
+from clip_base.weights.reading import is_safetensors
+from regionclip.checkpoints import load
+from regionclip.checkpoints.formats import FINETUNED, PRETRAINED, RPN, recognize
+from regionclip.checkpoints.load import check_published, detector_of, read_detector_file, save_detector
+from regionclip.concepts import vocabulary as vocabularies
+from regionclip.concepts.vocabulary import Vocabulary, embed
+from regionclip.data.categories import parse_names
+from regionclip.models.detector import Detector
+from regionclip.proposals.rpn import proposer
+from regionclip.proposals.rpn.detectron2_names import OFFLINE
+from regionclip.proposals.rpn.detectron2_names import to_detectron2 as network_names
+from regionclip.proposals.rpn.network import ProposalNetwork
+from regionclip.proposals.rpn.proposer import load_network, network_of, save_network
+
+# Forms that hold more than a CLIP.
+_NATIVE = (FINETUNED, RPN)
+HEAD = ("clip.visual.layer4.", "clip.visual.attnpool.")  # of the image tower: what embeds a region
+
+
+def content_with_readers(content: Mapping[str, Tensor] | Tensor, path: Path) -> Content | None:
+    """Returns what `recognise` finds in a file, with how to check it and how to write it in our form.
+
+    Raises:
+        InputError: see `recognise`.
+    """
+    found = recognize(content, path)
+    if found is None or found.form not in (PRETRAINED, *_NATIVE):
+        return found
+    return replace(found, check=check_published, native=to_ours if found.form in _NATIVE else None)
+
+
+def to_regionclip(path: Path, out: Path) -> str:
+    """Writes our CLIP, detector, proposal network or vocabulary as RegionCLIP's code saves its own.
+
+    Args:
+        path: our file, or a CLIP in any known form.
+        out: a .pth file.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        InputError: RegionCLIP has no place for what the file holds.
+    """
+    form = _form(path)
+    if form == vocabularies.FORMAT:
+        rows = Vocabulary.load(path).embeddings
+        _save(rows, out)
+        return f"{out}: {len(rows)} embeddings, for MODEL.CLIP.TEXT_EMB_PATH; their names have no place there"
+    if form == proposer.FORMAT:
+        _save({"model": _network(load_network(path), path)}, out)
+        return f"{out}, for MODEL.CLIP.BB_RPN_WEIGHTS"
+    if form == load.FORMAT:
+        detector, base = read_detector_file(path)
+        state = {**_clip(detector.clip, path), **_head(detector, base, path)}
+        if detector.network is not None:
+            network = _network(detector.network, path)
+            state |= {f"{OFFLINE}{name}": value for name, value in network.items()}
+        _save({"model": state}, out)
+        return f"{out}, for MODEL.WEIGHTS; how it scores and the names of its classes have no place there"
+    _save({"model": _clip(load_clip(path), path)}, out)
+    return f"{out}, for MODEL.WEIGHTS"
+
+
+def to_detectron2(path: Path, out: Path) -> str:
+    """Writes our proposal network for detectron2's own models, or our detector for `OpenVocabularyRCNN`.
+
+    Args:
+        path: our file.
+        out: a .pth file.
+
+    Raises:
+        InputError: the file holds neither, or a network that detectron2 has no names for.
+    """
+    form = _form(path)
+    if form == proposer.FORMAT:
+        network = load_network(path)
+        _save({"model": _network(network, path)}, out)
+        kind = "C4" if network.config.design == "c4" else "FPN"
+        return f"{out}, for MODEL.WEIGHTS of a {kind} model on ResNet-50"
+    if form == load.FORMAT:
+        state = {part_of(name): value for name, value in read_weights(path)[0].items()}
+        _save({"model": state}, out)
+        return f"{out}, for MODEL.WEIGHTS of an OpenVocabularyRCNN"
+    raise InputError(
+        f"{path} holds {form or 'no form of ours'}; detectron2 has a place for proposal networks "
+        f"({proposer.FORMAT}) and detectors ({load.FORMAT})"
+    )
+
+
+def part_of(name: str) -> str:
+    """Returns where `regionclip.detectron2` keeps a detector's tensor; it cuts towers where regions enter."""
+    if name.startswith("network."):
+        return f"proposal_generator.{name}"
+    trunk = name.startswith("clip.visual.") and not name.startswith(HEAD)
+    if trunk:
+        return f"backbone.tower.{name.removeprefix('clip.visual.')}"
+    return f"roi_heads.detector.{name}"
+
+
+def to_ours(path: Path, out: Path, text: str) -> str:
+    """Writes a RegionCLIP detector or a detectron2 proposal network in our form.
+
+    Args:
+        path: the published file.
+        out: a .safetensors file.
+        text: the CLIP whose text tower goes along with a detector that brings none.
+    """
+    if out.suffix != ".safetensors":
+        raise InputError(f"out={out}: our form is a .safetensors file, give such a name")
+    content = content_of(path)
+    if content.form == FINETUNED:
+        if content.clip is None and not text:
+            raise InputError(
+                f"{path} brings no text tower, and ours hold one: give text=FILE, OpenAI's CLIP or the "
+                "pretrained RegionCLIP that the detector began with"
+            )
+        detector = detector_of(content, path, None, text)
+        if detector.network is None:
+            raise InputError(f"{path} holds no proposal network, without which our file cannot be used")
+        trained_on = 0 if detector.rows is None else len(detector.rows)
+        save_detector(detector, out, parse_names("coco_base") if trained_on in (48, 65) else [])
+        return str(out)
+    save_network(network_of(content, path), out)
+    return str(out)
+
+
+def _form(path: Path) -> str:
+    return read_weights(path)[1].get("format", "") if path.is_file() and is_safetensors(path) else ""
+
+
+def _save(content: object, out: Path) -> None:
+    if out.suffix != ".pth":
+        raise InputError(f"out={out}: RegionCLIP and detectron2 read .pth, give such a name")
+    with replacing(out) as temporary:
+        torch.save(content, temporary)
+
+
+def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors in the usual memory order and without batch counters, which frozen norms lack."""
+    return {
+        name: value.detach().cpu().contiguous().clone()
+        for name, value in state.items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def _clip(model: CLIP, path: Path) -> dict[str, Tensor]:
+    if not isinstance(model.visual, ModifiedResNet) or model.config.activation != "quick_gelu":
+        raise InputError(
+            f"{path} has a {model.config.vision.kind} with {model.config.activation}; RegionCLIP's towers "
+            "are ResNets with quick_gelu"
+        )
+    if model.config.vision.head_width != 64:
+        raise InputError(
+            f"{path} has heads of {model.config.vision.head_width} channels; RegionCLIP's files do not say "
+            "how wide heads are, and its code takes 64"
+        )
+    places = {"visual.": "backbone.", "text.": "lang_encoder.", "logit_scale": "lang_encoder.logit_scale"}
+    state = {}
+    for name, value in _plain(model.state_dict()).items():
+        prefix = next(prefix for prefix in places if name.startswith(prefix))
+        state[places[prefix] + name.removeprefix(prefix)] = value
+    return state
+
+
+def _head(detector: Detector, base: tuple[str, ...], path: Path) -> dict[str, Tensor]:
+    if detector.boxes != "embedding" or detector.background is None:
+        raise InputError(
+            f"{path} moves boxes by reading {detector.boxes}, RegionCLIP's detectors read the embedding; "
+            "train one with boxes=embedding"
+        )
+    state = detector.state_dict()
+    head = {
+        "bbox_pred.weight": state["box_head.weight"],
+        "bbox_pred.bias": state["box_head.bias"],
+        "cls_bg_score.weight": state["background"][None],
+    }
+    if base:
+        tokenizer = Tokenizer(detector.clip.config.text.context_length)
+        head["cls_score.weight"] = embed(detector.clip, tokenizer, base, ["{}."]).embeddings
+    return {f"roi_heads.box_predictor.{name}": value for name, value in _plain(head).items()}
+
+
+def _network(network: ProposalNetwork, path: Path) -> dict[str, Tensor]:
+    try:
+        return _plain(network_names(network))
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None

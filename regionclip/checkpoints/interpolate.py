@@ -1,0 +1,135 @@
+"""Weights between two models: what one knew, and what the other has learnt (WiSE-FT, arXiv 2109.01903)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from clip_base.jobs.config import REQUIRED, option
+from clip_base.runtime.errors import InputError
+from clip_base.weights.load import load_clip
+from clip_base.weights.native import FORMAT as CLIP
+from clip_base.weights.native import read_weights, write_weights
+from regionclip.checkpoints.load import FORMAT as DETECTOR
+
+PREFIX = "clip."  # of a CLIP's weights in a detector's file
+
+
+@dataclass
+class InterpolateConfig:
+    """Options of weight interpolation."""
+
+    first: str = option(REQUIRED, "weights at alpha 0: a CLIP, or a detector")
+    second: str = option(REQUIRED, "weights at alpha 1: a CLIP, or a detector; of the same sizes")
+    alpha: list[float] = option(
+        [0.5], "shares of the second model, each in [0, 1]: [0.5], or a curve's points"
+    )
+    out: str = option(
+        REQUIRED, "file to write; with several alphas the folder of alpha-0.25.safetensors and the like"
+    )
+    part: str = option(
+        "all", "what to write of a detector: all of it, or its CLIP alone", choices=("all", "clip")
+    )
+
+    def __post_init__(self) -> None:
+        if not self.alpha or not all(0 <= alpha <= 1 for alpha in self.alpha):
+            raise InputError(f"alpha must be one or more numbers in [0, 1], found {self.alpha}")
+        if len(self.alpha) == 1 and not self.out.endswith(".safetensors"):
+            raise InputError(f"out={self.out}: weights are a .safetensors file, give such a name")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file holds.
+
+    Attributes:
+        path: the file.
+        tensors: by the names of a detector, a CLIP's own behind `PREFIX`.
+        clip: sizes of the CLIP, JSON.
+        metadata: the file's; a CLIP's has format and sizes only.
+    """
+
+    path: str
+    tensors: dict[str, Tensor]
+    clip: str
+    metadata: dict[str, str]
+
+    @property
+    def is_detector(self) -> bool:
+        """Whether there is more than a CLIP."""
+        return self.metadata["format"] == DETECTOR
+
+
+def read(path: str) -> Weights:
+    """Reads a detector, or a CLIP in any known form."""
+    if path.endswith(".safetensors"):
+        tensors, metadata = read_weights(path)
+        if metadata.get("format") == DETECTOR:
+            return Weights(path, tensors, metadata["clip"], metadata)
+    model = load_clip(path)
+    sizes = json.dumps(dataclasses.asdict(model.config))
+    tensors = {f"{PREFIX}{name}": value for name, value in model.state_dict().items()}
+    return Weights(path, tensors, sizes, {"format": CLIP, "config": sizes})
+
+
+def mix(first: Tensor, second: Tensor, alpha: float) -> Tensor:
+    """Returns (1 − alpha) · first + alpha · second, rounded where both count something."""
+    mixed = (1 - alpha) * first.double() + alpha * second.double()
+    return (mixed if second.is_floating_point() else mixed.round()).to(second.dtype)
+
+
+def between(first: Weights, second: Weights, alpha: float) -> dict[str, Tensor]:
+    """Returns the mixed tensors; what only a detector has beside a CLIP is as it is there.
+
+    Raises:
+        InputError: the models have other sizes, or tensors that do not fit each other.
+    """
+    if json.loads(first.clip) != json.loads(second.clip):
+        raise InputError(
+            f"{first.path} and {second.path} hold CLIPs of other sizes ({first.clip}; {second.clip}); "
+            "only weights of one architecture can be mixed"
+        )
+    shared = first.tensors.keys() & second.tensors.keys()
+    alone = sorted(first.tensors.keys() ^ second.tensors.keys())
+    if first.is_detector != second.is_detector:
+        alone = [name for name in alone if name.startswith(PREFIX)]
+    shapes = {
+        name: (list(first.tensors[name].shape), list(second.tensors[name].shape)) for name in sorted(shared)
+    }
+    unlike = [f"{name} {one} and {other}" for name, (one, other) in shapes.items() if one != other]
+    if alone or unlike:
+        faults = [f"{name} is in one only" for name in alone] + unlike
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise InputError(
+            f"{first.path} and {second.path} do not fit each other: {', '.join(faults[:3])}{more}; "
+            "only models of one architecture can be mixed"
+        )
+    mixed = {name: mix(first.tensors[name], second.tensors[name], alpha) for name in shared}
+    return {**first.tensors, **second.tensors, **mixed}
+
+
+def interpolate(config: InterpolateConfig) -> None:
+    """Writes weights between two CLIPs, two detectors, or a CLIP and the detector trained from it."""
+    first, second = read(config.first), read(config.second)
+    out = Path(config.out)
+    one = len(config.alpha) == 1
+    files = [out if one else out / f"alpha-{alpha:g}.safetensors" for alpha in config.alpha]
+    for given in (first.path, second.path):
+        if any(file.resolve() == Path(given).resolve() for file in files):
+            raise InputError(f"out={config.out} would be written over {given}; give another place")
+    whole = second if second.is_detector or not first.is_detector else first
+    metadata = whole.metadata
+    if config.part == "clip":
+        metadata = {"format": CLIP, "config": whole.clip}
+    for alpha, file in zip(config.alpha, files, strict=True):
+        tensors = between(first, second, alpha)
+        if metadata["format"] == CLIP:
+            tensors = {
+                name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)
+            }
+        write_weights(file, tensors, metadata)
+        print(f"{file}: {1 - alpha:g} of {first.path}, {alpha:g} of {second.path}")

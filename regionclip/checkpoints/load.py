@@ -1,0 +1,343 @@
+"""Detectors and proposal networks out of RegionCLIP's files, and what their class embeddings stand for."""
+
+# C names, D embedding size
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clip_base.jobs import config as configs
+from clip_base.models import zoo
+from clip_base.models.clip import CLIP
+from clip_base.models.configs import CLIPConfig, TextConfig
+from clip_base.models.resnet import ModifiedResNet
+from clip_base.models.tokenizer import Tokenizer
+from clip_base.runtime.errors import InputError
+from clip_base.weights import infer_config
+from clip_base.weights.formats import Content, group_of
+from clip_base.weights.load import content_of, find, is_published, load_clip
+from clip_base.weights.native import load_exactly, read_weights, write_weights
+from clip_base.weights.reading import read_foreign
+from regionclip.checkpoints import formats as parts
+from regionclip.concepts.vocabulary import Vocabulary, embed
+from regionclip.data.categories import parse_names
+from regionclip.models.detector import Detector
+from regionclip.models.postprocess import DetectorConfig
+from regionclip.proposals.rpn.detectron2_names import NETWORK
+from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn.proposer import network_of
+from regionclip.structures.transforms import ResizeConfig
+
+# As the published configurations test (`configs/` of github.com/microsoft/RegionCLIP): images, and how
+# regions become detections, by the number of names that boxes were trained on.
+RESIZE = ResizeConfig([800], 1333, filter="bilinear", multiple=1)
+
+
+_COCO = DetectorConfig(
+    proposals=1000,
+    temperature=parts.TEMPERATURE,
+    alpha_base=0,
+    alpha_novel=0,
+    min_score=0.001,
+    suppression="soft",
+    detections=100,
+)
+
+
+_LVIS = DetectorConfig(
+    proposals=1000,
+    temperature=parts.TEMPERATURE,
+    fusion="legacy_logit",
+    min_score=0.02,
+    suppression="soft",
+    detections=300,
+)
+
+
+SETTINGS = {48: _COCO, 65: _COCO, 80: _COCO, 866: _LVIS, 1203: _LVIS}
+
+
+HEAD_NAMES = ("bbox_pred.weight", "bbox_pred.bias", "cls_bg_score.weight")
+
+
+_LISTS = ("coco", "coco65", "coco_base", "coco_novel")
+
+
+class ImageTower(CLIP):
+    """A CLIP whose file brought no text tower: it embeds regions and no names."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        with torch.device("meta"):  # no time is spent on random numbers that the file replaces
+            super().__init__(config)
+        del self.text
+        self.to_empty(device="cpu")
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Raises an InputError that says how to come by a text tower."""
+        raise InputError(
+            "these weights bring no text tower to embed names with: give text=FILE, a CLIP with the same one "
+            "(OpenAI's, or the pretrained RegionCLIP that the detector began with), or embeddings=FILE"
+        )
+
+
+class PublishedDetector(Detector):
+    """A detector out of a RegionCLIP file.
+
+    Attributes:
+        rows: [C, D], the embeddings of names that the file brings along, without the names; None when it has
+            none.
+    """
+
+    rows: Tensor | None = None
+
+
+def check_published(content: Content, path: Path) -> None:
+    """Builds what a file's tensors are for, to prove that they fit.
+
+    Raises:
+        InputError: tensors are missing, left over or misshapen.
+    """
+    if content.form == parts.FINETUNED:
+        detector_of(content, path, DetectorConfig())
+        return
+    if content.form == parts.PRETRAINED:
+        clip, weights = _towers(content, path, "")
+        load_exactly(clip, {**_counters(clip), **weights}, path)
+    if content.form == parts.RPN or group_of(content, NETWORK):
+        network_of(content, path)
+
+
+def load_published_detector(
+    weights: str, config: DetectorConfig | None = None, text: str = ""
+) -> PublishedDetector | None:
+    """Returns the detector in a RegionCLIP file; None when the file is something else.
+
+    Args:
+        weights: a file, or a published file's name.
+        config: scores and suppression; None: as its authors tested it.
+        text: a CLIP whose text tower embeds names, for files without one.
+
+    Raises:
+        InputError: the file is damaged, not whole, or does not go with `text`.
+    """
+    path = find(weights)
+    content = read_foreign(path) if is_published(path) else None
+    if content is None or content.form != parts.FINETUNED:
+        return None
+    return detector_of(content, path, config, text)
+
+
+def detector_of(
+    content: Content, path: Path, config: DetectorConfig | None = None, text: str = ""
+) -> PublishedDetector:
+    """Builds the detector among a file's tensors, in evaluation mode; see `load_published_detector`."""
+    head = group_of(content, parts.HEAD)
+    missing = [name for name in HEAD_NAMES if name not in head]
+    if missing:
+        raise InputError(
+            f"{path} has no roi_heads.box_predictor.{missing[0]}; it is no whole RegionCLIP detector"
+        )
+    if len(head["bbox_pred.weight"]) != 4:
+        raise InputError(
+            f"{path} moves boxes for each of its classes apart ({len(head['bbox_pred.weight'])} rows); the "
+            "published detectors do it alike for all (4 rows)"
+        )
+    clip, towers = _towers(content, path, text)
+    weights = {f"clip.{name}": value for name, value in towers.items()}
+    weights |= {f"box_head.{kind}": head[f"bbox_pred.{kind}"] for kind in ("weight", "bias")}
+    weights["background"] = head["cls_bg_score.weight"].reshape(-1)
+    network = network_of(content, path) if group_of(content, NETWORK) else None
+    if network is not None:
+        weights |= {f"network.{name}": value for name, value in network.state_dict().items()}
+    trained_on = group_of(content, "training names' embeddings").get("cls_score")
+    detector = PublishedDetector(clip, config or _settings(trained_on, path), network, trained=True)
+    load_exactly(detector, {**_counters(detector), **weights}, path)
+    rows = group_of(content, parts.EMBEDDINGS).get("test_cls_score", trained_on)
+    detector.rows = None if rows is None else rows.float()
+    detector.resize = copy.deepcopy(RESIZE)
+    detector.eval().to(memory_format=torch.channels_last)
+    return detector
+
+
+def vocabulary_for(
+    detector: Detector,
+    names: Sequence[str],
+    categories: Sequence[str],
+    templates: Sequence[str],
+    novel: Tensor | None = None,
+    embeddings: str = "",
+) -> Vocabulary:
+    """Returns the embeddings that a detector shall look for.
+
+    They come from `embeddings`; else from the detector's own file, when that has a row for each of the names;
+    else from its text tower.
+
+    Args:
+        detector: a detector, or a CLIP as one.
+        names: what to look for.
+        categories: all names of the data in category order, which is the order of embeddings without names;
+            those of COCO's lists have COCO's order.
+        templates: prompts for the text tower.
+        novel: [C] bool, which of the names are novel.
+        embeddings: a vocabulary's file, or a published file's name; "" for none.
+
+    Raises:
+        InputError: the file does not fit the names, or there is no text tower and it is needed.
+    """
+    if embeddings:
+        path = find(embeddings)
+        own = path.suffix == ".safetensors"
+        rows = None if own else _rows(path)
+        order = None if rows is None else _order(len(rows), names, categories)
+        if rows is not None and order is None:
+            raise InputError(
+                f"{path} has {len(rows)} embeddings: the data have {len(categories)} categories, of which "
+                f"{len(names)} are looked for; give the file of that many"
+            )
+        vocabulary = Vocabulary.load(path, names if own else order).subset(names)
+    else:
+        rows = detector.rows if isinstance(detector, PublishedDetector) else None
+        order = None if rows is None else _order(len(rows), names, categories)
+        if rows is not None and order is not None:
+            unit = torch.nn.functional.normalize(rows, dim=1)
+            vocabulary = Vocabulary(tuple(order), unit, None, {"source": "the detector's file"}).subset(names)
+        else:
+            tokenizer = Tokenizer(detector.clip.config.text.context_length)
+            vocabulary = embed(detector.clip, tokenizer, names, templates)
+    return Vocabulary(vocabulary.names, vocabulary.embeddings, novel, vocabulary.provenance)
+
+
+def _rows(path: Path) -> Tensor:
+    content = content_of(path)
+    rows = group_of(content, parts.EMBEDDINGS).get("embeddings")
+    if rows is None:
+        raise InputError(f"{path} is {content.form}; embeddings= takes a file of class embeddings")
+    return rows
+
+
+def _order(count: int, names: Sequence[str], categories: Sequence[str]) -> list[str] | None:
+    """Returns the list of `count` names that covers `names`: one of COCO's, the data's own, or part of it.
+
+    COCO's come first: its published embeddings are in category order, in whatever order names are asked for.
+    """
+    wanted, everything = set(names), parse_names("coco")
+    parts_of_coco = (set(parse_names(known)) for known in _LISTS)
+    lists = [[name for name in everything if name in chosen] for chosen in parts_of_coco]
+    lists += [list(categories), [name for name in categories if name in wanted]]
+    return next((one for one in lists if len(one) == count and wanted <= set(one)), None)
+
+
+def _settings(trained_on: Tensor | None, path: Path) -> DetectorConfig:
+    count = 0 if trained_on is None else len(trained_on)
+    if count not in SETTINGS:
+        raise InputError(
+            f"{path} was trained on {count or 'an unknown number of'} names, which is none of the published "
+            "detectors; say how it is to score: own_settings=false detector.temperature=0.01 detector.…"
+        )
+    return dataclasses.replace(SETTINGS[count])
+
+
+def _towers(content: Content, path: Path, text: str) -> tuple[CLIP, dict[str, Tensor]]:
+    """Returns an unfilled CLIP and the weights that go into it, the text tower's from `text` if need be."""
+    visual = group_of(content, parts.VISUAL)
+    vision = infer_config.infer_vision(visual, infer_config.Hints(), path)
+    scale = {"logit_scale": torch.tensor(math.log(1 / parts.TEMPERATURE))}
+    if content.clip is not None:
+        if text:
+            raise InputError(f"{path} has a text tower of its own; drop text={text}")
+        config = infer_config.infer(content.clip, infer_config.Hints(content.activation), path)
+        return CLIP(config), dict(content.clip)
+    width = len(visual["visual.attnpool.c_proj.weight"]) if "visual.attnpool.c_proj.weight" in visual else 0
+    if not text:
+        same = (zoo.config(name) for name in zoo.available_models())
+        words = next((one.text for one in same if one.vision == vision), TextConfig())
+        return ImageTower(CLIPConfig(width, vision, words)), {**visual, **scale}
+    donor = load_clip(text)
+    if donor.config.embed_dim != width:
+        raise InputError(
+            f"text={text} embeds names in {donor.config.embed_dim} numbers, {path} regions in {width}"
+        )
+    clip = CLIP(CLIPConfig(width, vision, donor.config.text, donor.config.activation))
+    words_state = {name: value for name, value in donor.state_dict().items() if name.startswith("text.")}
+    return clip, {**visual, **scale, **words_state}
+
+
+def _counters(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Returns zeros for the batch norms' counters, which their files do not hold."""
+    state = module.state_dict()
+    return {
+        name: torch.zeros_like(value) for name, value in state.items() if name.endswith("num_batches_tracked")
+    }
+
+
+FORMAT = "regionclip.detector/1"
+
+
+def save_detector(detector: Detector, path: str | Path, base: Sequence[str]) -> None:
+    """Writes a trained detector whole: towers, proposal network, box head, and the base names it learned."""
+    if detector.network is None:
+        raise ValueError("a detector without its proposal network cannot be used from a file")
+    proposals = {**dataclasses.asdict(detector.network.config), "backbone_weights": ""}
+    metadata = {
+        "format": FORMAT,
+        "clip": json.dumps(dataclasses.asdict(detector.clip.config)),
+        "proposals": json.dumps(proposals),
+        "boxes": detector.boxes,
+        "detector": json.dumps(dataclasses.asdict(detector.config)),
+        "resize": json.dumps(dataclasses.asdict(detector.resize or ResizeConfig())),
+        "base": json.dumps(list(base)),
+    }
+    write_weights(path, detector.state_dict(), metadata)
+
+
+def read_detector_file(
+    path: str | Path, config: DetectorConfig | None = None
+) -> tuple[Detector, tuple[str, ...]]:
+    """Reads what `save_detector` wrote: the detector in evaluation mode, and its base names.
+
+    Args:
+        path: the file.
+        config: scores and suppression; None: as they were when it was trained.
+
+    Raises:
+        InputError: the file is missing, damaged, no detector, or its tensors do not fit.
+    """
+    weights, metadata = read_weights(path)
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"{path} holds {metadata.get('format', 'unnamed weights')!r}, expected {FORMAT!r}")
+    where = f"sizes in {path}"
+    clip = CLIP(configs.check(CLIPConfig, json.loads(metadata["clip"]), where))
+    proposals = configs.check(ProposalNetworkConfig, json.loads(metadata["proposals"]), where)
+    shared = clip.visual if proposals.share_trunk and isinstance(clip.visual, ModifiedResNet) else None
+    settings = config or configs.check(DetectorConfig, json.loads(metadata["detector"]), where)
+    network = ProposalNetwork(proposals, shared)
+    detector = Detector(clip, settings, network, trained=True, boxes=metadata["boxes"])
+    load_exactly(detector, weights, path)
+    detector.resize = configs.check(ResizeConfig, json.loads(metadata["resize"]), where)
+    detector.eval().to(memory_format=torch.channels_last)
+    return detector, tuple(json.loads(metadata["base"]))
+
+
+def load_detector(
+    weights: str, config: DetectorConfig, own_settings: bool = True, text: str = ""
+) -> Detector:
+    """Returns a detector from a detector's file, ours or RegionCLIP's, or a zero-shot one from a CLIP's."""
+    is_ours = weights.endswith(".safetensors")
+    published = None if is_ours else load_published_detector(weights, None if own_settings else config, text)
+    if published is not None:
+        published.resize = published.resize if own_settings else None
+        return published
+    if text:
+        raise InputError(f"{weights} has a text tower of its own; drop text={text}")
+    if is_ours and read_weights(weights)[1].get("format") == FORMAT:
+        detector = read_detector_file(weights, None if own_settings else config)[0]
+        detector.resize = detector.resize if own_settings else None
+        return detector
+    return Detector(load_clip(weights), config).eval()

@@ -1,0 +1,370 @@
+"""One vocabulary for the teacher's concepts, the student's targets and the detector's classifier.
+
+Names and the unit-length text embeddings that stand for them: to detect something else, swap the vocabulary.
+"""
+
+# C names, D embedding size, K prompt templates, N texts in a batch, T token positions
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clip_base.jobs.plugins import did_you_mean
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import existing, replacing
+from clip_base.runtime.progress import Progress
+from regionclip.data.categories import check_names
+
+FORMAT = "regionclip.vocabulary"
+VERSION = 1
+PROMPT = ("a photo of {}.",)
+
+
+class TextEncoder(Protocol):
+    """What `embed` needs of a model: an `nn.Module` whose `encode_text` maps tokens [N, T] to [N, D]."""
+
+    training: bool
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Returns [N, D] embeddings of tokens [N, T]."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Returns the weights by name; their hash tells models apart."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Switches dropout and batch statistics on or off."""
+
+
+class Tokens(Protocol):
+    """What `embed` needs of a tokenizer: texts in, int64 [N, T] out."""
+
+    def __call__(self, texts: list[str], truncate: bool = False) -> Tensor:
+        """Returns int64 [N, T]; too long texts are cut when `truncate` says so."""
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Names and their text embeddings.
+
+    Attributes:
+        names: C distinct names.
+        embeddings: [C, D] float32, unit length.
+        novel: [C] bool, which names training must not see boxes of; None when there is no such split.
+        provenance: where the embeddings come from: a hash of the weights, the templates, a source file.
+    """
+
+    names: tuple[str, ...]
+    embeddings: Tensor
+    novel: Tensor | None = None
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks names, shapes, types and lengths."""
+        if self.embeddings.ndim != 2 or len(self.embeddings) != len(self.names):
+            raise ValueError(f"embeddings must be [{len(self.names)}, D], got {list(self.embeddings.shape)}")
+        if self.novel is not None and (
+            self.novel.shape != (len(self.names),) or self.novel.dtype != torch.bool
+        ):
+            raise ValueError(f"novel must be bool [{len(self.names)}], got {list(self.novel.shape)}")
+        if self.embeddings.dtype != torch.float32:
+            raise ValueError(f"embeddings must be float32, got {self.embeddings.dtype}")
+        check_names(self.names)
+        lengths = self.embeddings.norm(dim=1)
+        off = ((lengths - 1).abs() < 1e-3).logical_not().nonzero().flatten().tolist()
+        if off:
+            raise ValueError(
+                f"the embedding of {self.names[off[0]]!r} has length {lengths[off[0]]:.4g}, not 1"
+            )
+
+    def __len__(self) -> int:
+        """Returns C."""
+        return len(self.names)
+
+    @property
+    def width(self) -> int:
+        """D, the embedding size."""
+        return self.embeddings.shape[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over names, embeddings and which are novel: equal for equal vocabularies."""
+        digest = hashlib.sha256(json.dumps(self.names).encode())
+        digest.update(_bytes(self.embeddings))
+        if self.novel is not None:
+            digest.update(_bytes(self.novel))
+        return digest.hexdigest()
+
+    def to(self, device: torch.device | str) -> Vocabulary:
+        """Returns the same vocabulary on `device`."""
+        novel = None if self.novel is None else self.novel.to(device)
+        return Vocabulary(self.names, self.embeddings.to(device), novel, self.provenance)
+
+    def index(self, name: str) -> int:
+        """Returns the row of `name`; an unknown one is an InputError that names the nearest."""
+        try:
+            return self.names.index(name)
+        except ValueError:
+            raise InputError(f"{name!r} is not in the vocabulary; {self._hint(name)}") from None
+
+    def subset(self, names: Sequence[str]) -> Vocabulary:
+        """Returns the vocabulary of `names` alone, in their order; an unknown one is an InputError."""
+        rows = {name: row for row, name in enumerate(self.names)}
+        missing = [name for name in names if name not in rows]
+        if missing:
+            raise InputError(
+                f"{len(missing)} of {len(names)} names are not in the vocabulary, first {missing[0]!r}; "
+                f"{self._hint(missing[0])}"
+            )
+        chosen = torch.tensor(
+            [rows[name] for name in names], dtype=torch.int64, device=self.embeddings.device
+        )
+        novel = None if self.novel is None else self.novel[chosen]
+        return Vocabulary(tuple(names), self.embeddings[chosen], novel, dict(self.provenance))
+
+    def require_width(self, width: int, path: str | Path = "") -> None:
+        """Raises an InputError unless the embeddings have `width` numbers.
+
+        Args:
+            width: the model's embedding size.
+            path: the weights' or the vocabulary's file, for the message.
+        """
+        if self.width != width:
+            which = f"vocabulary ({path})" if path else "vocabulary"
+            raise InputError(
+                f"the {which} has embeddings of {self.width} numbers, the model of {width}; "
+                "give names instead, or a vocabulary made with the same model"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the embeddings, and the rest as JSON in the file's metadata. Atomic.
+
+        Raises:
+            InputError: `path` does not end in `.safetensors`.
+        """
+        if Path(path).suffix != ".safetensors":
+            raise InputError(f"a vocabulary is written as .safetensors, {path} ends otherwise")
+        tensors = {"embeddings": self.embeddings.cpu().contiguous()}
+        if self.novel is not None:
+            tensors["novel"] = self.novel.cpu().contiguous()
+        metadata = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "names": json.dumps(self.names, ensure_ascii=False),
+            "provenance": json.dumps(self.provenance, ensure_ascii=False),
+        }
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, names: Sequence[str] | None = None) -> Vocabulary:
+        """Reads a vocabulary.
+
+        Args:
+            path: our `.safetensors`; RegionCLIP's `.pth`, a pickled tensor; Detic's `.npy`. The last two are
+                [C, D] or [D, C] of any float type and carry no names.
+            names: for `.pth` and `.npy` the names of the rows in order; for `.safetensors` the names to take.
+
+        Raises:
+            InputError: missing, cut off or foreign file; names missing or not as many as embeddings.
+        """
+        path = existing(path, "vocabulary")
+        if path.suffix == ".safetensors":
+            vocabulary = _load_safetensors(path)
+            return vocabulary if names is None else vocabulary.subset(names)
+        if path.suffix == ".npy":
+            matrix = _load_npy(path)
+        elif path.suffix in (".pth", ".pt"):
+            matrix = _load_pth(path)
+        else:
+            raise InputError(f"vocabulary {path} is of no known kind; give .safetensors, .pth or .npy")
+        if names is None:
+            raise InputError(f"vocabulary {path} holds no names; give the list of its names with it")
+        embeddings = _unit(_rows_are_names(matrix, len(names), path).float(), names, str(path))
+        return cls(tuple(names), embeddings, None, {"source": path.name, "sha256": _sha256(path)})
+
+    def _hint(self, name: str) -> str:
+        return did_you_mean(name, list(self.names)) if len(self) <= 50 else _closest(name, self.names)
+
+
+def embed(
+    model: TextEncoder,
+    tokenizer: Tokens,
+    names: Sequence[str],
+    templates: Sequence[str] = PROMPT,
+    novel: Tensor | None = None,
+    batch_size: int = 256,
+    cache: Path | None = None,
+) -> Vocabulary:
+    """Embeds names by a prompt ensemble: the mean of all templates' unit-length embeddings, at length 1.
+
+    The ensemble in embedding space is CLIP's (arXiv 2103.00020, section 3.1.4).
+
+    Args:
+        model: gives [N, D] for tokens [N, T]; put into evaluation mode meanwhile.
+        tokenizer: makes int64 [N, T] of texts; texts that are too long are cut.
+        names: C distinct names; underscores are read as spaces.
+        templates: K prompts with `{}` where the name goes, and `{article}` where "a" or "an" should stand.
+        novel: [C] bool, kept with the names.
+        batch_size: texts that are encoded at once.
+        cache: a folder for the embeddings of the same weights, templates and names.
+
+    Raises:
+        InputError: no name, repeated names, a template without `{}`.
+    """
+    check_names(names)
+    wrong = [template for template in templates if "{}" not in template]
+    if wrong or not templates:
+        found = repr(wrong[0]) if wrong else "none"
+        raise InputError(f"every prompt template needs {{}} where the name goes, found {found}")
+    provenance = {
+        "weights": weights_hash(model),
+        "templates": json.dumps(list(templates), ensure_ascii=False),
+    }
+    key = hashlib.sha256(json.dumps([VERSION, provenance, list(names)]).encode()).hexdigest()[:32]
+    file = None if cache is None else Path(cache) / f"{key}.safetensors"
+    if file is not None and file.exists():
+        vocabulary = _load_safetensors(file)
+    else:
+        vocabulary = Vocabulary(
+            tuple(names), _ensemble(model, tokenizer, names, templates, batch_size), None, provenance
+        )
+        if file is not None:
+            vocabulary.save(file)
+    return (
+        vocabulary
+        if novel is None
+        else Vocabulary(vocabulary.names, vocabulary.embeddings, novel, provenance)
+    )
+
+
+def prompt(template: str, name: str) -> str:
+    """Returns a template with the name in it; `{article}` becomes "a" or "an" by the name's first letter."""
+    readable = name.replace("_", " ").strip()
+    article = "an" if readable[:1].lower() in set("aeiou") else "a"
+    return template.replace("{article}", article).replace("{}", readable)
+
+
+def weights_hash(model: TextEncoder) -> str:
+    """Returns a sha256 over a model's weights, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def _ensemble(
+    model: TextEncoder, tokenizer: Tokens, names: Sequence[str], templates: Sequence[str], batch_size: int
+) -> Tensor:
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    means: list[Tensor] = []
+    step = max(1, batch_size // len(templates))  # names at once; a mean is made as soon as it can be
+    was_training = model.training
+    model.train(False)
+    try:
+        with Progress("embedding names", len(names)) as progress:
+            for start in range(0, len(names), step):
+                some = names[start : start + step]
+                texts = [prompt(template, name) for name in some for template in templates]  # n·K
+                parts = []
+                for first in range(0, len(texts), batch_size):
+                    tokens = tokenizer(texts[first : first + batch_size], truncate=True).to(device)  # [N, T]
+                    encoded = model.encode_text(tokens).float()  # [N, D]
+                    parts.append(torch.nn.functional.normalize(encoded, dim=-1).cpu())
+                means.append(torch.cat(parts).reshape(len(some), len(templates), -1).mean(1))  # [n, D]
+                progress.advance(len(some))
+    finally:
+        model.train(was_training)
+    return _unit(torch.cat(means), names, "the text encoder")
+
+
+def _unit(embeddings: Tensor, names: Sequence[str], source: str) -> Tensor:
+    """Returns [C, D] at length 1; rows that have no direction are InputErrors."""
+    lengths = embeddings.norm(dim=1, keepdim=True)
+    bad = (~(lengths.isfinite() & (lengths > 1e-6))).flatten().nonzero().flatten().tolist()
+    if bad:
+        raise InputError(
+            f"{source} gives {names[bad[0]]!r} an embedding of zeros or NaN; is the file or the model whole?"
+        )
+    unit: Tensor = embeddings / lengths
+    return unit
+
+
+def _load_safetensors(path: Path) -> Vocabulary:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"vocabulary {path} cannot be read: {error}; was it cut off while being copied?"
+        ) from None
+    if metadata.get("format") != FORMAT or "embeddings" not in tensors:
+        raise InputError(
+            f"{path} is no vocabulary (its tensors: {', '.join(list(tensors)[:3])}, …); are these weights?"
+        )
+    if metadata.get("version") != str(VERSION):
+        raise InputError(
+            f"vocabulary {path} is of format version {metadata.get('version')}, "
+            f"this program reads {VERSION}; make it again"
+        )
+    names = tuple(json.loads(metadata["names"]))
+    return Vocabulary(names, tensors["embeddings"], tensors.get("novel"), json.loads(metadata["provenance"]))
+
+
+def _load_npy(path: Path) -> Tensor:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"vocabulary {path} is no whole .npy file: {error}") from None
+    if array.dtype.kind != "f":
+        raise InputError(f"vocabulary {path} must hold floats, found {array.dtype}")
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def _load_pth(path: Path) -> Tensor:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"vocabulary {path} is no pickled tensor ({reason}); give a .safetensors file"
+        ) from None
+    if not isinstance(loaded, Tensor) or not loaded.is_floating_point():
+        raise InputError(f"vocabulary {path} must hold one float tensor, found {type(loaded).__name__}")
+    return loaded.detach()
+
+
+def _rows_are_names(matrix: Tensor, count: int, path: Path) -> Tensor:
+    if matrix.ndim == 2 and matrix.shape[0] == count:
+        return matrix
+    if matrix.ndim == 2 and matrix.shape[1] == count:
+        return matrix.T.contiguous()
+    raise InputError(
+        f"vocabulary {path} is {list(matrix.shape)}, which does not fit {count} names; give its own list"
+    )
+
+
+def _closest(name: str, names: Sequence[str]) -> str:
+    hint = did_you_mean(name, list(names))
+    return hint if hint.startswith("did you mean") else f"it holds {len(names)} others"
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if len(flat) else b""
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,1 @@
+"""Annotations, categories, captions and batches of images."""

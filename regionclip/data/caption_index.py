@@ -1,0 +1,167 @@
+"""The images of a captions file on disk, in the order of their ids: any part is read without the rest."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import naming_full_disk, replacing
+from clip_base.runtime.json_stream import stream_entries
+from clip_base.runtime.progress import Progress
+from regionclip.data.captions import cleaned
+
+_AT_ONCE = 10_000  # rows written at once
+
+
+@dataclass(frozen=True)
+class ImageRange:
+    """Images that follow each other in the order of ids.
+
+    Attributes:
+        number: of the slice.
+        first: the first image's id.
+        last: the last image's id.
+        count: how many images there are.
+    """
+
+    number: int
+    first: int
+    last: int
+    count: int
+
+
+@dataclass(frozen=True)
+class CaptionedImageEntry:
+    """An image of the list.
+
+    Attributes:
+        image_id: its id in the captions file.
+        file_name: relative to the images folder.
+        captions: in the file's order, see `cleaned`; empty ones left out.
+    """
+
+    image_id: int
+    file_name: str
+    captions: tuple[str, ...]
+
+
+def write_caption_index(captions: str | Path, path: Path) -> None:
+    """Writes the images of a captions file in COCO's form as an SQLite file, atomically.
+
+    The file is read entry by entry, so that memory does not grow with it.
+
+    Raises:
+        InputError: the file is missing or malformed, or a caption's image is not listed in it.
+    """
+    with replacing(path) as temporary, naming_full_disk(path, sqlite3.OperationalError):
+        temporary.unlink(missing_ok=True)  # of a killed process that had this one's number
+        base = sqlite3.connect(temporary)
+        try:
+            # What is half written is thrown away, so nothing needs to be undone after a kill.
+            base.execute("PRAGMA journal_mode = OFF")
+            base.execute("CREATE TABLE images (id INTEGER PRIMARY KEY, file_name TEXT)")
+            base.execute("CREATE TABLE captions (image_id INTEGER, text TEXT)")
+            _fill(base, captions)
+            base.execute("CREATE INDEX by_image ON captions (image_id)")
+            base.commit()
+            _require_listed(base, captions)
+        finally:
+            base.close()
+
+
+def _fill(base: sqlite3.Connection, captions: str | Path) -> None:
+    images, texts, seen = list[tuple[int, str]](), list[tuple[int, str]](), set[str]()
+
+    def flush() -> None:
+        base.executemany("INSERT OR IGNORE INTO images VALUES (?, ?)", images)
+        for key, name in images:
+            (first,) = base.execute("SELECT file_name FROM images WHERE id = ?", (key,)).fetchone()
+            if name != first:
+                raise InputError(
+                    f"captions file {captions}: image id {key} belongs to both {first} and {name}; "
+                    "give every image an id of its own"
+                )
+        base.executemany("INSERT INTO captions VALUES (?, ?)", texts)
+        images.clear()
+        texts.clear()
+
+    with Progress("reading captions") as progress:
+        for key, entry in stream_entries(captions, "captions file"):
+            seen.add(key)
+            try:
+                if key == "images":
+                    images.append((int(entry["id"]), str(entry["file_name"])))
+                elif key == "annotations":
+                    texts.append((int(entry["image_id"]), cleaned(_text(entry["caption"]))))
+                    progress.advance()
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(
+                    f"captions file {captions} is not in COCO's form: an entry lacks or misuses {error}"
+                ) from None
+            if len(images) + len(texts) >= _AT_ONCE:
+                flush()
+        flush()
+    if "images" not in seen:
+        raise InputError(
+            f"captions file {captions} is not in COCO's form, or lists no image: it must hold 'images' and "
+            "'annotations', at its top"
+        )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a caption, which must be a text, not {value!r}")
+    return value
+
+
+def _require_listed(base: sqlite3.Connection, captions: str | Path) -> None:
+    (strangers, one) = base.execute(
+        "SELECT COUNT(DISTINCT image_id), MIN(image_id) FROM captions "
+        "WHERE text != '' AND image_id NOT IN (SELECT id FROM images)"
+    ).fetchone()
+    if strangers:
+        raise InputError(
+            f"captions file {captions} has captions for {strangers} images that it does not list "
+            f"(image_id {one}, for one); add them to 'images' or remove the captions"
+        )
+
+
+class CaptionIndex:
+    """Reads what `write_image_list` wrote; any number of processes may, nothing is locked."""
+
+    def __init__(self, path: Path) -> None:
+        self._base = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+
+    def __len__(self) -> int:
+        """Returns how many images there are."""
+        (count,) = self._base.execute("SELECT COUNT(*) FROM images").fetchone()
+        return int(count)
+
+    def slices(self, size: int) -> Iterator[ImageRange]:
+        """Yields all images in slices of `size`; the last one may have fewer."""
+        ids = (key for (key,) in self._base.execute("SELECT id FROM images ORDER BY id"))
+        number, first, last, count = 0, 0, 0, 0
+        for last in ids:
+            first, count = last if not count else first, count + 1
+            if count == size:
+                yield ImageRange(number, first, last, count)
+                number, count = number + 1, 0
+        if count:
+            yield ImageRange(number, first, last, count)
+
+    def read(self, part: ImageRange) -> list[CaptionedImageEntry]:
+        """Returns the images of a slice, in the order of their ids."""
+        span = (part.first, part.last)
+        texts: dict[int, list[str]] = {}
+        order = "SELECT image_id, text FROM captions WHERE image_id BETWEEN ? AND ? ORDER BY image_id, rowid"
+        for key, text in self._base.execute(order, span):
+            if text:
+                texts.setdefault(key, []).append(text)
+        names = self._base.execute(
+            "SELECT id, file_name FROM images WHERE id BETWEEN ? AND ? ORDER BY id", span
+        )
+        return [CaptionedImageEntry(key, name, tuple(texts.get(key, ()))) for key, name in names]

@@ -1,0 +1,286 @@
+"""The evaluation job: a results file, or weights over true boxes or proposals; novel, base, all."""
+
+# n boxes of one image, C names of the split
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
+from clip_base.jobs.run import RunFolder
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import existing, write_json, write_text
+from clip_base.runtime.precision import autocast, pick_device
+from clip_base.runtime.progress import Progress
+from regionclip.checkpoints.load import load_detector, vocabulary_for
+from regionclip.data.annotations import CocoDetection
+from regionclip.data.batches import AnnotatedBatch, batches_of, write_skipped
+from regionclip.data.categories import Split, load_split, parse_names
+from regionclip.data.coco import numbered_by, read_results
+from regionclip.evaluation.report_page import write_page
+from regionclip.metrics.average_precision import Protocol, classification_accuracy, evaluate_detections
+from regionclip.metrics.matching import match_to_ground_truth
+from regionclip.models.detector import Detector
+from regionclip.models.postprocess import DetectorConfig
+from regionclip.proposals.base import GROUP as PROPOSERS
+from regionclip.proposals.base import Proposer, build_proposer
+from regionclip.proposals.precomputed import TruthProposer
+from regionclip.structures.regions import Regions
+from regionclip.structures.transforms import ResizeConfig
+
+PER_CLASS = ("name", "category_id", "novel", "boxes", "detections", "AP", "AP50")
+
+
+@dataclass
+class EvaluateConfig:
+    """Options of the evaluation."""
+
+    annotations: str = option(REQUIRED, "instances_*.json in COCO's form")
+    out: str = option(
+        REQUIRED, "folder for metrics.json, per_class.csv, results.json and report.html", runtime_only=True
+    )
+    results: str = option("", "a results file in COCO's form to evaluate; then no weights are needed")
+    result_classes: str = option(
+        "",
+        "class list that the results' category ids count, such as coco65 or a file with a name a line; "
+        "empty: they are the annotations' own ids",
+    )
+    result_first: int = option(0, "category id of that list's first class")
+    split: str = option(
+        "",
+        "coco, lvis, a JSON file with base and novel names, or class lists BASE.txt,NOVEL.txt; "
+        "empty: all categories, none novel",
+    )
+    compete: str = option(
+        "all",
+        "names that compete: all (the generalised setting), or only the split's base or novel ones",
+        choices=("all", "base", "novel"),
+    )
+    images: str = option(
+        "", "folder that the annotations' file names are relative to; with results= for the page's pictures"
+    )
+    weights: str = option("", "a detector (ours or RegionCLIP's), or a CLIP to evaluate without training")
+    boxes: str = option(
+        "proposals",
+        "what is named: proposals; truth (the true boxes, the best five names of each); truth_suppressed "
+        "(the true boxes as proposals, as RegionCLIP's authors test); or the boxes of a results file",
+    )
+    proposer: Plugin = plugin(
+        PROPOSERS, "none", "for a CLIP: where regions come from; none: a detector's own network"
+    )
+    detector: DetectorConfig = option(
+        DetectorConfig(), "scores and suppression, for a CLIP or with own_settings=false"
+    )
+    own_settings: bool = option(
+        True, "a detector sees and scores as it was trained to, not as `resize` and `detector` say"
+    )
+    templates: list[str] = option(
+        ["a photo of {article} {}.", "{}"], "prompts, averaged; {} is the class name"
+    )
+    embeddings: str = option(
+        "", "file of the class names' embeddings, such as RegionCLIP's .pth; empty: names are embedded"
+    )
+    text: str = option("", "CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none")
+    resize: ResizeConfig = option(ResizeConfig(), "size of the images, for a CLIP or with own_settings=false")
+    protocol: str = option(
+        "auto",
+        "coco; lvis, the federated one; auto takes lvis when the annotations tell what was looked for",
+        choices=("auto", "coco", "lvis"),
+    )
+    evaluator: str = option(
+        "pycocotools",
+        "fast: faster-coco-eval, the same figures several times as fast (pip install 'regionclip[fast]')",
+        choices=("pycocotools", "fast"),
+    )
+    max_detections: int = option(
+        0, "best detections that count, of an image and category (LVIS: of an image); 0: 100 (LVIS: 300)"
+    )
+    report: bool = option(True, "write report.html: curves, confusions, pictures when images= is given")
+    batch_size: int = option(8, "images at once")
+    precision: str = option(
+        "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
+    )
+    device: str = option("auto", "auto takes a GPU when there is one", runtime_only=True)
+
+    def __post_init__(self) -> None:
+        if bool(self.results) == bool(self.weights):
+            raise InputError(
+                "give either results=FILE (to evaluate it) or weights=FILE images=DIR (to detect first)"
+            )
+        if self.weights and not self.images:
+            raise InputError("weights= needs images=DIR, the folder of the annotated images")
+        if self.compete != "all" and not self.split:
+            raise InputError(
+                f"compete={self.compete} needs split=, which says which names are {self.compete}"
+            )
+        if self.result_classes and not self.results:
+            raise InputError("result_classes= tells how results= are numbered; give results=FILE too")
+        if self.result_first not in (0, 1) or self.max_detections < 0:
+            raise InputError(
+                f"result_first={self.result_first} must be 0 or 1, "
+                f"max_detections={self.max_detections} not negative"
+            )
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Measures detections: AP of novel, base and all classes, and with true boxes top-1 and top-5."""
+    run = RunFolder(config.out, config, "region-evaluate")
+    metrics = run.finished()
+    if metrics is None:
+        metrics = _measure(config, run)
+        run.finish(metrics)
+    for key, value in metrics.items():
+        print(f"{key:<14} {value:.4f}" if isinstance(value, float) else f"{key:<14} {value}")
+
+
+def _measure(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
+    metrics: dict[str, Any] = {}
+    if config.images:
+        existing(config.images, "images folder")
+    truth = CocoDetection(config.annotations, None)
+    print(truth.report())
+    if not truth.categories:
+        raise InputError(
+            f"annotations file {config.annotations} lists no categories, so that nothing is named"
+        )
+    split = load_split(config.split, truth.categories, truth.frequencies) if config.split else None
+    names = truth.categories if split is None else split.competing(config.compete)
+    if not names:
+        raise InputError(f"compete={config.compete}: split {config.split} has no {config.compete} categories")
+    results: str | list[dict[str, Any]] = config.results
+    if config.weights:
+        results = str(run.path / "results.json")
+        metrics |= _detect(config, split, names, Path(results))
+    elif config.result_classes:
+        ids = dict(zip(truth.categories, truth.category_ids, strict=True))
+        shown = {record.image_id for record in truth}
+        entries = read_results(config.results, shown, config.annotations)
+        results = numbered_by(entries, parse_names(config.result_classes), config.result_first, ids)
+    protocol = Protocol(config.protocol, config.evaluator, config.max_detections, config.compete)
+    evaluation = evaluate_detections(config.annotations, results, split, protocol)
+    _write_per_class(run.path / "per_class.csv", evaluation.per_class)
+    if evaluation.ignored:
+        metrics["ignored_results"] = evaluation.ignored
+    metrics |= evaluation.metrics
+    if config.report or (config.results and metrics["AP50"] < DOUBTFUL):
+        judged = match_to_ground_truth(truth.restrict(names), evaluation.counted)
+        if config.results and metrics["AP50"] < DOUBTFUL and judged.names_do_not_fit():
+            print(f"note: the boxes of {config.results} fit objects, the names hardly ever do; {_RENUMBER}")
+        if config.report:
+            images = Path(config.images) if config.images else None
+            paths = {record.image_id: record.path for record in truth}
+            write_page(run.path / "report.html", evaluation, judged, paths, images, metrics)
+    return metrics
+
+
+DOUBTFUL = 0.02
+
+
+_RENUMBER = (
+    "if its category ids count a class list, say which: result_classes=coco, coco65 or a file, "
+    "result_first=1 when they count from 1"
+)
+
+
+def _write_per_class(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(PER_CLASS)
+    for row in rows:
+        table.writerow([f"{row[key]:.6f}" if key.startswith("AP") else row[key] for key in PER_CLASS])
+    write_text(path, text.getvalue())
+
+
+def _detect(
+    config: EvaluateConfig, split: Split | None, names: Sequence[str], results: Path
+) -> dict[str, Any]:
+    whole = CocoDetection(config.annotations, config.images)
+    dataset = whole.restrict(names)
+    device = pick_device(config.device)
+    detector = load_detector(config.weights, config.detector, config.own_settings, config.text).to(device)
+    proposer: Proposer | None = None
+    if config.proposer["name"] != "none":
+        proposer = build_proposer(config.proposer, device)
+    elif config.boxes == "truth_suppressed":
+        proposer = TruthProposer(dataset)
+    elif config.boxes not in ("proposals", "truth"):
+        proposer = build_proposer({"name": "precomputed", "file": config.boxes}, device)
+    elif config.boxes == "proposals" and detector.network is None:
+        raise InputError(
+            f"{config.weights} is a CLIP without a proposal network; give proposer.name=rpn, say"
+        )
+    novel = torch.tensor(split.is_novel(names) if split else [False] * len(names))
+    vocabulary = vocabulary_for(detector, names, whole.categories, config.templates, novel, config.embeddings)
+    detector.set_vocabulary(vocabulary, config.weights)
+    entries: list[dict[str, Any]] = []
+    skipped: dict[int, str] = {}
+    named: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with Progress("detecting", len(dataset)) as progress:
+        for batch in batches_of(
+            dataset, detector.resize or config.resize, config.batch_size, device, skipped
+        ):
+            with torch.no_grad(), autocast(config.precision, device):
+                if config.boxes == "truth":
+                    found, scores = name_true_boxes(detector, batch, dataset.category_ids)
+                    entries += found
+                    named.append(scores)
+                else:
+                    for record, one in zip(
+                        batch.records,
+                        detector.detect_batch(batch.images, batch.frames, batch.keys, proposer),
+                        strict=True,
+                    ):
+                        entries += one.to_coco(record.image_id, dataset.category_ids)
+            progress.advance(len(batch.records))
+    write_skipped(results.with_name("skipped.jsonl"), skipped)
+    write_json(results, entries)
+    metrics: dict[str, Any] = {"images": len(dataset) - len(skipped), "skipped": len(skipped)}
+    if dataset.missing:
+        metrics["missing"] = len(dataset.missing)
+        print(
+            f"note: {len(dataset.missing)} annotated images are not in {config.images}, first "
+            f"{dataset.missing[0].name}; their objects count as missed"
+        )
+    if named:
+        probabilities, labels = (torch.cat(column) for column in zip(*named, strict=True))
+        metrics |= classification_accuracy(probabilities, labels, novel if config.split else None)
+    return metrics
+
+
+def name_true_boxes(
+    detector: Detector, batch: AnnotatedBatch, category_ids: tuple[int, ...]
+) -> tuple[list[dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]:
+    """Names the true boxes of a batch; crowds are left out.
+
+    Returns:
+        COCO results, one for each name of a box; and [n, C] probabilities with the [n] true labels.
+    """
+    records = [record.without_crowds() for record in batch.records]
+    boxes = [frame.apply_boxes(record.boxes) for record, frame in zip(records, batch.frames, strict=True)]
+    counts = torch.tensor([len(rows) for rows in boxes])
+    index = torch.repeat_interleave(torch.arange(len(boxes)), counts)
+    regions = Regions(torch.cat(boxes), index).to(batch.images.pixels.device)
+    probabilities = detector.classify(batch.images, regions, background=False)[0].cpu()
+    labels = torch.cat([record.labels for record in records])
+    entries = []
+    for row, (image, box) in enumerate(
+        zip(index.tolist(), torch.cat([r.boxes for r in records]), strict=True)
+    ):
+        x1, y1, x2, y2 = box.tolist()
+        best = probabilities[row].topk(min(5, probabilities.shape[1]))
+        entries += [
+            {
+                "image_id": records[image].image_id,
+                "category_id": category_ids[label],
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "score": score,
+            }
+            for score, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+    return entries, (probabilities, labels)

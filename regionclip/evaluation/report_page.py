@@ -1,0 +1,251 @@
+"""The evaluation's page: curves, confusions, and the best, worst and missed detections as images."""
+
+# C names, N detections, O objects of all images; T, R, K, A as in `regionclip.metrics.coco_api`
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_base.runtime.files import write_text
+from regionclip.metrics.average_precision import NOTHING, Evaluation, mean_of
+from regionclip.metrics.lvis import RECALLS
+from regionclip.metrics.matching import NOT_JUDGED, RIGHT, VERDICTS, WRONG_NAME, MatchResult
+from regionclip.reports import html
+from regionclip.reports.charts import Chart, Points, line_chart
+from regionclip.reports.crops import RGB, Crop, CropBudget
+from regionclip.reports.html import percent
+
+MAX_IMAGES = 18  # of each kind
+MAX_PER_CATEGORY = 2  # of each kind
+MAX_CONFUSIONS, MATRIX_SIZE = 15, 16
+STAR = "★ "
+GREEN: RGB = (60, 200, 110)
+RED: RGB = (235, 70, 80)
+YELLOW: RGB = (240, 180, 40)
+Places = NDArray[np.int64]
+TILES = {
+    "AP50_novel": "AP50 novel",
+    "AP50_base": "AP50 base",
+    "AP50_all": "AP50 all",
+    "APr": "AP, rare",
+    "APc": "AP, common",
+    "APf": "AP, frequent",
+    "top1": "top-1, true boxes",
+    "top5": "top-5, true boxes",
+}
+
+
+@dataclass(frozen=True)
+class LabeledImage:
+    """A detection or a missed object for the page; `tag`: what a false detection shows."""
+
+    crop: Crop
+    name: str
+    score: str = ""
+    tag: str = ""
+
+
+def write_page(
+    path: Path,
+    evaluation: Evaluation,
+    judged: MatchResult,
+    paths: Mapping[int, Path],
+    images: Path | None,
+    metrics: Mapping[str, float],
+) -> None:
+    """Writes the page; it opens from disk and loads nothing else.
+
+    Args:
+        path: the HTML file.
+        evaluation: what was measured.
+        judged: its detections, matched with the ground truth.
+        paths: image id -> file, relative to `images`.
+        images: the folder of the images; None: the page has no images.
+        metrics: the job's figures, of which top-1 and top-5 are shown too.
+    """
+    threshold = judged.best_threshold()
+    rows = sorted(evaluation.per_class, key=lambda row: (not row["novel"], -row["AP50"], row["name"]))
+    novel = {row["name"] for row in rows if row["novel"]}
+    names = [STAR * (name in novel) + name for name in judged.names]
+    matrix = judged.matrix(threshold)
+    kept = judged.verdicts[judged.scores >= threshold]
+    shares = {name: (kept == number).mean() for number, name in enumerate(VERDICTS) if (kept == number).any()}
+    budget = CropBudget()
+    files = {} if images is None else {image: images / file for image, file in paths.items()}
+    page = html.render(
+        "evaluation.html",
+        num_detections=len(evaluation.counted),
+        num_images=len(paths),
+        num_objects=sum(row["boxes"] for row in rows),
+        num_categories=len(rows),
+        num_ignored=evaluation.ignored,
+        figures={
+            title: percent(metrics[key]) for key, title in TILES.items() if metrics.get(key, NOTHING) >= 0
+        },
+        summary=_summary(evaluation),
+        has_novel=bool(novel),
+        curves=_curves(evaluation),
+        threshold=threshold,
+        num_kept=len(kept),
+        outcomes=shares,
+        num_missed=len(judged.missed(threshold)),
+        confusions=_confusions(matrix, names),
+        matrix=_matrix(matrix, names),
+        images=_images(judged, threshold, names, files, budget) if files else [],
+        budget=budget,
+        per_class=[
+            [
+                STAR * bool(row["novel"]) + row["name"],
+                f"{row['boxes']:,}",
+                f"{row['detections']:,}",
+                percent(row["AP"]),
+                percent(row["AP50"]),
+            ]
+            for row in rows
+        ],
+    )
+    write_text(path, page)
+
+
+def _summary(evaluation: Evaluation) -> list[list[str]]:
+    """Returns the mean figures of novel, base and all categories, as far as there are such parts."""
+    rows = []
+    for part in ("novel", "base", "all"):
+        columns = _columns(evaluation, part)
+        if f"AP_{part}" in evaluation.metrics and columns:
+            table = evaluation.precision[:, :, columns]
+            cells = (table[..., 0], table[0, ..., 0], table[5, ..., 0], *(table[..., a] for a in (1, 2, 3)))
+            rows.append([f"{part} ({len(columns)} categories)", *(percent(mean_of(cell)) for cell in cells)])
+    return rows
+
+
+def _columns(evaluation: Evaluation, part: str) -> list[int]:
+    wanted = {"novel": (True,), "base": (False,), "all": (True, False, None)}[part]
+    return [k for k, row in enumerate(evaluation.per_class) if row["novel"] in wanted]
+
+
+def _curves(evaluation: Evaluation) -> list[Chart]:
+    means: dict[str, Points] = {}
+    # A chart colors lines by place: base is blue and novel orange, as everywhere.
+    for part in ("base", "novel", "all"):
+        columns = _columns(evaluation, part)
+        table = evaluation.precision[0][:, columns, 0].T  # [k, R]
+        measured = table[table[:, 0] > -1]
+        if len(measured) and not (part == "all" and len(means) == 1):
+            means[part] = _points(measured.mean(0))
+    rows = [(row["boxes"], k) for k, row in enumerate(evaluation.per_class) if row["boxes"]]
+    rows.sort(key=lambda row: -row[0])
+    novel = [row for row in rows if evaluation.per_class[row[1]]["novel"]][:2]
+    few: dict[str, Points] = {}
+    for _, k in [*[row for row in rows if row not in novel][: 4 - len(novel)], *novel]:
+        name = f"{STAR * bool(evaluation.per_class[k]['novel'])}{evaluation.per_class[k]['name']}"
+        few[name] = _points(evaluation.precision[0, :, k, 0])
+    titles = {"Mean over categories": means, "Categories with the most objects": few}
+    return [line_chart(title, lines, "recall", shares=True) for title, lines in titles.items()]
+
+
+def _points(precision: NDArray[np.float64]) -> Points:
+    return list(zip(RECALLS.tolist(), precision.tolist(), strict=True))
+
+
+def _confusions(matrix: Places, names: Sequence[str]) -> list[list[str]]:
+    """Returns what is misclassified most often: object, its wrong name, how often, share of such objects."""
+    wrong = matrix[:-1, :-1] * ~np.eye(len(names), dtype=bool)
+    order = (-wrong).flatten().argsort(kind="stable")[:MAX_CONFUSIONS]
+    return [
+        [
+            names[true],
+            names[named],
+            f"{wrong[true, named]:,}",
+            percent(wrong[true, named] / matrix[true].sum()),
+        ]
+        for true, named in zip(*np.unravel_index(order, wrong.shape), strict=True)
+        if wrong[true, named]
+    ]
+
+
+def _matrix(matrix: Places, names: Sequence[str]) -> dict[str, Any]:
+    """Returns the confusion matrix of the categories that are misclassified most, with what was missed.
+
+    Returns:
+        `columns`: their names; `rows`: a name and, for each column, a count and how dark its cell is in
+        percent, by its share of the row.
+    """
+    inner = matrix[:-1, :-1]
+    wrong = inner * ~np.eye(len(names), dtype=bool)
+    order = np.lexsort((np.arange(len(names)), -inner.diagonal(), -wrong.sum(0) - wrong.sum(1)))
+    chosen = sorted(order[:MATRIX_SIZE].tolist())
+    places = [*chosen, len(names)]
+    shown = matrix[np.ix_(places, places)]
+    shades = (75 * shown / shown.sum(1, keepdims=True).clip(1)).round().astype(int)
+    cells = [list(zip(*pair, strict=True)) for pair in zip(shown.tolist(), shades.tolist(), strict=True)]
+    titles = [names[k] for k in chosen]
+    return {"columns": [*titles, "missed"], "rows": list(zip([*titles, "background"], cells, strict=True))}
+
+
+def _images(
+    judged: MatchResult, threshold: float, names: Sequence[str], files: Mapping[int, Path], budget: CropBudget
+) -> list[tuple[str, list[LabeledImage]]]:
+    """Returns kinds of detections and objects, each with a title and the images that show it best."""
+    surest = (-judged.scores).argsort(kind="stable")
+    correct = surest[judged.verdicts[surest] == RIGHT]
+    wrong = surest[~np.isin(judged.verdicts[surest], (RIGHT, NOT_JUDGED))]
+    missed = judged.missed(threshold)
+    areas = np.diff(judged.object_boxes.reshape(-1, 2, 2), axis=1).prod(-1).flatten()
+    missed = missed[(-areas[missed]).argsort(kind="stable")]
+
+    def detection(place: int) -> LabeledImage | None:
+        name, verdict = names[judged.labels[place]], judged.verdicts[place]
+        tag = VERDICTS[verdict]
+        if verdict == WRONG_NAME:
+            tag = f"it is: {names[judged.object_labels[judged.shown[place]]]}"
+        path, box = files[int(judged.images[place])], judged.boxes[place].tolist()
+        crop = budget.crop(path, box, GREEN if verdict == RIGHT else RED, f"{name}, {path.name}")
+        score = f" {judged.scores[place]:.2f}"
+        return None if crop is None else LabeledImage(crop, name, score, "" if verdict == RIGHT else tag)
+
+    def missing(place: int) -> LabeledImage | None:
+        name, path = names[judged.object_labels[place]], files[int(judged.object_images[place])]
+        crop = budget.crop(path, judged.object_boxes[place].tolist(), YELLOW, f"missed {name}, {path.name}")
+        return None if crop is None else LabeledImage(crop, name)
+
+    kinds = {
+        "Correct detections with the highest scores": (correct, judged.labels, detection),
+        "False detections with the highest scores": (wrong, judged.labels, detection),
+        "The largest missed objects": (missed, judged.object_labels, missing),
+    }
+    return [
+        (title, _shown(_spread(places, labels), label, budget))
+        for title, (places, labels, label) in kinds.items()
+    ]
+
+
+def _spread(places: Places, labels: Places) -> Iterable[int]:
+    """Yields places in their order, few of each label."""
+    used: Counter[int] = Counter()
+    for place in places.tolist():
+        label = int(labels[place])
+        used[label] += 1
+        if used[label] <= MAX_PER_CATEGORY:
+            yield place
+
+
+def _shown(
+    places: Iterable[int], label: Callable[[int], LabeledImage | None], budget: CropBudget
+) -> list[LabeledImage]:
+    """Returns the first images, and gives up where as many and more could not be read."""
+    made: list[LabeledImage] = []
+    unreadable = budget.unreadable
+    for place in places:
+        if len(made) == MAX_IMAGES or budget.unreadable - unreadable > MAX_IMAGES:
+            break
+        image = label(place)
+        if image is not None:
+            made.append(image)
+    return made

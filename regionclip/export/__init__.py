@@ -1,0 +1,1 @@
+"""Pseudo-labels and detectors for other programs."""

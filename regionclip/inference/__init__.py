@@ -1,0 +1,1 @@
+"""Detection and region features over images and videos."""

@@ -1,0 +1,338 @@
+"""Detection by name in pictures and videos: boxes drawn, and the detections as COCO's JSON and as a table."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import itertools
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from clip_base.images.decode import Pixels
+from clip_base.images.inputs import PICTURES, picture_files, read_upright
+from clip_base.images.video import CODECS, VIDEOS, Video, VideoFrame, writing_video
+from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.resume_log import ResumeLog, fingerprint
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import replacing, write_text
+from clip_base.runtime.progress import Progress
+from clip_base.runtime.workers import in_turn
+from clip_base.weights.load import find
+from regionclip.data.categories import parse_names
+from regionclip.inference.options import DetectorOptions
+from regionclip.inference.predictor import READERS, Predictor
+from regionclip.structures.detections import Detections
+from regionclip.structures.drawing import draw, save_picture
+
+JOURNAL, SKIPPED = ".detections.jsonl", "skipped.jsonl"
+
+Read = tuple[Pixels, tuple[int, int]] | InputError
+
+
+Likely = list[list[tuple[str, float]]]
+
+
+@dataclass
+class DetectConfig(DetectorOptions):
+    """Options of detection in pictures and videos."""
+
+    photos: list[str] = option(
+        REQUIRED,
+        "pictures, videos, folders of them, or quoted patterns such as 'photos/**/*.jpg'",
+        positional=True,
+    )
+    out: str = option(
+        "detections",
+        "folder for what is drawn, detections.json (COCO's results form) and detections.csv",
+        runtime_only=True,
+    )
+    score: float = option(0.3, "boxes that score less are not drawn; the files keep them")
+    top: int = option(
+        0, "so many most probable names of each region, whatever it was found as, in the files and on stdout"
+    )
+    draw: bool = option(True, "draw boxes; false: only detections.json and detections.csv")
+    every: int = option(1, "videos: look at every n-th frame, and write these")
+    codec: str = option(
+        "mp4v",
+        "videos: mp4v for VLC, QuickTime and Windows; vp09 for browsers too, slow to write; avc1 (H.264) for "
+        "all, where OpenCV brings an encoder for it",
+        choices=CODECS,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every < 1 or self.top < 0 or not 0 <= self.score <= 1:
+            raise InputError(
+                f"every={self.every} must be at least 1, top={self.top} not negative, "
+                f"score={self.score} in [0, 1]"
+            )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A picture's or a video's file, and where it goes with boxes drawn."""
+
+    file: Path
+    target: Path
+
+    @property
+    def is_video(self) -> bool:
+        """Whether the file ends as videos do."""
+        return self.file.suffix.lower() in VIDEOS
+
+
+def detect(config: DetectConfig) -> None:
+    """Looks for named things in pictures and videos; draws boxes, writes detections.json and detections.csv.
+
+    Pictures that could not be read are named in skipped.jsonl, too. Stopped, the same command goes on behind
+    the last batch of pictures, or video, that was done. A run that has ended is done anew.
+    """
+    files = picture_files(config.photos, PICTURES + VIDEOS)
+    out = Path(config.out)
+    sources = [Source(*pair) for pair in zip(files, targets_of(files, out), strict=True)]
+    pictures = [source for source in sources if not source.is_video]
+    videos = [source for source in sources if source.is_video]
+    names = parse_names(config.vocabulary)
+    header = _header(config, names, files)
+    predictor = config.predictor()
+    predictor.set_vocabulary(names, config.embeddings)
+    with ResumeLog(out / JOURNAL, header) as journal:
+        batches = -(-len(pictures) // config.batch_size)
+        pictures = pictures[journal.units * config.batch_size :]
+        videos = videos[max(journal.units - batches, 0) :]
+        before, begun = journal.images, time.monotonic()
+        if before:
+            print(f"{out}: {before} pictures were done before, going on behind them")
+        total = before + len(pictures) + sum(_frames(video, config.every) for video in videos)
+        with Progress("detecting", total, before) as progress:
+            looker = DetectionRunner(config, predictor, journal, progress)
+            looker.look_at_pictures(pictures)
+            for video in videos:
+                looker.look_at_video(video)
+        rate = (journal.images - before) / (time.monotonic() - begun)
+        count = write_detections(out, partial(journal.entries, "found"), config.top)
+        skipped = list(journal.entries("skipped"))
+        (out / SKIPPED).unlink(missing_ok=True)
+        if skipped:
+            write_text(out / SKIPPED, "".join(json.dumps(entry) + "\n" for entry in skipped))
+        journal.remove()
+    unread = sum(Path(entry["file_name"]).suffix.lower() not in VIDEOS for entry in skipped)
+    print(f"{out}: {count} detections in {journal.images - unread} pictures, {rate:.1f} pictures/s")
+    if skipped:
+        raise InputError(
+            f"{len(skipped)} of {len(files)} pictures could not be read, the others are done: "
+            f"{skipped[0]['reason']}"
+        )
+
+
+def _header(config: DetectConfig, names: Sequence[str], files: Sequence[Path]) -> dict[str, Any]:
+    """Returns what decides the result, by what it is called to the user."""
+    stamp = find(config.weights).stat()
+    return {
+        **config.identity(),
+        "names": list(names),
+        "list of pictures": fingerprint(files),
+        "weights' size and date": [stamp.st_size, stamp.st_mtime],
+    }
+
+
+def _frames(video: Source, every: int) -> int:
+    """Returns how many frames will be looked at, as far as the file tells."""
+    try:
+        with Video(video.file, every) as opened:
+            return opened.count
+    except InputError:
+        return 0
+
+
+def _read(file: Path) -> Read:
+    try:
+        return read_upright(file)
+    except InputError as error:
+        return error
+
+
+@dataclass
+class DetectionRunner:
+    """Looks at pictures and videos, and notes in the journal what it finds."""
+
+    config: DetectConfig
+    predictor: Predictor
+    journal: ResumeLog
+    progress: Progress
+
+    def look_at_pictures(self, sources: Sequence[Source]) -> None:
+        """Looks at pictures in batches; one that cannot be read is noted."""
+        stream = in_turn(_read, (source.file for source in sources), READERS)
+        size = self.config.batch_size
+        for start in range(0, len(sources), size):
+            batch, first = sources[start : start + size], self.journal.images + 1
+            reads = list(itertools.islice(stream, size))
+            for place, run in runs(reads):
+                founds = self.predictor.detect_batch(run, first + place)
+                for slot, (found, (pixels, _)) in enumerate(zip(founds, run, strict=True), place):
+                    self._picture(found, pixels, batch[slot], first + slot)
+            for source, read in zip(batch, reads, strict=True):
+                if isinstance(read, InputError):
+                    self._skip(source, str(read))
+            self.journal.end(len(batch))
+            self.progress.advance(len(batch))
+
+    def _picture(self, found: Detections, pixels: Pixels, source: Source, image_id: int) -> None:
+        likely = self._note(found, pixels, image_id, {"file_name": str(source.file)})
+        shown = found.with_min_score(self.config.score)
+        if self.config.draw:
+            save_picture(draw(pixels, shown), source.target)
+        print(f"{source.target if self.config.draw else source.file}: {shown!r}")
+        for index, ranked in enumerate(likely):
+            score = float(found.scores[index])
+            if score >= self.config.score:
+                corners = ", ".join(f"{side:.0f}" for side in found.boxes[index].tolist())
+                others = ", ".join(f"{name} {probability:.2f}" for name, probability in ranked)
+                print(f"  {found.names[int(found.labels[index])]} {score:.2f} at ({corners}): {others}")
+
+    def look_at_video(self, source: Source) -> None:
+        """Looks at a video in batches of frames; one that does not decode, or not to its end, is noted."""
+        try:
+            video = Video(source.file, self.config.every)
+        except InputError as error:
+            self._skip(source, str(error))
+            self.journal.end(0)
+            return
+        names: Counter[str] = Counter()
+        drawn = writing_video(source.target, video.rate, self.config.codec)
+        with video, drawn if self.config.draw else contextlib.nullcontext() as writer:
+            stream = video.frames()
+            while frames := list(itertools.islice(stream, self.config.batch_size)):
+                for frame, found in zip(frames, self._look_at_frames(frames, source, video), strict=True):
+                    names.update({found.names[label] for label in found.labels.tolist()})
+                    if writer is not None:
+                        writer.add(draw(frame.pixels, found))
+                self.progress.advance(len(frames), source.file.name)
+        if video.shortfall():
+            self._skip(source, video.shortfall())
+        self.journal.end(video.seen)
+        told = ", ".join(f"{name} in {count}" for name, count in names.most_common(5)) or "nothing found"
+        print(f"{source.target if self.config.draw else source.file}: {video.seen} frames, {told}")
+
+    def _look_at_frames(
+        self, frames: Sequence[VideoFrame], source: Source, video: Video
+    ) -> Iterator[Detections]:
+        """Yields what is to be drawn on each frame; the journal takes all that was found."""
+        pictures = [(frame.pixels, (frame.pixels.shape[0], frame.pixels.shape[1])) for frame in frames]
+        first = self.journal.images + 1 + video.seen - len(frames)
+        for slot, found in enumerate(self.predictor.detect_batch(pictures, first)):
+            frame = frames[slot]
+            where = {"file_name": str(source.file), "frame": frame.number, "time": round(frame.time, 3)}
+            self._note(found, frame.pixels, first + slot, where)
+            yield found.with_min_score(self.config.score)
+
+    def _note(self, found: Detections, pixels: Pixels, image_id: int, where: dict[str, Any]) -> Likely:
+        """Writes detections into the journal; returns the most probable names of each, none with top=0."""
+        entries = found.to_coco(image_id, range(1, len(found.names) + 1))
+        likely: Likely = []
+        if self.config.top and len(found):
+            features = self.predictor.region_features(pixels, found.resized(pixels.shape[:2]).boxes)
+            likely = self.predictor.classify_embeddings(features, self.config.top)
+        for index, entry in enumerate(entries):
+            extra: dict[str, Any] = {"category_name": found.names[entry["category_id"] - 1], **where}
+            if likely:
+                extra["top"] = [
+                    {"name": name, "probability": round(value, 6)} for name, value in likely[index]
+                ]
+            self.journal.add("found", {**entry, **extra})
+        return likely
+
+    def _skip(self, source: Source, reason: str) -> None:
+        self.journal.add("skipped", {"file_name": str(source.file), "reason": reason})
+
+
+def runs(reads: Sequence[Read]) -> Iterator[tuple[int, list[tuple[Pixels, tuple[int, int]]]]]:
+    """Yields (place, pictures) of what is looked at together: pictures that follow each other and lie alike.
+
+    A proposer that looks pictures up counts them, so nothing may be missing in between; upright pictures
+    among those that lie on their side would be padded to squares.
+    """
+    for shape, group in itertools.groupby(enumerate(reads), lambda pair: _shape(pair[1])):
+        places, pictures = zip(*group, strict=True)
+        if shape != "broken":
+            yield places[0], list(pictures)
+
+
+def _shape(read: Read) -> str:
+    if isinstance(read, InputError):
+        return "broken"
+    height, width = read[1]
+    return "upright" if height > width else "wide"
+
+
+COLUMNS = ("file_name", "image_id", "frame", "time", "category_id", "category_name", "score")
+
+
+BOX = ("x", "y", "width", "height")
+
+
+def targets_of(files: Sequence[Path], out: Path) -> list[Path]:
+    """Returns where each file with boxes goes: NAME.jpg (videos: .mp4), numbered when several have that name.
+
+    Raises:
+        InputError: a picture would take the place of one that was given.
+    """
+    folder, given = out.resolve(), {file.resolve() for file in files}
+    names = unique_names((file, ".mp4" if file.suffix.lower() in VIDEOS else ".jpg") for file in files)
+    targets = [out / name for name in names]
+    taken = next((target for target in targets if folder / target.name in given), None)
+    if taken is not None:
+        raise InputError(f"the picture with boxes would be written over {taken}; give another out=")
+    return targets
+
+
+def unique_names(files: Iterable[tuple[Path, str]]) -> Iterator[str]:
+    """Yields a name for each (file, ending): its own, or with a number behind it when that is taken."""
+    taken: set[str] = set()
+    last: dict[str, int] = {}
+    for file, ending in files:
+        name = f"{file.stem}{ending}"
+        while name in taken:
+            last[file.stem] = last.get(file.stem, 1) + 1
+            name = f"{file.stem}-{last[file.stem]}{ending}"
+        taken.add(name)
+        yield name
+
+
+def write_detections(out: Path, entries: Callable[[], Iterable[dict[str, Any]]], top: int) -> int:
+    """Writes `detections.json` (COCO's results form) and `detections.csv`, an entry at a time.
+
+    Args:
+        out: the folder.
+        entries: begins a pass over all detections.
+        top: how many names each may have.
+
+    Returns:
+        How many detections there are.
+    """
+    count = 0
+    with replacing(out / "detections.json") as temporary, temporary.open("w", encoding="utf-8") as text:
+        text.write("[")
+        for entry in entries():
+            text.write((",\n" if count else "\n") + json.dumps(entry, ensure_ascii=False))
+            count += 1
+        text.write("\n]\n")
+    with (
+        replacing(out / "detections.csv") as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as text,
+    ):
+        table = csv.writer(text, lineterminator="\n")
+        more = [f"{what}_{place}" for place in range(1, top + 1) for what in ("name", "probability")]
+        table.writerow([*COLUMNS, *BOX, *more])
+        for entry in entries():
+            ranked = [(one["name"], one["probability"]) for one in entry.get("top", ())]
+            values = [entry.get(column, "") for column in COLUMNS]
+            table.writerow([*values, *entry["bbox"], *(value for pair in ranked for value in pair)])
+    return count

@@ -1,0 +1,191 @@
+"""Embeddings of the regions of many pictures, in batches: what to search, cluster or train with; restartable.
+
+Pictures are described in shards, in the order of the list. A shard depends on the options and on its pictures
+alone, so that interruptions and numbers of processes change nothing about the files.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clip_base.images.inputs import picture_files
+from clip_base.jobs.resume_log import fingerprint
+from clip_base.jobs.run import RunFolder
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import existing, read_json, write_json, write_text
+from clip_base.runtime.json_stream import stream_entries
+from clip_base.runtime.precision import pick_device
+from clip_base.runtime.progress import Progress
+from clip_base.runtime.workers import run
+from clip_base.weights.load import find
+from clip_base.weights.native import file_hash
+from regionclip.data.annotations import CocoDetection
+from regionclip.inference.feature_extractor import FeaturesConfig, RegionFeatureExtractor, Shard, record_path
+from regionclip.mining.shards import MANIFEST, shard_path
+from regionclip.proposals.precomputed import checked_entry
+from regionclip.proposals.storage import writing
+from regionclip.structures.boxes import xywh_to_xyxy
+
+VERSION = 1
+
+
+INPUTS, BOXES = ".inputs.json", ".boxes.parquet"
+
+
+def features(config: FeaturesConfig) -> None:
+    """Embeds the regions of many pictures, in batches, into Parquet or npz files; stopped, it goes on."""
+    files = picture_files(config.photos) if config.photos else []
+    folder = RunFolder(config.out, config, "region-features")
+    inputs = _inputs(config, files)
+    record = folder.path / INPUTS
+    if record.exists():
+        _require_same(read_json(record, "record of the inputs"), inputs, folder.path)
+    if folder.finished() is not None:
+        held = read_json(folder.path / MANIFEST, "manifest")
+        print(f"{folder.path} is complete: {held['regions']} regions of {held['images']} images")
+        return
+    count = len(files)
+    if not files:
+        dataset = CocoDetection(config.annotations, config.images)
+        print(dataset.report())
+        count = len(dataset)
+    boxes = _boxes(config, files, folder.path)
+    shards = [
+        Shard(number, start, min(start + config.shard_images, count))
+        for number, start in enumerate(range(0, count, config.shard_images))
+    ]
+    try:
+        rate = _describe_all(config, files, boxes, shards, inputs)
+    finally:
+        if not record.exists():  # it failed at once: nothing shall be left that a mended call had to equal
+            (folder.path / BOXES).unlink(missing_ok=True)
+    manifest = _finish(folder, config, inputs, shards)
+    print(
+        f"{folder.path}: {manifest['regions']} regions of {manifest['images']} images, "
+        f"{manifest['skipped']} skipped, {rate:.2f} images/s"
+    )
+
+
+def _describe_all(
+    config: FeaturesConfig,
+    files: Sequence[Path],
+    boxes: str,
+    shards: Sequence[Shard],
+    inputs: dict[str, str],
+) -> float:
+    """Describes the shards that are not there yet; returns how many images it did a second."""
+    record = Path(config.out) / INPUTS
+    missing = [one for one in shards if not record_path(Path(config.out), one.number).exists()]
+    total, left = (sum(one.stop - one.start for one in some) for some in (shards, missing))
+    begun, seen = time.monotonic(), 0
+    with Progress("describing", total, total - left) as progress:
+
+        def watch(_: Shard, images: int, __: str) -> None:
+            nonlocal seen
+            if not record.exists():  # before the first file of a shard
+                write_json(record, inputs)
+            seen += images
+            progress.advance(images, f"{seen / (time.monotonic() - begun):.2f} images/s")
+
+        start = functools.partial(RegionFeatureExtractor, config, files, boxes)
+        gpus = torch.cuda.device_count() if pick_device(config.device).type == "cuda" else 0
+        for _ in run("local", start, missing, config.workers, watch, gpus):
+            pass
+    return seen / max(time.monotonic() - begun, 1e-9)
+
+
+def _inputs(config: FeaturesConfig, files: Sequence[Path]) -> dict[str, str]:
+    """Returns what decides the result besides the options: hashes of the files, and the list of pictures."""
+    named = {
+        "weights": str(find(config.weights)),
+        "annotations": config.annotations,
+        "boxes": config.boxes_file,
+    }
+    named |= {f"proposer.{key}": value for key, value in config.proposer.items() if _is_file(value)}
+    hashes = {what: _hash(existing(path, what)) for what, path in named.items() if path}
+    return {**hashes, "list of pictures": fingerprint(files)}
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).is_file()
+
+
+def _hash(path: Path) -> str:
+    if path.is_file():
+        return file_hash(path)
+    return fingerprint((file.name, file.stat().st_size) for file in sorted(path.iterdir()))
+
+
+def _require_same(before: dict[str, str], now: dict[str, str], out: Path) -> None:
+    changed = [what for what in {**before, **now} if before.get(what) != now.get(what)]
+    if changed:
+        raise InputError(
+            f"{' and '.join(changed)} changed since the run in {out} began; "
+            "give another out= or delete that folder"
+        )
+
+
+def _boxes(config: FeaturesConfig, files: Sequence[Path], out: Path) -> str:
+    """Returns the file of boxes by image id, made of one by file name where there are no ids; "" for none."""
+    if not config.boxes_file or config.annotations:
+        return config.boxes_file
+    path = existing(config.boxes_file, "boxes file")
+    if path.suffix != ".json":
+        raise InputError(
+            f"boxes={path} knows images by their ids, which pictures in folders have not; give annotations=, "
+            "or a .json file of boxes with file_name"
+        )
+    by_path = {str(file): number for number, file in enumerate(files, 1)}
+    by_name: dict[str, int] = {}
+    for file, number in zip(files, by_path.values(), strict=True):
+        by_name[file.name] = 0 if file.name in by_name else number  # two of one name: the path must tell
+    count = 0
+    with writing(out / BOXES) as table:
+        for number, (_, entry) in enumerate(stream_entries(path, "boxes file")):
+            name = str(entry.get("file_name", "")) if isinstance(entry, dict) else ""
+            if not name:
+                raise InputError(f"boxes file {path}, entry {number}: has no file_name; or give annotations=")
+            image_id = by_path.get(name) or by_name.get(Path(name).name)
+            if image_id:
+                _, row = checked_entry({**entry, "image_id": image_id}, f"boxes file {path}, entry {number}")
+                values = torch.tensor(row, dtype=torch.float64)
+                table.add(image_id, xywh_to_xyxy(values[None, :4]).float(), values[4:].float())
+                count += 1
+    if not count:
+        raise InputError(
+            f"boxes file {path} has no box in any of the {len(files)} pictures; see its file_name"
+        )
+    return str(out / BOXES)
+
+
+def _finish(
+    folder: RunFolder, config: FeaturesConfig, inputs: dict[str, str], shards: Sequence[Shard]
+) -> dict[str, Any]:
+    """Writes what makes a folder of shards a finished one: skipped pictures, manifest, metrics."""
+    parts = [read_json(record_path(folder.path, shard.number), "record of a shard") for shard in shards]
+    skipped = [entry for part in parts for entry in part["skipped"]]
+    if skipped:
+        write_text(folder.path / "skipped.jsonl", "".join(json.dumps(entry) + "\n" for entry in skipped))
+    counts = {key: sum(part[key] for part in parts) for key in ("images", "regions")}
+    tables = [shard_path(folder.path, shard.number).name for shard in shards]
+    manifest = {
+        "version": VERSION,
+        **({"shards": tables} if config.format == "parquet" else {}),
+        **counts,
+        "skipped": len(skipped),
+        **inputs,
+        "config": config.identity(),
+    }
+    write_json(folder.path / MANIFEST, manifest, indent=2)
+    folder.finish({**counts, "skipped": len(skipped)})
+    # What killed processes were writing, and what only unfinished runs need.
+    for leftover in (*folder.path.glob(".shard-*"), *folder.path.glob(".*.tmp"), folder.path / BOXES):
+        leftover.unlink(missing_ok=True)
+    return manifest

@@ -1,0 +1,308 @@
+"""Describing one shard of pictures after another: regions, their embeddings, their names."""
+
+# B images of a batch, N regions of a batch, n regions of one image, D embedding size
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from clip_base.data.batch import ImageBatch
+from clip_base.images.decode import Pixels, as_annotated, decode
+from clip_base.images.inputs import read_upright
+from clip_base.jobs.config import option
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import write_json
+from clip_base.runtime.precision import autocast
+from clip_base.runtime.workers import Report, cores, in_turn
+from regionclip.data.annotations import CocoDetection, ImageAnnotations
+from regionclip.inference.detect import unique_names
+from regionclip.inference.feature_files import ImageFeatures, write_arrays, write_table
+from regionclip.inference.options import DetectorOptions
+from regionclip.mining.shards import shard_path
+from regionclip.proposals.base import build_proposer
+from regionclip.proposals.precomputed import TruthProposer
+from regionclip.structures.boxes import clip_boxes
+from regionclip.structures.regions import ImageInfo, Regions, whole_images
+from regionclip.structures.transforms import ResizeTransform, resize_shortest_edge, to_batch
+
+READERS = min(8, cores())  # threads that decode and resize ahead
+
+
+_NONE = torch.zeros(0, dtype=torch.int64)
+
+Placed = tuple[Pixels, ResizeTransform] | InputError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Pictures that follow each other in the list: from `start` to before `stop`."""
+
+    number: int
+    start: int
+    stop: int
+
+
+class FolderPictures(Sequence[ImageAnnotations]):
+    """Pictures without annotations as records without boxes; their ids count them from 1.
+
+    Args:
+        files: the pictures.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Returns a `Record`; its height and width, which nobody has looked at yet, are 0."""
+        return ImageAnnotations(index + 1, self.files[index], 0, 0, torch.zeros(0, 4), _NONE, _NONE.bool())
+
+
+def record_path(out: Path, number: int) -> Path:
+    """Returns the file that says that a shard is done, and what is to be known of it."""
+    return out / f".shard-{number:05d}.json"
+
+
+class RegionFeatureExtractor:
+    """Everything that describing a shard needs, loaded once a process.
+
+    Args:
+        config: what to describe.
+        files: the pictures, when there are no annotations.
+        boxes: a file of boxes that knows pictures by their ids here; "" when they come from elsewhere.
+    """
+
+    def __init__(self, config: FeaturesConfig, files: Sequence[Path], boxes: str) -> None:
+        self.config = config
+        self.predictor = config.predictor(proposes=config.boxes == "proposals")
+        if config.vocabulary:
+            self.predictor.set_vocabulary(config.vocabulary, config.embeddings)
+        self.detector, self.device = self.predictor.detector, self.predictor.device
+        dataset = CocoDetection(config.annotations, config.images) if config.annotations else None
+        self.records: Sequence[ImageAnnotations] = FolderPictures(files) if dataset is None else dataset
+        self.categories = () if dataset is None else dataset.categories
+        if boxes:
+            spec = {"name": "precomputed", "file": boxes, "limit": config.regions}
+            self.predictor.proposer = build_proposer(spec, self.device)
+        elif config.boxes == "truth":
+            self.predictor.proposer = TruthProposer(self.records)
+        self.names = list(unique_names((record.path, ".npz") for record in self.records))
+
+    def __call__(self, shard: Shard, report: Report) -> None:
+        """Writes a shard's files, and at last the record that says so."""
+        out, done = Path(self.config.out), dict[int, ImageFeatures]()
+        skipped: list[dict[str, Any]] = []
+        for rows, images, frames in self._batches(shard, skipped, report):
+            records = [self.records[row] for row in rows]
+            done |= zip(rows, self.describe(records, images, frames), strict=True)
+            report(len(rows), "")
+        found = [done[row] for row in sorted(done)]
+        if self.config.format == "npz":
+            for row in sorted(done):
+                write_arrays(out / self.names[row], done[row])
+        else:
+            width = self.detector.clip.config.embed_dim
+            write_table(shard_path(out, shard.number), found, width, self.config.dtype)
+        record = {"images": len(found), "regions": sum(map(len, found)), "skipped": skipped}
+        write_json(record_path(out, shard.number), record)
+
+    def _batches(
+        self, shard: Shard, skipped: list[dict[str, Any]], report: Report
+    ) -> Iterator[tuple[list[int], ImageBatch, list[ResizeTransform]]]:
+        """Yields batches of pictures of like shape, so that there is little padding."""
+        steep = {row: self._steepness(self.records[row]) for row in range(shard.start, shard.stop)}
+        ordered = sorted(steep, key=steep.__getitem__)
+        stream = in_turn(self._placed, (self.records[row] for row in ordered), READERS)
+        for _, group in itertools.groupby(ordered, lambda row: steep[row] > 1):
+            while some := list(itertools.islice(group, self.config.batch_size)):
+                good: list[tuple[int, Pixels, ResizeTransform]] = []
+                for row, placed in zip(some, itertools.islice(stream, len(some)), strict=True):
+                    if isinstance(placed, InputError):
+                        skipped.append({"file_name": self._name(self.records[row]), "reason": str(placed)})
+                        report(1, "")
+                    else:
+                        good.append((row, *placed))
+                if good:
+                    rows, pixels, frames = (list(column) for column in zip(*good, strict=True))
+                    images = to_batch(pixels, self.predictor.resize.multiple)
+                    yield rows, images.to(self.device), frames
+
+    def _placed(self, record: ImageAnnotations) -> Placed:
+        """Returns a picture in its frame: an annotated one as its boxes lie, others as one sees them."""
+        resize = self.predictor.resize
+        try:
+            if record.height:
+                size = (record.height, record.width)
+                pixels = as_annotated(decode(record.path), record.path, size)
+            else:
+                pixels, size = read_upright(record.path)
+        except InputError as error:
+            return error
+        placed, frame = resize_shortest_edge(pixels, resize.short[0], resize.long, filter=resize.filter)
+        return placed, replace(frame, original=size)
+
+    def _steepness(self, record: ImageAnnotations) -> float:
+        """Returns height / width, of the stored pixels where the file alone tells; 0: it does not."""
+        if record.height:
+            return record.height / record.width
+        try:
+            with Image.open(record.path) as header:
+                return header.height / header.width
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return 0.0
+
+    def _name(self, record: ImageAnnotations) -> str:
+        folder = self.config.images
+        return str(record.path.relative_to(folder) if folder else record.path)
+
+    def describe(
+        self, records: Sequence[ImageAnnotations], images: ImageBatch, frames: Sequence[ResizeTransform]
+    ) -> list[ImageFeatures]:
+        """Returns what is to be written of each picture of a batch.
+
+        Args:
+            records: B pictures.
+            images: their pixels, on the device.
+            frames: how each lies in the batch's frame.
+        """
+        keys = [
+            ImageInfo(record.image_id, *frame.original) for record, frame in zip(records, frames, strict=True)
+        ]
+        with torch.no_grad(), autocast(self.config.precision, self.device):
+            regions, embeddings = self._embedded(images, keys)
+        regions, features = regions.to("cpu"), embeddings.cpu()
+        ranked: list[list[tuple[str, float]]] = []
+        if self.config.vocabulary:
+            ranked = self.predictor.classify_embeddings(features, self.config.top)
+        whole = len(images) if self.config.whole_image else 0
+        found = []
+        for slot, (record, frame) in enumerate(zip(records, frames, strict=True)):
+            mine = torch.nonzero(regions.image_index == slot).flatten()
+            boxes = clip_boxes(frame.invert_boxes(regions.boxes[mine]), frame.original)
+            assert regions.scores is not None
+            found.append(
+                ImageFeatures(
+                    record.image_id,
+                    self._name(record),
+                    frame.original,
+                    boxes.numpy(),
+                    regions.scores[mine].float().numpy(),
+                    features[mine].numpy().astype(self.config.dtype),
+                    (mine < whole).numpy(),
+                    self._categories(record),
+                    [ranked[row] for row in mine.tolist()] if ranked else (),
+                )
+            )
+        return found
+
+    def _categories(self, record: ImageAnnotations) -> list[str | None]:
+        if self.config.boxes != "truth":
+            return []
+        names = [self.categories[label] for label in record.without_crowds().labels.tolist()]
+        return [None, *names] if self.config.whole_image else [*names]
+
+    def _embedded(self, images: ImageBatch, keys: Sequence[ImageInfo]) -> tuple[Regions, Tensor]:
+        """Returns the regions of a batch, whole images first, and their [N, D] unit-length embeddings."""
+        detector, limit = self.detector, self.config.regions
+        stages = None
+        if self.config.boxes == "none":
+            regions = Regions.cat([]).to(self.device)
+        elif self.predictor.proposer is not None:
+            regions = self.predictor.proposer(images, keys)
+            if self.config.boxes != "truth":
+                regions = _best(regions, len(images), limit)
+        else:
+            stages = detector.stages(images) if detector.shares_trunk else None
+            regions = detector.propose(images, stages, limit)
+        scores = regions.scores if regions.scores is not None else regions.boxes.new_ones(len(regions))
+        regions = Regions(regions.boxes, regions.image_index, scores.float())
+        if self.config.whole_image:
+            covering = whole_images(images)
+            ones = covering.boxes.new_ones(len(covering))
+            regions = Regions.cat([replace(covering, scores=ones), regions])
+        if not len(regions):
+            return regions, images.pixels.new_zeros(0, detector.clip.config.embed_dim)
+        if stages is None:
+            return regions, detector.encoder(images, regions)
+        # The map that the proposals came from is the regions' as well.
+        return regions, F.normalize(detector.encoder.encode_rois(stages[-1], regions).float(), dim=-1)
+
+
+def _best(regions: Regions, images: int, limit: int) -> Regions:
+    """Returns at most `limit` regions of each image, the first, which are the best scored."""
+    index = regions.image_index.cpu().numpy()
+    starts = np.searchsorted(index, np.arange(images))
+    within = np.arange(len(index)) - starts[index]
+    return regions[torch.from_numpy(within < limit).to(regions.boxes.device)]
+
+
+@dataclass
+class FeaturesConfig(DetectorOptions):
+    """Options of describing regions."""
+
+    photos: list[str] = option(
+        [],
+        "pictures, folders of them, or quoted patterns such as 'photos/**/*.jpg'; or give annotations=",
+        positional=True,
+    )
+    vocabulary: str = option(
+        "",
+        'names of which each region gets its most probable: "cat, dog", a file with one a line, coco, '
+        "coco65, lvis; empty: none",
+    )
+    annotations: str = option("", "instances_*.json in COCO's form: which images, and their true boxes")
+    images: str = option("", "folder that the annotations' file names are relative to")
+    boxes: str = option(
+        "proposals",
+        "which regions: proposals; truth, the annotations' boxes; none; or a file of boxes in COCO's results "
+        "form, matched by image_id with annotations=, else by file_name",
+    )
+    regions: int = option(100, "most regions an image, the best scored (boxes=truth: all)")
+    whole_image: bool = option(False, "the image as a whole as well, as a row of its own before its regions")
+    top: int = option(5, "with vocabulary=: so many names a region, most probable first")
+    out: str = option("features", "folder for the files and manifest.json", runtime_only=True)
+    format: str = option(
+        "parquet",
+        "parquet: shards with a row a region; npz: NumPy arrays, a file an image",
+        choices=("parquet", "npz"),
+    )
+    dtype: str = option("float16", "of the embeddings in the files", choices=("float16", "float32"))
+    shard_images: int = option(256, "images a shard: what a stopped run does again, and what memory holds")
+    workers: int = option(
+        1,
+        "processes beside each other, of which each takes one of the GPUs; 0: one a core",
+        runtime_only=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.photos) == bool(self.annotations):
+            raise InputError("give either pictures (folders, patterns) or annotations=FILE images=DIR")
+        if bool(self.annotations) != bool(self.images):
+            raise InputError("annotations=FILE and images=DIR, the folder of its images, go together")
+        if self.boxes == "truth" and not self.annotations:
+            raise InputError("boxes=truth needs annotations=FILE images=DIR")
+        if self.boxes == "none" and not self.whole_image:
+            raise InputError("boxes=none leaves nothing to describe; give whole_image=true with it")
+        if self.boxes != "proposals" and self.proposer["name"] != "none":
+            raise InputError(
+                f"boxes={self.boxes} and proposer.name={self.proposer['name']}: give one of them"
+            )
+        if min(self.regions, self.shard_images, self.top) < 1 or self.workers < 0:
+            raise InputError("regions, shard_images and top must be at least 1, workers not negative")
+
+    @property
+    def boxes_file(self) -> str:
+        """The file of boxes; "" when they come from elsewhere."""
+        return "" if self.boxes in ("proposals", "truth", "none") else self.boxes

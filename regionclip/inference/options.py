@@ -1,0 +1,100 @@
+"""The options that every job which looks at pictures with a detector has, and the detector they mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from clip_base.jobs.config import REQUIRED, Plugin, fields_of, option, plugin
+from clip_base.jobs.run import describe
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.precision import pick_device
+from regionclip.checkpoints.load import load_detector
+from regionclip.inference.predictor import TEMPLATES, Predictor
+from regionclip.models.detector import Detector
+from regionclip.models.postprocess import DetectorConfig
+from regionclip.proposals.base import GROUP as PROPOSERS
+from regionclip.proposals.base import build_proposer
+from regionclip.structures.transforms import ResizeConfig
+
+
+@dataclass
+class PhotoOptions:
+    """What to look at."""
+
+    photos: list[str] = option(
+        REQUIRED, "pictures, folders of them, or quoted patterns such as 'photos/**/*.jpg'", positional=True
+    )
+
+
+@dataclass
+class DetectorSource:
+    """Which detector, and what it is to look for."""
+
+    weights: str = option(REQUIRED, "a detector (ours or RegionCLIP's), or a CLIP (then give a proposer)")
+    vocabulary: str = option(
+        REQUIRED, 'names to look for: "cat, dog", a file with one a line, coco, coco65, lvis'
+    )
+    detector: DetectorConfig = option(
+        DetectorConfig(), "scores and suppression, for a CLIP or with own_settings=false"
+    )
+    own_settings: bool = option(
+        True, "a detector sees and scores as it was trained to, not as `resize` and `detector` say"
+    )
+    templates: list[str] = option(list(TEMPLATES), "prompts, averaged; {} is the name")
+    embeddings: str = option(
+        "", "file of the names' embeddings, such as RegionCLIP's .pth; empty: names are embedded"
+    )
+    text: str = option("", "CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none")
+    resize: ResizeConfig = option(
+        ResizeConfig(), "size of the pictures, for a CLIP or with own_settings=false"
+    )
+
+    def load(self) -> Detector:
+        """Returns the detector, without a vocabulary.
+
+        Raises:
+            InputError: a file is missing, damaged or does not fit.
+        """
+        return load_detector(self.weights, self.detector, self.own_settings, self.text)
+
+
+@dataclass
+class DetectorOptions(DetectorSource, PhotoOptions):
+    """What to look at, and with which detector."""
+
+    proposer: Plugin = plugin(PROPOSERS, "none", "where regions come from; none: the detector's own network")
+    batch_size: int = option(8, "pictures at once")
+    precision: str = option(
+        "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
+    )
+    device: str = option("auto", "auto takes a GPU when there is one", runtime_only=True)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"batch_size must be at least 1 picture, found {self.batch_size}")
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the options that decide the result, as plain values."""
+        free = {key for key, field, _ in fields_of(type(self)) if field.metadata.get("runtime_only")}
+        return {key: value for key, value in describe(self).items() if key not in free}
+
+    def predictor(self, proposes: bool = True) -> Predictor:
+        """Loads the detector and its proposer; it looks for nothing yet.
+
+        Args:
+            proposes: whether there must be a way to proposals.
+
+        Raises:
+            InputError: a file is missing, damaged or does not fit, or a CLIP was given no proposer.
+        """
+        device = pick_device(self.device)
+        detector = self.load().to(device)
+        named = self.proposer["name"] != "none"
+        if proposes and not named and detector.network is None:
+            raise InputError(
+                f"{self.weights} is a CLIP without a proposal network; give proposer.name=grid, say"
+            )
+        proposer = build_proposer(self.proposer, device) if named else None
+        resize = detector.resize or self.resize
+        return Predictor(detector, proposer, resize, self.precision, self.templates)

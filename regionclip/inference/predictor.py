@@ -1,0 +1,368 @@
+"""A detector with everything around it: it reads pictures, batches them and takes names as words."""
+
+# B images, N regions, C names, D embedding size
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clip_base.data.batch import ImageBatch
+from clip_base.images.decode import Pixels
+from clip_base.images.inputs import Picture, picture_files, read_picture
+from clip_base.jobs.config import Plugin
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.precision import autocast, pick_device
+from clip_base.runtime.progress import track
+from clip_base.runtime.workers import cores, in_turn
+from regionclip.checkpoints.load import load_detector, vocabulary_for
+from regionclip.concepts.vocabulary import Vocabulary
+from regionclip.data.categories import check_names, parse_names
+from regionclip.models.detector import Detector
+from regionclip.models.postprocess import DetectorConfig
+from regionclip.proposals.base import Proposer, build_proposer
+from regionclip.structures.boxes import clip_boxes, valid_boxes
+from regionclip.structures.detections import Detections
+from regionclip.structures.regions import ImageInfo, Regions, whole_images
+from regionclip.structures.transforms import ResizeConfig, ResizeTransform, resize_shortest_edge, to_batch
+
+TEMPLATES = ("a photo of {article} {}.", "{}")
+READERS = min(4, cores())  # threads that read pictures ahead
+Names = str | Path | Sequence[str] | Vocabulary
+Boxes = Tensor | npt.NDArray[Any] | Sequence[Sequence[float]]
+
+
+def load(
+    weights: str | Path,
+    vocabulary: Names | None = None,
+    *,
+    proposer: Plugin | str | Path | None = None,
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    resize: ResizeConfig | None = None,
+    config: DetectorConfig | None = None,
+    templates: Sequence[str] = TEMPLATES,
+    embeddings: str = "",
+    text: str = "",
+) -> Predictor:
+    """Loads a detector, or a CLIP to detect with, ready for pictures.
+
+    Args:
+        weights: a detector's file (ours or RegionCLIP's), a CLIP's in any known form, or a published name.
+        vocabulary: what to look for: "cat, dog", a list of names, a file with one a line, coco, coco65, lvis,
+            or a Vocabulary. None: set it later.
+        proposer: where regions come from: the file of a proposal network, or a proposer's name with its
+            options, such as {"name": "grid"}. None: the detector's own network.
+        device: "auto" takes a GPU when there is one.
+        precision: "auto" takes bf16 where the processor computes in it; "fp32", "bf16", or "fp16" on a GPU.
+        resize: size at which pictures are seen; None: as the detector was trained, else 800 / 1333 pixels.
+        config: how regions become detections; None: as the detector was trained, else the defaults.
+        templates: prompts for the text tower, averaged; `{}` is the name, `{article}` "a" or "an".
+        embeddings: file of the names' embeddings, such as RegionCLIP's `.pth`; "": names are embedded.
+        text: CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none.
+
+    Raises:
+        InputError: a file is missing, damaged or does not fit; there is no such device or precision, or no
+            way to the names' embeddings.
+    """
+    place_ = pick_device(str(device))
+    detector = load_detector(str(weights), config or DetectorConfig(), config is None, text).to(place_)
+    source: Proposer | None = None
+    if proposer is not None:
+        spec = proposer if isinstance(proposer, dict) else {"name": "rpn", "weights": str(proposer)}
+        source = build_proposer(spec, place_)
+    size = resize or detector.resize or ResizeConfig()
+    predictor = Predictor(detector, source, size, precision, templates)
+    if vocabulary is not None:
+        predictor.set_vocabulary(vocabulary, embeddings)
+    return predictor
+
+
+class Predictor:
+    """Finds and describes things in pictures.
+
+    A picture is a file's path, a PIL image, an array [H, W, 3] (RGB), [H, W, 4] or [H, W], or a tensor with
+    the channels first; numbers are uint8, or floating in [0, 1]. Several pictures are a list, a tuple or an
+    iterator, an array [B, H, W, 3] or tensor [B, 3, H, W], a folder, or a pattern such as "photos/*.jpg".
+
+    Boxes are (x1, y1, x2, y2) in pixels of the picture as it is given, turned as its EXIF note says. What is
+    returned lies on the CPU.
+
+    Args:
+        detector: in evaluation mode, on its device.
+        proposer: where regions come from; None: the detector's own network.
+        resize: size at which pictures are seen.
+        precision: one of `clip_base.runtime.precision.PRECISIONS`.
+        templates: prompts for new names.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        proposer: Proposer | None,
+        resize: ResizeConfig,
+        precision: str = "auto",
+        templates: Sequence[str] = TEMPLATES,
+    ) -> None:
+        self.detector, self.proposer, self.resize = detector, proposer, resize
+        self.precision, self.templates = precision, tuple(templates)
+        autocast(precision, self.device)  # raises here and not at the first picture
+
+    def __repr__(self) -> str:
+        names = self.names
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        return f"Predictor(on {self.device}, looks for {shown or 'nothing yet'})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.detector.classifier.device
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it looks for."""
+        vocabulary = self.detector.vocabulary
+        return () if vocabulary is None else vocabulary.names
+
+    def set_vocabulary(self, names: Names, embeddings: str = "") -> None:
+        """Makes it look for other things from now on.
+
+        Args:
+            names: see `load`.
+            embeddings: file of the names' embeddings; "": the text tower embeds them.
+
+        Raises:
+            InputError: no name, repeated names, or embeddings that do not fit.
+        """
+        if isinstance(names, Vocabulary):
+            if embeddings:
+                raise InputError(f"a Vocabulary brings its embeddings; leave embeddings={embeddings} out")
+            self.detector.set_vocabulary(names)
+            return
+        words = parse_names(str(names)) if isinstance(names, str | Path) else list(names)
+        if not all(isinstance(word, str) for word in words):
+            raise InputError(f"names must be words, got {next(w for w in words if not isinstance(w, str))!r}")
+        check_names(words)
+        with autocast(self.precision, self.device):
+            vocabulary = vocabulary_for(self.detector, words, words, self.templates, embeddings=embeddings)
+        self.detector.set_vocabulary(vocabulary)
+
+    @overload
+    def detect(
+        self, images: list[Any] | tuple[Any, ...] | Iterator[Any], score: float = ..., batch_size: int = ...
+    ) -> list[Detections]: ...
+
+    @overload
+    def detect(self, images: Picture, score: float = ..., batch_size: int = ...) -> Detections | Any: ...
+
+    def detect(self, images: Any, score: float = 0.0, batch_size: int = 8) -> Any:
+        """Finds what the vocabulary names; of several pictures it shows how far it is.
+
+        Args:
+            images: one picture, or several in any of the forms that the class knows.
+            score: detections that score less, in [0, 1], are left out.
+            batch_size: pictures at once.
+
+        Returns:
+            The Detections of a single picture, best first; of several a list of them, a folder's or a
+                pattern's in the order of the files' names.
+
+        Raises:
+            InputError: a picture does not decode or is of no known form, there are none, no vocabulary is
+                set, or a CLIP was given no proposer.
+        """
+        several = _several(images)
+        if several is None:
+            (found,) = self.detect_batch([read_picture(images)])
+            return found.with_min_score(score)
+        total = len(several) if isinstance(several, Sized) else None
+        return list(track(self.iter_detect(several, score, batch_size), "detecting", total))
+
+    def iter_detect(
+        self, images: Iterable[Picture], score: float = 0.0, batch_size: int = 8
+    ) -> Iterator[Detections]:
+        """Yields the Detections of one picture after another: for more of them than fit into memory.
+
+        Args:
+            images: pictures, as many as there are; they are read as they are needed.
+            score: detections that score less, in [0, 1], are left out.
+            batch_size: pictures at once.
+
+        Raises:
+            InputError: see `detect`.
+        """
+        first = 0
+        for pictures in _batches(images, batch_size):
+            for found in self.detect_batch(pictures, first):
+                yield found.with_min_score(score)
+            first += len(pictures)
+
+    def detect_batch(
+        self, pictures: Sequence[tuple[Pixels, tuple[int, int]]], first: int = 0
+    ) -> list[Detections]:
+        """Returns the detections in a batch of pictures as `read_picture` gives them.
+
+        Args:
+            pictures: pixels, and the (height, width) in which boxes are wanted.
+            first: the first picture's id, for proposers that look boxes up; the others count on.
+
+        Raises:
+            InputError: no vocabulary is set, or a CLIP was given no proposer.
+        """
+        if self.detector.vocabulary is None:
+            raise InputError("no names to look for; give vocabulary= or call set_vocabulary first")
+        if self.proposer is None and self.detector.network is None:
+            raise InputError("a CLIP has no proposal network; load it with proposer={'name': 'grid'}, say")
+        batch, frames = self._batch(pictures)
+        keys = [ImageInfo(first + slot, *frame.original) for slot, frame in enumerate(frames)]
+        with torch.no_grad(), autocast(self.precision, self.device):
+            return self.detector.detect_batch(batch, frames, keys, self.proposer)
+
+    def region_features(self, image: Picture, boxes: Boxes) -> Tensor:
+        """Returns [N, D] float32 unit-length embeddings of regions, in the space of CLIP's texts.
+
+        Args:
+            image: one picture.
+            boxes: [N, 4] (x1, y1, x2, y2) in its pixels; what lies outside the picture is cut off.
+
+        Raises:
+            InputError: the picture does not decode, or a box covers nothing of it.
+        """
+        picture = read_picture(image)
+        given = _boxes_in(boxes, picture[1])
+        batch, (frame,) = self._batch([picture])
+        regions = Regions(frame.apply_boxes(given), torch.zeros(len(given), dtype=torch.int64))
+        return self._embed(batch, regions.to(self.device))
+
+    def image_features(self, images: Picture | Iterable[Picture], batch_size: int = 8) -> Tensor:
+        """Returns float32 unit-length embeddings of whole pictures: [D] of one, [B, D] of several.
+
+        Args:
+            images: see `detect`.
+            batch_size: pictures at once.
+
+        Raises:
+            InputError: a picture does not decode or is of no known form, or there are none.
+        """
+        several = _several(images)
+        alone: list[Any] = [images]
+        stream = _batches(alone if several is None else several, batch_size)
+        batches = (self._batch(pictures)[0] for pictures in stream)
+        features = torch.cat([self._embed(batch, whole_images(batch)) for batch in batches])
+        return features[0] if several is None else features
+
+    def classify_regions(self, image: Picture, boxes: Boxes, k: int = 5) -> list[list[tuple[str, float]]]:
+        """Returns for each region its k most probable names with their probabilities, best first.
+
+        `region_features` and `classify_embeddings` in one.
+
+        Args:
+            image: one picture.
+            boxes: [N, 4] (x1, y1, x2, y2) in its pixels.
+            k: how many names; all of them when there are fewer.
+
+        Raises:
+            InputError: the picture does not decode, a box covers nothing of it, or no vocabulary is set.
+        """
+        return self.classify_embeddings(self.region_features(image, boxes), k)
+
+    def classify_embeddings(self, features: Tensor, k: int = 5) -> list[list[tuple[str, float]]]:
+        """Returns for each embedding its k most probable names with their probabilities, best first.
+
+        Args:
+            features: [N, D], or [D] of one, as `region_features` and `image_features` return them.
+            k: how many names; all of them when there are fewer.
+
+        Raises:
+            InputError: no vocabulary is set.
+            ValueError: features of another width, or k below 1.
+        """
+        if self.detector.vocabulary is None:
+            raise InputError("no names to choose from; give vocabulary= or call set_vocabulary first")
+        width = self.detector.clip.config.embed_dim
+        if features.ndim not in (1, 2) or features.shape[-1] != width or k < 1:
+            raise ValueError(
+                f"features must be [N, {width}] and k above 0, got {list(features.shape)} and {k}"
+            )
+        detector, features = self.detector, features.reshape(-1, width).cpu()
+        probabilities = detector.logits(features, detector.classifier.cpu(), False).softmax(1)  # [N, C]
+        values, labels = probabilities.topk(min(k, len(self.names)), dim=1)
+        return [
+            [(self.names[label], value) for label, value in zip(row, scores, strict=True)]
+            for row, scores in zip(labels.tolist(), values.tolist(), strict=True)
+        ]
+
+    def _embed(self, batch: ImageBatch, regions: Regions) -> Tensor:
+        with torch.no_grad(), autocast(self.precision, self.device):
+            embeddings: Tensor = F.normalize(self.detector.encoder(batch, regions).float(), dim=-1)
+        return embeddings.cpu()
+
+    def _batch(
+        self, pictures: Sequence[tuple[Pixels, tuple[int, int]]]
+    ) -> tuple[ImageBatch, list[ResizeTransform]]:
+        resize, placed, frames = self.resize, [], []
+        for pixels, size in pictures:
+            resized, frame = resize_shortest_edge(pixels, resize.short[0], resize.long, filter=resize.filter)
+            placed.append(resized)
+            frames.append(replace(frame, original=size))
+        return to_batch(placed, resize.multiple).to(self.device), frames
+
+
+def _several(images: Any) -> Iterable[Any] | None:
+    """Returns the pictures of a list, an iterator, a batch, a folder or a pattern; None for one picture."""
+    if isinstance(images, str | Path):
+        is_one = not Path(images).is_dir() and (Path(images).exists() or not glob.has_magic(str(images)))
+        return None if is_one else picture_files([str(images)])
+    if isinstance(images, Tensor | np.ndarray):
+        return list(images) if images.ndim == 4 else None
+    return images if isinstance(images, list | tuple | Iterator) else None
+
+
+def _batches(images: Iterable[Picture], batch_size: int) -> Iterator[list[tuple[Pixels, tuple[int, int]]]]:
+    """Yields all pictures as `read_picture` gives them; none at all are an InputError."""
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, found {batch_size}")
+    stream = in_turn(read_picture, images, READERS)
+    batch = list(islice(stream, batch_size))
+    if not batch:
+        raise InputError("no pictures were given: the list is empty")
+    while batch:
+        yield batch
+        batch = list(islice(stream, batch_size))
+
+
+def _boxes_in(boxes: Boxes, size: tuple[int, int]) -> Tensor:
+    """Returns [N, 4] boxes cut at the edges of a picture of (height, width), on the CPU.
+
+    Raises:
+        InputError: they are of another shape, or one covers nothing of the picture; it is named.
+    """
+    try:
+        given = torch.as_tensor(boxes, dtype=torch.float32).cpu()
+    except (TypeError, ValueError) as error:
+        raise InputError(f"boxes must be [N, 4] numbers (x1, y1, x2, y2): {error}") from None
+    if not given.numel():
+        return given.reshape(0, 4)
+    if given.ndim != 2 or given.shape[1] != 4:
+        raise InputError(f"boxes must be [N, 4] (x1, y1, x2, y2) in pixels, got {list(given.shape)}")
+    cut = clip_boxes(given, size)
+    # A box without area that lies in the picture passes: rounding makes one of a detection now and then.
+    missing = ~valid_boxes(cut) & (cut != given).any(1)
+    swapped = (given[:, 2:] < given[:, :2]).any(1)
+    bad = (missing | swapped | ~given.isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        corners = ", ".join(f"{side:g}" for side in given[bad[0]].tolist())
+        raise InputError(
+            f"boxes[{bad[0]}] is ({corners}), which covers nothing of a picture of {size[1]}x{size[0]} "
+            "pixels; boxes are (x1, y1, x2, y2) with x1 < x2 and y1 < y2"
+        )
+    return cut

@@ -1,0 +1,1 @@
+"""Average precision, recall, and matching to ground truth."""

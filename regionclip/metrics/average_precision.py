@@ -1,0 +1,271 @@
+"""How good detections, proposals, labels of true boxes are, for base and novel apart.
+
+Every figure is a fraction in [0, 1], or -1 where there is nothing to measure (pycocotools' convention).
+"""
+
+# T IoU thresholds, R recall thresholds, K categories, A area ranges; G true boxes, P proposals, N boxes, C
+# names
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clip_base.runtime.errors import InputError
+from regionclip.data.categories import Split
+from regionclip.data.coco import category_ids_by_name, frequencies, image_ids, read_instances, read_results
+from regionclip.metrics import lvis
+from regionclip.metrics.coco_api import EVALUATORS, Precision, with_faster_coco_eval
+
+NOTHING = -1.0
+
+
+AREAS = ("all", "small", "medium", "large")
+
+
+IOU_THRESHOLDS = tuple(float(threshold) for threshold in np.linspace(0.5, 0.95, 10))  # COCO's ten
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate_detections` found.
+
+    Attributes:
+        metrics: AP, AP50, AP75, APs, APm, APl, AP_all, AP50_all; with a split also AP_base, AP_novel,
+            AP50_base, AP50_novel; by LVIS's protocol also APr, APc, APf (rare, common, frequent).
+        per_class: for each category: name, category_id, novel (None without a split), boxes (true ones that
+            count), detections, AP, AP50.
+        ignored: results that do not count: of categories that are not evaluated and, by LVIS's protocol,
+            beyond an image's best ones or of categories that nobody looked for in that image.
+        counted: the other results; by LVIS's protocol with `forgiven`, see `regionclip.metrics.lvis.counted`.
+        precision: [T, R, K, A], the categories in the order of `per_class`; -1: no true box.
+    """
+
+    metrics: dict[str, float]
+    per_class: list[dict[str, Any]]
+    ignored: int
+    counted: list[dict[str, Any]]
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How detections are measured.
+
+    Attributes:
+        kind: "coco"; "lvis", the federated one; "auto", which takes "lvis" when the annotations say what was
+            looked for in each image.
+        evaluator: "pycocotools", or "fast" for faster-coco-eval. LVIS's protocol is our own where it is not
+            "fast".
+        max_detections: best scored detections that count: COCO's of an image and category, LVIS's of an
+            image. 0: 100 and 300.
+        compete: "all": base and novel names, the "generalised" setting of arXiv 2112.09106, section 4.1;
+            "base" or "novel": only those.
+    """
+
+    kind: str = "auto"
+    evaluator: str = "pycocotools"
+    max_detections: int = 0
+    compete: str = "all"
+
+
+def evaluate_detections(
+    annotations: str | Path | dict[str, Any],
+    results: str | Path | Sequence[dict[str, Any]],
+    split: Split | None = None,
+    protocol: Protocol = Protocol(),
+) -> Evaluation:
+    """Average precision of a results file in COCO's form, as pycocotools computes it, or as LVIS's tools do.
+
+    Base and novel figures are means over their categories of one evaluation in which all names compete.
+
+    Args:
+        annotations: a file in COCO's instances form, or its content.
+        results: a results file (a list of image_id, category_id, bbox [x, y, width, height], score), or its
+            content.
+        split: base and novel categories; None evaluates every category of the annotations.
+        protocol: how to measure.
+
+    Raises:
+        InputError: a malformed file or entry, a result for an image that the annotations do not have, a
+            split whose names are not in the annotations, or annotations that do not suit the protocol.
+    """
+    where = "annotations" if isinstance(annotations, dict) else str(annotations)
+    content = annotations if isinstance(annotations, dict) else read_instances(annotations)
+    ids = category_ids_by_name(content["categories"], where)
+    often = dict(zip(ids, frequencies(content["categories"]), strict=True))
+    if split is not None:
+        absent = [name for name in split.all if name not in ids]
+        if absent:
+            raise InputError(
+                f"{where}: no category {absent[0]!r} ({len(absent)} of the split's names are missing)"
+            )
+        chosen = set(split.competing(protocol.compete))
+        ids = {name: category for name, category in ids.items() if name in chosen}
+    federated = protocol.kind == "lvis" or (protocol.kind == "auto" and lvis.is_federated(content))
+    entries = read_results(results, image_ids(content, where), where)
+    evaluated = set(ids.values())
+    counted = [entry for entry in entries if entry["category_id"] in evaluated]
+    truth = _truth(content, where)
+    most, numbers = protocol.max_detections, list(ids.values())
+    if not federated:
+        precision = EVALUATORS[protocol.evaluator](truth, counted, numbers, most or 100)
+    else:
+        _check_federated(content, often, where)
+        counted = lvis.counted(truth, counted, most or lvis.MOST)
+        if protocol.evaluator == "fast":
+            precision = with_faster_coco_eval(truth, counted, numbers, most or lvis.MOST, federated=True)
+        else:
+            precision = lvis.with_numpy(truth, counted, numbers)
+    # The evaluators sort the category ids; `ids` is in that order already.
+    metrics = _summary(precision, list(ids), split, often if federated else {})
+    rows = _per_class(precision, ids, split, truth, counted)
+    return Evaluation(metrics, rows, len(entries) - len(counted), counted, precision)
+
+
+def _summary(
+    precision: Precision, names: list[str], split: Split | None, often: dict[str, str]
+) -> dict[str, float]:
+    metrics = {
+        "AP": mean_of(precision[:, :, :, 0]),
+        "AP50": mean_of(precision[0, :, :, 0]),
+        "AP75": mean_of(precision[5, :, :, 0]),
+        "APs": mean_of(precision[:, :, :, AREAS.index("small")]),
+        "APm": mean_of(precision[:, :, :, AREAS.index("medium")]),
+        "APl": mean_of(precision[:, :, :, AREAS.index("large")]),
+    }
+    for letter in "rcf" if often else "":
+        columns = [k for k, name in enumerate(names) if often[name] == letter]
+        metrics[f"AP{letter}"] = mean_of(precision[:, :, columns, 0])
+    parts = {"all": list(range(len(names)))}
+    if split is not None:
+        novel = split.is_novel(names)
+        parts["base"] = [k for k, is_novel in enumerate(novel) if not is_novel]
+        parts["novel"] = [k for k, is_novel in enumerate(novel) if is_novel]
+    for part, columns in parts.items():
+        metrics[f"AP_{part}"] = mean_of(precision[:, :, columns, 0])
+        metrics[f"AP50_{part}"] = mean_of(precision[0][:, columns, 0])
+    return metrics
+
+
+def _check_federated(content: dict[str, Any], often: dict[str, str], where: str) -> None:
+    lacking = next(
+        (
+            (entry["id"], key)
+            for entry in content["images"]
+            for key in ("neg_category_ids", "not_exhaustive_category_ids")
+            if not isinstance(entry.get(key), list)
+        ),
+        None,
+    )
+    if lacking is not None:
+        raise InputError(
+            f"{where}: image {lacking[0]} has no list {lacking[1]!r}, which LVIS's protocol needs; "
+            "give LVIS's own annotations or protocol=coco"
+        )
+    unknown = [name for name, letter in often.items() if letter not in (*"rcf",)]
+    if unknown:
+        raise InputError(
+            f"{where}: category {unknown[0]!r} has no `frequency` r, c or f ({len(unknown)} have none); "
+            "LVIS's APr, APc and APf need it; give LVIS's own annotations or protocol=coco"
+        )
+
+
+def mean_of(precision: Precision) -> float:
+    """The mean over what was measured; pycocotools marks categories without true boxes by -1."""
+    measured = precision[precision > -1]
+    return float(measured.mean()) if measured.size else NOTHING
+
+
+def _per_class(
+    precision: Precision,
+    ids: dict[str, int],
+    split: Split | None,
+    truth: dict[str, Any],
+    results: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    boxes, detections = dict.fromkeys(ids.values(), 0), dict.fromkeys(ids.values(), 0)
+    for annotation in truth["annotations"]:
+        if annotation["category_id"] in boxes and not annotation["iscrowd"]:
+            boxes[annotation["category_id"]] += 1
+    for entry in results:
+        detections[entry["category_id"]] += 1
+    novel = [None] * len(ids) if split is None else split.is_novel(list(ids))
+    return [
+        {
+            "name": name,
+            "category_id": category,
+            "novel": novel[k],
+            "boxes": boxes[category],
+            "detections": detections[category],
+            "AP": mean_of(precision[:, :, k, 0]),
+            "AP50": mean_of(precision[0, :, k, 0]),
+        }
+        for k, (name, category) in enumerate(ids.items())
+    ]
+
+
+def _truth(content: dict[str, Any], where: str) -> dict[str, Any]:
+    """Returns annotations as evaluators need them, with the fields that a user's file may lack."""
+    annotations = []
+    shown = image_ids(content, where)
+    for place, entry in enumerate(content["annotations"]):
+        try:
+            box = [float(value) for value in entry["bbox"]]
+            fields = {key: entry[key] for key in ("image_id", "category_id")}
+        except (KeyError, TypeError, ValueError):
+            box = []
+        if len(box) != 4 or not all(map(math.isfinite, box)):
+            raise InputError(
+                f"{where}: annotations[{place}] needs image_id, category_id and a bbox of four numbers"
+            )
+        # pycocotools takes a detection matched to annotation 0 for unmatched, and mixes up ids that repeat:
+        # count anew from 1.
+        size = float(entry["area"]) if entry.get("area") is not None else box[2] * box[3]
+        crowd = int(bool(entry.get("iscrowd")))
+        if fields["image_id"] in shown:
+            annotations.append({"id": place + 1, "bbox": box, "area": size, "iscrowd": crowd, **fields})
+    kept = ("id", "neg_category_ids", "not_exhaustive_category_ids")
+    images = [{key: entry[key] for key in kept if key in entry} for entry in content["images"]]
+    return {"images": images, "annotations": annotations, "categories": content["categories"]}
+
+
+def classification_accuracy(
+    scores: Tensor, labels: Tensor, novel: Tensor | None = None, top: Sequence[int] = (1, 5)
+) -> dict[str, float]:
+    """How often a box's true name is among the best scored ones, over all boxes (not a mean of classes).
+
+    A name that ties with the true one counts as better, so that equal scores do not look like knowledge.
+
+    Args:
+        scores: [N, C], the higher the likelier; finite.
+        labels: [N] int64, the true names.
+        novel: [C] bool, which names are novel.
+        top: how many of the best names may hold the true one.
+
+    Returns:
+        For each k of `top`: topk; with `novel` also topk_base and topk_novel.
+    """
+    if scores.ndim != 2 or labels.shape != scores.shape[:1]:
+        raise ValueError(
+            f"scores must be [N, C] and labels [N], got {list(scores.shape)}, {list(labels.shape)}"
+        )
+    if not bool(scores.isfinite().all()):
+        raise ValueError("scores hold NaN or infinity")
+    own = scores.gather(1, labels[:, None])  # [N, 1]
+    rank = (scores >= own).sum(1)  # [N], 1 is the best: the true name itself is counted
+    parts = {"": torch.ones_like(labels, dtype=torch.bool)}
+    if novel is not None:
+        is_novel = novel.bool()[labels]
+        parts |= {"_base": ~is_novel, "_novel": is_novel}
+    return {
+        f"top{k}{suffix}": float((rank[which] <= k).float().mean()) if bool(which.any()) else NOTHING
+        for k in top
+        for suffix, which in parts.items()
+    }

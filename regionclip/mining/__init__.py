@@ -1,0 +1,1 @@
+"""Pseudo region-phrase pairs from captioned images."""

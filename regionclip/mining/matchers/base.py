@@ -1,0 +1,79 @@
+"""What a matcher is. Anything that keeps this contract can be declared in the group `regionclip.matchers`."""
+
+# n regions of one image, C concepts of the vocabulary, P concepts that the image's own captions name, K kept
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from clip_base.runtime.errors import InputError
+
+GROUP = "regionclip.matchers"
+
+
+@dataclass(frozen=True)
+class MatchInputs:
+    """What is known of one image's regions.
+
+    Attributes:
+        similarity: [n, C] cosines between the teacher's region embeddings and the vocabulary.
+        objectness: [n] in [0, 1].
+        own: [P] int64, the vocabulary's rows that the image's captions name, each once.
+        temperature: what the cosines are divided by before a softmax.
+        boxes: [n, 4] (x1, y1, x2, y2) in pixels.
+    """
+
+    similarity: Tensor
+    objectness: Tensor
+    own: Tensor
+    temperature: float
+    boxes: Tensor
+
+
+@dataclass(frozen=True)
+class Matches:
+    """The regions that were kept.
+
+    Attributes:
+        kept: [m] int64, rows of the evidence.
+        concept_ids: [m, K] int64, most probable first.
+        concept_probs: [m, K] probabilities; a row sums to at most 1, the rest is what was cut off or is
+            unmatched.
+        from_caption: [m] bool, whether the first concept is one that the image's own captions name.
+    """
+
+    kept: Tensor
+    concept_ids: Tensor
+    concept_probs: Tensor
+    from_caption: Tensor
+
+
+class Matcher(Protocol):
+    """Matches one image's regions with concepts.
+
+    A matcher is a class whose constructor takes `config`, a dataclass with its options, and `names`, the
+    vocabulary's names in the order of its rows.
+    """
+
+    def __call__(self, evidence: MatchInputs) -> Matches:
+        """Returns the regions to keep with their concepts; none when nothing matches."""
+        ...
+
+
+def check_ranges(config: object) -> None:
+    """Raises an InputError unless a matcher's thresholds (options called min_…) and `k` can be met."""
+    for name, value in vars(config).items():
+        least = -1 if name == "min_similarity" else 0
+        if name.startswith("min_") and not least <= value <= 1:
+            raise InputError(f"matcher.{name} must lie in {least}…1, found {value}")
+        if name == "k" and value < 1:
+            raise InputError(f"matcher.k must be at least 1 concept a region, found {value}")
+
+
+def top_k(probabilities: Tensor, kept: Tensor, k: int, own: Tensor) -> Matches:
+    """Makes a Match of [n, C] probabilities: the k largest of every kept row."""
+    probs, ids = probabilities[kept].topk(min(k, probabilities.shape[1]), dim=1)
+    return Matches(kept, ids, probs, torch.isin(ids[:, 0], own))

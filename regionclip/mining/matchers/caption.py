@@ -1,0 +1,83 @@
+"""Matching with what the image's own captions name, and a slot for regions that belong to none of it."""
+
+# n regions of one image, C concepts of the vocabulary, P concepts that the image's own captions name
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clip_base.jobs.config import option
+from clip_base.runtime.errors import InputError
+from regionclip.concepts.synonyms import concept_groups
+from regionclip.mining.matchers.base import Matches, MatchInputs, check_ranges, top_k
+
+
+@dataclass
+class CaptionConfig:
+    """Options of the caption matcher."""
+
+    trust: float = option(0.9, "prior probability that a region shows something the image's captions name")
+    min_probability: float = option(0.5, "regions whose best own concept is less probable stay unmatched")
+    min_phrase: float = option(
+        0.2, "a phrase's best region is kept, though unsure, when it is at least this probable; 1: never"
+    )
+    min_similarity: float = option(
+        -1.0, "regions whose cosine with their best own concept is lower stay unmatched; -1: any will do"
+    )
+    min_objectness: float = option(0.0, "regions with less objectness, in [0, 1], are dropped")
+    k: int = option(5, "concepts stored a region, the most probable ones")
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        check_ranges(self)
+        if not 0 < self.trust < 1:
+            raise InputError(f"matcher.trust must lie between 0 and 1, found {self.trust}")
+
+
+class CaptionMatcher:
+    """Bayes' rule with the captions as prior.
+
+    A region shows one of the P own concepts with prior `trust`, evenly spread, or any other concept of the
+    pool with prior 1 - trust; the likelihood is exp(cosine / temperature). What falls to the others is the
+    unmatched slot. Concepts of an own concept's family ("red umbrella" of "umbrella") are neither own nor
+    others.
+    """
+
+    def __init__(self, config: CaptionConfig, names: Sequence[str]) -> None:
+        self.config = config
+        self.family = concept_groups(names)
+
+    def __call__(self, evidence: MatchInputs) -> Matches:
+        """For every region its best phrase, for every phrase its best region; both above their thresholds."""
+        own, config = evidence.own, self.config
+        if not len(own) or not len(evidence.objectness):
+            return nothing(config.k, evidence.similarity)
+        probabilities = self.posterior(evidence)  # [n, P]
+        eligible = evidence.objectness >= config.min_objectness
+        eligible &= evidence.similarity[:, own].amax(1) >= config.min_similarity
+        sure = probabilities.amax(1) >= config.min_probability
+        best = probabilities.masked_fill(~eligible[:, None], -1).max(0)  # of every phrase
+        sure[best.indices[best.values >= config.min_phrase]] = True
+        kept = torch.nonzero(sure & eligible).flatten()
+        match = top_k(probabilities, kept, config.k, torch.arange(len(own)))
+        return Matches(kept, own[match.concept_ids], match.concept_probs, match.from_caption)
+
+    def posterior(self, evidence: MatchInputs) -> Tensor:
+        """Returns [n, P] probabilities of the own concepts; 1 minus a row's sum is the unmatched slot."""
+        own, logits = evidence.own, evidence.similarity.float() / evidence.temperature  # [n, C]
+        related = torch.isin(self.family, self.family[own])
+        others = logits.masked_fill(related, -math.inf)
+        num_others = max(int((~related).sum()), 1)
+        mine = logits[:, own] + math.log(self.config.trust / len(own))  # [n, P]
+        rest = others.logsumexp(1, keepdim=True) + math.log((1 - self.config.trust) / num_others)  # [n, 1]
+        return torch.cat([mine, rest], 1).softmax(1)[:, :-1]
+
+
+def nothing(k: int, like: Tensor) -> Matches:
+    """Returns a Match that keeps no region."""
+    ids = torch.zeros(0, k, dtype=torch.int64)
+    return Matches(ids[:, 0], ids, like.new_zeros(0, k), torch.zeros(0, dtype=torch.bool))

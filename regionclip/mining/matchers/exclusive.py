@@ -1,0 +1,78 @@
+"""The best region of every phrase, and further ones that surely show it, each object once."""
+
+# n regions of one image, P concepts that the image's own captions name
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clip_base.jobs.config import option
+from clip_base.runtime.errors import InputError
+from regionclip.mining.matchers.base import Matches, MatchInputs, check_ranges, top_k
+from regionclip.mining.matchers.caption import CaptionConfig, CaptionMatcher, nothing
+from regionclip.structures.boxes import area, intersection
+
+
+@dataclass
+class ExclusiveConfig:
+    """Options of the exclusive matcher. Score: the probability of a concept times the objectness."""
+
+    trust: float = option(0.9, "prior probability that a region shows something the image's captions name")
+    min_first: float = option(0.1, "a concept's best region is kept when it scores at least this")
+    min_score: float = option(0.5, "further regions of a concept are kept when they score at least this")
+    overlap: float = option(
+        0.3, "a region that shares more of the smaller one with a better one of its concept is dropped"
+    )
+    k: int = option(5, "concepts stored a region, the most probable ones")
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        check_ranges(self)
+        if not 0 < self.trust < 1:
+            raise InputError(f"matcher.trust must lie between 0 and 1, found {self.trust}")
+        if not 0 <= self.overlap <= 1:
+            raise InputError(f"matcher.overlap must lie in 0…1, found {self.overlap}")
+
+
+class ExclusiveMatcher:
+    """The caption matcher's posterior, weighed with objectness, and suppression within each concept.
+
+    Most mined regions that show no object lie half beside one, next to a region that fits it better. Within a
+    concept the better one suppresses the others, measured by the share of the smaller box, so that a part of
+    an object does not stand beside the whole. What is left may be unsure as long as it is the only evidence
+    for its phrase, since the caption says that the thing is there.
+    """
+
+    def __init__(self, config: ExclusiveConfig, names: Sequence[str]) -> None:
+        self.config = config
+        self.caption = CaptionMatcher(CaptionConfig(trust=config.trust, k=config.k), names)
+
+    def __call__(self, evidence: MatchInputs) -> Matches:
+        """Returns the regions kept, in their order."""
+        own, config = evidence.own, self.config
+        if not len(own) or not len(evidence.objectness):
+            return nothing(config.k, evidence.similarity)
+        probabilities = self.caption.posterior(evidence)  # [n, P]
+        best = probabilities.max(1)
+        scores = best.values * evidence.objectness  # [n]
+        kept = self._pick(evidence.boxes, scores, best.indices)
+        match = top_k(probabilities, kept, config.k, torch.arange(len(own)))
+        return Matches(kept, own[match.concept_ids], match.concept_probs, match.from_caption)
+
+    def _pick(self, boxes: Tensor, scores: Tensor, concepts: Tensor) -> Tensor:
+        """Returns the places that are kept, of boxes [n, 4] with scores [n] and concepts [n], in order."""
+        smaller = torch.minimum(area(boxes)[:, None], area(boxes)[None]).clamp(min=1e-6)
+        shared = intersection(boxes, boxes) / smaller  # [n, n]
+        rivals = (concepts[:, None] == concepts[None]) & (shared > self.config.overlap)
+        open_, seen, kept = torch.ones_like(scores, dtype=torch.bool), set[int](), []
+        for place in scores.argsort(descending=True, stable=True).tolist():
+            concept = int(concepts[place])
+            least = self.config.min_score if concept in seen else self.config.min_first
+            if open_[place] and float(scores[place]) >= least:
+                kept.append(place)
+                open_ &= ~rivals[place]
+                seen.add(concept)
+        return torch.tensor(sorted(kept), dtype=torch.int64)

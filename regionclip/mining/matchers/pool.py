@@ -1,0 +1,43 @@
+"""The published matcher: every region against the whole pool of concepts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from clip_base.jobs.config import option
+from regionclip.mining.matchers.base import Matches, MatchInputs, check_ranges, top_k
+
+
+@dataclass
+class PoolConfig:
+    """Options of the pool matcher; the defaults are the released code's (arXiv 2112.09106)."""
+
+    min_probability: float = option(
+        0.1, "regions whose best concept of the pool is less probable are dropped"
+    )
+    min_objectness: float = option(0.0, "regions with less objectness, in [0, 1], are dropped")
+    keep_all_if_none: bool = option(True, "keep all regions of an image when none reaches min_probability")
+    k: int = option(5, "concepts stored a region, the most probable ones")
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        check_ranges(self)
+
+
+class PoolMatcher:
+    """Softmax of cosine / temperature over all concepts; captions are not looked at."""
+
+    def __init__(self, config: PoolConfig, names: Sequence[str]) -> None:
+        self.config = config
+
+    def __call__(self, evidence: MatchInputs) -> Matches:
+        """Returns the regions whose best concept is probable enough."""
+        probabilities = (evidence.similarity.float() / evidence.temperature).softmax(1)  # [n, C]
+        object_like = evidence.objectness >= self.config.min_objectness
+        sure = object_like & (probabilities.amax(1) >= self.config.min_probability)
+        if self.config.keep_all_if_none and not bool(sure.any()):
+            sure = object_like
+        return top_k(probabilities, torch.nonzero(sure).flatten(), self.config.k, evidence.own)

@@ -1,0 +1,201 @@
+"""From captioned images to region-phrase pairs: proposals, a frozen teacher, a matcher; restartable.
+
+Images are mined in shards, in the order of their ids. A shard depends on the options and on its images alone,
+so that engines, numbers of processes and interruptions change nothing about the result.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clip_base.jobs.run import RunFolder
+from clip_base.models.tokenizer import Tokenizer
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import existing, read_json, replacing, write_json
+from clip_base.runtime.precision import pick_device
+from clip_base.runtime.progress import Progress
+from clip_base.runtime.workers import run
+from clip_base.weights import download
+from clip_base.weights.load import find, load_clip
+from clip_base.weights.native import file_hash
+from regionclip.concepts.pool import pool_language, read_concepts
+from regionclip.concepts.spacy_models import model_name
+from regionclip.concepts.vocabulary import Vocabulary, embed
+from regionclip.data.caption_index import CaptionIndex, ImageRange, write_caption_index
+from regionclip.mining.miner import VOCABULARY, MineConfig, Miner
+from regionclip.mining.shards import MANIFEST, VERSION, read_manifest, read_skipped, shard_path
+
+INPUTS = ".inputs.json"
+
+
+def mine(config: MineConfig) -> None:
+    """Mines region-phrase pairs from captioned images into Parquet shards with a manifest."""
+    folder = RunFolder(config.out, config, "region-mine")
+    config = _fetched(config)
+    record, inputs = folder.path / INPUTS, _inputs(config)
+    begun = record.exists()
+    if begun:
+        _require_same(record, inputs, config)
+    if folder.finished() is not None and is_whole(folder.path):
+        print(f"{folder.path} is complete: {read_manifest(folder.path)['regions']} regions")
+        return
+    existing(config.images, "images folder")
+    path = folder.path / VOCABULARY
+    vocabulary = Vocabulary.load(path) if begun and path.exists() else _embed(config)
+    first, shares = config.shares
+    listed = folder.path / f".images-{first}-of-{shares}.db"
+    if not (begun and listed.exists()):
+        write_caption_index(config.captions, listed)
+    # Only now, so that a call that failed at once leaves nothing that a mended one would have to equal.
+    vocabulary.save(path)
+    write_json(record, inputs)
+    images = CaptionIndex(listed)
+    parts = images.slices(config.shard_images)
+    mine_here = [one for one in parts if one.number % shares == first - 1]
+    _mine_shards(config, listed, mine_here)
+    shards = -(-len(images) // config.shard_images)
+    missing = sum(not shard_path(folder.path, number).exists() for number in range(shards))
+    if missing:
+        print(
+            f"{folder.path}: share {config.share} is mined; {missing} of {shards} shards are others' to mine"
+        )
+        return
+    manifest = _finish(folder, config, vocabulary, shards, len(images), inputs)
+    print(
+        f"{folder.path}: {manifest['regions']} regions of {manifest['images']} images, "
+        f"{manifest['skipped']} skipped"
+    )
+
+
+def _mine_shards(config: MineConfig, listed: Path, parts: Sequence[ImageRange]) -> None:
+    """Mines those of the shards that are not there yet."""
+    folder = Path(config.out)
+    missing = [one for one in parts if not shard_path(folder, one.number).exists()]
+    total = sum(one.count for one in parts)
+    seen: dict[int, int] = {}  # images that a shard under way has behind it
+    with Progress("mining", total, total - sum(one.count for one in missing)) as progress:
+
+        def watch(one: ImageRange, images: int, note: str) -> None:
+            seen[one.number] = seen.get(one.number, 0) + images
+            progress.advance(images, note)
+
+        start = functools.partial(Miner, _anywhere(config), listed.absolute())
+        gpus = torch.cuda.device_count() if pick_device(config.device).type == "cuda" else 0
+        for one, regions in run(config.engine, start, missing, config.workers, watch, gpus):
+            # Those that did not decode, or that an engine without reports mined.
+            progress.advance(one.count - seen.pop(one.number, 0), f"{regions} regions in shard {one.number}")
+
+
+def _fetched(config: MineConfig) -> MineConfig:
+    """Returns the config with published models' names replaced by their files."""
+    proposer = {
+        key: str(find(value)) if isinstance(value, str) and value in download.files() else value
+        for key, value in config.proposer.items()
+    }
+    return replace(config, weights=str(find(config.weights)), proposer=proposer)
+
+
+def _anywhere(config: MineConfig) -> MineConfig:
+    """Returns the config with absolute paths: processes on other machines begin in other folders."""
+    changes: dict[str, Any] = {
+        key: str(Path(getattr(config, key)).absolute()) for key in ("images", "weights", "concepts", "out")
+    }
+    for key in ("proposer", "matcher"):
+        options = getattr(config, key).items()
+        changes[key] = {name: str(Path(it).absolute()) if _is_file(it) else it for name, it in options}
+    return replace(config, **changes)
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).is_file()
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a finished folder still holds every shard of its manifest; a deleted one is mined again."""
+    return (folder / MANIFEST).exists() and all(
+        (folder / name).exists() for name in read_manifest(folder)["shards"]
+    )
+
+
+def _inputs(config: MineConfig) -> dict[str, str]:
+    """Returns what decides the result besides the options: the hashes of all files, and the spaCy model."""
+    hashes = {what: _hash(existing(file)) for what, file in _files(config).items()}
+    return hashes | {"language_model": model_name(config.language or pool_language(config.concepts))}
+
+
+def _files(config: MineConfig) -> dict[str, str]:
+    files = {"teacher": config.weights, "captions": config.captions, "concepts": config.concepts}
+    return files | {f"proposer_{key}": value for key, value in config.proposer.items() if _is_file(value)}
+
+
+def _hash(path: Path) -> str:
+    """Returns the sha256 of a file, or of all files of a folder (weights in transformers' form)."""
+    if path.is_file():
+        return file_hash(path)
+    lines = [f"{file.name} {file_hash(file)}" for file in sorted(path.iterdir()) if file.is_file()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _require_same(record: Path, inputs: dict[str, str], config: MineConfig) -> None:
+    """Raises an InputError unless mining into this folder began with the same inputs."""
+    before, files = read_json(record, "record of the inputs"), _files(config)
+    changed = [files.get(what, found) for what, found in inputs.items() if before.get(what) != found]
+    if changed:
+        raise InputError(
+            f"{' and '.join(changed)} changed since mining into {record.parent} began; "
+            "give another out= or delete that folder"
+        )
+
+
+def _embed(config: MineConfig) -> Vocabulary:
+    """Returns the pool's vocabulary, embedded once for all processes and restarts."""
+    names = [concept.concept for concept in read_concepts(config.concepts)]
+    if not names:
+        raise InputError(f"concept pool {config.concepts} is empty; lower min_count of `regionclip concepts`")
+    teacher = load_clip(config.weights).to(pick_device(config.device))
+    return embed(teacher, Tokenizer(teacher.config.text.context_length), names, config.templates)
+
+
+def _finish(
+    folder: RunFolder,
+    config: MineConfig,
+    vocabulary: Vocabulary,
+    shards: int,
+    images: int,
+    inputs: dict[str, str],
+) -> dict[str, Any]:
+    """Writes what makes a folder of shards a finished one: skipped images, manifest, metrics."""
+    paths = [shard_path(folder.path, number) for number in range(shards)]
+    regions, skipped = 0, 0
+    with replacing(folder.path / "skipped.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
+        for path in paths:
+            lines, count = read_skipped(path)
+            file.write(lines)
+            regions, skipped = regions + count, skipped + lines.count("\n")
+    manifest = {
+        "version": VERSION,
+        "shards": [path.name for path in paths],
+        "images": images,
+        "images_folder": str(Path(config.images).absolute()),
+        "regions": regions,
+        "skipped": skipped,
+        **inputs,
+        "vocabulary": vocabulary.fingerprint,
+        "proposer": config.proposer,
+        "matcher": config.matcher,
+        "synonyms": {one.concept: one.synonyms for one in read_concepts(config.concepts) if one.synonyms},
+        "config": asdict(config),
+    }
+    write_json(folder.path / MANIFEST, manifest, indent=2)
+    # What killed processes were writing, and what only unfinished runs need.
+    for leftover in (*folder.path.glob(".shard-*.tmp"), *folder.path.glob(".images-*")):
+        leftover.unlink(missing_ok=True)
+    folder.finish({"images": images, "regions": regions, "skipped": skipped})
+    return manifest

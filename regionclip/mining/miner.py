@@ -1,0 +1,323 @@
+"""Mining one shard after another: proposals, a frozen teacher, a matcher."""
+
+# N regions of a batch, D embedding size, C concepts of the vocabulary
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clip_base.data.batch import ImageBatch
+from clip_base.images.decode import Pixels, decode
+from clip_base.jobs import plugins
+from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import existing
+from clip_base.runtime.precision import autocast, pick_device
+from clip_base.runtime.workers import ENGINES, Report
+from clip_base.weights.load import load_clip
+from regionclip.concepts.phrase_cache import StoredPhrases, phrases_file
+from regionclip.concepts.phrases import Phrase, PhraseParser
+from regionclip.concepts.pool import Concept, pool_language, read_concepts
+from regionclip.concepts.synonyms import aliases_of
+from regionclip.concepts.vocabulary import Vocabulary
+from regionclip.data.caption_index import CaptionedImageEntry, CaptionIndex, ImageRange
+from regionclip.mining.matchers.base import GROUP as MATCHERS
+from regionclip.mining.matchers.base import Matcher, MatchInputs
+from regionclip.mining.shards import MinedRegion, shard_path, write_shard
+from regionclip.models.region_encoder import RegionEncoder
+from regionclip.proposals.base import GROUP as PROPOSERS
+from regionclip.proposals.base import build_proposer
+from regionclip.structures.regions import ImageInfo
+from regionclip.structures.transforms import ResizeConfig, ResizeTransform, resize_shortest_edge, to_batch
+
+VOCABULARY = "vocabulary.safetensors"
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """An image to mine.
+
+    Attributes:
+        image_id: its id in the captions file.
+        file_name: relative to the images folder.
+        mentions: row of the vocabulary -> (phrase, caption) that names it first.
+        silence: why there is no mention.
+    """
+
+    image_id: int
+    file_name: str
+    mentions: dict[int, tuple[str, str]]
+    silence: str = ""
+
+
+class Miner:
+    """Everything that mining a shard needs, loaded once a process.
+
+    Args:
+        config: what to mine; its `out` holds the vocabulary.
+        images: the list of all images, see `write_image_list`.
+    """
+
+    def __init__(self, config: MineConfig, images: Path) -> None:
+        self.config, self.device = config, pick_device(config.device)
+        self.folder = existing(config.images, "images folder")
+        self.images = CaptionIndex(images)
+        self.pool = read_concepts(config.concepts)
+        self.vocabulary = Vocabulary.load(Path(config.out) / VOCABULARY)
+        self.concepts = self.vocabulary.embeddings.to(self.device)  # [C, D]
+        teacher = load_clip(config.weights).to(self.device)
+        self.temperature = config.temperature or float(torch.exp(-teacher.logit_scale.detach()))
+        self.encoder = RegionEncoder(
+            teacher.visual, config.teacher, config.context, scale=config.teacher_scale
+        )
+        self.proposer = build_proposer(config.proposer, self.device)
+        self.matcher: Matcher = plugins.build(MATCHERS, config.matcher, names=self.vocabulary.names)
+        self.rows = rows_of(self.pool)
+
+    def __call__(self, part: ImageRange, report: Report) -> int:
+        """Mines a slice of the images into its shard and returns how many regions that holds."""
+        skipped: list[dict[str, Any]] = []
+        images = self.captioned(self.images.read(part))
+        regions = self.mine(images, skipped, report)
+        return write_shard(shard_path(Path(self.config.out), part.number), regions, skipped)
+
+    @cached_property
+    def parser(self) -> PhraseParser:
+        """The parser that made the pool; what it found then is not parsed again."""
+        return mining_parser(self.config.concepts, self.pool, self.config.language)
+
+    def captioned(self, images: Sequence[CaptionedImageEntry]) -> list[CaptionedImage]:
+        """Returns images with what their captions, if any, mention."""
+        parsed = self.parser.parse(text for image in images for text in image.captions)
+        found = []
+        for image in images:
+            mentions: dict[int, tuple[str, str]] = {}
+            silence = "no caption holds a noun phrase" if image.captions else "it has no caption"
+            for text in image.captions:
+                for phrase in next(parsed):
+                    silence = "no caption names a concept of the pool"
+                    row = row_of(phrase, self.rows)
+                    if row is not None:
+                        mentions.setdefault(row, (phrase.text, text))
+            found.append(CaptionedImage(image.image_id, image.file_name, mentions, silence))
+        return found
+
+    def mine(
+        self, images: Sequence[CaptionedImage], skipped: list[dict[str, Any]], report: Report
+    ) -> Iterator[MinedRegion]:
+        """Yields the regions of some images, in their order.
+
+        Args:
+            images: what to mine.
+            skipped: takes an entry for each image that gives no region.
+            report: takes how many images more were looked at.
+        """
+        count = 0
+        for chunk in self._batches(images, skipped):
+            pixels = [pixels for _, pixels, _ in chunk]
+            batch = to_batch(pixels, self.config.resize.multiple).to(self.device)
+            with torch.no_grad(), autocast(self.config.precision, self.device):
+                found = self._mine_batch(batch, [(image, frame) for image, _, frame in chunk])
+            for (image, _, _), (rows, reason) in zip(chunk, found, strict=True):
+                count += len(rows)
+                yield from rows
+                if not rows:
+                    skipped.append(_entry(image, reason))
+            report(len(chunk), f"{count} regions in this shard")
+
+    def _batches(
+        self, images: Sequence[CaptionedImage], skipped: list[dict[str, Any]]
+    ) -> Iterator[list[tuple[CaptionedImage, Pixels, ResizeTransform]]]:
+        resize = self.config.resize
+        chunk: list[tuple[CaptionedImage, Pixels, ResizeTransform]] = []
+        for image in images:
+            try:
+                pixels = decode(self.folder / image.file_name)
+            except InputError as error:
+                skipped.append(_entry(image, str(error)))
+                continue
+            chunk.append(
+                (image, *resize_shortest_edge(pixels, resize.short[0], resize.long, filter=resize.filter))
+            )
+            if len(chunk) == self.config.batch_size:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
+
+    def _mine_batch(
+        self, batch: ImageBatch, images: list[tuple[CaptionedImage, ResizeTransform]]
+    ) -> list[tuple[list[MinedRegion], str]]:
+        keys = [ImageInfo(image.image_id, *frame.original) for image, frame in images]
+        proposals = self.proposer(batch, keys)
+        embeddings = self.encoder(batch, proposals)  # [N, D]
+        similarity = (embeddings @ self.concepts.T).float().cpu()  # [N, C]
+        proposals = proposals.to("cpu")
+        return [
+            self._of_image(
+                image, frame, similarity[mask], proposals.boxes[mask], _scores(proposals.scores, mask)
+            )
+            for (image, frame), mask in zip(
+                images, (proposals.image_index == i for i in range(len(images))), strict=True
+            )
+        ]
+
+    def _of_image(
+        self,
+        image: CaptionedImage,
+        frame: ResizeTransform,
+        similarity: Tensor,
+        boxes: Tensor,
+        objectness: Tensor,
+    ) -> tuple[list[MinedRegion], str]:
+        """Returns an image's regions, and why there is none."""
+        if not len(boxes):
+            return [], "no proposals"
+        own = torch.tensor(sorted(image.mentions), dtype=torch.int64)
+        match = self.matcher(MatchInputs(similarity, objectness, own, self.temperature, boxes))
+        originals = frame.invert_boxes(boxes)
+        regions = []
+        for row, ids, probs in zip(
+            match.kept.tolist(), match.concept_ids.tolist(), match.concept_probs.tolist(), strict=True
+        ):
+            phrase, caption = image.mentions.get(ids[0], (None, None))
+            regions.append(
+                MinedRegion(
+                    image.image_id,
+                    image.file_name,
+                    *frame.original,
+                    box=tuple(originals[row].tolist()),
+                    objectness=float(objectness[row]),
+                    concept_ids=ids,
+                    concept_probs=probs,
+                    concept=self.vocabulary.names[ids[0]],
+                    phrase=phrase,
+                    caption=caption,
+                )
+            )
+        return regions, "no region matches a concept" if image.mentions else image.silence
+
+
+def _entry(image: CaptionedImage, reason: str) -> dict[str, Any]:
+    return {"image_id": image.image_id, "file_name": image.file_name, "reason": reason}
+
+
+def _scores(scores: Tensor | None, mask: Tensor) -> Tensor:
+    return torch.ones(int(mask.sum())) if scores is None else scores[mask].float()
+
+
+def rows_of(pool: Sequence[Concept]) -> dict[str, int]:
+    """Returns form in a caption -> row of the vocabulary: the concepts' names and given classes' synonyms."""
+    rows = {concept.concept: row for row, concept in enumerate(pool)}
+    return rows | {form: rows[name] for form, name in aliases_of(_given(pool)).items()}
+
+
+def row_of(phrase: Phrase, rows: dict[str, int]) -> int | None:
+    """Returns the vocabulary's row for a phrase: its head noun's, else the whole phrase's, else None.
+
+    The head comes first since a detector is asked for things, and since what describes them ("red") is seldom
+    said.
+    """
+    return rows.get(phrase.head, rows.get(phrase.text))
+
+
+def _given(pool: Sequence[Concept]) -> list[tuple[str, ...]]:
+    return [(concept.concept, *concept.synonyms) for concept in pool if concept.kind == "given"]
+
+
+def mining_parser(path: str, pool: Sequence[Concept], language: str, workers: int = 1) -> PhraseParser:
+    """Returns the parser that made a pool of concepts; phrases that are kept beside it are not parsed again.
+
+    What is invisible needs no list here: it is not in the pool.
+
+    Args:
+        path: the pool's file.
+        pool: its concepts.
+        language: a spaCy model; "" is the one that the pool was made with.
+        workers: processes.
+    """
+    # The concepts job keeps given names of several words whole, so this one must too.
+    names = [name for entry in _given(pool) for name in entry]
+    parser = PhraseParser(
+        language or pool_language(path), workers=workers, invisible=frozenset(), names=names
+    )
+    kept = phrases_file(path)
+    if kept.exists():
+        try:
+            parser.memory = StoredPhrases(kept, parser.fingerprint)
+        except InputError as error:
+            print(f"captions are parsed anew: {error}", file=sys.stderr)
+    return parser
+
+
+@dataclass
+class MineConfig:
+    """Options of mining."""
+
+    images: str = option(REQUIRED, "folder that the captions' file names are relative to")
+    captions: str = option(REQUIRED, "captions_*.json in COCO's form")
+    weights: str = option(REQUIRED, "the teacher: a CLIP")
+    concepts: str = option(REQUIRED, "concept pool from `regionclip concepts`")
+    out: str = option(REQUIRED, "folder for shards and manifest", runtime_only=True)
+    proposer: Plugin = plugin(PROPOSERS, "rpn", "where regions come from")
+    matcher: Plugin = plugin(MATCHERS, "hybrid", "how regions find their concepts")
+    teacher: str = option("crop", "how the teacher sees a region", choices=("crop", "roi_align", "dense"))
+    teacher_scale: float = option(
+        1.0,
+        "factor on the images' size for the teacher (not for crops): it reads best near its own resolution",
+    )
+    context: float = option(1.2, "teacher=crop: side of the square crop, in longer sides of the box")
+    templates: list[str] = option(["a photo of {article} {}.", "{}"], "prompts, averaged; {} is the concept")
+    temperature: float = option(
+        0.0, "what cosines are divided by; 0: the teacher's own, 1 / exp(logit scale)"
+    )
+    resize: ResizeConfig = option(ResizeConfig(), "size of the images; nothing is mirrored")
+    language: str = option("", "spaCy model for phrases; empty: the one that the concept pool was made with")
+    batch_size: int = option(16, "images at once")
+    shard_images: int = option(2000, "images a shard")
+    precision: str = option(
+        "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
+    )
+    device: str = option("auto", "auto takes a GPU when there is one", runtime_only=True)
+    engine: str = option(
+        "local",
+        "where the processes are: local, on this machine; ray, on the Ray cluster that RAY_ADDRESS names or "
+        "that runs here (its machines see the same files at the same paths)",
+        runtime_only=True,
+        choices=ENGINES,
+    )
+    workers: int = option(
+        1,
+        "processes that mine shards beside each other; 0: one a core (ray: or one a GPU)",
+        runtime_only=True,
+    )
+    share: str = option(
+        "1/1",
+        "K/N mines only the K-th of N shares of the shards, into the same folder: each machine another, and "
+        "the one that ends last writes the manifest",
+        runtime_only=True,
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        if self.batch_size < 1 or self.shard_images < 1:
+            raise InputError("batch_size and shard_images must be at least 1")
+        if self.workers < 0:
+            raise InputError(f"workers must be at least 0, got {self.workers}")
+        first, count = self.shares
+        if not 1 <= first <= count:
+            raise InputError(f"share={self.share} must be K/N with K from 1 to N, such as 2/8")
+
+    @property
+    def shares(self) -> tuple[int, int]:
+        """K and N of `share`; (0, 0) when it is of another form."""
+        found = re.fullmatch(r"(\d+)/(\d+)", self.share)
+        return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -1,0 +1,158 @@
+"""The report on mined pairs: how they look, what they cover and, where truth exists, how true they are."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from clip_base.data.sources import read_captions
+from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.run import RunFolder
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import read_json_lines, write_text
+from clip_base.runtime.progress import track
+from regionclip.concepts.phrases import Phrase, read_invisible
+from regionclip.concepts.pool import read_concepts
+from regionclip.data.annotations import CocoDetection
+from regionclip.data.categories import load_split
+from regionclip.mining.coverage import cover
+from regionclip.mining.miner import mining_parser, rows_of
+from regionclip.mining.quality import measure_pairs
+from regionclip.mining.report_page import THRESHOLDS, ReportData, ReportLimits, make_page
+from regionclip.mining.shards import read_manifest, read_regions
+
+
+@dataclass
+class ReportConfig:
+    """Options of the report on mined pairs."""
+
+    mined: str = option(REQUIRED, "folder that `regionclip mine` wrote")
+    out: str = option(
+        REQUIRED, "folder for report.html, metrics.json and the tables as files", runtime_only=True
+    )
+    annotations: str = option(
+        "", "true boxes of the mined images, in COCO's form, to judge the pairs by; empty: none"
+    )
+    split: str = option("", "coco, or a JSON file with base and novel names; empty: none is novel")
+    captions: str = option("", "the captions that were mined, if they are no longer where they were")
+    images: str = option("", "the images that were mined, if they are no longer where they were")
+    pool: str = option("", "the concept pool that was mined with, if it is no longer where it was")
+    regions: int = option(36, "regions shown over all scores")
+    concepts: int = option(24, "concepts shown, half of them the most frequent ones")
+    examples: int = option(6, "regions shown a concept")
+    megabytes: float = option(6.0, "pictures that would make the page larger are left out")
+    listed: int = option(40, "rows of a table on the page; the files hold all")
+    workers: int = option(1, "processes that parse captions", runtime_only=True)
+
+    def __post_init__(self) -> None:
+        if min(self.regions, self.concepts, self.examples) < 0 or self.listed < 1 or self.workers < 1:
+            raise InputError(
+                "regions, concepts and examples must not be below 0, listed and workers not below 1"
+            )
+        if self.megabytes < 0:
+            raise InputError(f"megabytes must not be below 0, got {self.megabytes}")
+        if self.split and not self.annotations:
+            raise InputError("split= needs annotations=FILE: without true boxes there is nothing to split")
+
+
+def report(config: ReportConfig) -> None:
+    """Shows mined pairs on one HTML page: gallery, scores, coverage and, with true boxes, their precision."""
+    data = read_data(config)
+    run = RunFolder(config.out, config, "region-report")
+    limits = ReportLimits(config.regions, config.concepts, config.examples, config.megabytes, config.listed)
+    write_text(run.path / "report.html", make_page(data, limits))
+    _write_tables(run.path, data)
+    metrics = _metrics(data)
+    run.finish(metrics)
+    for key, value in metrics.items():
+        if not isinstance(value, list):
+            print(f"{key:<26} {value:.4f}" if isinstance(value, float) else f"{key:<26} {value}")
+    print(f"open {run.path / 'report.html'} in a browser")
+
+
+def read_data(config: ReportConfig) -> ReportData:
+    """Reads what mining left and compares it with the true boxes.
+
+    Raises:
+        InputError: mining has not ended, or its captions or images, or the true boxes, are not there.
+    """
+    manifest = read_manifest(config.mined)
+    mining: dict[str, Any] = manifest["config"]
+    folder = _there(config.images or manifest["images_folder"], "images folder", "images=DIR")
+    file = _there(config.captions or mining["captions"], "captions file", "captions=FILE")
+    captions, names = read_captions(file)
+    pool_file = _there(config.pool or mining["concepts"], "concept pool", "pool=FILE")
+    pool = read_concepts(pool_file)
+    if not pool:
+        raise InputError(f"concept pool {pool_file} is empty: nothing was mined with it; give another pool=")
+    truth = CocoDetection(config.annotations, None) if config.annotations else None
+    regions = list(read_regions(config.mined))
+    judged = None
+    if truth is not None:
+        split = load_split(config.split, truth.categories, truth.frequencies) if config.split else None
+        judged = measure_pairs(regions, truth, split, images=names.keys())
+    parser = mining_parser(str(pool_file), pool, mining["language"], config.workers)
+
+    def parse(texts: Sequence[str]) -> Iterable[list[Phrase]]:
+        return track(parser.parse(texts), "phrases", len(texts))
+
+    concepts = [concept.concept for concept in pool]
+    coverage = cover(regions, captions, names, concepts, rows_of(pool), parse, read_invisible())
+    return ReportData(manifest, folder, regions, coverage, _skipped(Path(config.mined)), judged)
+
+
+def _there(path: str, what: str, option_: str) -> Path:
+    if not Path(path).exists():
+        raise InputError(f"the mined {what} {path} does not exist; say where it is now with {option_}")
+    return Path(path)
+
+
+def _skipped(mined: Path) -> list[dict[str, Any]]:
+    """Reads the images that gave no region, with the reasons."""
+    return [entry for _, entry in read_json_lines(mined / "skipped.jsonl", "list of skipped images")]
+
+
+def _metrics(data: ReportData) -> dict[str, Any]:
+    """Returns the figures of the page: counts and shares, and the tables by threshold as lists."""
+    metrics: dict[str, Any] = {**data.coverage.metrics(), "skipped": len(data.skipped)}
+    metrics["probability_histogram"] = data.histogram("probability")
+    metrics["objectness_histogram"] = data.histogram("objectness")
+    judged = data.quality
+    if judged is not None:
+        metrics |= {key: value for key, value in judged.metrics().items() if key != "pairs"}
+        metrics["by_probability"] = judged.by_threshold(judged.probabilities, THRESHOLDS)
+        metrics["by_objectness"] = judged.by_threshold(judged.objectness, THRESHOLDS)
+        metrics["best_probability"] = judged.least_mistaken(metrics["by_probability"])
+        metrics["best_objectness"] = judged.least_mistaken(metrics["by_objectness"])
+    return metrics
+
+
+def _write_tables(folder: Path, data: ReportData) -> None:
+    """Writes the tables of which the page shows the first rows."""
+    uses = [asdict(use) for use in data.coverage.by_regions()]
+    fields = ("concept", "images", "matched", "regions", "probability")
+    write_text(folder / "concepts.csv", _csv(fields, ([use[key] for key in fields] for use in uses)))
+    never = (
+        {"phrase": use.concept, "images": use.images, "in_pool": use.in_pool, "examples": use.examples}
+        for use in data.coverage.never_matched()
+    )
+    write_text(folder / "never_matched.jsonl", "".join(json.dumps(entry) + "\n" for entry in never))
+    if data.quality is not None:
+        rows = data.quality.by_category()
+        columns = ("name", "part", "objects", "pairs", "precision", "wrong_name", "no_object", "recall")
+        write_text(folder / "categories.csv", _csv(columns, ([row[key] for key in columns] for row in rows)))
+        confusions = data.quality.judgement.confusions()
+        write_text(folder / "confusions.csv", _csv(("named", "shown", "pairs"), confusions))
+
+
+def _csv(titles: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(titles)
+    table.writerows([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+    return text.getvalue()

@@ -1,0 +1,152 @@
+"""Mined region-phrase pairs on disk: Parquet shards, and a manifest that says how they were made."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import existing, read_json, replacing
+
+VERSION = 2
+MANIFEST = "manifest.json"
+
+_ROWS = 5000  # regions made a table at once: as Python's objects they take ten times the memory
+_SKIPPED = b"skipped"
+
+# Which region of which picture: mined ones have these columns, described ones (`features`) too.
+REGION_COLUMNS = [
+    ("image_id", pa.int64()),
+    ("file_name", pa.string()),
+    ("height", pa.int32()),
+    ("width", pa.int32()),
+    ("box", pa.list_(pa.float32(), 4)),  # x1, y1, x2, y2 in pixels of the original image
+    ("objectness", pa.float32()),
+]
+SCHEMA = pa.schema(
+    [
+        *REGION_COLUMNS,
+        ("concept_ids", pa.list_(pa.int32())),  # rows of the vocabulary, most probable first
+        ("concept_probs", pa.list_(pa.float32())),
+        ("kept_mass", pa.float32()),  # sum of concept_probs; the rest was cut off or belongs to no concept
+        ("concept", pa.string()),  # the first concept's name
+        ("phrase", pa.string()),  # the phrase of the caption that names it; null when none does
+        ("caption", pa.string()),  # the caption that phrase stands in
+    ]
+)
+
+
+@dataclass(frozen=True)
+class MinedRegion:
+    """One row of a shard; the fields, with `kept_mass`, are those of SCHEMA."""
+
+    image_id: int
+    file_name: str
+    height: int
+    width: int
+    box: tuple[float, float, float, float]
+    objectness: float
+    concept_ids: list[int]
+    concept_probs: list[float]
+    concept: str
+    phrase: str | None
+    caption: str | None
+
+    @property
+    def kept_mass(self) -> float:
+        """What the stored probabilities sum to; 1 minus it was cut off, or is the unmatched slot's share."""
+        return sum(self.concept_probs)
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Returns the path of shard `number`."""
+    return folder / f"shard-{number:05d}.parquet"
+
+
+def write_shard(path: Path, regions: Iterable[MinedRegion], skipped: Sequence[dict[str, Any]] = ()) -> int:
+    """Writes one shard atomically; an empty one is a file too, so that its images count as done.
+
+    Args:
+        path: the file.
+        regions: its rows.
+        skipped: images that gave no region, each with the reason; looked at when `regions` has ended.
+
+    Returns:
+        How many regions there were.
+    """
+    rows = iter(regions)
+    tables = [SCHEMA.empty_table()]
+    while some := list(itertools.islice(rows, _ROWS)):
+        records = [asdict(region) | {"kept_mass": region.kept_mass} for region in some]
+        tables.append(pa.Table.from_pylist(records, schema=SCHEMA))
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
+    table = pa.concat_tables(tables).replace_schema_metadata({_SKIPPED: lines.encode()})
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+    return int(table.num_rows)
+
+
+def read_skipped(path: Path) -> tuple[str, int]:
+    """Returns a shard's skipped images as JSON Lines, and how many regions it holds; reads no region.
+
+    Raises:
+        InputError: the shard is damaged.
+    """
+    try:
+        file = pq.ParquetFile(path)
+        return (file.schema_arrow.metadata or {}).get(_SKIPPED, b"").decode(), int(file.metadata.num_rows)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    reason = str(error).splitlines()[0]
+    return InputError(f"shard {path} is damaged ({reason}); delete it and run `regionclip mine` again")
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Reads a mined folder's manifest.
+
+    Raises:
+        InputError: the folder holds no finished mining run.
+    """
+    path = existing(folder, "folder of mined pairs") / MANIFEST
+    if not path.exists():
+        raise InputError(
+            f"{folder} has no {MANIFEST}: mining there has not ended; run `regionclip mine` again"
+        )
+    manifest: dict[str, Any] = read_json(path, "manifest")
+    if manifest.get("version") != VERSION:
+        raise InputError(
+            f"{path} is of version {manifest.get('version')}, this program reads {VERSION}; mine again"
+        )
+    return manifest
+
+
+def read_regions(folder: str | Path) -> Iterator[MinedRegion]:
+    """Yields all mined regions in the order of the images.
+
+    Raises:
+        InputError: the folder is unfinished, or a shard that the manifest lists is missing or damaged.
+    """
+    for name in read_manifest(folder)["shards"]:
+        path = existing(Path(folder) / name, "shard")
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(path, error) from None
+        if not table.schema.equals(SCHEMA):
+            found = ", ".join(table.schema.names[:5])
+            raise InputError(
+                f"{path} is no shard of mined regions (its columns: {found}); mine into another folder"
+            )
+        for batch in table.drop_columns("kept_mass").to_batches(_ROWS):
+            for row in batch.to_pylist():
+                yield MinedRegion(**row)

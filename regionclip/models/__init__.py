@@ -1,0 +1,1 @@
+"""The region encoder and the open-vocabulary detector."""

@@ -1,0 +1,89 @@
+"""Proposals of any proposer, written in COCO's results form or as Parquet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
+from clip_base.jobs.run import RunFolder
+from clip_base.runtime.precision import autocast, pick_device
+from clip_base.runtime.progress import Progress
+from regionclip.data.annotations import CocoDetection
+from regionclip.data.batches import batches_of, write_skipped
+from regionclip.data.categories import load_split
+from regionclip.metrics.recall import RecallMeter, described
+from regionclip.proposals.base import GROUP as PROPOSERS
+from regionclip.proposals.base import build_proposer
+from regionclip.proposals.storage import writing
+from regionclip.structures.transforms import ResizeConfig
+
+
+@dataclass
+class ProposeConfig:
+    """Options of proposing."""
+
+    annotations: str = option(
+        REQUIRED, "instances_*.json in COCO's form: which images, and true boxes for recall"
+    )
+    images: str = option(REQUIRED, "folder that its file names are relative to")
+    split: str = option(
+        "", "coco or a JSON file: recall of base and novel classes apart; empty: of all together"
+    )
+    out: str = option(REQUIRED, "folder for the proposals and metrics.json", runtime_only=True)
+    format: str = option(
+        "json",
+        "json: proposals.json in COCO's results form; parquet: proposals.parquet, smaller and faster to read",
+        choices=("json", "parquet"),
+    )
+    proposer: Plugin = plugin(PROPOSERS, "rpn", "where regions come from")
+    resize: ResizeConfig = option(ResizeConfig(), "size of the images")
+    batch_size: int = option(16, "images at once")
+    precision: str = option(
+        "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
+    )
+    device: str = option("auto", "auto takes a GPU when there is one", runtime_only=True)
+
+
+def propose(config: ProposeConfig) -> None:
+    """Writes a proposer's boxes to `out/proposals.json` (COCO's results form), and measures their recall."""
+    run = RunFolder(config.out, config, "region-propose")
+    path = run.path / f"proposals.{config.format}"
+    if run.finished() is not None:
+        print(f"{run.path} is complete: {path}")
+        return
+    dataset = CocoDetection(config.annotations, config.images)
+    names, often = dataset.categories, dataset.frequencies
+    split = load_split(config.split, names, often) if config.split else None
+    if split is not None:
+        dataset = dataset.restrict(split.all)
+    print(dataset.report())
+    device = pick_device(config.device)
+    proposer = build_proposer(config.proposer, device)
+    skipped: dict[int, str] = {}
+    meter, images, count = RecallMeter(apart=split is not None), 0, 0
+    is_novel = torch.tensor(
+        split.is_novel(dataset.categories) if split else [False] * len(dataset.categories)
+    )
+    with writing(path) as file, Progress("proposals", len(dataset)) as progress:
+        for batch in batches_of(dataset, config.resize, config.batch_size, device, skipped):
+            with torch.no_grad(), autocast(config.precision, device):
+                found = proposer(batch.images, batch.keys).to("cpu")
+            for slot, record in enumerate(batch.records):
+                mine = found.of_image(slot)
+                originals = batch.frames[slot].invert_boxes(mine.boxes)
+                file.add(
+                    record.image_id, originals, torch.ones(len(mine)) if mine.scores is None else mine.scores
+                )
+                single = record.without_crowds()
+                meter.add(single.boxes, originals, is_novel[single.labels])
+                count += len(mine)
+            images += len(batch.records)
+            progress.advance(len(batch.records))
+    write_skipped(run.path / "skipped.jsonl", skipped)
+    metrics: dict[str, Any] = {"images": images, "proposals": count, "skipped": len(skipped)}
+    recall = meter.metrics()
+    run.finish(metrics | recall)
+    print(f"{path}: {count} boxes of {images} images\n{described(recall)}")

@@ -1,0 +1,399 @@
+"""The region proposal network (Faster R-CNN, arXiv 1506.01497, section 3), over one map or a feature pyramid.
+
+Two backbones: the trunk of CLIP's ResNet, so that one backbone can serve proposals and embeddings, and
+torchvision's ResNet-50. Sampling, head and pyramid are torchvision's. The losses are detectron2's. Anchors
+and the choice of proposals are our own: torchvision rounds anchors to whole pixels and derives strides from
+the padded size.
+"""
+
+# B images, C channels, h and w sides of a map, A anchors a cell, K anchors of an image over all levels
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
+from torchvision.ops import FeaturePyramidNetwork, batched_nms
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from clip_base.data.batch import ImageBatch
+from clip_base.jobs.config import option
+from clip_base.models.configs import VisionConfig
+from clip_base.models.resnet import ModifiedResNet
+from clip_base.runtime.errors import InputError
+from regionclip.proposals.base import collect
+from regionclip.proposals.rpn.backbone import (
+    BACKBONES,
+    ResNet50,
+    caffe_pixels,
+    channels_of,
+    clip_trunk,
+    fit_frame,
+    freeze_stages,
+)
+from regionclip.structures.boxes import clip_boxes, decode_deltas, encode_deltas, valid_boxes
+from regionclip.structures.regions import RegionBatch, Regions
+
+PYRAMID_CHANNELS = 256  # arXiv 1612.03144, section 3
+
+
+@dataclass
+class ProposalNetworkConfig:
+    """Sizes of a proposal network, how it samples anchors in training and how it picks proposals.
+
+    The defaults suit small pictures with objects of 20 to 80 pixels. The published networks are written down
+    in `configs/region-train-rpn`: coco_c4.yaml, lvis_fpn.yaml, lvis_fpn_lsj.yaml.
+    """
+
+    backbone: str = option("clip", "clip (the trunk of CLIP's ResNet) or resnet50", choices=tuple(BACKBONES))
+    vision: VisionConfig = option(VisionConfig(), "sizes of the CLIP trunk, when backbone=clip")
+    share_trunk: bool = option(
+        False, "sit on the trunk of the CLIP that uses the proposals, frozen, instead of on a copy of it"
+    )
+    backbone_weights: str = option("", "weights file to start the backbone from; empty: random weights")
+    stride_in_1x1: bool = option(False, "resnet50 halves maps in 1x1 convolutions, as MSRA's weights want")
+    pixels: str = option(
+        "clip",
+        "what resnet50 is shown: clip (RGB, normalised) or caffe (BGR in 0…255 less its mean)",
+        choices=("clip", "caffe"),
+    )
+    frozen_stages: int = option(
+        0, "backbone stages kept as they are: 1 is the stem, 2 adds layer1, … 5 is all"
+    )
+    frozen_batch_norm: bool = option(False, "keep the backbone's batch statistics: for small batches")
+    design: str = option("fpn", "c4 (one map of stride 16) or fpn (a pyramid)", choices=("c4", "fpn"))
+    strides: list[int] = option([8, 16], "strides of the maps in pixels, each twice the one before")
+    anchor_sizes: list[float] = option(
+        [20.0, 32.0, 50.0, 80.0], "roots of the anchors' areas in pixels, dealt out evenly over the strides"
+    )
+    ratios: list[float] = option([0.5, 1.0, 2.0], "height of an anchor divided by its width")
+    channels: int = option(0, "channels of pyramid and head; 0: 256 for fpn, the map's own for c4")
+    pyramid_norm: bool = option(False, "batch norms in the pyramid, as in detectron2's large-scale jitter")
+    head_convs: int = option(1, "3x3 convolutions of the head")
+    positive_iou: float = option(0.7, "anchors that overlap a box at least so much are objects")
+    negative_iou: float = option(0.3, "anchors that overlap every box less are background; between: not used")
+    samples: int = option(256, "anchors per image in the loss; what the sum of their losses is divided by")
+    positive_share: float = option(0.5, "largest share of objects among the sampled anchors")
+    smooth_l1_beta: float = option(
+        0.0, "box loss: deltas off by less than this are squared; 0: L1, as in detectron2; torchvision: 1/9"
+    )
+    pre_nms: int = option(1000, "best anchors a level that go into non-maximum suppression")
+    nms: float = option(0.7, "IoU above which the lower scored of two proposals is dropped")
+    merge_levels: bool = option(True, "suppress over all levels together; false: within each, as published")
+    min_size: float = option(1.0, "proposals must be wider and higher than this, in pixels")
+
+    def __post_init__(self) -> None:
+        """Checks that the network can be built."""
+        _require(self.backbone in BACKBONES, f"backbone must be clip or resnet50, got {self.backbone!r}")
+        _require(
+            self.backbone != "clip" or self.vision.kind == "resnet",
+            "backbone=clip needs vision.kind=resnet: a vit has no trunk of stride 16",
+        )
+        _require(
+            self.backbone == "clip" or not self.share_trunk,
+            "share_trunk=true needs backbone=clip: it is CLIP's trunk that is shared",
+        )
+        _require(
+            self.backbone == "resnet50" or (self.pixels == "clip" and not self.stride_in_1x1),
+            "stride_in_1x1 and pixels=caffe need backbone=resnet50",
+        )
+        maps = BACKBONES[self.backbone]
+        doubling = all(b == 2 * a for a, b in zip(self.strides, self.strides[1:], strict=False))
+        if self.design == "c4":
+            _require(self.strides == [16], f"design=c4 has one map: set strides=[16], got {self.strides}")
+        else:
+            _require(
+                bool(self.strides)
+                and self.strides[0] in maps
+                and 16 <= self.strides[-1] <= 2 * maps[-1]
+                and doubling,
+                f"strides of a pyramid on {self.backbone} start at one of {list(maps)}, double, and end in "
+                f"16…{2 * maps[-1]}; got {self.strides}",
+            )
+        _require(
+            bool(self.anchor_sizes) and len(self.anchor_sizes) % len(self.strides) == 0,
+            f"{len(self.anchor_sizes)} anchor_sizes cannot be split evenly over {len(self.strides)} strides",
+        )
+        _require(
+            bool(self.ratios) and min(*self.anchor_sizes, *self.ratios) > 0,
+            f"anchor_sizes and ratios must be above 0, got {self.anchor_sizes} and {self.ratios}",
+        )
+        _require(
+            0 <= self.negative_iou <= self.positive_iou <= 1,
+            f"0 ≤ negative_iou ≤ positive_iou ≤ 1 must hold, got {self.negative_iou} and {self.positive_iou}",
+        )
+        _require(
+            min(self.samples, self.pre_nms) > 0 <= min(self.channels, self.min_size, self.smooth_l1_beta),
+            "samples and pre_nms must be above 0, channels, min_size and smooth_l1_beta not below it",
+        )
+        _require(self.head_convs > 0, f"head_convs must be at least 1, got {self.head_convs}")
+        _require(self.design == "fpn" or not self.pyramid_norm, "pyramid_norm=true needs design=fpn")
+        for name in ("positive_share", "nms"):
+            _require(
+                0 < getattr(self, name) <= 1,
+                f"{name} must be above 0 and at most 1, got {getattr(self, name)}",
+            )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+class ProposalNetwork(nn.Module):
+    """Says where objects may be, whatever they are.
+
+    With `config.share_trunk` the trunk belongs to a CLIP: it is held but not registered, so that the weights,
+    modes and moves of the network are those of neck and head, and the CLIP's are its own affair.
+
+    Args:
+        config: sizes and choices.
+        trunk: the CLIP's vision tower when the trunk is shared, else None.
+
+    Attributes:
+        config: what it was built from.
+        levels: how many maps the head looks at.
+        anchor_shapes: [A, 4] a level, the anchors of a cell around its corner, in pixels.
+    """
+
+    backbone: ModifiedResNet | ResNet50 | None
+
+    def __init__(self, config: ProposalNetworkConfig, trunk: ModifiedResNet | None = None) -> None:
+        super().__init__()
+        if config.share_trunk != (trunk is not None):
+            raise ValueError(
+                f"a network with share_trunk={config.share_trunk} was given "
+                + ("no trunk" if trunk is None else "a trunk")
+            )
+        self.config = config
+        self.levels = len(config.strides)
+        channels = channels_of(config.backbone, config.vision)
+        if trunk is not None and trunk.trunk_channels != channels[-1]:
+            raise ValueError(
+                f"the trunk has {trunk.trunk_channels} channels, config.vision.width={config.vision.width} "
+                f"makes {channels[-1]}"
+            )
+        # In a tuple, because a module that is an attribute would be registered.
+        self._shared: tuple[ModifiedResNet, ...] = () if trunk is None else (trunk,)
+        self.backbone = None if trunk is not None else _own_backbone(config)
+        maps = BACKBONES[config.backbone]
+        self._taken = [maps.index(stride) for stride in config.strides if stride in maps]
+        taken = [channels[index] for index in self._taken]
+        self.neck: nn.Module
+        if config.design == "fpn":
+            width = config.channels or PYRAMID_CHANNELS
+            extra = LastLevelMaxPool() if config.strides[-1] > maps[-1] else None
+            norm = nn.BatchNorm2d if config.pyramid_norm else None
+            self.neck = FeaturePyramidNetwork(taken, width, extra, norm)
+        else:
+            width = config.channels or taken[0]
+            self.neck = nn.Identity() if width == taken[0] else nn.Conv2d(taken[0], width, 1)
+        self.anchor_shapes = anchor_shapes(config)
+        self.rpn = RegionProposalNetwork(
+            anchor_generator=None,
+            head=RPNHead(width, len(self.anchor_shapes[0]), config.head_convs),
+            fg_iou_thresh=config.positive_iou,
+            bg_iou_thresh=config.negative_iou,
+            batch_size_per_image=config.samples,
+            positive_fraction=config.positive_share,
+            pre_nms_top_n={},
+            post_nms_top_n={},
+            nms_thresh=config.nms,
+        )
+
+    @property
+    def trunk(self) -> ModifiedResNet | ResNet50:
+        """What makes the maps: the network's own backbone, or the CLIP's trunk."""
+        return self._shared[0] if self.backbone is None else self.backbone
+
+    @property
+    def frame_multiple(self) -> int:
+        """What the sides of a resnet50's frame are multiples of, in pixels; a CLIP trunk takes any frame.
+
+        As detectron2 pads: a single map needs no even sides, a pyramid's maps must halve evenly.
+        """
+        return 1 if self.config.design == "c4" else BACKBONES["resnet50"][max(self._taken)]
+
+    def stages(self, images: ImageBatch, framed: bool = False) -> list[Tensor]:
+        """Returns the trunk's maps, [B, C, h, w] each: strides 4, 8, 16 and, of a whole resnet50, 32.
+
+        Args:
+            images: B images.
+            framed: whether they lie in the frame that they are to be seen in; else a resnet50 is shown the
+                smallest that fits them.
+        """
+        if self.config.backbone == "clip":
+            return self.trunk.stages(images.pixels)
+        images = images if framed else fit_frame(images, self.frame_multiple)
+        return self.trunk.stages(caffe_pixels(images) if self.config.pixels == "caffe" else images.pixels)
+
+    def features(
+        self, images: ImageBatch, maps: list[Tensor] | None = None, framed: bool = False
+    ) -> list[Tensor]:
+        """Returns the head's maps, [B, C, h, w] a level.
+
+        Args:
+            images: B images, normalised as for CLIP.
+            maps: what the shared trunk's `stages` made of them already, so that one pass serves proposals and
+                embeddings; None: the trunk is run.
+            framed: see `stages`.
+        """
+        if maps is not None and not self._shared:
+            raise ValueError("this network has a trunk of its own; another's maps mean nothing to it")
+        maps = self.stages(images, framed) if maps is None else maps
+        if self.config.design == "c4":
+            return [self.neck(maps[self._taken[0]])]
+        pyramid = self.neck(OrderedDict((str(index), maps[index]) for index in self._taken))
+        return list(pyramid.values())
+
+    def losses(self, batch: RegionBatch, maps: list[Tensor] | None = None) -> dict[str, Tensor]:
+        """Returns the unweighted losses of a batch in float32; which class a box is of does not matter.
+
+        Those of detectron2, with one difference: anchors whose center lies in the padding are not used. Nor
+        are boxes without area.
+
+        Args:
+            batch: images and true boxes.
+            maps: of the shared trunk, see `features`; gradients flow into them.
+
+        Returns:
+            `objectness`, the sum of the binary cross entropies of the sampled anchors, and `box`, the sum of
+            the (smooth) L1 losses of the objects among them; each divided by `config.samples` per image, even
+            where fewer anchors could be sampled.
+        """
+        levels = self.features(batch.images, maps)
+        logits, deltas = self.rpn.head(levels)
+        with torch.autocast(batch.images.pixels.device.type, enabled=False):
+            logits, deltas = concat_box_prediction_layers(logits, deltas)  # [B·K, 1], [B·K, 4]
+            anchors = torch.cat(self.anchors(levels))  # [K, 4]
+            regions = batch.regions[valid_boxes(batch.regions.boxes)]
+            truth = [{"boxes": regions.of_image(index).boxes} for index in range(len(batch.images))]
+            labels, matched = self.rpn.assign_targets_to_anchors([anchors] * len(truth), truth)
+            centres = (anchors[:, :2] + anchors[:, 2:]) / 2  # [K, 2] x, y
+            for label, size in zip(labels, batch.images.sizes.flip(-1), strict=True):
+                label[(centres >= size).any(-1)] = -1
+            positive, negative = (torch.cat(masks) for masks in self.rpn.fg_bg_sampler(labels))  # [B·K] 0, 1
+            objects, sampled = positive.bool(), (positive + negative).bool()
+            wanted = encode_deltas(anchors.repeat(len(truth), 1)[objects], torch.cat(matched)[objects])
+            beta, count = self.config.smooth_l1_beta, self.config.samples * len(truth)
+            box = F.smooth_l1_loss(deltas.float()[objects], wanted, reduction="sum", beta=beta)
+            found, is_object = logits.float().flatten()[sampled], objects[sampled].float()
+            objectness = F.binary_cross_entropy_with_logits(found, is_object, reduction="sum")
+        return {"objectness": objectness / count, "box": box / count}
+
+    @torch.no_grad()
+    def propose(
+        self,
+        images: ImageBatch,
+        limit: int,
+        nms: float | None = None,
+        min_score: float = 0.0,
+        maps: list[Tensor] | None = None,
+        pre_nms: int | None = None,
+    ) -> Regions:
+        """Returns the boxes most like objects.
+
+        Args:
+            images: B images, normalised as for CLIP.
+            limit: most boxes an image.
+            nms: IoU above which the lower scored of two boxes is dropped; None: the config's.
+            min_score: boxes scored lower are left out.
+            maps: of the shared trunk, see `features`.
+            pre_nms: best anchors per level that go into non-maximum suppression; None: the config's.
+
+        Returns:
+            boxes in the batch's frame and inside each image's unpadded size, sorted by image, then by falling
+            score; `scores` are objectness probabilities in [0, 1], `logits` the same before the sigmoid.
+        """
+        if self.training:
+            raise ValueError("proposals of a network in training mode change its statistics; call eval()")
+        levels = self.features(images, maps)
+        logits, deltas = self.rpn.head(levels)
+        with torch.autocast(images.pixels.device.type, enabled=False):
+            boxes, best, level_of = self.best_anchors(levels, logits, deltas, pre_nms)
+            kept = [
+                self._pick(boxes[index], best[index], level_of, size, limit, nms, min_score)
+                for index, size in enumerate(images.sizes)
+            ]
+        found = collect([boxes for boxes, _ in kept], [logits for _, logits in kept], images.pixels.device)
+        assert found.scores is not None
+        return dataclasses.replace(found, scores=found.scores.sigmoid(), logits=found.scores)
+
+    def anchors(self, maps: list[Tensor]) -> list[Tensor]:
+        """Returns [h·w·A, 4] anchors a level in the batch's frame: row by row, and all of a cell together."""
+        anchors = []
+        for level, stride, shapes in zip(maps, self.config.strides, self.anchor_shapes, strict=True):
+            height, width = level.shape[-2:]
+            y = torch.arange(height, device=level.device, dtype=torch.float32) * stride
+            x = torch.arange(width, device=level.device, dtype=torch.float32) * stride
+            shift_y, shift_x = torch.meshgrid(y, x, indexing="ij")
+            shifts = torch.stack([shift_x, shift_y, shift_x, shift_y], dim=-1)  # [h, w, 4]
+            anchors.append((shifts[:, :, None] + shapes.to(level.device)).reshape(-1, 4))
+        return anchors
+
+    def best_anchors(
+        self, maps: list[Tensor], logits: list[Tensor], deltas: list[Tensor], pre_nms: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the levels' best anchors, decoded: boxes [B, k, 4], logits [B, k], levels [k]."""
+        most = pre_nms or self.config.pre_nms
+        boxes, scores, levels = [], [], []
+        for level, anchors in enumerate(self.anchors(maps)):
+            count, _, height, width = logits[level].shape
+            flat = logits[level].float().permute(0, 2, 3, 1).flatten(1)  # [B, h·w·A]
+            moves = deltas[level].float().reshape(count, -1, 4, height, width)
+            moves = moves.permute(0, 3, 4, 1, 2).reshape(count, -1, 4)  # [B, h·w·A, 4]
+            best, index = flat.topk(torch.sym_min(most, flat.shape[1]), dim=1)  # [B, k]
+            moves = moves.gather(1, index[..., None].expand(-1, -1, 4))
+            decoded = decode_deltas(anchors[index].flatten(0, 1), moves.flatten(0, 1))
+            boxes.append(decoded.reshape(count, -1, 4))
+            scores.append(best)
+            levels.append(torch.full((best.shape[1],), level, device=best.device))
+        return torch.cat(boxes, dim=1), torch.cat(scores, dim=1), torch.cat(levels)
+
+    def _pick(
+        self,
+        boxes: Tensor,
+        logits: Tensor,
+        levels: Tensor,
+        size: Tensor,
+        limit: int,
+        nms: float | None,
+        min_score: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns one image's proposals [n, 4] and logits [n], best first."""
+        boxes = clip_boxes(boxes, size)
+        keep = valid_boxes(boxes, self.config.min_size) & (logits.sigmoid() >= min_score)
+        boxes, logits, levels = boxes[keep], logits[keep], levels[keep]
+        if self.config.merge_levels:
+            levels = torch.zeros_like(levels)
+        # By logits: probabilities near 1 are equal in float32 where their logits are not.
+        index = batched_nms(boxes, logits, levels, self.config.nms if nms is None else nms)[:limit]
+        return boxes[index], logits[index]
+
+
+def _own_backbone(config: ProposalNetworkConfig) -> ModifiedResNet | ResNet50:
+    """Returns the backbone with random weights, without what makes no map, frozen as the config says."""
+    backbone: ModifiedResNet | ResNet50
+    if config.backbone == "clip":
+        backbone = clip_trunk(config.vision)
+    else:
+        backbone = ResNet50(4 if max(config.strides) >= 32 else 3, config.stride_in_1x1)
+    freeze_stages(backbone, config.frozen_stages, config.frozen_batch_norm)
+    return backbone
+
+
+def anchor_shapes(config: ProposalNetworkConfig) -> list[Tensor]:
+    """Returns [A, 4] anchors a level around the origin, in pixels: all ratios of a size, then of the next."""
+    sizes = len(config.anchor_sizes) // len(config.strides)
+    rows = []
+    for size in config.anchor_sizes:
+        for ratio in config.ratios:
+            width = size / math.sqrt(ratio)
+            height = width * ratio
+            rows.append((-width / 2, -height / 2, width / 2, height / 2))
+    return list(torch.split(torch.tensor(rows, dtype=torch.float32), sizes * len(config.ratios)))

@@ -1,0 +1,214 @@
+"""Proposals of a trained network, and the file that holds one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clip_base.data.batch import ImageBatch
+from clip_base.jobs import config as configs
+from clip_base.jobs.config import REQUIRED, option
+from clip_base.models.resnet import EXPANSION, ModifiedResNet
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import existing
+from clip_base.weights.formats import Content, group_of
+from clip_base.weights.load import content_of, find, load_clip
+from clip_base.weights.native import load_exactly, read_weights, write_weights
+from regionclip.proposals.base import SelectionConfig
+from regionclip.proposals.rpn.backbone import trunk_hash
+from regionclip.proposals.rpn.detectron2_names import NETWORK, from_detectron2
+from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.structures.regions import ImageInfo, Regions
+
+FORMAT = "regionclip.proposals/1"
+
+
+@dataclass
+class RPNConfig(SelectionConfig):
+    """Options of the proposer `rpn`."""
+
+    weights: str = option(
+        REQUIRED, "proposal network: from `regionclip train-rpn`, or RegionCLIP's or detectron2's .pth"
+    )
+    clip: str = option("", "the CLIP that the network was trained on, when its file holds no trunk")
+
+
+class RPNProposer:
+    """Proposes what a trained region proposal network takes for objects.
+
+    Args:
+        config: the network's file and what to keep of its proposals.
+        device: where it runs; batches must be there too.
+    """
+
+    def __init__(self, config: RPNConfig, device: str | torch.device = "cpu") -> None:
+        self.config = config
+        trunk = clip_tower(config.clip).eval().to(device) if config.clip else None
+        self.network = load_network(config.weights, trunk).to(device)
+        if trunk is not None and not self.network.config.share_trunk:
+            raise InputError(f"{config.weights} has a backbone of its own; leave clip={config.clip} out")
+
+    def __call__(self, images: ImageBatch, keys: Sequence[ImageInfo]) -> Regions:
+        """See `Proposer`. The network looks at pixels only; `keys` are not needed."""
+        config = self.config
+        return self.network.propose(images, config.limit, config.nms, config.min_score)
+
+
+def save_network(network: ProposalNetwork, path: str | Path) -> None:
+    """Writes a proposal network with its config as safetensors, atomically.
+
+    A shared trunk is not written; its hash is, so that the head is not put on another.
+    """
+    sizes = dataclasses.asdict(network.config)
+    # The file holds all weights; where the first ones lay is of no use to its reader.
+    sizes["backbone_weights"] = ""
+    metadata = {"format": FORMAT, "config": json.dumps(sizes)}
+    if isinstance(network.trunk, ModifiedResNet) and network.config.share_trunk:
+        metadata["trunk"] = trunk_hash(network.trunk)
+    write_weights(path, network.state_dict(), metadata)
+
+
+def load_network(path: str | Path, trunk: ModifiedResNet | None = None) -> ProposalNetwork:
+    """Reads a proposal network that `save_network` wrote, RegionCLIP's or detectron2's, in evaluation mode.
+
+    Args:
+        path: the file, or the name of a published one.
+        trunk: the vision tower that a network without a trunk is put on; one that has its own leaves it
+            alone.
+
+    Raises:
+        InputError: the file is missing, cut off, of another form, or its tensors do not fit its config; it
+            needs a trunk and there is none, or another than the one that it was trained on.
+    """
+    if not str(path).endswith(".safetensors"):
+        return load_published_network(path)
+    weights, metadata = read_weights(path)
+    if metadata.get("format") != FORMAT:
+        raise InputError(
+            f"{path} holds {metadata.get('format', 'unnamed weights')!r}, expected {FORMAT!r}; "
+            "give a file that `regionclip train-rpn` wrote"
+        )
+    sizes = configs.check(ProposalNetworkConfig, json.loads(metadata["config"]), f"network in {path}")
+    if not sizes.share_trunk:
+        trunk = None
+    elif trunk is None:
+        raise InputError(
+            f"{path} is a head for the trunk of a CLIP ResNet and holds no trunk; name the CLIP that it was "
+            "trained on (proposer.clip=FILE)"
+        )
+    elif trunk_hash(trunk) != metadata.get("trunk"):
+        raise InputError(
+            f"{path} was trained on the trunk of another CLIP (stem to layer3 have another hash); give that "
+            "one, or train a head for this one with `regionclip train-rpn network.share_trunk=true`"
+        )
+    network = ProposalNetwork(sizes, trunk)
+    load_exactly(network, weights, path)
+    return network.eval().to(memory_format=torch.channels_last)
+
+
+def build_network(config: ProposalNetworkConfig) -> ProposalNetwork:
+    """Returns a network to train: its backbone from `backbone_weights`, everything else random.
+
+    A shared trunk is in evaluation mode and frozen.
+
+    Raises:
+        InputError: the backbone's file cannot be read or does not fit, or a trunk to share is not named.
+    """
+    path = config.backbone_weights
+    if config.share_trunk:
+        if not path:
+            raise InputError(
+                "network.share_trunk=true needs network.backbone_weights=FILE: whose trunk is shared"
+            )
+        trunk = _fitting_tower(config).eval().requires_grad_(False)
+        return ProposalNetwork(config, trunk).to(memory_format=torch.channels_last)
+    network = ProposalNetwork(config)
+    if path:
+        backbone = network.trunk
+        wanted = backbone.state_dict()
+        if config.backbone == "clip":
+            found = dict(_fitting_tower(config).state_dict())
+        else:
+            found = _resnet50_backbone(path, wanted)
+        # Both files hold a whole classifier; what lies above the maps is not part of a proposal network.
+        above = tuple(f"{name}." for name in ("layer4", "attnpool", "fc") if not hasattr(backbone, name))
+        kept = {key: value for key, value in found.items() if not key.startswith(above)}
+        load_exactly(backbone, kept, path)
+    return network.to(memory_format=torch.channels_last)
+
+
+def clip_tower(path: str) -> ModifiedResNet:
+    """Returns the vision tower of a CLIP file.
+
+    Raises:
+        InputError: the file cannot be read, or its tower is no ResNet.
+    """
+    model = load_clip(path)
+    if not isinstance(model.visual, ModifiedResNet):
+        raise InputError(
+            f"{path} holds a {model.config.vision.kind}; the proposal network needs a CLIP with a resnet"
+        )
+    return model.visual
+
+
+def _fitting_tower(config: ProposalNetworkConfig) -> ModifiedResNet:
+    """Returns the tower in `backbone_weights`, whose trunk has the sizes of `config.vision`."""
+    tower = clip_tower(config.backbone_weights)
+    found = (tower.trunk_channels // (4 * EXPANSION), [len(getattr(tower, f"layer{n}")) for n in (1, 2, 3)])
+    if found != (config.vision.width, config.vision.layers[:3]):
+        raise InputError(
+            f"{config.backbone_weights} has width {found[0]} and layers {found[1]}, the network asks for "
+            f"{config.vision.width} and {config.vision.layers[:3]}; set network.vision to fit"
+        )
+    return tower
+
+
+def _resnet50_backbone(path: str, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns ResNet-50 weights from torchvision's .pth file, or from safetensors with the same names."""
+    if path.endswith(".safetensors"):
+        return read_weights(path)[0]
+    try:
+        state = torch.load(existing(path, "weights file"), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"weights file {path} cannot be read ({reason}); was it cut off?") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"weights file {path} holds no state dict; give torchvision's resnet50 file")
+    # Files written before torch 0.4.1 have no batch counters, and nothing here uses them.
+    counters = {key: value for key, value in wanted.items() if key.endswith("num_batches_tracked")}
+    return {**counters, **state}
+
+
+def load_published_network(weights: str | Path) -> ProposalNetwork:
+    """Returns the proposal network in a RegionCLIP or detectron2 file, in evaluation mode.
+
+    Raises:
+        InputError: the file is damaged, holds no such network, or not a whole one.
+    """
+    path = find(weights)
+    return network_of(content_of(path), path)
+
+
+def network_of(content: Content, path: Path) -> ProposalNetwork:
+    """Builds the proposal network among a file's tensors, in evaluation mode."""
+    state = group_of(content, NETWORK)
+    if not state:
+        raise InputError(
+            f"{path} is {content.form} without a proposal network; give one of RegionCLIP's rpn_….pth files"
+        )
+    if any(".bottom_up.layer1." in name for name in state):
+        raise InputError(
+            f"{path} holds a pyramid on all four stages of CLIP's ResNet, which no network here has; "
+            "give one of the rpn files on ResNet-50"
+        )
+    config, weights = from_detectron2(state)
+    network = ProposalNetwork(config)
+    load_exactly(network, weights, path)
+    return network.eval().to(memory_format=torch.channels_last)

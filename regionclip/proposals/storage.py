@@ -1,0 +1,175 @@
+"""Proposals in files: COCO's results form, or Parquet with a row a box; neither is ever whole in memory."""
+
+# n boxes of one image
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import existing, replacing
+from regionclip.structures.boxes import xyxy_to_xywh
+
+# The columns that shards of mined pairs have too, so that those can be read as proposals.
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("box", pa.list_(pa.float32(), 4)),  # x1, y1, x2, y2 in pixels of the original image
+        ("objectness", pa.float32()),
+    ]
+)
+_GROUP = 20_000  # boxes, at least, of a row group: what is read at once
+
+
+class Writer(Protocol):
+    """Takes proposals image by image."""
+
+    def add(self, image_id: int, boxes: Tensor, scores: Tensor) -> None:
+        """Writes an image's [n, 4] boxes (x1, y1, x2, y2), in original pixels, and [n] scores."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Writer]:
+    """Yields a writer of `path`, .json or .parquet; the file appears whole at the end, or not at all."""
+    with replacing(path) as temporary:
+        if path.suffix == ".parquet":
+            with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as file:
+                table = _TableWriter(file)
+                yield table
+                table.flush()
+        else:
+            with temporary.open("w", encoding="utf-8") as text:
+                text.write("[")
+                yield _JsonWriter(text)
+                text.write("]\n")
+
+
+class _JsonWriter:
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.separator = file, ""
+
+    def add(self, image_id: int, boxes: Tensor, scores: Tensor) -> None:
+        for box, score in zip(xyxy_to_xywh(boxes.double()).tolist(), scores.tolist(), strict=True):
+            sides = [round(side, 2) for side in box]
+            entry = {"image_id": image_id, "category_id": 1, "bbox": sides, "score": round(score, 5)}
+            self.file.write(self.separator + json.dumps(entry))
+            self.separator = ", "
+
+
+class _TableWriter:
+    def __init__(self, file: pq.ParquetWriter) -> None:
+        self.file = file
+        self.ids, self.boxes, self.scores = array("q"), array("f"), array("f")
+
+    def add(self, image_id: int, boxes: Tensor, scores: Tensor) -> None:
+        self.ids.extend([image_id] * len(boxes))
+        self.boxes.extend(boxes.flatten().tolist())
+        self.scores.extend(scores.tolist())
+        if len(self.ids) >= _GROUP:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.ids:
+            boxes = pa.FixedSizeListArray.from_arrays(pa.array(np.asarray(self.boxes)), 4)
+            columns = [pa.array(np.asarray(self.ids)), boxes, pa.array(np.asarray(self.scores))]
+            self.file.write_table(pa.table(columns, schema=SCHEMA))
+        self.ids, self.boxes, self.scores = array("q"), array("f"), array("f")
+
+
+class ProposalTable:
+    """Looks images up in Parquet files with the columns of `SCHEMA`.
+
+    In memory are which row group holds which image, and the last few groups that were read: images in the
+    order in which they were written cost one pass over the file.
+
+    Args:
+        path: a file, or a folder of them, such as shards of mined pairs.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or lacks a column.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = existing(path, "proposals file")
+        self.files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        if not self.files:
+            raise InputError(f"folder {path} holds no .parquet file with proposals")
+        rows = [row for file in self.files for row in _index(file)]
+        self._groups = [(file, group) for file, group, _ in rows]
+        ids = np.concatenate([np.zeros(0, np.int64), *(found for _, _, found in rows)])
+        place = np.repeat(np.arange(len(rows)), [len(found) for _, _, found in rows])
+        order = np.argsort(ids, kind="stable")
+        self._ids, self._place = ids[order], place[order]
+        self._read = functools.lru_cache(maxsize=4)(_read_group)
+
+    def of_image(self, image_id: int) -> tuple[Tensor, Tensor]:
+        """Returns an image's [n, 4] boxes (x1, y1, x2, y2) in original pixels and their [n] scores.
+
+        Raises:
+            InputError: a box is no box, or a score no probability.
+        """
+        first, last = (
+            np.searchsorted(self._ids, image_id, "left"),
+            np.searchsorted(self._ids, image_id, "right"),
+        )
+        boxes, scores = [torch.zeros(0, 4)], [torch.zeros(0)]
+        for place in self._place[first:last].tolist():
+            ids, rows, values = self._read(*self._groups[place])
+            mine = ids == image_id
+            boxes.append(torch.from_numpy(rows[mine]))
+            scores.append(torch.from_numpy(values[mine]))
+        return torch.cat(boxes), torch.cat(scores)
+
+
+def _index(path: Path) -> Iterator[tuple[Path, int, NDArray[np.int64]]]:
+    """Yields each row group of a file with the ids of the images in it."""
+    with _named(path), pq.ParquetFile(path) as file:
+        lacking = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
+        if lacking:
+            found = ", ".join(file.schema_arrow.names[:6])
+            raise InputError(
+                f"{path} has no column {lacking[0]} (its columns: {found}); proposals in Parquet have "
+                f"{', '.join(SCHEMA.names)}, as `regionclip propose format=parquet` writes them"
+            )
+        for group in range(file.num_row_groups):
+            ids = file.read_row_group(group, ["image_id"])["image_id"]
+            yield path, group, np.unique(ids.to_numpy())
+
+
+def _read_group(path: Path, group: int) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]]:
+    """Returns a row group's image ids [m], boxes [m, 4] and scores [m], float32."""
+    with _named(path), pq.ParquetFile(path) as file:
+        table = file.read_row_group(group, SCHEMA.names).cast(SCHEMA).combine_chunks()
+    ids, scores = table["image_id"].to_numpy(), table["objectness"].to_numpy().copy()
+    column = table["box"].combine_chunks()
+    boxes = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, 4).copy()
+    whole = len(boxes) == len(ids) and not any(table[name].null_count for name in SCHEMA.names)
+    if not whole or not (np.isfinite(boxes).all() and (boxes[:, 2:] >= boxes[:, :2]).all()):
+        raise InputError(f"{path}, row group {group}: box must be four finite numbers x1 ≤ x2, y1 ≤ y2")
+    if not ((scores >= 0) & (scores <= 1)).all():
+        raise InputError(
+            f"{path}, row group {group}: objectness must lie in 0…1; apply a sigmoid if these are logits"
+        )
+    return ids, boxes, scores
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turns what pyarrow says of a damaged file into an InputError."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"proposals file {path} cannot be read ({reason}); write it again") from None

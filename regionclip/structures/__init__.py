@@ -1,0 +1,1 @@
+"""Boxes, regions, transforms, detections, drawing."""

@@ -1,0 +1,1 @@
+"""Region-text pretraining, proposal-network and detector training."""

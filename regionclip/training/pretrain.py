@@ -1,0 +1,119 @@
+"""Region pretraining: on mined region-text pairs (arXiv 2112.09106, 3.3), on a tower's own view of crops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from clip_base.data.folders import IMAGE_SUFFIXES
+from clip_base.data.sources import read_captions
+from clip_base.jobs.run import RunFolder
+from clip_base.models.clip import CLIP
+from clip_base.models.tokenizer import Tokenizer
+from clip_base.runtime import distributed
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import existing
+from clip_base.training.loop import TrainConfig
+from clip_base.training.pretrain import last_loss
+from clip_base.weights.load import load_clip
+from clip_base.weights.native import save_clip
+from regionclip.concepts.synonyms import synonym_sets
+from regionclip.concepts.vocabulary import Vocabulary
+from regionclip.mining.shards import MinedRegion, read_manifest, read_regions
+from regionclip.training.region_text import RegionPretrainConfig, RegionTextTask, Teacher
+from regionclip.training.samples import GridPatchDataset, RegionDataset, Sample, fit_on
+
+
+def mined_samples(mined: str, images: str, captions: str) -> list[Sample]:
+    """Reads mined regions as training samples, one an image.
+
+    Args:
+        mined: folder of shards.
+        images: folder of the images; "" is the manifest's.
+        captions: COCO captions; "" is the manifest's.
+    """
+    manifest = read_manifest(mined)
+    folder = existing(images or manifest["images_folder"], "images folder")
+    texts, _ = read_captions(captions or manifest["config"]["captions"])
+    regions = list(read_regions(mined))
+    if not regions:
+        raise InputError(f"{mined} holds no regions; see its skipped.jsonl, loosen the matcher's thresholds")
+    width = max(len(region.concept_ids) for region in regions)
+    return [
+        _sample(folder, list(group), tuple(texts.get(image_id, ())), width)
+        for image_id, group in groupby(regions, key=lambda region: region.image_id)
+    ]
+
+
+def _sample(folder: Path, regions: list[MinedRegion], captions: tuple[str, ...], width: int) -> Sample:
+    """Makes one image's sample; concepts are padded to `width` with concept 0 of probability 0."""
+    ids, probs = torch.zeros(len(regions), width, dtype=torch.int64), torch.zeros(len(regions), width)
+    for row, region in enumerate(regions):
+        ids[row, : len(region.concept_ids)] = torch.tensor(region.concept_ids)
+        probs[row, : len(region.concept_probs)] = torch.tensor(region.concept_probs)
+    boxes = torch.tensor([region.box for region in regions])
+    first = regions[0]
+    size = (first.height, first.width)
+    return Sample(folder / first.file_name, boxes, None, ids, probs, captions, size)
+
+
+def picture_samples(folder: str) -> list[Sample]:
+    """Returns one sample without boxes for each picture in a folder and its subfolders, sorted by path."""
+    root = existing(folder, "images folder")
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise InputError(f"images folder {root} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return [Sample(path, torch.zeros(0, 4)) for path in paths]
+
+
+def scaled(train: TrainConfig, lr_batch: int) -> TrainConfig:
+    """Returns the training with the learning rate in proportion to its batch, and says so.
+
+    Args:
+        train: its lr is for batches of `lr_batch`.
+        lr_batch: 0 leaves the learning rate as it is.
+    """
+    if lr_batch in (0, train.batch_size):
+        return train
+    lr = train.lr * train.batch_size / lr_batch
+    print(f"learning rate {lr:g}: {train.lr:g} is for a batch of {lr_batch}, this one is {train.batch_size}")
+    return replace(train, lr=lr)
+
+
+def pretrain(config: RegionPretrainConfig) -> None:
+    """Trains regions of a CLIP against mined concepts or crops; leaves `out/model.safetensors`."""
+    run = RunFolder(config.out, config, "region-pretrain")
+    if run.finished() is not None:
+        print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
+        return
+    distributed.start()
+    model = load_clip(config.weights)
+    torch.manual_seed(config.train.seed)
+    task, data = _on_shards(config, model) if config.mined else _on_pictures(config, model)
+    steps = fit_on(data, task, scaled(config.train, config.lr_batch), run)
+    save_clip(model, run.path / "model.safetensors")
+    regions = sum(len(sample.boxes) for sample in data.samples)
+    loss = last_loss(run.log_path)
+    run.finish({"steps": steps, "images": len(data), "regions": regions, "loss": loss})
+    what = f"{regions} regions of {len(data)} images" if config.mined else f"patches of {len(data)} images"
+    print(f"{run.path / 'model.safetensors'}: {steps} steps on {what}")
+
+
+def _on_shards(config: RegionPretrainConfig, model: CLIP) -> tuple[RegionTextTask, RegionDataset]:
+    samples = mined_samples(config.mined, config.images, config.captions)
+    manifest = read_manifest(config.mined)
+    vocabulary = Vocabulary.load(Path(config.mined) / "vocabulary.safetensors")
+    vocabulary.require_width(model.config.embed_dim, config.weights)
+    teacher = Teacher.from_manifest(config.teacher, manifest) if config.teacher else None
+    task = RegionTextTask(model, vocabulary, config, teacher, synonym_sets(manifest, config.synonyms))
+    tokenizer = Tokenizer(model.config.text.context_length)
+    return task, RegionDataset(samples, config.resize, config.regions, tokenizer, config.cache)
+
+
+def _on_pictures(config: RegionPretrainConfig, model: CLIP) -> tuple[RegionTextTask, RegionDataset]:
+    samples = picture_samples(config.images)
+    data = GridPatchDataset(samples, config.cells, config.resize, config.regions, cache=config.cache)
+    return RegionTextTask(model, None, config), data

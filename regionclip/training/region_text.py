@@ -1,0 +1,348 @@
+"""The task of region pretraining: a batch of regions in, its losses out."""
+
+# B images, n regions of this process, P concepts among those of all, C of the pool, K kept a region or
+# prompts a concept, T token positions, D embedding size
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip_base.data.batch import ImageBatch
+from clip_base.jobs import plugins
+from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
+from clip_base.models.clip import CLIP
+from clip_base.models.resnet import ModifiedResNet, freeze_batch_norm
+from clip_base.models.tokenizer import Tokenizer
+from clip_base.models.vit import VisionTransformer
+from clip_base.runtime import distributed
+from clip_base.runtime.errors import InputError
+from clip_base.training.loop import TrainConfig
+from clip_base.training.losses import row_entropy
+from clip_base.training.pretrain import MAX_LOGIT_SCALE
+from clip_base.weights.load import load_clip
+from clip_base.weights.native import file_hash
+from regionclip.concepts.synonyms import concept_groups
+from regionclip.concepts.vocabulary import Vocabulary, prompt
+from regionclip.models.region_encoder import RegionEncoder
+from regionclip.structures.regions import RegionBatch, Regions, whole_images
+from regionclip.structures.transforms import ResizeConfig
+from regionclip.training.losses import (
+    REGION_TEXT,
+    CrossBatchMemory,
+    RegionTextBatch,
+    SigmoidRegionText,
+    cosine_distance,
+    distillation,
+    local_shard,
+)
+
+
+def freeze(visual: nn.Module, stages: int, batch_norm: bool) -> None:
+    """Freezes the first `stages` stages of a ResNet (stem, layer1, layer2, layer3), and batch norms if asked.
+
+    Raises:
+        InputError: stages of a tower that has none, or more than there are.
+    """
+    if batch_norm:
+        freeze_batch_norm(visual)
+    if stages and not isinstance(visual, ModifiedResNet):
+        raise InputError("freeze_stages is for ResNet towers; set it to 0 for a ViT")
+    if not 0 <= stages <= 4:
+        raise InputError(f"freeze_stages must be 0 to 4, found {stages}")
+    parts = [["conv1", "bn1", "conv2", "bn2", "conv3", "bn3"], ["layer1"], ["layer2"], ["layer3"]]
+    for name in (name for stage in parts[:stages] for name in stage):
+        getattr(visual, name).requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen tower that names regions within the step.
+
+    Attributes:
+        encoder: embeds regions as mining did.
+        temperature: what cosines are divided by before the softmax over the pool.
+    """
+
+    encoder: RegionEncoder
+    temperature: float
+
+    @classmethod
+    def from_manifest(cls, weights: str, manifest: dict[str, Any]) -> Teacher:
+        """Returns the teacher as a folder of shards was mined with it.
+
+        Raises:
+            InputError: the file is not the one that mined.
+        """
+        if file_hash(weights) != manifest["teacher"]:
+            raise InputError(
+                f"teacher={weights} is not the file that mined, {manifest['config']['weights']} as it was "
+                "then; give that one, or leave teacher= empty"
+            )
+        clip, mined = load_clip(weights), manifest["config"]
+        encoder = RegionEncoder(
+            frozen(clip.visual), mined["teacher"], mined["context"], scale=mined["teacher_scale"]
+        )
+        return cls(encoder, mined["temperature"] or float(torch.exp(-clip.logit_scale.detach())))
+
+
+def frozen(visual: ModifiedResNet | VisionTransformer) -> ModifiedResNet | VisionTransformer:
+    """Returns the tower in evaluation mode, its weights without gradients."""
+    visual.eval().requires_grad_(False)
+    return visual
+
+
+class RegionTextTask(nn.Module):
+    """Teaches a CLIP's vision tower to embed regions like their concepts, or like their crops.
+
+    Args:
+        model: the student; trained in place.
+        vocabulary: the pool that the regions' concept ids mean; None for a loss over crops alone.
+        config: weights of the losses, temperature, what is frozen.
+        teacher: names regions within the step; None: the concepts stored with them count.
+        synonyms: lists of names of one thing, see `families`.
+    """
+
+    concepts: Tensor
+    families: Tensor
+    prompts: Tensor
+    fixed_scale: Tensor
+
+    def __init__(
+        self,
+        model: CLIP,
+        vocabulary: Vocabulary | None,
+        config: RegionPretrainConfig,
+        teacher: Teacher | None = None,
+        synonyms: Sequence[Sequence[str]] = (),
+    ) -> None:
+        super().__init__()
+        self.model, self.config, self.teacher = model, config, teacher
+        # Neither is part of this module: they are not trained, and no checkpoint holds them.
+        self.crops = RegionEncoder(frozen(copy.deepcopy(model.visual)), "crop", 1.0) if config.crops else None
+        self.encoder = RegionEncoder(
+            model.visual, "roi_align" if isinstance(model.visual, ModifiedResNet) else "dense"
+        )
+        freeze(model.visual, config.freeze_stages, config.freeze_batch_norm)
+        model.text.requires_grad_(config.train_text)
+        if config.temperature and config.learn_temperature:
+            nn.init.constant_(model.logit_scale, -math.log(config.temperature))
+        model.logit_scale.requires_grad_(config.learn_temperature)
+        scale = 1 / config.temperature if config.temperature else model.logit_scale.detach().exp()
+        self.register_buffer("fixed_scale", torch.as_tensor(scale), persistent=False)
+        self.region_text = plugins.build(REGION_TEXT, config.region_text) if config.contrastive else None
+        self.memory = CrossBatchMemory(config.memory, model.config.embed_dim)
+        if vocabulary is not None:
+            self.register_buffer("concepts", vocabulary.embeddings, persistent=False)  # [C, D]
+            self.register_buffer("families", concept_groups(vocabulary.names, synonyms), persistent=False)
+        if vocabulary is not None and config.train_text:
+            tokens = prompts(vocabulary, model.config.text.context_length)
+            self.register_buffer("prompts", tokens, persistent=False)
+
+    def forward(self, batch: RegionBatch) -> dict[str, Tensor]:
+        """Returns the weighted losses that have a weight.
+
+        Over several processes each loss is this process's share times their number: the mean is the loss of
+        the whole batch, however the regions are spread.
+        """
+        images, config = batch.images, self.config
+        regions = Regions(batch.regions.boxes, batch.regions.image_index)
+        # Whole images go the way of regions, and with them: one pass over the map for both.
+        whole = [whole_images(images)] if config.image_text else []
+        both = self.encoder(images, Regions.cat([regions, *whole]))
+        embeddings, pictures = both[: len(regions)], both[len(regions) :]  # [n, D], [B, D] or [0, D]
+        counts = distributed.row_counts(embeddings)
+        per_region = distributed.world() / max(sum(counts), 1)
+        losses = {}
+        if config.distillation:
+            loss = self._distillation(batch, embeddings)
+            losses["distillation"] = config.distillation * per_region * loss
+        if config.contrastive:
+            losses["region_text"] = config.contrastive * self._region_text(batch, embeddings, counts)
+        if config.image_text:
+            assert batch.tokens is not None
+            losses["image_text"] = config.image_text * self._image_text(pictures, batch.tokens)
+        if self.crops is not None:
+            targets = _seen_by(self.crops, images, regions)
+            losses["crops"] = config.crops * per_region * cosine_distance(embeddings, targets)
+        return losses
+
+    def scale(self) -> Tensor:
+        """Returns the factor on the cosines, 1 / temperature."""
+        return self.model.logit_scale.exp() if self.config.learn_temperature else self.fixed_scale
+
+    def _distillation(self, batch: RegionBatch, embeddings: Tensor) -> Tensor:
+        ids, probs = batch.regions.concept_ids, batch.regions.concept_probs  # [n, K]
+        if self.teacher is not None:
+            seen = _seen_by(self.teacher.encoder, batch.images, batch.regions)  # [n, D]
+        with torch.autocast(embeddings.device.type, enabled=False):
+            if self.teacher is not None:
+                probs = (seen @ self.concepts.T / self.teacher.temperature).softmax(1)  # [n, C]
+                ids = torch.arange(len(self.concepts), device=probs.device).expand_as(probs)
+            assert ids is not None
+            assert probs is not None
+            return distillation(self.scale() * embeddings @ self.concepts.T, ids, probs)
+
+    def _region_text(self, batch: RegionBatch, embeddings: Tensor, counts: list[int]) -> Tensor:
+        assert batch.regions.concept_ids is not None
+        assert self.region_text is not None
+        ids = batch.regions.concept_ids[:, 0].contiguous()
+        named = RegionTextBatch.gathered(embeddings, ids, counts, self.memory, self.families)
+        texts = self._texts(named.present)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            loss: Tensor = self.region_text(named, texts, self.scale())
+        if self.training:
+            self.memory.push(named.all_regions.detach(), named.all_concepts)
+        return loss
+
+    def _texts(self, present: Tensor) -> Tensor:
+        """Returns [P, D], unit length, of concepts that all processes hold alike."""
+        if not self.config.train_text:
+            return self.concepts[present]
+        # Each process embeds its share of them.
+        mine = self.prompts[local_shard(present)]  # [p, K, T]
+        encoded = F.normalize(self.model.encode_text(mine.flatten(0, 1)).float(), dim=-1)
+        texts = F.normalize(encoded.view(*mine.shape[:2], encoded.shape[-1]).mean(1), dim=-1)  # [p, D]
+        return distributed.gather(texts, distributed.row_counts(texts))
+
+    def _image_text(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """Returns the contrastive loss of [B, D] images; rows of [B, T] are 0 where one has no caption."""
+        with torch.set_grad_enabled(self.config.train_text):
+            texts = F.normalize(self.model.encode_text(tokens).float(), dim=-1)  # [B, D]
+        captioned = tokens.any(1)
+        images, texts = images[captioned], texts[captioned]
+        counts = distributed.row_counts(images)
+        first, total = sum(counts[: distributed.rank()]), sum(counts)
+        with torch.autocast(images.device.type, enabled=False):
+            by_image = row_entropy(first, images, distributed.gather(texts, counts), self.scale())
+            by_text = row_entropy(first, texts, distributed.gather(images, counts), self.scale())
+        return distributed.world() * (by_image + by_text) / (2 * max(total, 1))
+
+    def log_scalars(self) -> dict[str, float]:
+        """Returns what the log shows beside the losses: what is learnt of temperature, scale and bias."""
+        figures = {"logit_scale": float(self.scale().detach())} if self.config.learn_temperature else {}
+        if isinstance(self.region_text, SigmoidRegionText):
+            figures["region_text_scale"] = float(self.region_text.log_scale.detach().exp())
+            figures["bias"] = float(self.region_text.bias.detach())
+        return figures
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Keeps a learnt temperature in its published range."""
+        if self.config.learn_temperature:
+            self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+
+def _seen_by(encoder: RegionEncoder, images: ImageBatch, regions: Regions) -> Tensor:
+    """Returns [n, D], what a frozen tower makes of regions."""
+    encoder.visual.to(images.pixels.device)
+    with torch.no_grad():
+        return encoder(images, regions)
+
+
+def prompts(vocabulary: Vocabulary, context: int) -> Tensor:
+    """Returns the tokens [C, K, T] that a vocabulary's embeddings were made of."""
+    if "templates" not in vocabulary.provenance:
+        raise InputError("the mined vocabulary does not say its prompts; mine again, or set train_text=false")
+    templates: list[str] = json.loads(vocabulary.provenance["templates"])
+    texts = [prompt(template, name) for name in vocabulary.names for template in templates]
+    return Tokenizer(context)(texts, truncate=True).view(len(vocabulary), len(templates), context)
+
+
+@dataclass
+class RegionPretrainConfig:
+    """Options of region pretraining."""
+
+    mined: str = option(
+        "", "folder that `regionclip mine` has filled; empty: crops alone, on patches of images"
+    )
+    weights: str = option(REQUIRED, "the student's start: a CLIP")
+    captions: str = option(
+        "", "captions_*.json for the image-text loss; empty: those the shards were mined from"
+    )
+    images: str = option("", "folder of the images; empty: the one the shards were mined from")
+    out: str = option(REQUIRED, "folder for weights, log and metrics", runtime_only=True)
+    resize: ResizeConfig = option(ResizeConfig(), "size of the training images")
+    regions: int = option(100, "most regions an image and step; more are sampled")
+    cells: int = option(6, "without mined=: an image is cut into m by n patches, both drawn from 1 to this")
+    distillation: float = option(1.0, "weight of the divergence from the teacher's concepts")
+    contrastive: float = option(1.0, "weight of the region-text contrastive loss")
+    image_text: float = option(1.0, "weight of the image-text contrastive loss")
+    crops: float = option(
+        0.0, "weight of the cosine distance to what the tower, as it was, makes of the regions' crops"
+    )
+    region_text: Plugin = plugin(REGION_TEXT, "softmax", "form of the region-text contrastive loss")
+    memory: int = option(0, "regions of earlier steps kept as further negatives of the contrastive loss")
+    synonyms: list[str] = option(
+        [], "class lists (LVIS's, say) whose names for one thing are no negatives of each other"
+    )
+    teacher: str = option(
+        "", "mining's CLIP, to name regions within the step over the whole pool; empty: stored concepts"
+    )
+    temperature: float = option(
+        0.0, "what cosines are divided by; 0: the student's own, 1 / exp(logit scale)"
+    )
+    learn_temperature: bool = option(False, "train the temperature, as CLIP's: never below 0.01")
+    train_text: bool = option(False, "train the text tower too; the distillation needs it frozen")
+    freeze_stages: int = option(
+        2, "stages kept as they are: 0 none, 1 the stem, 2 also layer1, … 4 also layer3"
+    )
+    freeze_batch_norm: bool = option(True, "keep the statistics and gains of batch norms as they are")
+    cache: bool = option(False, "keep decoded images in memory (for small data sets)", runtime_only=True)
+    lr_batch: int = option(
+        0, "batch that train.lr is meant for; for another it is scaled in proportion; 0: taken as it is"
+    )
+    train: TrainConfig = option(
+        TrainConfig(
+            steps=600_000,
+            batch_size=96,
+            optimizer="sgd",
+            lr=0.002,
+            weight_decay=1e-4,
+            schedule="step",
+            milestones=[0.5, 0.875],
+            max_grad_norm=5.0,
+        ),
+        "the training loop; the defaults are the published recipe",
+    )
+
+    def __post_init__(self) -> None:
+        paired = max(self.distillation, self.contrastive, self.image_text)
+        softmax = self.contrastive > 0 and self.region_text["name"] != "sigmoid"
+        faults = {
+            "all losses have weight 0: give distillation, contrastive, image_text or crops a weight": (
+                max(paired, self.crops) <= 0
+            ),
+            "give mined=, what `regionclip mine` made, or images= with crops as the only weighted loss": (
+                not self.mined and (paired > 0 or not self.images)
+            ),
+            "the pool's embeddings are of the frozen text tower: set distillation=0 or train_text=false": (
+                self.train_text and self.distillation > 0
+            ),
+            "train_text needs a loss that reads texts: give contrastive or image_text a weight": (
+                self.train_text and max(self.contrastive, self.image_text) <= 0
+            ),
+            "learn_temperature needs a loss with a temperature: distillation, image_text or a softmax": (
+                self.learn_temperature and max(self.distillation, self.image_text) <= 0 and not softmax
+            ),
+            "memory holds negatives of the contrastive loss: give contrastive a weight or set memory=0": (
+                self.memory > 0 and self.contrastive <= 0
+            ),
+            "teacher is for the distillation: give distillation a weight or leave teacher empty": (
+                bool(self.teacher) and self.distillation <= 0
+            ),
+            f"memory, lr_batch and temperature must be at least 0, cells at least 1; found {self.memory}, "
+            f"{self.lr_batch}, {self.temperature:g} and {self.cells}": (
+                min(self.memory, self.lr_batch, self.temperature) < 0 or self.cells < 1
+            ),
+        }
+        for message, holds in faults.items():
+            if holds:
+                raise InputError(message)

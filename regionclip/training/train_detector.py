@@ -1,0 +1,288 @@
+"""Training of the detector on base classes; the text-embedding classifier stays frozen.
+
+A proposal network with a backbone of its own stays frozen too (arXiv 2112.09106); one on the detector's trunk
+is trained with the detector.
+"""
+
+# B images, N sampled regions of a batch, C base names, D embedding size
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.run import RunFolder
+from clip_base.models.clip import CLIP
+from clip_base.models.resnet import ModifiedResNet
+from clip_base.models.tokenizer import Tokenizer
+from clip_base.runtime.errors import InputError
+from clip_base.training.loop import TrainConfig
+from clip_base.training.pretrain import last_loss
+from clip_base.weights.load import load_clip
+from regionclip.checkpoints.load import save_detector
+from regionclip.concepts.vocabulary import embed
+from regionclip.models.box_head import BOX_HEADS
+from regionclip.models.detector import DELTA_WEIGHTS, Detector
+from regionclip.models.postprocess import DetectorConfig
+from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn.proposer import load_network
+from regionclip.structures.boxes import encode_deltas, iou
+from regionclip.structures.regions import RegionBatch, Regions
+from regionclip.structures.transforms import ResizeConfig
+from regionclip.training.region_text import freeze
+from regionclip.training.samples import RegionDataset, Sample, base_records, fit_on
+
+
+@dataclass
+class TrainDetectorConfig:
+    """Options of the detector's training. The defaults are the published recipe for COCO but for `boxes`."""
+
+    annotations: str = option(
+        REQUIRED, "instances_*.json in COCO's form; only boxes of base classes are read"
+    )
+    images: str = option(REQUIRED, "folder that its file names are relative to")
+    split: str = option("coco", "coco (48 base, 17 novel), or a JSON file with base and novel names")
+    weights: str = option(REQUIRED, "CLIP to start from, such as what `regionclip pretrain` wrote")
+    rpn: str = option(
+        REQUIRED,
+        "proposal network from `regionclip train-rpn`, becomes part of the detector and stays frozen unless "
+        "it stands on this CLIP's trunk; shared: a new one on this CLIP's trunk, trained with the detector",
+    )
+    network: ProposalNetworkConfig = option(
+        ProposalNetworkConfig(), "rpn=shared: the proposal network; its backbone is the CLIP's"
+    )
+    out: str = option(REQUIRED, "folder for weights, log and metrics", runtime_only=True)
+    detector: DetectorConfig = option(DetectorConfig(), "scores and suppression; kept in the weights file")
+    resize: ResizeConfig = option(ResizeConfig(), "size of the training images")
+    templates: list[str] = option(
+        ["a photo of {article} {}.", "{}"], "prompts, averaged; {} is the class name"
+    )
+    keep_empty: bool = option(False, "train on images without base boxes too")
+    proposals: int = option(1000, "proposals an image from which regions are sampled")
+    rois: int = option(512, "regions an image in the loss")
+    positive_share: float = option(0.25, "largest share of objects among them")
+    positive_iou: float = option(0.5, "a proposal that overlaps a box so much is an object")
+    background_weight: float = option(0.2, "weight of background regions in the classification loss")
+    focal: float = option(
+        0.5, "exponent of (1 - p) that favours hard regions; 0: none, and the mean is weighted"
+    )
+    box_weight: float = option(1.0, "weight of the box regression loss")
+    smooth_l1_beta: float = option(
+        0.0, "box regression loss: deltas off by less than this are squared; 0: L1, as published"
+    )
+    objectness_weight: float = option(1.0, "shared trunk: weight of the proposals' objectness loss")
+    proposal_weight: float = option(1.0, "shared trunk: weight of the proposals' box regression loss")
+    boxes: str = option(
+        "map",
+        "what the box head reads: map (layer4's map of the region) or embedding (as published)",
+        choices=BOX_HEADS,
+    )
+    background: str = option(
+        "zero", "embedding of the background: zero (as published) or learnt", choices=("zero", "learnt")
+    )
+    repeat_threshold: float = option(
+        0.0, "images are repeated for categories that fewer than this share of images hold (LVIS: 0.001)"
+    )
+    freeze_stages: int = option(
+        2, "stages kept as they are: 0 none, 1 the stem, 2 also layer1, … 4 also layer3"
+    )
+    freeze_batch_norm: bool = option(True, "keep the statistics and gains of batch norms as they are")
+    cache: bool = option(False, "keep decoded images in memory (for small data sets)", runtime_only=True)
+    train: TrainConfig = option(
+        TrainConfig(
+            steps=90_000,
+            batch_size=16,
+            optimizer="sgd",
+            lr=0.002,
+            weight_decay=1e-4,
+            warmup_steps=5_000,
+            schedule="step",
+            milestones=[0.6667, 0.8889],
+        ),
+        "the training loop",
+    )
+
+    def __post_init__(self) -> None:
+        if self.rois < 1 or not 0 < self.positive_share <= 1:
+            raise InputError(
+                f"rois={self.rois} must be at least 1, positive_share={self.positive_share} in (0, 1]"
+            )
+        if self.smooth_l1_beta < 0:
+            raise InputError(f"smooth_l1_beta must not be below 0, found {self.smooth_l1_beta}")
+
+
+class DetectorTask(nn.Module):
+    """Trains a detector's vision tower and box head, and a proposal network on that tower's trunk.
+
+    Args:
+        detector: trained in place, but for its text tower and a proposal network with a backbone of its own.
+        classifier: [C, D] text embeddings of the base names, frozen.
+        config: sampling and weights of the losses.
+    """
+
+    classifier: Tensor
+
+    def __init__(self, detector: Detector, classifier: Tensor, config: TrainDetectorConfig) -> None:
+        super().__init__()
+        self.detector, self.config = detector, config
+        assert detector.background is not None
+        if detector.network is not None:
+            detector.network.requires_grad_(detector.shares_trunk)
+        detector.background.requires_grad_(config.background == "learnt")
+        detector.clip.text.requires_grad_(False)
+        detector.clip.logit_scale.requires_grad_(False)
+        freeze(detector.clip.visual, config.freeze_stages, config.freeze_batch_norm)
+        self.register_buffer("classifier", classifier, persistent=False)
+
+    def train(self, mode: bool = True) -> DetectorTask:
+        """Sets the mode; the proposal network, frozen or without batch norms, stays in evaluation mode."""
+        super().train(mode)
+        if self.detector.network is not None:
+            self.detector.network.eval()
+        return self
+
+    def forward(self, batch: RegionBatch) -> dict[str, Tensor]:
+        """Returns the weighted losses `classification` and `box`, on a shared trunk the proposals' too."""
+        detector, config = self.detector, self.config
+        assert detector.network is not None
+        stages = detector.stages(batch.images)
+        losses = {}
+        if detector.shares_trunk:
+            found = detector.network.losses(batch, stages)
+            losses["objectness"] = config.objectness_weight * found["objectness"]
+            losses["proposal"] = config.proposal_weight * found["box"]
+        proposals = detector.propose(batch.images, stages, config.proposals)
+        return losses | self.region_losses(stages[-1], proposals, batch.regions)
+
+    def region_losses(self, feature_map: Tensor, proposals: Regions, truth: Regions) -> dict[str, Tensor]:
+        """Returns the weighted losses `classification` and `box` of regions sampled from proposals.
+
+        Args:
+            feature_map: [B, C, h, w], the trunk's.
+            proposals: of the whole batch.
+            truth: true boxes with labels.
+        """
+        detector, config = self.detector, self.config
+        regions, targets = sample_regions(proposals, truth, len(self.classifier), config)
+        labels = regions.labels
+        assert labels is not None
+        embeddings, moves = detector.heads(feature_map, regions)  # [N, D], [N, 4]
+        assert moves is not None
+        with torch.autocast(embeddings.device.type, enabled=False):
+            logits = detector.logits(embeddings, self.classifier, True)
+            classification = self._classification(logits, labels)
+            objects = labels < len(self.classifier)
+            wanted = encode_deltas(regions.boxes[objects], targets[objects], DELTA_WEIGHTS)
+            box = F.smooth_l1_loss(moves[objects], wanted, reduction="sum", beta=config.smooth_l1_beta)
+            box = box / max(len(labels), 1)
+        return {"classification": classification, "box": config.box_weight * box}
+
+    def _classification(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy with focal scaling and a weight for the background (arXiv 2112.09106, section 4).
+
+        As in the released code, the weights count in the mean's denominator when there is no focal scaling.
+        """
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        weights = torch.where(labels == len(self.classifier), self.config.background_weight, 1.0)
+        if not self.config.focal:
+            return (weights * losses).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+        # Away from 0, where the gradient of a root is not finite.
+        scaling = (-torch.expm1(-losses)).clamp(min=1e-7) ** self.config.focal  # (1 - p)^γ
+        return (weights * scaling * losses).sum() / max(len(labels), 1)
+
+
+@torch.no_grad()
+def sample_regions(
+    proposals: Regions, truth: Regions, background: int, config: TrainDetectorConfig
+) -> tuple[Regions, Tensor]:
+    """Samples regions for the loss from proposals and the true boxes themselves.
+
+    Args:
+        proposals: of the whole batch.
+        truth: true boxes with labels.
+        background: the label of regions that overlap no true box enough.
+        config: how many, and what counts as an object.
+
+    Returns:
+        N regions with labels, and the [N, 4] true box of each (its own box when it is background).
+    """
+    assert truth.labels is not None
+    index = torch.cat([proposals.image_index, truth.image_index])
+    boxes = torch.cat([proposals.boxes, truth.boxes])  # [P, 4]
+    same = index[:, None] == truth.image_index[None, :]  # [P, G]
+    if len(truth):
+        overlap, best = (iou(boxes, truth.boxes) * same).max(1)
+        positive = overlap >= config.positive_iou
+        labels = torch.where(positive, truth.labels[best], background)
+        targets = torch.where(positive[:, None], truth.boxes[best], boxes)
+    else:
+        positive = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+        labels, targets = torch.full_like(index, background), boxes
+    chosen = []
+    order = torch.randperm(len(boxes), device=boxes.device)
+    for image in torch.unique(index).tolist():
+        mine = order[index[order] == image]
+        objects = mine[positive[mine]][: round(config.rois * config.positive_share)]
+        chosen += [objects, mine[~positive[mine]][: config.rois - len(objects)]]
+    picked = torch.cat(chosen) if chosen else order
+    return Regions(boxes[picked], index[picked], labels=labels[picked]), targets[picked]
+
+
+def repeat_factors(images: Sequence[Tensor], threshold: float) -> Tensor:
+    """Returns how often an epoch shows each image: more than once when it holds a rare category.
+
+    A category in a share f of the images has the factor max(1, sqrt(threshold / f)), an image the largest of
+    its categories' (arXiv 1908.03195, appendix B).
+
+    Args:
+        images: the labels in each image.
+        threshold: the share below which a category is rare.
+    """
+    present = [torch.unique(labels) for labels in images]
+    shares = torch.bincount(torch.cat([*present, torch.zeros(0, dtype=torch.int64)])) / max(len(images), 1)
+    factors = (threshold / shares.double()).sqrt().clamp(min=1)
+    largest = [float(factors[labels].max()) if len(labels) else 1.0 for labels in present]
+    return torch.tensor(largest, dtype=torch.float64)
+
+
+def proposal_network(config: TrainDetectorConfig, clip: CLIP) -> ProposalNetwork:
+    """Returns the network that the options name: a file's, or a new one on the CLIP's trunk."""
+    visual = clip.visual
+    if not isinstance(visual, ModifiedResNet):
+        raise InputError(
+            f"weights={config.weights}: a detector is trained on a ResNet tower, this one is a ViT"
+        )
+    if config.rpn != "shared":
+        return load_network(config.rpn, visual)
+    sizes = dataclasses.replace(config.network, backbone="clip", vision=clip.config.vision, share_trunk=True)
+    return ProposalNetwork(sizes, visual).eval()
+
+
+def train_detector(config: TrainDetectorConfig) -> None:
+    """Trains an open-vocabulary detector on base classes; leaves `out/model.safetensors`."""
+    run = RunFolder(config.out, config, "region-train-detector")
+    if run.finished() is not None:
+        print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
+        return
+    dataset, split = base_records(config.annotations, config.images, config.split, config.keep_empty)
+    clip = load_clip(config.weights)
+    torch.manual_seed(config.train.seed)
+    network = proposal_network(config, clip)
+    detector = Detector(clip, config.detector, network, trained=True, boxes=config.boxes)
+    detector.resize = config.resize
+    tokenizer = Tokenizer(clip.config.text.context_length)
+    classifier = embed(clip, tokenizer, split.base, config.templates).embeddings
+    task = DetectorTask(detector, classifier, config)
+    data = RegionDataset([Sample.of_record(record) for record in dataset], config.resize, cache=config.cache)
+    weights = None
+    if config.repeat_threshold:
+        weights = repeat_factors([record.labels for record in dataset], config.repeat_threshold)
+    steps = fit_on(data, task, config.train, run, weights)
+    save_detector(detector, run.path / "model.safetensors", split.base)
+    run.finish({"steps": steps, "images": len(dataset), "loss": last_loss(run.log_path)})
+    print(f"{run.path / 'model.safetensors'}: {steps} steps on {len(dataset)} images")

@@ -1,0 +1,137 @@
+"""Training of the proposal network on boxes whose class does not matter."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.run import RunFolder
+from clip_base.runtime import distributed
+from clip_base.runtime.precision import autocast, pick_device
+from clip_base.runtime.progress import track
+from clip_base.training.loop import TrainConfig
+from clip_base.training.pretrain import last_loss
+from clip_base.weights.load import load_clip
+from regionclip.data.annotations import CocoDetection
+from regionclip.data.batches import batches_of, write_skipped
+from regionclip.data.categories import load_split
+from regionclip.metrics.recall import RecallMeter, described
+from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn.proposer import build_network, save_network
+from regionclip.structures.regions import RegionBatch
+from regionclip.structures.transforms import ResizeConfig
+from regionclip.training.samples import RegionDataset, Sample, base_records, fit_on
+
+
+@dataclass
+class TrainRPNConfig:
+    """Options of the proposal network's training."""
+
+    annotations: str = option(
+        REQUIRED, "instances_*.json in COCO's form; only boxes of base classes are read"
+    )
+    images: str = option(REQUIRED, "folder that its file names are relative to")
+    split: str = option("coco", "coco (48 base, 17 novel), or a JSON file with base and novel names")
+    out: str = option(REQUIRED, "folder for weights, log and metrics", runtime_only=True)
+    val_annotations: str = option(
+        "", "instances_*.json whose boxes measure recall at the end; empty: not measured"
+    )
+    val_images: str = option("", "folder of the validation images; empty: the same as `images`")
+    network: ProposalNetworkConfig = option(ProposalNetworkConfig(), "the proposal network")
+    objectness_weight: float = option(1.0, "factor of the loss that tells objects from background")
+    box_weight: float = option(1.0, "factor of the loss that fits anchors to boxes")
+    resize: ResizeConfig = option(ResizeConfig(), "size of the images")
+    keep_empty: bool = option(False, "train on images without base boxes too")
+    cache: bool = option(False, "keep decoded images in memory (for small data sets)", runtime_only=True)
+    train: TrainConfig = option(
+        TrainConfig(
+            steps=90_000, batch_size=16, optimizer="sgd", lr=0.02, weight_decay=1e-4, schedule="step"
+        ),
+        "the training loop",
+    )
+
+
+class RPNTask(nn.Module):
+    """Trains a proposal network: images and boxes in, its two weighted losses out.
+
+    Args:
+        network: trained in place.
+        objectness_weight: factor of the objectness loss.
+        box_weight: factor of the box loss.
+    """
+
+    def __init__(
+        self, network: ProposalNetwork, objectness_weight: float = 1.0, box_weight: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.weights = {"objectness": objectness_weight, "box": box_weight}
+
+    def forward(self, batch: RegionBatch) -> dict[str, Tensor]:
+        """Returns the weighted losses `objectness` and `box`, float32 scalars."""
+        return {name: self.weights[name] * loss for name, loss in self.network.losses(batch).items()}
+
+
+def make_network(config: TrainRPNConfig) -> ProposalNetwork:
+    """Returns the network to train; a backbone that starts from a CLIP file takes that tower's sizes."""
+    network = config.network
+    if network.backbone == "clip" and network.backbone_weights:
+        vision = load_clip(network.backbone_weights).config.vision
+        network = dataclasses.replace(network, vision=vision)
+    torch.manual_seed(config.train.seed)
+    return build_network(network)
+
+
+def train_rpn(config: TrainRPNConfig) -> None:
+    """Trains a class-agnostic proposal network on base-class boxes; leaves `out/model.safetensors`."""
+    run = RunFolder(config.out, config, "region-train-rpn")
+    if run.finished() is not None:
+        print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
+        return
+    dataset, _ = base_records(config.annotations, config.images, config.split, config.keep_empty)
+    network = make_network(config)
+    task = RPNTask(network, config.objectness_weight, config.box_weight)
+    data = RegionDataset([Sample.of_record(record) for record in dataset], config.resize, cache=config.cache)
+    if network.config.share_trunk:
+        # It is no part of the task, so the loop does not move it.
+        distributed.start()
+        network.trunk.to(pick_device(config.train.device))
+    steps = fit_on(data, task, config.train, run)
+    save_network(network, run.path / "model.safetensors")
+    metrics: dict[str, Any] = {"steps": steps, "images": len(dataset), "loss": last_loss(run.log_path)}
+    if config.val_annotations:
+        skipped: dict[int, str] = {}
+        found = recall(network.eval(), config, skipped)
+        write_skipped(run.path / "val_skipped.jsonl", skipped)
+        metrics |= {**found, "val_skipped": len(skipped)}
+        print(described(found))
+    run.finish(metrics)
+    print(f"{run.path / 'model.safetensors'}: {steps} steps on {len(dataset)} images")
+
+
+def recall(network: ProposalNetwork, config: TrainRPNConfig, skipped: dict[int, str]) -> dict[str, float]:
+    """Returns recall on the validation boxes, base and novel apart.
+
+    Args:
+        network: in evaluation mode.
+        config: names the validation images.
+        skipped: takes the reason of every image that could not be read, by id.
+    """
+    dataset = CocoDetection(config.val_annotations, config.val_images or config.images)
+    split = load_split(config.split, dataset.categories, dataset.frequencies)
+    dataset = dataset.restrict(split.all).without_crowds()
+    print(f"validation: {dataset.report()}")
+    device = pick_device(config.train.device)
+    meter, is_novel = RecallMeter(apart=True), torch.tensor(split.is_novel(dataset.categories))
+    for batch in track(batches_of(dataset, config.resize, 16, device, skipped), "recall"):
+        with torch.no_grad(), autocast(config.train.precision, device):
+            found = network.propose(batch.images, 1000).to("cpu")
+        for slot, (record, frame) in enumerate(zip(batch.records, batch.frames, strict=True)):
+            boxes = frame.invert_boxes(found.of_image(slot).boxes)
+            meter.add(record.boxes, boxes, is_novel[record.labels])
+    return meter.metrics()

@@ -1,0 +1,128 @@
+"""Engines: results do not depend on who works, and what goes wrong elsewhere is told here."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from clip_base.runtime import workers
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.workers import Report, run
+
+
+def squares(power: int) -> Callable[[int, Report], tuple[int, str, str]]:
+    def work(task: int, report: Report) -> tuple[int, str, str]:
+        report(1, f"task {task}")
+        if task == 13:
+            raise InputError("13 is no number of ours")
+        if task == 14:
+            raise OSError(28, "No space left on device", "somewhere")
+        if task == 15:
+            raise ZeroDivisionError("by nothing")
+        if task == 16:
+            os.kill(os.getpid(), signal.SIGKILL)
+        where = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        return task**power, os.environ.get("OMP_NUM_THREADS", ""), where
+
+    return work
+
+
+START = functools.partial(squares, 2)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_task_is_done_once_and_reported(workers: int) -> None:
+    told: list[tuple[int, int, str]] = []
+    found = run("local", START, range(7), workers, lambda *what: told.append(what))
+    assert sorted((task, result[0]) for task, result in found) == [(n, n * n) for n in range(7)]
+    assert sorted(told) == [(n, 1, f"task {n}") for n in range(7)]
+
+
+def test_without_tasks_nothing_is_started() -> None:
+    def start() -> Callable[[int, Report], int]:
+        raise AssertionError
+
+    assert list(run("local", start, [], 1)) == []
+    assert list(run("local", start, [], 2)) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tasks_are_read_when_somebody_is_free(workers: int) -> None:
+    read = 0
+
+    def tasks() -> Iterator[int]:
+        nonlocal read
+        while read < 9:
+            read += 1
+            yield read
+
+    for done, _ in enumerate(run("local", START, tasks(), workers)):
+        assert read <= done + 1 + workers
+
+
+def test_processes_share_the_cores_and_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "cores", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    found = {result[1:] for _, result in run("local", START, range(6), 2, gpus=2)}
+    assert found <= {("3", "4"), ("3", "7")}
+    assert "OMP_NUM_THREADS" not in os.environ
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,7"
+
+
+def test_each_of_several_processes_takes_the_next_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    seen = []
+    for index in range(4):
+        with workers._surroundings(index, 4, 3):
+            seen.append((os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"]))
+    assert seen == [("0", "1"), ("1", "1"), ("2", "1"), ("0", "1")]
+
+
+def test_a_process_that_starts_does_not_hear_ctrl_c() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with workers._surroundings(0, 2, 0):
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) is before
+    in_thread = threading.Thread(target=lambda: workers._surroundings(0, 2, 0).__enter__())
+    in_thread.start()  # elsewhere than in the main thread signals cannot be set, and nothing fails
+    in_thread.join()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_the_user_can_mend_is_raised_as_it_was(workers: int) -> None:
+    with pytest.raises(InputError, match="13 is no number of ours"):
+        list(run("local", START, [1, 13], workers))
+    with pytest.raises(OSError, match="No space left") as caught:
+        list(run("local", START, [14], workers))
+    assert (caught.value.errno, caught.value.filename) == (28, "somewhere")
+
+
+def test_another_failure_is_told_by_its_last_line() -> None:
+    with pytest.raises(RuntimeError, match="a worker failed: ZeroDivisionError: by nothing") as caught:
+        list(run("local", START, [15, 1], 2))
+    assert "in work" in caught.value.__notes__[0]  # the traceback, for --debug
+
+
+def test_a_killed_process_is_told() -> None:
+    with pytest.raises(RuntimeError, match="a worker process ended by signal 9"):
+        list(run("local", START, [16, 1], 2))
+
+
+@pytest.mark.slow
+def test_ray_tells_failures_too() -> None:
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    assert sorted(run("ray", START, range(3), 2)) == [(n, (n * n, "1", "")) for n in range(3)]
+    with pytest.raises(InputError, match="13 is no number of ours"):
+        list(run("ray", START, [13], 1))
+    with pytest.raises(RuntimeError, match="a worker of the Ray cluster was lost"):
+        list(run("ray", START, [16], 1))
+    assert ray.is_initialized()  # a cluster that was there stays
+    ray.shutdown()

@@ -1,0 +1,139 @@
+"""Shards give back what was written, and say so when they cannot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from clip_base.runtime.errors import InputError
+from regionclip.mining.shards import (
+    SCHEMA,
+    VERSION,
+    MinedRegion,
+    read_manifest,
+    read_regions,
+    read_skipped,
+    shard_path,
+    write_shard,
+)
+
+
+def region(image_id: int, phrase: str | None = "a red cup") -> MinedRegion:
+    box = (1.5, 2.25, 30.0, 40.75)
+    return MinedRegion(
+        image_id,
+        "train/ü.jpg",
+        64,
+        48,
+        box,
+        0.5,
+        [3, 0],
+        [0.75, 0.125],
+        "cup",
+        phrase,
+        phrase and "A red cup.",
+    )
+
+
+def finished(folder: Path, *parts: list[MinedRegion]) -> Path:
+    for number, part in enumerate(parts):
+        write_shard(shard_path(folder, number), part)
+    names = [shard_path(folder, number).name for number in range(len(parts))]
+    (folder / "manifest.json").write_text(json.dumps({"version": VERSION, "shards": names}))
+    return folder
+
+
+def test_rows_come_back_as_written_in_the_manifests_order(tmp_path: Path) -> None:
+    rows = [region(1), region(1, None), region(2)]
+    folder = finished(tmp_path, rows[:2], [], rows[2:])
+    found = list(read_regions(folder))
+    assert [(row.image_id, row.phrase, row.caption) for row in found] == [
+        (row.image_id, row.phrase, row.caption) for row in rows
+    ]
+    for row, wanted in zip(found, rows, strict=True):
+        assert tuple(row.box) == wanted.box
+        assert (row.concept_ids, row.concept_probs) == (wanted.concept_ids, wanted.concept_probs)
+        assert (row.file_name, row.height, row.width) == ("train/ü.jpg", 64, 48)
+
+
+def test_files_have_the_published_schema(tmp_path: Path) -> None:
+    write_shard(tmp_path / "one.parquet", [region(1)])
+    assert pq.read_schema(tmp_path / "one.parquet").equals(SCHEMA)
+
+
+def test_a_shard_holds_its_images_without_regions(tmp_path: Path) -> None:
+    skipped: list[dict[str, object]] = []
+
+    def regions() -> Iterator[MinedRegion]:
+        yield region(1)
+        skipped.append({"image_id": 2, "reason": "wörn out"})
+
+    assert write_shard(tmp_path / "one.parquet", regions(), skipped) == 1
+    assert read_skipped(tmp_path / "one.parquet") == ('{"image_id": 2, "reason": "wörn out"}\n', 1)
+    write_shard(tmp_path / "two.parquet", [])
+    assert read_skipped(tmp_path / "two.parquet") == ("", 0)
+    (tmp_path / "two.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="is damaged"):
+        read_skipped(tmp_path / "two.parquet")
+
+
+def test_more_regions_than_are_made_a_table_at_once_stay_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regionclip.mining.shards._ROWS", 3)
+    folder = finished(tmp_path, [region(number) for number in range(10)])
+    assert [row.image_id for row in read_regions(folder)] == list(range(10))
+
+
+def test_an_unfinished_folder_is_no_data(tmp_path: Path) -> None:
+    write_shard(shard_path(tmp_path, 0), [region(1)])
+    with pytest.raises(InputError, match="mining there has not ended"):
+        read_manifest(tmp_path)
+    with pytest.raises(InputError, match="does not exist"):
+        read_manifest(tmp_path / "nowhere")
+
+
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"version": 99, "shards": []}')
+    with pytest.raises(InputError, match="version 99, this program reads 2"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 10, 300])
+def test_a_cut_shard_is_named(tmp_path: Path, size: int) -> None:
+    folder = finished(tmp_path, [region(1)])
+    path = shard_path(folder, 0)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(InputError, match=r"shard .*shard-00000\.parquet is damaged .*delete it and run"):
+        list(read_regions(folder))
+
+
+def test_a_lost_shard_is_named(tmp_path: Path) -> None:
+    folder = finished(tmp_path, [region(1)], [region(2)])
+    shard_path(folder, 1).unlink()
+    with pytest.raises(InputError, match=r"shard-00001\.parquet does not exist"):
+        list(read_regions(folder))
+
+
+def test_a_foreign_parquet_file_is_no_shard(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    folder = finished(tmp_path, [region(1)])
+    pq.write_table(pa.table({"words": ["one"]}), shard_path(folder, 0))
+    with pytest.raises(InputError, match=r"is no shard of mined regions \(its columns: words\)"):
+        list(read_regions(folder))
+
+
+def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(table: object, where: Path, **_: object) -> None:
+        Path(where).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(OSError, match="No space"):
+        write_shard(shard_path(tmp_path, 0), [region(1)])
+    assert list(tmp_path.iterdir()) == []

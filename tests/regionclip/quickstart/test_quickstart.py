@@ -1,0 +1,141 @@
+"""The quickstart as a person types it: whole, again, and after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clip_base.jobs import config as configs
+from clip_base.jobs import plugins
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import read_json
+from regionclip.quickstart.run import QuickstartConfig, stages
+from regionclip.quickstart.stages import shipped
+
+RUN = "import sys; from clip_base.jobs.cli import main_regionclip; sys.exit(main_regionclip(sys.argv[1:]))"
+WAIT = 240.0  # seconds until a test gives up on a child
+
+
+def start(out: Path) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONIOENCODING": "utf-8",
+    }
+    command = [sys.executable, "-c", RUN, "quickstart", "preset=smoke", f"out={out}", "seed=1"]
+    with (out.parent / "log").open("a") as log:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+
+
+def finish(out: Path) -> str:
+    process = start(out)
+    try:
+        told, _ = process.communicate(timeout=WAIT)
+    finally:
+        process.kill()
+    assert process.returncode == 0, (out.parent / "log").read_text()[-2000:]
+    return told
+
+
+def metrics(out: Path) -> dict[str, Any]:
+    """Returns the metrics of every stage; they hold no times."""
+    files = sorted(path for path in out.rglob("metrics.json") if path.parent != out)
+    return {str(path.parent.relative_to(out)): read_json(path) for path in files}
+
+
+def table(told: str) -> list[str]:
+    """Returns the rows of the result table."""
+    return [line for line in told.splitlines() if "│" in line]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An undisturbed run: its folder, and what it said."""
+    out = tmp_path_factory.mktemp("undisturbed") / "quickstart"
+    return out, finish(out)
+
+
+@pytest.mark.slow
+def test_the_whole_path_ends_with_a_table_and_a_page(whole: tuple[Path, str]) -> None:
+    out, told = whole
+    assert (out / "report.html").exists()
+    assert table(told)
+    for stage in stages(QuickstartConfig(str(out), 1, "smoke")):
+        assert stage.title in told
+    found = metrics(out)
+    for name in ("clip", "rpn", "mined", "regionclip", "detector-clip", "detector-regionclip"):
+        assert name in found
+    for model in ("clip", "regionclip"):
+        assert 0 <= found[f"evaluation/{model}-truth"]["top1_novel"] <= 1
+        assert found[f"evaluation/detector-{model}"]["AP50_all"] >= 0
+    assert set(read_json(out / "timings.json")) == {
+        stage.title for stage in stages(QuickstartConfig(str(out), 1, "smoke"))
+    }
+
+
+@pytest.mark.slow
+def test_a_second_call_trains_nothing_and_shows_the_same_table(whole: tuple[Path, str]) -> None:
+    out, told = whole
+    weights = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    begin = time.monotonic()
+    again = finish(out)
+    assert time.monotonic() - begin < 30
+    assert table(again) == table(told)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == weights
+
+
+@pytest.mark.slow
+def test_killed_while_training_and_started_again_it_ends_with_the_same_figures(
+    whole: tuple[Path, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "quickstart"
+    process, begin = start(out), time.monotonic()
+    begun = out / "rpn" / "config.yaml"
+    try:
+        while not begun.exists() and process.poll() is None and time.monotonic() - begin < WAIT:
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()[-2000:]
+    assert begun.exists()
+    assert not (out / "rpn" / "metrics.json").exists()
+    told = finish(out)
+    assert metrics(out) == metrics(whole[0])
+    assert table(told) == table(whole[1])
+
+
+def test_every_stage_fits_its_job(tmp_path: Path) -> None:
+    for preset in ("quickstart", "smoke"):
+        for stage in stages(QuickstartConfig(str(tmp_path), 3, preset)):
+            schema = plugins.schema_of(plugins.load(plugins.JOBS, stage.job))
+            resolved: Any = configs.resolve(schema, shipped(stage.job, preset), stage.overrides)
+            held = json.dumps(configs.to_yaml(resolved))
+            assert str(tmp_path) in held, stage.title
+
+
+def test_no_stage_reads_what_no_earlier_stage_has_left(tmp_path: Path) -> None:
+    left: set[str] = set()
+    for stage in stages(QuickstartConfig(str(tmp_path), 0, "smoke")):
+        values = dict(pair.split("=", 1) for pair in stage.overrides)
+        own = values["out"]
+        for key, value in values.items():
+            if key != "out" and value.startswith(str(tmp_path)):
+                assert any(value.startswith(place) for place in left), (stage.title, key)
+        left.add(own)
+
+
+def test_a_preset_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    from regionclip.quickstart.run import quickstart
+
+    with pytest.raises(InputError, match=r"there is no configs/scenes/fast\.yaml; known: .*smoke"):
+        quickstart(QuickstartConfig(str(tmp_path / "out"), 0, "fast"))

@@ -1,0 +1,88 @@
+"""Drawn pictures: boxes where they belong, labels inside the picture, small pictures enlarged."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from regionclip.structures.detections import Detections
+from regionclip.structures.drawing import _place, _shared, color_of, draw, enlargement
+
+
+def test_small_pictures_are_enlarged_and_large_ones_are_not():
+    assert draw(Image.new("RGB", (128, 96)), boxes=[]).size == (384, 288)
+    assert draw(np.zeros((480, 640, 3), dtype=np.uint8), boxes=[]).size == (640, 480)
+    assert enlargement(64, 32) == 6
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.new("L", (400, 300)),
+        np.zeros((300, 400), dtype=np.uint8),
+        np.zeros((300, 400, 3), dtype=np.uint8),
+        np.zeros((300, 400, 4)),
+        torch.zeros(3, 300, 400, dtype=torch.uint8),
+    ],
+)
+def test_a_box_is_drawn_in_its_colour_on_any_kind_of_picture(image: object):
+    drawn = draw(image, boxes=torch.tensor([[50.0, 60, 200, 250]]), colours=[(255, 0, 0)])  # type: ignore[arg-type]
+    assert drawn.size == (400, 300)
+    for corner in ((50, 60), (200, 250), (50, 250), (120, 60)):
+        assert drawn.getpixel(corner) == (255, 0, 0)
+    assert drawn.getpixel((120, 150)) == (0, 0, 0)
+
+
+def test_the_picture_given_is_not_changed():
+    image = Image.new("RGB", (400, 300))
+    draw(image, boxes=[[0, 0, 100, 100]], texts=["cat"])
+    assert image.getextrema() == ((0, 0), (0, 0), (0, 0))
+
+
+def test_detections_are_named_and_coloured_by_label():
+    boxes = torch.tensor([[10.0, 50, 100, 140], [200, 50, 300, 140], [10, 180, 100, 260]])
+    scores, labels = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 0])
+    drawn = draw(Image.new("RGB", (400, 300)), Detections(boxes, scores, labels, ("cat", "dog"), (300, 400)))
+    assert drawn.getpixel((100, 100)) == drawn.getpixel((100, 220)) == color_of(0)
+    assert drawn.getpixel((300, 100)) == color_of(1)
+
+
+def test_labels_stay_inside_and_find_free_places():
+    taken = []
+    for box in [
+        (0.0, 0.0, 40.0, 40.0),
+        (0.0, 2.0, 42.0, 44.0),
+        (380.0, 290.0, 399.0, 299.0),
+        (1.0, 1.0, 41.0, 41.0),
+    ]:
+        place = _place(box, 90, 15, (400, 300), taken)
+        assert 0 <= place[0] <= place[2] <= 400
+        assert 0 <= place[1] <= place[3] <= 300
+        assert not any(_shared(place, other) for other in taken)
+        taken.append(place)
+
+
+def test_a_label_longer_than_the_picture_and_boxes_beyond_it_do_no_harm():
+    drawn = draw(
+        Image.new("RGB", (60, 400)), boxes=[[-50, -50, 1000, 1000]], texts=["a very long name " * 10]
+    )
+    assert drawn.size == (60, 400)
+    assert drawn.getpixel((0, 399)) != (0, 0, 0)
+
+
+def test_first_colours_are_far_from_each_other():
+    colours = np.array([color_of(number) for number in range(8)], dtype=float)
+    apart = np.linalg.norm(colours[:, None] - colours[None], axis=-1) + 1000 * np.eye(8)
+    assert apart.min() > 60
+
+
+def test_what_does_not_fit_together_is_refused():
+    image = Image.new("RGB", (400, 300))
+    with pytest.raises(ValueError, match="either detections or boxes"):
+        draw(image)
+    with pytest.raises(ValueError, match="1 boxes, 2 texts"):
+        draw(image, boxes=[[0, 0, 5, 5]], texts=["a", "b"])
+    with pytest.raises(ValueError, match="uint8"):
+        draw(np.zeros((300, 400, 3), np.int64), boxes=[])

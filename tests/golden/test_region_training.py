@@ -33,5 +33,5 @@ def test_twenty_steps_give_the_stored_losses(
     for name, values in expected.items():
         assert len(values) == 20
         # Other processors round differently, which each step magnifies; the first loss knows nothing of it.
-        assert measured[name][0] == pytest.approx(values[0], rel=1e-5, abs=1e-6), name
+        assert measured[name][0] == pytest.approx(values[0], rel=3e-5, abs=1e-6), name
         assert measured[name] == pytest.approx(values, rel=1e-3, abs=1e-5), name

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,16 @@ from regionclip.metrics.lvis import RECALLS
 from regionclip.metrics.matching import NOT_JUDGED, RIGHT, VERDICTS, WRONG_NAME, MatchResult
 from regionclip.reports import html
 from regionclip.reports.charts import Chart, Points, line_chart
-from regionclip.reports.crops import RGB, Crop, CropBudget
+from regionclip.reports.crops import CropBudget, LabeledImage
 from regionclip.reports.html import percent
 
 MAX_IMAGES = 18  # of each kind
 MAX_PER_CATEGORY = 2  # of each kind
 MAX_CONFUSIONS, MATRIX_SIZE = 15, 16
 STAR = "★ "
-GREEN: RGB = (60, 200, 110)
-RED: RGB = (235, 70, 80)
-YELLOW: RGB = (240, 180, 40)
+GREEN = (60, 200, 110)
+RED = (235, 70, 80)
+YELLOW = (240, 180, 40)
 Places = NDArray[np.int64]
 TILES = {
     "AP50_novel": "AP50 novel",
@@ -39,16 +38,6 @@ TILES = {
     "top1": "top-1, true boxes",
     "top5": "top-5, true boxes",
 }
-
-
-@dataclass(frozen=True)
-class LabeledImage:
-    """A detection or a missed object for the page; `tag`: what a false detection shows."""
-
-    crop: Crop
-    name: str
-    score: str = ""
-    tag: str = ""
 
 
 def write_page(
@@ -97,15 +86,12 @@ def write_page(
         num_missed=len(judged.missed(threshold)),
         confusions=_confusions(matrix, names),
         matrix=_matrix(matrix, names),
-        images=_images(judged, threshold, names, files, budget) if files else [],
+        kinds=_images(judged, threshold, names, files, budget) if files else [],
         budget=budget,
         per_class=[
             [
                 STAR * bool(row["novel"]) + row["name"],
-                f"{row['boxes']:,}",
-                f"{row['detections']:,}",
-                percent(row["AP"]),
-                percent(row["AP50"]),
+                *(row[key] for key in ("boxes", "detections", "AP", "AP50")),
             ]
             for row in rows
         ],
@@ -113,15 +99,15 @@ def write_page(
     write_text(path, page)
 
 
-def _summary(evaluation: Evaluation) -> list[list[str]]:
+def _summary(evaluation: Evaluation) -> list[list[str | float]]:
     """Returns the mean figures of novel, base and all categories, as far as there are such parts."""
-    rows = []
+    rows: list[list[str | float]] = []
     for part in ("novel", "base", "all"):
         columns = _columns(evaluation, part)
         if f"AP_{part}" in evaluation.metrics and columns:
             table = evaluation.precision[:, :, columns]
             cells = (table[..., 0], table[0, ..., 0], table[5, ..., 0], *(table[..., a] for a in (1, 2, 3)))
-            rows.append([f"{part} ({len(columns)} categories)", *(percent(mean_of(cell)) for cell in cells)])
+            rows.append([f"{part} ({len(columns)} categories)", *map(mean_of, cells)])
     return rows
 
 
@@ -154,17 +140,12 @@ def _points(precision: NDArray[np.float64]) -> Points:
     return list(zip(RECALLS.tolist(), precision.tolist(), strict=True))
 
 
-def _confusions(matrix: Places, names: Sequence[str]) -> list[list[str]]:
+def _confusions(matrix: Places, names: Sequence[str]) -> list[tuple[str, str, int, float]]:
     """Returns what is misclassified most often: object, its wrong name, how often, share of such objects."""
     wrong = matrix[:-1, :-1] * ~np.eye(len(names), dtype=bool)
     order = (-wrong).flatten().argsort(kind="stable")[:MAX_CONFUSIONS]
     return [
-        [
-            names[true],
-            names[named],
-            f"{wrong[true, named]:,}",
-            percent(wrong[true, named] / matrix[true].sum()),
-        ]
+        (names[true], names[named], int(wrong[true, named]), float(wrong[true, named] / matrix[true].sum()))
         for true, named in zip(*np.unravel_index(order, wrong.shape), strict=True)
         if wrong[true, named]
     ]
@@ -202,50 +183,42 @@ def _images(
 
     def detection(place: int) -> LabeledImage | None:
         name, verdict = names[judged.labels[place]], judged.verdicts[place]
-        tag = VERDICTS[verdict]
+        caption = [("name", name), ("score", f" {judged.scores[place]:.2f}")]
         if verdict == WRONG_NAME:
-            tag = f"it is: {names[judged.object_labels[judged.shown[place]]]}"
-        path, box = files[int(judged.images[place])], judged.boxes[place].tolist()
-        crop = budget.crop(path, box, GREEN if verdict == RIGHT else RED, f"{name}, {path.name}")
-        score = f" {judged.scores[place]:.2f}"
-        return None if crop is None else LabeledImage(crop, name, score, "" if verdict == RIGHT else tag)
+            caption.append(
+                ("tag misclassified", f"it is: {names[judged.object_labels[judged.shown[place]]]}")
+            )
+        elif verdict != RIGHT:
+            caption.append(("tag misclassified", VERDICTS[verdict]))
+        path, color = files[int(judged.images[place])], GREEN if verdict == RIGHT else RED
+        return budget.crop(path, judged.boxes[place].tolist(), color, f"{name}, {path.name}", caption)
 
     def missing(place: int) -> LabeledImage | None:
         name, path = names[judged.object_labels[place]], files[int(judged.object_images[place])]
-        crop = budget.crop(path, judged.object_boxes[place].tolist(), YELLOW, f"missed {name}, {path.name}")
-        return None if crop is None else LabeledImage(crop, name)
+        box = judged.object_boxes[place].tolist()
+        return budget.crop(path, box, YELLOW, f"missed {name}, {path.name}", [("name", name)])
 
-    kinds = {
-        "Correct detections with the highest scores": (correct, judged.labels, detection),
-        "False detections with the highest scores": (wrong, judged.labels, detection),
-        "The largest missed objects": (missed, judged.object_labels, missing),
-    }
     return [
-        (title, _shown(_spread(places, labels), label, budget))
-        for title, (places, labels, label) in kinds.items()
+        (title, _shown(places, labels, label, budget))
+        for title, places, labels, label in (
+            ("Correct detections with the highest scores", correct, judged.labels, detection),
+            ("False detections with the highest scores", wrong, judged.labels, detection),
+            ("The largest missed objects", missed, judged.object_labels, missing),
+        )
     ]
 
 
-def _spread(places: Places, labels: Places) -> Iterable[int]:
-    """Yields places in their order, few of each label."""
-    used: Counter[int] = Counter()
-    for place in places.tolist():
-        label = int(labels[place])
-        used[label] += 1
-        if used[label] <= MAX_PER_CATEGORY:
-            yield place
-
-
 def _shown(
-    places: Iterable[int], label: Callable[[int], LabeledImage | None], budget: CropBudget
+    places: Places, labels: Places, label: Callable[[int], LabeledImage | None], budget: CropBudget
 ) -> list[LabeledImage]:
-    """Returns the first images, and gives up where as many and more could not be read."""
+    """Returns the first images, few of each label, and gives up where as many and more could not be read."""
     made: list[LabeledImage] = []
+    used: Counter[int] = Counter()
     unreadable = budget.unreadable
-    for place in places:
+    for place in places.tolist():
+        used[labels[place]] += 1
         if len(made) == MAX_IMAGES or budget.unreadable - unreadable > MAX_IMAGES:
             break
-        image = label(place)
-        if image is not None:
+        if used[labels[place]] <= MAX_PER_CATEGORY and (image := label(place)) is not None:
             made.append(image)
     return made

@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from regionclip.metrics.average_precision import NOTHING
-from regionclip.mining.coverage import ConceptUse, Coverage, reasons
+from regionclip.mining.coverage import Coverage, reasons
 from regionclip.mining.quality import PairQuality
 from regionclip.mining.shards import MinedRegion
 from regionclip.reports import html
-from regionclip.reports.charts import Chart, histogram, line_chart, stacked_bars
-from regionclip.reports.crops import RGB, Crop, CropBudget
-from regionclip.reports.html import DASH, percent
+from regionclip.reports.charts import Chart, histogram, line_chart, share_bars, short
+from regionclip.reports.crops import CropBudget, LabeledImage
+from regionclip.reports.html import DASH, percent, share
 
 BINS = 20
 MAX_REGIONS = 12  # the last bar of regions per image holds all images with more
@@ -27,13 +27,8 @@ THRESHOLDS = (*(step / 50 for step in range(50)), 0.99)
 # Rows of the tables by threshold.
 SHOWN_THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96, 0.99)
 SHARES = ("precision", "wrong_name", "no_object", "recall")
-OUTCOME_COLORS = ("green", "red", "gray")  # correct, misclassified, background
-_BOX_COLORS: dict[str | None, RGB] = {
-    None: (47, 111, 208),
-    "correct": (60, 200, 110),
-    "misclassified": (235, 70, 80),
-}
-_GRAY: RGB = (200, 204, 208)
+GRAY = (200, 204, 208)
+_COLORS = {None: (47, 111, 208), "correct": (60, 200, 110), "misclassified": (235, 70, 80)}
 
 
 @dataclass(frozen=True)
@@ -84,61 +79,51 @@ class ReportData:
         return counts
 
 
-@dataclass(frozen=True)
-class LabeledImage:
-    """A mined region for a page; its caption is `before`, the `phrase` that names it, and `after`."""
-
-    crop: Crop
-    concept: str
-    probability: float
-    outcome: str | None
-    before: str
-    phrase: str
-    after: str
-
-
 def make_page(data: ReportData, limits: ReportLimits) -> str:
     """Returns the page; it opens from disk and loads nothing else."""
     budget = CropBudget(round(limits.max_report_mb * 2**20))
-    by_score = pick_pairs(data.regions, limits.regions)
+    coverage, never = data.coverage, data.coverage.never_matched()
+    by_score = _labeled(data, pick_pairs(data.regions, limits.regions), budget)
     concepts: dict[str, list[int]] = {}
     for place, region in enumerate(data.regions):
         concepts.setdefault(region.concept, []).append(place)
-    never = data.coverage.never_matched()
     return html.render(
         "mining.html",
         limits=limits,
-        counts=data.coverage.metrics(),
-        figures=_figures(data),
+        counts=coverage.metrics(),
         sources=_sources(data.manifest),
         quality=_quality(data.quality) if data.quality else None,
         score_charts=_score_charts(data),
-        coverage_charts=_coverage_charts(data.coverage),
-        concept_rows=[_concept_row(use) for use in data.coverage.by_regions() if use.regions or use.images],
-        by_score=_labeled(data, by_score, budget),
+        coverage_charts=_coverage_charts(coverage),
+        concept_rows=[
+            [
+                use.concept,
+                use.regions,
+                f"{use.probability:.2f}" if use.regions else DASH,
+                use.images,
+                use.matched / use.images if use.images else NOTHING,
+            ]
+            for use in coverage.by_regions()
+            if use.regions or use.images
+        ],
+        by_score=by_score,
         by_concept=_by_concept(data, concepts, limits, budget),
         num_concepts=len(concepts),
         budget=budget,
         never_matched=[
-            (
-                text,
-                [
-                    [use.concept, f"{use.images:,}", " · ".join(use.examples)]
-                    for use in never
-                    if use.in_pool == known
-                ],
-            )
-            for text, known in (
-                (
-                    "Concepts of the pool that captions name and that no region of those images was given:",
-                    True,
-                ),
-                ("Phrases that no concept of the pool stands for, by their head noun:", False),
-            )
+            [[use.concept, use.images, " · ".join(use.examples)] for use in never if use.in_pool == in_pool]
+            for in_pool in (True, False)
         ],
-        skipped=[[reason, f"{count:,}", ", ".join(names)] for reason, count, names in reasons(data.skipped)],
+        skipped=[[reason, count, ", ".join(names)] for reason, count, names in reasons(data.skipped)],
         num_skipped=len(data.skipped),
     )
+
+
+def outcome_chart(title: str, quality: PairQuality, values: Tensor) -> Chart:
+    """Returns the outcomes of regions by bins of values [P] in [0, 1], and the number of regions."""
+    bins, shares, counts = quality.by_bin(values)
+    labels = [f"{label}\n{short(count)}" for label, count in zip(bins, counts, strict=True)]
+    return share_bars(title, labels, shares, stacked=True, colors=("green", "red", "gray"))
 
 
 def pick_pairs(regions: Sequence[MinedRegion], count: int) -> list[int]:
@@ -194,12 +179,16 @@ def labeled_image(
         outcome: one of `regionclip.mining.quality.VERDICTS`; None: there is no ground truth.
         budget: makes the crop.
     """
+    before, phrase, after = caption_around(region.caption, region.phrase)
+    caption = [
+        ("name", region.concept),
+        ("score", f" {region.concept_probs[0]:.2f}"),
+        *([(f"tag {outcome}", outcome)] if outcome else []),
+        *(("quote", before), ("phrase", phrase), ("quote", after)),
+    ]
     alt = f"a region of {Path(region.file_name).name} named {region.concept}"
-    crop = budget.crop(folder / region.file_name, region.box, _BOX_COLORS.get(outcome, _GRAY), alt)
-    if crop is None:
-        return None
-    caption = caption_around(region.caption, region.phrase)
-    return LabeledImage(crop, region.concept, region.concept_probs[0], outcome, *caption)
+    color = _COLORS.get(outcome, GRAY)
+    return budget.crop(folder / region.file_name, region.box, color, alt, caption)
 
 
 def caption_around(caption: str | None, phrase: str | None) -> tuple[str, str, str]:
@@ -225,26 +214,6 @@ def _cut(text: str, letters: int) -> str:
     return text[:-letters] + "…" if letters > 0 else text
 
 
-def _figures(data: ReportData) -> dict[str, str]:
-    """Returns the most important figures: what each counts -> itself."""
-    counts = data.coverage.metrics()
-    shown = {
-        "images with pairs": f"{percent(counts['images_with_pairs'] / max(counts['images'], 1))} %",
-        "regions per image": f"{counts['regions_an_image']:.1f}",
-        "concepts with pairs": f"{counts['concepts_with_pairs']:,.0f} of {counts['concepts']:,.0f}",
-        "of the captions’ phrases matched": f"{percent(counts['phrases_matched'])} %",
-    }
-    if data.quality is not None:
-        metrics = data.quality.metrics()
-        for measure in ("precision", "recall"):
-            for part in ("_base", "_novel") if data.quality.split else ("",):
-                share = metrics[measure + part]
-                shown[f"{measure}{part.replace('_', ', ')}"] = (
-                    DASH if share == NOTHING else f"{percent(share)} %"
-                )
-    return shown
-
-
 def _sources(manifest: Mapping[str, Any]) -> str:
     config = manifest["config"]
     teacher = f"{Path(config['weights']).name} ({config['teacher']})"
@@ -263,31 +232,33 @@ def _options(part: Mapping[str, Any]) -> str:
 
 def _quality(quality: PairQuality) -> dict[str, Any]:
     """Returns what the page says of the ground truth."""
+    metrics = quality.metrics()
+    parts = ("_base", "_novel") if quality.split else ("",)
     rows = sorted(quality.by_category(), key=lambda row: (row["part"] != "novel", -row["pairs"], row["name"]))
     values = {"probability": quality.probabilities, "objectness": quality.objectness}
     return {
-        "metrics": quality.metrics(),
+        "metrics": metrics,
+        "figures": {
+            f"{measure}{part.replace('_', ', ')}": share(metrics[measure + part])
+            for measure in ("precision", "recall")
+            for part in parts
+        },
         "is_split": quality.split is not None,
-        "by_value": [_by_value(quality, *pair) for pair in values.items()] if quality.can_be_judged else [],
+        "by_value": [_by_value(quality, parts, *pair) for pair in values.items() if quality.can_be_judged],
         "categories": [
             [
-                ("★ " if row["part"] == "novel" else "") + row["name"],
-                f"{row['objects']:,}",
-                f"{row['pairs']:,}",
-                *(percent(row[key]) for key in SHARES),
+                "★ " * (row["part"] == "novel") + row["name"],
+                *(row[key] for key in ("objects", "pairs", *SHARES)),
             ]
             for row in rows
         ],
-        "confusions": [
-            [named, shown, f"{number:,}"] for named, shown, number in quality.judgement.confusions()
-        ],
+        "confusions": quality.judgement.confusions(),
     }
 
 
-def _by_value(quality: PairQuality, what: str, values: Tensor) -> dict[str, Any]:
+def _by_value(quality: PairQuality, parts: Sequence[str], what: str, values: Tensor) -> dict[str, Any]:
     """Returns charts and a table by the regions' probability or objectness: values [P]."""
     rows = quality.by_threshold(values, THRESHOLDS)
-    parts = ("_base", "_novel") if quality.split else ("",)
     best = quality.least_mistaken(rows)
     shown: list[Mapping[str, float]] = []
     for row in rows:
@@ -301,11 +272,10 @@ def _by_value(quality: PairQuality, what: str, values: Tensor) -> dict[str, Any]
         for measure in ("precision", "recall")
         for part in parts
     }
-    title = f"Outcomes by {what}, and the number of regions"
     return {
         "charts": [
             line_chart(f"Precision and recall by {what}", curves, f"{what} of at least", shares=True),
-            stacked_bars(title, *quality.by_bin(values), colors=OUTCOME_COLORS),
+            outcome_chart(f"Outcomes by {what}, and the number of regions", quality, values),
         ],
         "titles": (what, "regions", *("correct", "misclassified", "background", "recall") * len(parts)),
         "groups": [("", 2), *((part[1:], len(SHARES)) for part in parts)] if quality.split else [],
@@ -313,8 +283,8 @@ def _by_value(quality: PairQuality, what: str, values: Tensor) -> dict[str, Any]
         "rows": [
             [
                 f"≥ {row['threshold']:.2f}",
-                f"{row['pairs']:,.0f}",
-                *(percent(row[key + part]) for part in parts for key in SHARES),
+                row["pairs"],
+                *(row[key + part] for part in parts for key in SHARES),
             ]
             for row in shown
         ],
@@ -331,29 +301,16 @@ def _coverage_charts(coverage: Coverage) -> list[Chart]:
     images = Counter[int]()
     for number, count in coverage.regions_an_image.items():
         images[min(number, MAX_REGIONS)] += count
+    labels = [*map(str, range(MAX_REGIONS)), f"{MAX_REGIONS}+"]
     decades = ["0", "1+", "10+", "100+", "1k+", "10k+", "100k+"]
     concepts = Counter(min(len(str(use.regions)), 6) * bool(use.regions) for use in coverage.by_regions())
-    labels = [*map(str, range(MAX_REGIONS)), f"{MAX_REGIONS}+"]
     return [
-        histogram(
-            "Images by their number of regions",
-            labels,
-            [images[n] for n in range(len(labels))],
-            "regions per image",
-        ),
-        histogram(
-            "Concepts by their number of regions",
-            decades,
-            [concepts[n] for n in range(len(decades))],
-            "regions per concept",
-        ),
+        histogram(f"{what} by their number of regions", bins, [counts[n] for n in range(len(bins))], x_label)
+        for what, bins, counts, x_label in (
+            ("Images", labels, images, "regions per image"),
+            ("Concepts", decades, concepts, "regions per concept"),
+        )
     ]
-
-
-def _concept_row(use: ConceptUse) -> list[str]:
-    probability = f"{use.probability:.2f}" if use.regions else DASH
-    matched = percent(use.matched / use.images) if use.images else DASH
-    return [use.concept, f"{use.regions:,}", probability, f"{use.images:,}", matched]
 
 
 def _labeled(data: ReportData, places: Sequence[int], budget: CropBudget) -> list[LabeledImage]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from clip_base.jobs.config import option
 from clip_base.jobs.run import RunFolder
 from clip_base.runtime.progress import clock
-from regionclip.quickstart.report import judge_mining, print_table, summary, write_report
+from regionclip.quickstart.report import judge_mining, print_table, summary
+from regionclip.quickstart.report_page import write_report
 from regionclip.quickstart.stages import Stage, run_stages
 
 

@@ -54,7 +54,7 @@ _STYLE: dict[Any, Any] = {
     "axes.grid.axis": "y",
     "grid.color": _CODES["rule"],
     "axes.axisbelow": True,
-    "axes.unicode_minus": True,
+    "axes.ymargin": 0,
 }
 
 
@@ -73,6 +73,7 @@ class Chart:
     legend: Mapping[str, str]
 
 
+@matplotlib.rc_context(_STYLE)
 def line_chart(
     title: str, series: Mapping[str, Points], x_label: str = "step", shares: bool = False
 ) -> Chart:
@@ -84,77 +85,57 @@ def line_chart(
         x_label: what x counts.
         shares: y holds shares in [0, 1]; the axis then shows all of 0 to 100 %.
     """
-    with matplotlib.rc_context(_STYLE):
-        axes = _axes(x_label)
-        colors = _colors(series)
-        for name, points in series.items():
-            line = thinned([point for point in points if math.isfinite(point[1])])
-            if len(line) == 1:
-                line, width = line * 2, 8.0  # a line of no length shows as a dot, by its round ends
-            else:
-                width = 2.0
-            xs, ys = [x for x, _ in line], [y for _, y in line]
-            axes.plot(xs, ys, color=_CODES[colors[name]], linewidth=width, solid_capstyle="round")
-        axes.set_xlim(0, max((points[-1][0] for points in series.values() if points), default=1) or 1)
-        _share_axis(axes) if shares else _value_axis(axes)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(_short)
-        return _chart(title, axes, colors)
+    axes, colors = _axes(x_label), _colors(series, PALETTE)
+    for name, points in series.items():
+        line = thinned([point for point in points if math.isfinite(point[1])])
+        is_point = len(line) == 1  # drawn as a line of no length, it shows as a dot, by its round ends
+        xs, ys = [x for x, _ in line], [y for _, y in line]
+        style: Any = {"linewidth": 8 if is_point else 2, "solid_capstyle": "round"}
+        axes.plot(xs * (1 + is_point), ys * (1 + is_point), color=_CODES[colors[name]], **style)
+    axes.set_xlim(0, max((points[-1][0] for points in series.values() if points), default=1) or 1)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(short)
+    _share_axis(axes) if shares else _value_axis(axes)
+    return _chart(title, axes, colors)
 
 
-def grouped_bars(title: str, groups: Sequence[str], series: Mapping[str, Sequence[float]]) -> Chart:
-    """Returns a chart with bars side by side, from 0 to 100 %.
-
-    Args:
-        title: what is shown.
-        groups: labels along the axis.
-        series: name -> a share in [0, 1] for each group; negative: not measured.
-    """
-    with matplotlib.rc_context(_STYLE):
-        axes = _axes()
-        width = 0.7 / max(len(series), 1)
-        colors = _colors(series)
-        for number, (name, values) in enumerate(series.items()):
-            centers = [place + (number - (len(series) - 1) / 2) * width for place in range(len(groups))]
-            bars = axes.bar(
-                centers, [max(value, 0) for value in values], width * 0.9, color=_CODES[colors[name]]
-            )
-            axes.bar_label(bars, [percent(value) for value in values], padding=2, fontsize=11.5)
-        axes.set_xticks(range(len(groups)), groups)
-        _share_axis(axes)
-        return _chart(title, axes, colors)
-
-
-def stacked_bars(
+@matplotlib.rc_context(_STYLE)
+def share_bars(
     title: str,
-    bins: Sequence[str],
-    shares: Mapping[str, Sequence[float]],
-    counts: Sequence[int],
+    labels: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    stacked: bool = False,
     colors: Sequence[str] = PALETTE,
 ) -> Chart:
-    """Returns a chart with one bar per bin, divided into shares.
+    """Returns a chart with bars from 0 to 100 %.
 
     Args:
         title: what is shown.
-        bins: labels along the axis.
-        shares: name -> a share in [0, 1] for each bin, from the bottom up.
-        counts: number of things in each bin, written below it.
-        colors: of the names.
+        labels: of the groups of bars.
+        series: name -> a share in [0, 1] for each label; negative: not measured.
+        stacked: bars stand on top of each other, else side by side with their figures.
+        colors: of the names, from PALETTE.
     """
-    with matplotlib.rc_context(_STYLE):
-        axes = _axes()
-        bottoms = [0.0] * len(bins)
-        legend = _colors(shares, colors)
-        for name, values in shares.items():
-            axes.bar(range(len(bins)), values, 0.8, bottoms, color=_CODES[legend[name]])
-            bottoms = [low + value for low, value in zip(bottoms, values, strict=True)]
-        labels = [f"{label}\n{_short(number)}" for label, number in zip(bins, counts, strict=True)]
-        axes.set_xticks(range(len(bins)), labels, fontsize=11)
-        _share_axis(axes)
-        return _chart(title, axes, legend)
+    axes, legend = _axes(), _colors(series, colors)
+    width = 0.8 if stacked else 0.7 / max(len(series), 1)
+    bottoms = [0.0] * len(labels)
+    for number, (name, values) in enumerate(series.items()):
+        offset = 0 if stacked else (number - (len(series) - 1) / 2) * width
+        heights = [max(value, 0) for value in values]
+        places = [place + offset for place in range(len(labels))]
+        bars = axes.bar(places, heights, width * 0.95, bottoms, color=_CODES[legend[name]])
+        if stacked:
+            bottoms = [low + height for low, height in zip(bottoms, heights, strict=True)]
+        else:
+            axes.bar_label(bars, [percent(value) for value in values], padding=2, fontsize=11.5)
+    axes.set_xticks(range(len(labels)), labels, fontsize=11)
+    axes.set_xlim(-0.6, len(labels) - 0.4)
+    _share_axis(axes)
+    return _chart(title, axes, legend)
 
 
-def histogram(title: str, bins: Sequence[str], counts: Sequence[int], x_label: str = "") -> Chart:
+@matplotlib.rc_context(_STYLE)
+def histogram(title: str, bins: Sequence[str], counts: Sequence[int], x_label: str) -> Chart:
     """Returns a chart with one bar per bin, as high as its count, which is written on it if there is room.
 
     Args:
@@ -163,17 +144,16 @@ def histogram(title: str, bins: Sequence[str], counts: Sequence[int], x_label: s
         counts: number of things in each bin.
         x_label: what the bins are of.
     """
-    with matplotlib.rc_context(_STYLE):
-        axes = _axes(x_label)
-        bars = axes.bar(range(len(bins)), counts, 0.8, color=_CODES[PALETTE[0]])
-        if len(bins) <= MAX_COUNTS:
-            axes.bar_label(
-                bars, [_short(number) if number else "" for number in counts], padding=2, fontsize=11.5
-            )
-        axes.set_xticks(range(len(bins)), bins)
-        axes.set_ylim(0, max([*counts, 1]) * 1.08)
-        _value_axis(axes)
-        return _chart(title, axes, {})
+    axes = _axes(x_label)
+    bars = axes.bar(range(len(bins)), counts, 0.8, color=_CODES[PALETTE[0]])
+    if len(bins) <= MAX_COUNTS:
+        texts = [short(number) if number else "" for number in counts]
+        axes.bar_label(bars, texts, padding=2, fontsize=11.5)
+    axes.set_xticks(range(len(bins)), bins)
+    axes.set_xlim(-0.6, len(bins) - 0.4)
+    axes.set_ylim(0, max([*counts, 1]))
+    _value_axis(axes, integer=True)
+    return _chart(title, axes, {})
 
 
 def thinned(points: Points, most: int = MAX_POINTS) -> list[tuple[float, float]]:
@@ -196,17 +176,19 @@ def _share_axis(axes: Axes) -> None:
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
 
 
-def _value_axis(axes: Axes) -> None:
-    axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(_short)
+def _value_axis(axes: Axes, integer: bool = False) -> None:
+    """Lets the axis begin and end at round numbers."""
+    ticks = MaxNLocator(5, integer=integer).tick_values(*axes.get_ylim())
+    axes.set_yticks(ticks, [short(tick) for tick in ticks])
+    axes.set_ylim(ticks[0], ticks[-1])
 
 
-def _short(value: float, _: object = None) -> str:
-    """1500 -> 1.5k: no more digits than a label has room for."""
+def short(value: float, _: object = None) -> str:
+    """Returns a number as a label: 1.5k for 1500, no more digits than a label has room for."""
     return f"{value / 1000:.3g}k" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _colors(names: Iterable[str], palette: Sequence[str] = PALETTE) -> dict[str, str]:
+def _colors(names: Iterable[str], palette: Sequence[str]) -> dict[str, str]:
     """Returns each name's color.
 
     Raises:

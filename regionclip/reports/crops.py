@@ -21,16 +21,18 @@ CROP_SIDE = 240
 
 
 @dataclass(frozen=True)
-class Crop:
+class LabeledImage:
     """An image for a page.
 
     Attributes:
         src: a `data:` address.
         alt: what it shows, for those who do not see it.
+        caption: what stands below it: (class of the style sheet, text).
     """
 
     src: str
     alt: str
+    caption: Sequence[tuple[str, str]]
 
 
 class CropBudget:
@@ -48,8 +50,13 @@ class CropBudget:
         self._left = float("inf") if limit is None else limit
         self.left_out = self.unreadable = 0
 
-    def crop(self, path: Path, box: Sequence[float], color: RGB, alt: str) -> Crop | None:
-        """Returns a box (x1, y1, x2, y2 in pixels) and its surroundings; None: `left_out` or `unreadable`."""
+    def crop(
+        self, path: Path, box: Sequence[float], color: RGB, alt: str, caption: Sequence[tuple[str, str]]
+    ) -> LabeledImage | None:
+        """Returns a box (x1, y1, x2, y2 in pixels) with its surroundings; None: `left_out` or `unreadable`.
+
+        See `crop_around` and `LabeledImage`.
+        """
         if self._left > 0:
             try:
                 src = data_uri(crop_around(path, box, color))
@@ -58,7 +65,7 @@ class CropBudget:
                 return None
             if len(src) <= self._left:
                 self._left -= len(src)
-                return Crop(src, alt)
+                return LabeledImage(src, alt, caption)
             self._left = 0  # a smaller one after it would hide that the page is full
         self.left_out += 1
         return None

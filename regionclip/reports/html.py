@@ -16,9 +16,14 @@ def percent(share: float, digits: int = 1) -> str:
     return DASH if share < 0 else f"{100 * share:.{digits}f}"
 
 
-def count(number: float) -> str:
-    """Returns a whole number with separators: 1,234."""
-    return f"{number:,.0f}"
+def share(value: float) -> str:
+    """Returns a share in [0, 1] with its sign: 41.2 %; a dash where it is negative."""
+    return f"{percent(value)} %" if value >= 0 else DASH
+
+
+def cell(value: str | float) -> str:
+    """Returns what stands in a table: text as it is, a count as 1,234, a share (float) as its percentage."""
+    return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else percent(value)
 
 
 @cache
@@ -30,7 +35,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "count": count, "clock": clock}
+    environment.filters |= {"cell": cell, "clock": clock, "count": "{:,.0f}".format, "share": share}
     return environment
 
 

@@ -195,7 +195,7 @@ def test_crops_stay_below_their_budget_and_those_left_out_are_counted(world: Pat
 
     def bytes_within(budget: CropBudget) -> list[int]:
         images = [labeled_image(folder, one, "correct", budget) for one in regions]
-        return [len(image.crop.src) for image in images if image is not None]
+        return [len(image.src) for image in images if image is not None]
 
     whole = CropBudget()
     everything = bytes_within(whole)

@@ -21,10 +21,10 @@ from clip_base.runtime.files import read_json, write_json, write_text
 from clip_base.synthetic.scenes import ScenesConfig, generate
 from regionclip.data.annotations import CocoDetection
 from regionclip.data.categories import load_split
-from regionclip.mining.gallery import MAX_DRAWN, labeled_scenes, pick_scenes
 from regionclip.mining.report_page import pick_pairs
 from regionclip.mining.shards import VERSION, MinedRegion, write_shard
-from regionclip.quickstart.report import format_table, judge_mining, print_table, summary, table, write_report
+from regionclip.quickstart.report import judge_mining, print_table, results, summary
+from regionclip.quickstart.report_page import MAX_DRAWN, labeled_scenes, pick_scenes, write_report
 
 TRAIN, VAL = 20, 16
 AP50 = {
@@ -229,26 +229,28 @@ def test_metrics_without_a_split_are_refused(finished: Path, tmp_path: Path):
     shutil.copytree(finished, folder)
     write_json(folder / "evaluation" / "clip-truth" / "metrics.json", {"top1": 0.5})
     with pytest.raises(InputError, match=r"has no top1_base, top1_novel; .*split="):
-        table(folder)
+        results(folder)
 
 
-def test_the_table_holds_each_figure_in_its_column_and_the_difference_in_points(finished: Path):
-    header, clip, regionclip, difference = table(finished)
-    assert len(header) == 10
-    assert clip[1:] == ["47.0", "39.0", "45.0", "10.0", "8.0", "9.5", "20.0", "16.0", "19.0"]
-    assert regionclip[1:] == ["64.0", "56.0", "62.0", "21.0", "19.0", "20.5", "42.0", "38.0", "41.0"]
-    assert difference[1:4] == ["+17.0"] * 3
-    assert header[5] == "zero-shot, own proposals: AP50 novel"
-
-
-def test_the_plain_table_is_aligned_and_the_printed_one_fits_80_columns(finished: Path):
-    lines = format_table(finished).splitlines()
-    assert len(lines) == 5
-    assert len({len(line) for line in lines}) == 1
+def test_the_table_fits_80_columns_and_holds_each_figure_with_the_difference_in_points(finished: Path):
     console = Console(file=io.StringIO(), width=80)
     print_table(finished, console)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in printed
+    rows = [line.replace("│", " ").split() for line in printed.splitlines()]
+    figures = {(number, row[-4]): row[-3:] for number, row in enumerate(rows) if len(row) >= 4}
+    shown = [cells for (_, part), cells in sorted(figures.items()) if part in ("base", "novel", "all")]
+    assert shown == [
+        ["47.0", "64.0", "+17.0"],
+        ["39.0", "56.0", "+17.0"],
+        ["45.0", "62.0", "+17.0"],
+        ["10.0", "21.0", "+11.0"],
+        ["8.0", "19.0", "+11.0"],
+        ["9.5", "20.5", "+11.0"],
+        ["20.0", "42.0", "+22.0"],
+        ["16.0", "38.0", "+22.0"],
+        ["19.0", "41.0", "+22.0"],
+    ]
     assert "zero-shot, own proposals: AP50" in printed
 
 
@@ -287,10 +289,13 @@ def test_scenes_show_what_was_found_and_missed_from_the_best_threshold_on(finish
     entry["bbox"] = [x1, y1, x2 - x1, y2 - y1]
     threshold, (scene,) = labeled_scenes(truth, [entry, entry | {"bbox": [0, 0, 5, 5], "score": 0.3}], split)
     assert threshold == pytest.approx(0.7)
-    assert truth.categories[label] in scene.found
-    assert len(scene.missed.split(", ")) >= 1
+    said = "".join(text for _, text in scene.caption)
+    assert said.startswith("found ")
+    assert truth.categories[label] in said.partition("missed")[0]
+    assert "missed " in said
     threshold, (scene,) = labeled_scenes(truth, [], split)
-    assert (threshold, scene.found) == (0.5, "")
+    assert threshold == 0.5
+    assert scene.caption[0] == ("name", "missed")
 
 
 def test_of_many_detections_the_best_are_drawn(finished: Path, monkeypatch: pytest.MonkeyPatch):
@@ -300,7 +305,8 @@ def test_of_many_detections_the_best_are_drawn(finished: Path, monkeypatch: pyte
     entry = {"image_id": record.image_id, "category_id": truth.category_ids[0], "bbox": [0, 0, 5, 5]}
     drawn: dict[str, list[str]] = {}
     monkeypatch.setattr(
-        "regionclip.mining.gallery.draw", lambda image, **what: drawn.update(what) or Image.new("RGB", (9, 9))
+        "regionclip.quickstart.report_page.draw",
+        lambda image, **what: drawn.update(what) or Image.new("RGB", (9, 9)),
     )
     labeled_scenes(truth, [entry | {"score": 0.5 + number / 100} for number in range(40)], split)
     assert len(drawn["texts"]) == MAX_DRAWN

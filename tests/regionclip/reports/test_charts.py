@@ -9,15 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from regionclip.reports.charts import (
-    PALETTE,
-    Chart,
-    grouped_bars,
-    histogram,
-    line_chart,
-    stacked_bars,
-    thinned,
-)
+from regionclip.reports.charts import PALETTE, Chart, histogram, line_chart, share_bars, thinned
 
 HOSTILE = "<script>alert('$x^2')</script>"
 
@@ -27,12 +19,10 @@ def charts() -> list[Chart]:
     return [
         line_chart(HOSTILE, lines, HOSTILE),
         line_chart("shares", lines, "recall", shares=True),
-        grouped_bars("bars", [HOSTILE, "recall"], {"base": [0.5, 0.25], "novel": [-1.0, 1.0]}),
-        stacked_bars(
-            "bins", ["0.0", HOSTILE], {"a": [0.5, 0.0], "b": [0.5, 0.0]}, [1500, 0], ("green", "red")
-        ),
+        share_bars("bars", [HOSTILE, "recall"], {"base": [0.5, 0.25], "novel": [-1.0, 1.0]}),
+        share_bars("bins", ["0.0", HOSTILE], {"a": [0.5, 0.0], "b": [0.5, 0.0]}, True, ("green", "red")),
         histogram("counts", ["0", HOSTILE], [2000, 0], HOSTILE),
-        histogram("nothing", ["0"], [0]),
+        histogram("nothing", ["0"], [0], "of"),
         line_chart("nothing", {"x & y": [(1, math.nan), (2, math.inf)]}),
     ]
 
@@ -63,14 +53,13 @@ def test_the_same_numbers_give_the_same_bytes():
 
 
 def test_bars_carry_their_figures_and_a_dash_where_nothing_was_measured():
-    bars = texts(grouped_bars("bars", ["precision"], {"base": [0.5], "novel": [-1.0]}))
+    bars = texts(share_bars("bars", ["precision"], {"base": [0.5], "novel": [-1.0]}))
     assert {"precision", "50.0", "–", "100 %"} <= set(bars)
-    assert "1.5k" in texts(histogram("counts", ["0"], [1500]))
-    assert "1.5k" in texts(stacked_bars("bins", ["0.0"], {"a": [1.0]}, [1500]))
+    assert "1.5k" in texts(histogram("counts", ["0"], [1500], "of"))
 
 
 def test_names_keep_their_colors_in_the_legend():
-    chart = stacked_bars("bins", ["0.0"], {"correct": [0.5], "wrong": [0.5]}, [2], ("green", "red"))
+    chart = share_bars("bins", ["0.0"], {"correct": [0.5], "wrong": [0.5]}, True, ("green", "red"))
     assert chart.legend == {"correct": "green", "wrong": "red"}
     assert chart.svg.index("var(--green)") < chart.svg.index("var(--red)")
     with pytest.raises(ValueError, match=f"has {len(PALETTE)} colors, got 8 names"):

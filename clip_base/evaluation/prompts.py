@@ -1,10 +1,11 @@
-"""Prompt templates, and the classifier that they make of class names."""
+"""Prompt templates, and the one ensemble that makes directions of class names."""
 
 # C classes, K templates, D embedding size
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,10 +15,34 @@ from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, read_text
-from clip_base.runtime.progress import track
+from clip_base.runtime.progress import Progress
 
+# What names are embedded with wherever nothing else is asked for.
+DEFAULT_TEMPLATES = ("a photo of {article} {}.", "{}")
 SIMPLE = "a photo of a {}."  # arXiv 2103.00020, section 3.1.4
 _PUBLISHED = Path(__file__).parent.parent / "data_files" / "templates.txt"
+
+
+class TextEncoder(Protocol):
+    """What `ensemble` needs of a model: an `nn.Module` whose `encode_text` maps tokens [N, T] to [N, D]."""
+
+    training: bool
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Returns [N, D] embeddings of tokens [N, T]."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Returns the weights by name; their hash tells models apart."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Switches dropout and batch statistics on or off."""
+
+
+class TextTokenizer(Protocol):
+    """What `ensemble` needs of a tokenizer: texts in, int64 [N, T] out."""
+
+    def __call__(self, texts: list[str], truncate: bool = False) -> Tensor:
+        """Returns int64 [N, T]; too long texts are cut when `truncate` says so."""
 
 
 def read_templates(name: str) -> list[str]:
@@ -43,33 +68,79 @@ def read_templates(name: str) -> list[str]:
     return templates
 
 
+def fill(template: str, name: str) -> str:
+    """Returns a template with the name in it; `{article}` becomes "a" or "an" by the name's first letter.
+
+    Underscores in the name are read as spaces.
+    """
+    readable = name.replace("_", " ").strip()
+    article = "an" if readable[:1].lower() in set("aeiou") else "a"
+    return template.replace("{article}", article).replace("{}", readable)
+
+
 @torch.no_grad()
-def classifier(
-    model: CLIP, names: Sequence[str], templates: Sequence[str], batch_size: int = 256, truncate: bool = False
+def ensemble(
+    model: TextEncoder,
+    tokenizer: TextTokenizer,
+    names: Sequence[str],
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    batch_size: int = 256,
+    truncate: bool = True,
 ) -> Tensor:
-    """Returns one direction a class: the mean of its prompts' embeddings (arXiv 2103.00020, 3.1.4).
+    """Returns one direction per name: the mean of its prompts' unit-length embeddings, at length 1.
+
+    The ensemble in embedding space is CLIP's (arXiv 2103.00020, section 3.1.4).
 
     Args:
-        model: in evaluation mode; texts are embedded where it is.
-        names: C class names.
-        templates: K prompts with `{}` for the name.
-        batch_size: texts embedded at once.
+        model: gives [N, D] for tokens [N, T]; put into evaluation mode meanwhile.
+        tokenizer: makes int64 [N, T] of texts.
+        names: C names; equal names get equal embeddings, wherever they stand.
+        templates: K prompts with `{}` where the name goes, and `{article}` where "a" or "an" should stand.
+        batch_size: texts that are encoded at once.
         truncate: cut prompts that are too long instead of refusing them.
 
     Returns:
-        [C, D] float32, unit length.
+        [C, D] float32, on the CPU.
 
     Raises:
-        InputError: a prompt is too long.
+        InputError: no template, one without `{}`, or a prompt that is too long.
+    """
+    wrong = [template for template in templates if "{}" not in template]
+    if wrong or not templates:
+        found = repr(wrong[0]) if wrong else "none"
+        raise InputError(f"every prompt template needs {{}} where the name goes, found {found}")
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    distinct = list(dict.fromkeys(names))
+    step = max(1, batch_size // len(templates))  # names at once; a mean is made as soon as it can be
+    means: list[Tensor] = []
+    was_training = model.training
+    model.train(False)
+    try:
+        with Progress("embedding names", len(distinct)) as progress:
+            for start in range(0, len(distinct), step):
+                some = distinct[start : start + step]
+                texts = [fill(template, name) for name in some for template in templates]  # n·K
+                parts = []
+                for first in range(0, len(texts), batch_size):
+                    tokens = tokenizer(texts[first : first + batch_size], truncate).to(device)  # [N, T]
+                    parts.append(F.normalize(model.encode_text(tokens).float(), dim=-1).cpu())  # [N, D]
+                means.append(torch.cat(parts).reshape(len(some), len(templates), -1).mean(1))  # [n, D]
+                progress.advance(len(some))
+    finally:
+        model.train(was_training)
+    row_of = {name: row for row, name in enumerate(distinct)}
+    directions = torch.cat(means)  # [C, D] of the distinct names
+    directions /= directions.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return directions[[row_of[name] for name in names]]
+
+
+def classifier(
+    model: CLIP, names: Sequence[str], templates: Sequence[str], batch_size: int = 256, truncate: bool = False
+) -> Tensor:
+    """Returns the `ensemble` of class names by a CLIP and its own tokenizer: [C, D] float32 on its device.
+
+    Raises:
+        InputError: see `ensemble`.
     """
     tokenizer = Tokenizer(model.config.text.context_length)
-    device = model.logit_scale.device
-    distinct = list(dict.fromkeys(names))  # equal names get equal embeddings, wherever they stand
-    texts = [template.replace("{}", name) for name in distinct for template in templates]
-    parts = []
-    for start in track(range(0, len(texts), batch_size), "class names"):
-        tokens = tokenizer(texts[start : start + batch_size], truncate).to(device)
-        parts.append(F.normalize(model.encode_text(tokens).float(), dim=-1))
-    embeddings = torch.cat(parts).view(len(distinct), len(templates), -1)  # [C, K, D] of the distinct names
-    place = {name: row for row, name in enumerate(distinct)}
-    return F.normalize(embeddings.mean(1), dim=-1)[[place[name] for name in names]]
+    return ensemble(model, tokenizer, names, templates, batch_size, truncate).to(model.logit_scale.device)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,37 +18,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clip_base.evaluation.prompts import (
+    DEFAULT_TEMPLATES,
+    TextEncoder,
+    TextTokenizer,
+    ensemble,
+)
 from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, replacing
-from clip_base.runtime.progress import Progress
 from regionclip.data.categories import check_names
 
 FORMAT = "regionclip.vocabulary"
 VERSION = 1
-PROMPT = ("a photo of {}.",)
-
-
-class TextEncoder(Protocol):
-    """What `embed` needs of a model: an `nn.Module` whose `encode_text` maps tokens [N, T] to [N, D]."""
-
-    training: bool
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Returns [N, D] embeddings of tokens [N, T]."""
-
-    def state_dict(self) -> Mapping[str, Tensor]:
-        """Returns the weights by name; their hash tells models apart."""
-
-    def train(self, mode: bool = True) -> Any:
-        """Switches dropout and batch statistics on or off."""
-
-
-class Tokens(Protocol):
-    """What `embed` needs of a tokenizer: texts in, int64 [N, T] out."""
-
-    def __call__(self, texts: list[str], truncate: bool = False) -> Tensor:
-        """Returns int64 [N, T]; too long texts are cut when `truncate` says so."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,16 +179,14 @@ class Vocabulary:
 
 def embed(
     model: TextEncoder,
-    tokenizer: Tokens,
+    tokenizer: TextTokenizer,
     names: Sequence[str],
-    templates: Sequence[str] = PROMPT,
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
     novel: Tensor | None = None,
     batch_size: int = 256,
     cache: Path | None = None,
 ) -> Vocabulary:
-    """Embeds names by a prompt ensemble: the mean of all templates' unit-length embeddings, at length 1.
-
-    The ensemble in embedding space is CLIP's (arXiv 2103.00020, section 3.1.4).
+    """Embeds names by a prompt ensemble (`clip_base.evaluation.prompts.ensemble`).
 
     Args:
         model: gives [N, D] for tokens [N, T]; put into evaluation mode meanwhile.
@@ -222,10 +201,6 @@ def embed(
         InputError: no name, repeated names, a template without `{}`.
     """
     check_names(names)
-    wrong = [template for template in templates if "{}" not in template]
-    if wrong or not templates:
-        found = repr(wrong[0]) if wrong else "none"
-        raise InputError(f"every prompt template needs {{}} where the name goes, found {found}")
     provenance = {
         "weights": weights_hash(model),
         "templates": json.dumps(list(templates), ensure_ascii=False),
@@ -235,9 +210,10 @@ def embed(
     if file is not None and file.exists():
         vocabulary = _load_safetensors(file)
     else:
-        vocabulary = Vocabulary(
-            tuple(names), _ensemble(model, tokenizer, names, templates, batch_size), None, provenance
+        embeddings = _unit(
+            ensemble(model, tokenizer, names, templates, batch_size), names, "the text encoder"
         )
+        vocabulary = Vocabulary(tuple(names), embeddings, None, provenance)
         if file is not None:
             vocabulary.save(file)
     return (
@@ -245,13 +221,6 @@ def embed(
         if novel is None
         else Vocabulary(vocabulary.names, vocabulary.embeddings, novel, provenance)
     )
-
-
-def prompt(template: str, name: str) -> str:
-    """Returns a template with the name in it; `{article}` becomes "a" or "an" by the name's first letter."""
-    readable = name.replace("_", " ").strip()
-    article = "an" if readable[:1].lower() in set("aeiou") else "a"
-    return template.replace("{article}", article).replace("{}", readable)
 
 
 def weights_hash(model: TextEncoder) -> str:
@@ -263,34 +232,12 @@ def weights_hash(model: TextEncoder) -> str:
     return digest.hexdigest()
 
 
-@torch.no_grad()
-def _ensemble(
-    model: TextEncoder, tokenizer: Tokens, names: Sequence[str], templates: Sequence[str], batch_size: int
-) -> Tensor:
-    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
-    means: list[Tensor] = []
-    step = max(1, batch_size // len(templates))  # names at once; a mean is made as soon as it can be
-    was_training = model.training
-    model.train(False)
-    try:
-        with Progress("embedding names", len(names)) as progress:
-            for start in range(0, len(names), step):
-                some = names[start : start + step]
-                texts = [prompt(template, name) for name in some for template in templates]  # n·K
-                parts = []
-                for first in range(0, len(texts), batch_size):
-                    tokens = tokenizer(texts[first : first + batch_size], truncate=True).to(device)  # [N, T]
-                    encoded = model.encode_text(tokens).float()  # [N, D]
-                    parts.append(torch.nn.functional.normalize(encoded, dim=-1).cpu())
-                means.append(torch.cat(parts).reshape(len(some), len(templates), -1).mean(1))  # [n, D]
-                progress.advance(len(some))
-    finally:
-        model.train(was_training)
-    return _unit(torch.cat(means), names, "the text encoder")
-
-
 def _unit(embeddings: Tensor, names: Sequence[str], source: str) -> Tensor:
-    """Returns [C, D] at length 1; rows that have no direction are InputErrors."""
+    """Returns [C, D] embeddings at length 1.
+
+    Raises:
+        InputError: a row has no direction; its name is told.
+    """
     lengths = embeddings.norm(dim=1, keepdim=True)
     bad = (~(lengths.isfinite() & (lengths > 1e-6))).flatten().nonzero().flatten().tolist()
     if bad:

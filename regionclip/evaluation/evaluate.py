@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
 from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
 from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError
@@ -80,9 +81,7 @@ class EvaluateConfig:
     own_settings: bool = option(
         True, "a detector sees and scores as it was trained to, not as `resize` and `detector` say"
     )
-    templates: list[str] = option(
-        ["a photo of {article} {}.", "{}"], "prompts, averaged; {} is the class name"
-    )
+    templates: list[str] = option(list(DEFAULT_TEMPLATES), "prompts, averaged; {} is the class name")
     embeddings: str = option(
         "", "file of the class names' embeddings, such as RegionCLIP's .pth; empty: names are embedded"
     )

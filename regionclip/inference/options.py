@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
 from clip_base.jobs.config import REQUIRED, Plugin, fields_of, option, plugin
 from clip_base.jobs.run import describe
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import pick_device
 from regionclip.checkpoints.load import load_detector
-from regionclip.inference.predictor import TEMPLATES, Predictor
+from regionclip.inference.predictor import Predictor
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
 from regionclip.proposals.base import GROUP as PROPOSERS
@@ -41,7 +42,7 @@ class DetectorSource:
     own_settings: bool = option(
         True, "a detector sees and scores as it was trained to, not as `resize` and `detector` say"
     )
-    templates: list[str] = option(list(TEMPLATES), "prompts, averaged; {} is the name")
+    templates: list[str] = option(list(DEFAULT_TEMPLATES), "prompts, averaged; {} is the name")
     embeddings: str = option(
         "", "file of the names' embeddings, such as RegionCLIP's .pth; empty: names are embedded"
     )

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip_base.data.batch import ImageBatch
+from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
 from clip_base.images.decode import Pixels
 from clip_base.images.inputs import Picture, picture_files, read_picture
 from clip_base.jobs.config import Plugin
@@ -35,7 +36,6 @@ from regionclip.structures.detections import Detections
 from regionclip.structures.regions import ImageInfo, Regions, whole_images
 from regionclip.structures.transforms import ResizeConfig, ResizeTransform, resize_shortest_edge, to_batch
 
-TEMPLATES = ("a photo of {article} {}.", "{}")
 READERS = min(4, cores())  # threads that read pictures ahead
 Names = str | Path | Sequence[str] | Vocabulary
 Boxes = Tensor | npt.NDArray[Any] | Sequence[Sequence[float]]
@@ -50,7 +50,7 @@ def load(
     precision: str = "auto",
     resize: ResizeConfig | None = None,
     config: DetectorConfig | None = None,
-    templates: Sequence[str] = TEMPLATES,
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
     embeddings: str = "",
     text: str = "",
 ) -> Predictor:
@@ -111,7 +111,7 @@ class Predictor:
         proposer: Proposer | None,
         resize: ResizeConfig,
         precision: str = "auto",
-        templates: Sequence[str] = TEMPLATES,
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
     ) -> None:
         self.detector, self.proposer, self.resize = detector, proposer, resize
         self.precision, self.templates = precision, tuple(templates)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from clip_base.data.batch import ImageBatch
+from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
 from clip_base.images.decode import Pixels, decode
 from clip_base.jobs import plugins
 from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
@@ -275,7 +276,7 @@ class MineConfig:
         "factor on the images' size for the teacher (not for crops): it reads best near its own resolution",
     )
     context: float = option(1.2, "teacher=crop: side of the square crop, in longer sides of the box")
-    templates: list[str] = option(["a photo of {article} {}.", "{}"], "prompts, averaged; {} is the concept")
+    templates: list[str] = option(list(DEFAULT_TEMPLATES), "prompts, averaged; {} is the concept")
     temperature: float = option(
         0.0, "what cosines are divided by; 0: the teacher's own, 1 / exp(logit scale)"
     )

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_base.data.batch import ImageBatch
+from clip_base.evaluation.prompts import fill
 from clip_base.jobs import plugins
 from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
 from clip_base.models.clip import CLIP
@@ -30,7 +31,7 @@ from clip_base.training.pretrain import MAX_LOGIT_SCALE
 from clip_base.weights.load import load_clip
 from clip_base.weights.native import file_hash
 from regionclip.concepts.synonyms import concept_groups
-from regionclip.concepts.vocabulary import Vocabulary, prompt
+from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.models.region_encoder import RegionEncoder
 from regionclip.structures.regions import RegionBatch, Regions, whole_images
 from regionclip.structures.transforms import ResizeConfig
@@ -252,7 +253,7 @@ def prompts(vocabulary: Vocabulary, context: int) -> Tensor:
     if "templates" not in vocabulary.provenance:
         raise InputError("the mined vocabulary does not say its prompts; mine again, or set train_text=false")
     templates: list[str] = json.loads(vocabulary.provenance["templates"])
-    texts = [prompt(template, name) for name in vocabulary.names for template in templates]
+    texts = [fill(template, name) for name in vocabulary.names for template in templates]
     return Tokenizer(context)(texts, truncate=True).view(len(vocabulary), len(templates), context)
 
 

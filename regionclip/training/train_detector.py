@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
 from clip_base.models.clip import CLIP
@@ -59,9 +60,7 @@ class TrainDetectorConfig:
     out: str = option(REQUIRED, "folder for weights, log and metrics", runtime_only=True)
     detector: DetectorConfig = option(DetectorConfig(), "scores and suppression; kept in the weights file")
     resize: ResizeConfig = option(ResizeConfig(), "size of the training images")
-    templates: list[str] = option(
-        ["a photo of {article} {}.", "{}"], "prompts, averaged; {} is the class name"
-    )
+    templates: list[str] = option(list(DEFAULT_TEMPLATES), "prompts, averaged; {} is the class name")
     keep_empty: bool = option(False, "train on images without base boxes too")
     proposals: int = option(1000, "proposals an image from which regions are sampled")
     rois: int = option(512, "regions an image in the loss")

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from clip_base.evaluation.prompts import fill
 from clip_base.runtime.errors import InputError
-from regionclip.concepts.vocabulary import Vocabulary, embed, prompt
+from regionclip.concepts.vocabulary import Vocabulary, embed
 from regionclip.data.categories import parse_names
 
 
@@ -195,8 +196,8 @@ def test_repeated_and_missing_names_are_input_errors():
 
 
 def test_prompts_read_names_as_words():
-    assert prompt("{article} {}", "orange_juice") == "an orange juice"
-    assert prompt("a photo of {}.", "a{b}") == "a photo of a{b}."
+    assert fill("{article} {}", "orange_juice") == "an orange juice"
+    assert fill("a photo of {}.", "a{b}") == "a photo of a{b}."
 
 
 def test_names_are_typed_listed_or_known(tmp_path: Path):

@@ -168,13 +168,13 @@ def _measure(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
         metrics["ignored_results"] = evaluation.ignored
     metrics |= evaluation.metrics
     if config.report or (config.results and metrics["AP50"] < DOUBTFUL):
-        judged = match_to_ground_truth(truth.restrict(names), evaluation.counted)
-        if config.results and metrics["AP50"] < DOUBTFUL and judged.names_do_not_fit():
+        matches = match_to_ground_truth(truth.restrict(names), evaluation.counted)
+        if config.results and metrics["AP50"] < DOUBTFUL and matches.names_do_not_fit():
             print(f"note: the boxes of {config.results} fit objects, the names hardly ever do; {_RENUMBER}")
         if config.report:
             images = Path(config.images) if config.images else None
             paths = {record.image_id: record.path for record in truth}
-            write_page(run.path / "report.html", evaluation, judged, paths, images, metrics)
+            write_page(run.path / "report.html", evaluation, matches, paths, images, metrics)
     return metrics
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from clip_base.runtime.files import write_text
 from regionclip.metrics.average_precision import NOTHING, Evaluation, mean_of
 from regionclip.metrics.lvis import RECALLS
-from regionclip.metrics.matching import NOT_JUDGED, RIGHT, VERDICTS, WRONG_NAME, MatchResult
+from regionclip.metrics.matching import CORRECT, IGNORED, MISCLASSIFIED, OUTCOMES, MatchResult
 from regionclip.reports import html
 from regionclip.reports.charts import Chart, Points, line_chart
 from regionclip.reports.crops import CropBudget, LabeledImage
@@ -43,7 +43,7 @@ TILES = {
 def write_page(
     path: Path,
     evaluation: Evaluation,
-    judged: MatchResult,
+    matches: MatchResult,
     paths: Mapping[int, Path],
     images: Path | None,
     metrics: Mapping[str, float],
@@ -53,18 +53,18 @@ def write_page(
     Args:
         path: the HTML file.
         evaluation: what was measured.
-        judged: its detections, matched with the ground truth.
+        matches: its detections, matched with the ground truth.
         paths: image id -> file, relative to `images`.
         images: the folder of the images; None: the page has no images.
         metrics: the job's figures, of which top-1 and top-5 are shown too.
     """
-    threshold = judged.best_threshold()
+    threshold = matches.best_threshold()
     rows = sorted(evaluation.per_class, key=lambda row: (not row["novel"], -row["AP50"], row["name"]))
     novel = {row["name"] for row in rows if row["novel"]}
-    names = [STAR * (name in novel) + name for name in judged.names]
-    matrix = judged.matrix(threshold)
-    kept = judged.verdicts[judged.scores >= threshold]
-    shares = {name: (kept == number).mean() for number, name in enumerate(VERDICTS) if (kept == number).any()}
+    names = [STAR * (name in novel) + name for name in matches.names]
+    matrix = matches.matrix(threshold)
+    kept = matches.outcomes[matches.scores >= threshold]
+    shares = {name: (kept == number).mean() for number, name in enumerate(OUTCOMES) if (kept == number).any()}
     budget = CropBudget()
     files = {} if images is None else {image: images / file for image, file in paths.items()}
     page = html.render(
@@ -83,10 +83,10 @@ def write_page(
         threshold=threshold,
         num_kept=len(kept),
         outcomes=shares,
-        num_missed=len(judged.missed(threshold)),
+        num_missed=len(matches.missed(threshold)),
         confusions=_confusions(matrix, names),
         matrix=_matrix(matrix, names),
-        kinds=_images(judged, threshold, names, files, budget) if files else [],
+        kinds=_images(matches, threshold, names, files, budget) if files else [],
         budget=budget,
         per_class=[
             [
@@ -171,39 +171,43 @@ def _matrix(matrix: Places, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _images(
-    judged: MatchResult, threshold: float, names: Sequence[str], files: Mapping[int, Path], budget: CropBudget
+    matches: MatchResult,
+    threshold: float,
+    names: Sequence[str],
+    files: Mapping[int, Path],
+    budget: CropBudget,
 ) -> list[tuple[str, list[LabeledImage]]]:
     """Returns kinds of detections and objects, each with a title and the images that show it best."""
-    surest = (-judged.scores).argsort(kind="stable")
-    correct = surest[judged.verdicts[surest] == RIGHT]
-    wrong = surest[~np.isin(judged.verdicts[surest], (RIGHT, NOT_JUDGED))]
-    missed = judged.missed(threshold)
-    areas = np.diff(judged.object_boxes.reshape(-1, 2, 2), axis=1).prod(-1).flatten()
+    surest = (-matches.scores).argsort(kind="stable")
+    correct = surest[matches.outcomes[surest] == CORRECT]
+    wrong = surest[~np.isin(matches.outcomes[surest], (CORRECT, IGNORED))]
+    missed = matches.missed(threshold)
+    areas = np.diff(matches.object_boxes.reshape(-1, 2, 2), axis=1).prod(-1).flatten()
     missed = missed[(-areas[missed]).argsort(kind="stable")]
 
     def detection(place: int) -> LabeledImage | None:
-        name, verdict = names[judged.labels[place]], judged.verdicts[place]
-        caption = [("name", name), ("score", f" {judged.scores[place]:.2f}")]
-        if verdict == WRONG_NAME:
+        name, outcome = names[matches.labels[place]], matches.outcomes[place]
+        caption = [("name", name), ("score", f" {matches.scores[place]:.2f}")]
+        if outcome == MISCLASSIFIED:
             caption.append(
-                ("tag misclassified", f"it is: {names[judged.object_labels[judged.shown[place]]]}")
+                ("tag misclassified", f"it is: {names[matches.object_labels[matches.shown[place]]]}")
             )
-        elif verdict != RIGHT:
-            caption.append(("tag misclassified", VERDICTS[verdict]))
-        path, color = files[int(judged.images[place])], GREEN if verdict == RIGHT else RED
-        return budget.crop(path, judged.boxes[place].tolist(), color, f"{name}, {path.name}", caption)
+        elif outcome != CORRECT:
+            caption.append(("tag misclassified", OUTCOMES[outcome]))
+        path, color = files[int(matches.images[place])], GREEN if outcome == CORRECT else RED
+        return budget.crop(path, matches.boxes[place].tolist(), color, f"{name}, {path.name}", caption)
 
     def missing(place: int) -> LabeledImage | None:
-        name, path = names[judged.object_labels[place]], files[int(judged.object_images[place])]
-        box = judged.object_boxes[place].tolist()
+        name, path = names[matches.object_labels[place]], files[int(matches.object_images[place])]
+        box = matches.object_boxes[place].tolist()
         return budget.crop(path, box, YELLOW, f"missed {name}, {path.name}", [("name", name)])
 
     return [
         (title, _shown(places, labels, label, budget))
         for title, places, labels, label in (
-            ("Correct detections with the highest scores", correct, judged.labels, detection),
-            ("False detections with the highest scores", wrong, judged.labels, detection),
-            ("The largest missed objects", missed, judged.object_labels, missing),
+            ("Correct detections with the highest scores", correct, matches.labels, detection),
+            ("False detections with the highest scores", wrong, matches.labels, detection),
+            ("The largest missed objects", missed, matches.object_labels, missing),
         )
     ]
 

@@ -1,4 +1,4 @@
-"""What detections are by the truth: right, of a wrong name, found twice, on nothing; and what was missed."""
+"""The matching of boxes to ground truth: correct, misclassified, duplicate or background; missed objects."""
 
 # D detections of an image, G true boxes; N and O detections and objects of all images, C names
 from __future__ import annotations
@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from regionclip.data.annotations import CocoDetection, ImageAnnotations
 from regionclip.structures.boxes import area, intersection, iou, xywh_to_xyxy
 
-VERDICTS = ("correct", "misclassified", "duplicate", "background", "ignored")
-RIGHT, WRONG_NAME, TWICE, NO_OBJECT, NOT_JUDGED = range(len(VERDICTS))
+OUTCOMES = ("correct", "misclassified", "duplicate", "background", "ignored")
+CORRECT, MISCLASSIFIED, DUPLICATE, BACKGROUND, IGNORED = range(len(OUTCOMES))
 IOU = 0.5
 
 Ints = NDArray[np.int64]
@@ -31,7 +32,7 @@ class MatchResult:
         boxes: [N, 4] x1, y1, x2, y2.
         labels: [N] what was named.
         scores: [N].
-        verdicts: [N] places in VERDICTS. Objects go to detections of their name, the best scored first.
+        outcomes: [N] places in OUTCOMES. Objects go to detections of their name, the best scored first.
             "ignored": in a crowd of its name, or of a category that is not annotated exhaustively there.
         shown: [N] the object that the detection fits best, a place in the objects; -1: none.
         object_images: [O] image ids.
@@ -44,7 +45,7 @@ class MatchResult:
     boxes: NDArray[np.float64]
     labels: Ints
     scores: NDArray[np.float64]
-    verdicts: Ints
+    outcomes: Ints
     shown: Ints
     object_images: Ints
     object_boxes: NDArray[np.float64]
@@ -55,9 +56,9 @@ class MatchResult:
 
         Nothing right: infinity, so that nothing is taken for a detection.
         """
-        judged = np.flatnonzero(self.verdicts != NOT_JUDGED)
-        order = judged[(-self.scores[judged]).argsort(kind="stable")]
-        right = (self.verdicts[order] == RIGHT).cumsum()
+        counted = np.flatnonzero(self.outcomes != IGNORED)
+        order = counted[(-self.scores[counted]).argsort(kind="stable")]
+        right = (self.outcomes[order] == CORRECT).cumsum()
         if not right.size or not right[-1]:
             return float("inf")
         f1 = 2 * right / (np.arange(1, len(order) + 1) + len(self.object_labels))
@@ -67,7 +68,7 @@ class MatchResult:
         """Whether the boxes fit many objects and yet hardly one is called by its name."""
         fitting = self.shown >= 0
         found = len(np.unique(self.shown[fitting]))
-        right = int((self.verdicts == RIGHT).sum())
+        right = int((self.outcomes == CORRECT).sum())
         return found > len(self.object_labels) / 5 and right < found / 10
 
     def missed(self, threshold: float) -> Ints:
@@ -84,8 +85,8 @@ class MatchResult:
         """
         size = len(self.names) + 1
         kept = self.scores >= threshold
-        named = kept & np.isin(self.verdicts, (RIGHT, WRONG_NAME))
-        alarms = self.labels[kept & np.isin(self.verdicts, (TWICE, NO_OBJECT))]
+        named = kept & np.isin(self.outcomes, (CORRECT, MISCLASSIFIED))
+        alarms = self.labels[kept & np.isin(self.outcomes, (DUPLICATE, BACKGROUND))]
         missed = self.object_labels[self.missed(threshold)]
         rows = [self.object_labels[self.shown[named]], np.full(len(alarms), size - 1), missed]
         columns = [self.labels[named], alarms, np.full(len(missed), size - 1)]
@@ -114,17 +115,17 @@ def match_to_ground_truth(truth: CocoDetection, results: Sequence[Mapping[str, A
         if entries:
             boxes = xywh_to_xyxy(torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float64))
             labels = np.array([label_of[entry["category_id"]] for entry in entries])
-            verdicts, shown = _judge_image(boxes, labels, record, single)
+            outcomes, shown, _ = match_image(boxes, labels, record)
             forgiven = np.array([bool(entry.get("forgiven")) for entry in entries])
-            verdicts[forgiven & (verdicts >= TWICE)] = NOT_JUDGED
+            outcomes[forgiven & (outcomes >= DUPLICATE)] = IGNORED
             scores = np.array([entry["score"] for entry in entries], dtype=np.float64)
             images = np.full(len(entries), record.image_id)
             shown = np.where(shown >= 0, shown + objects, -1)
-            columns.append([images, boxes.numpy(), labels, scores, verdicts, shown])
+            columns.append([images, boxes.numpy(), labels, scores, outcomes, shown])
         objects += len(single.boxes)
     none = np.zeros(0, dtype=np.int64)
     empty: list[NDArray[Any]] = [none, np.zeros((0, 4)), none, np.zeros(0), none, none]
-    images, corners, labels, scores, verdicts, shown = (
+    images, corners, labels, scores, outcomes, shown = (
         np.concatenate(parts) for parts in zip(empty, *columns, strict=True)
     )
     return MatchResult(
@@ -133,7 +134,7 @@ def match_to_ground_truth(truth: CocoDetection, results: Sequence[Mapping[str, A
         boxes=corners,
         labels=labels,
         scores=scores,
-        verdicts=verdicts,
+        outcomes=outcomes,
         shown=shown,
         object_images=np.repeat([one.image_id for one in singles], [len(one.boxes) for one in singles]),
         object_boxes=torch.cat([torch.zeros(0, 4), *(one.boxes for one in singles)]).double().numpy(),
@@ -143,28 +144,63 @@ def match_to_ground_truth(truth: CocoDetection, results: Sequence[Mapping[str, A
     )
 
 
-def _judge_image(
-    boxes: torch.Tensor, labels: Ints, record: ImageAnnotations, single: ImageAnnotations
-) -> tuple[Ints, Ints]:
-    """Returns [D] verdicts and [D] the image's object that each detection shows, -1: none."""
-    overlaps = iou(boxes, single.boxes.double()).numpy()  # [D, G], detections by falling score
-    same = labels[:, None] == single.labels.numpy()[None]
-    verdicts, shown = np.full(len(labels), NO_OBJECT), np.full(len(labels), -1)
-    fits = overlaps >= IOU
-    for row in np.flatnonzero(fits.any(1)):
-        shown[row], verdicts[row] = overlaps[row].argmax(), WRONG_NAME
+def match_image(
+    boxes: Tensor, labels: Ints, annotations: ImageAnnotations, threshold: float = IOU, once: bool = True
+) -> tuple[Ints, Ints, Ints]:
+    """Matches the boxes of one image to its objects.
+
+    Args:
+        boxes: [D, 4] (x1, y1, x2, y2) in pixels of the original image; with `once` the surest first.
+        labels: [D] what each box is called; -1, a name outside the annotations, is ignored.
+        annotations: the image's objects, crowds included.
+        threshold: IoU from which on a box shows an object.
+        once: each object goes to one box of its name, the first that comes; others that fit only it are
+            duplicates. Otherwise every box that fits an object of its name is correct.
+
+    Returns:
+        [D] places in OUTCOMES; [D] the object that each box shows, an index of single objects, -1: none;
+        and [E, 2] each correct box with each object that it stands for.
+    """
+    single = annotations.without_crowds()
+    overlaps = iou(boxes.double(), single.boxes.double()).numpy()  # [D, G]
+    outcomes, shown = np.full(len(labels), BACKGROUND), np.full(len(labels), -1)
+    fits = overlaps >= threshold
+    fitting = fits.any(1)
+    if overlaps.shape[1]:
+        shown[fitting] = overlaps[fitting].argmax(1)
+    outcomes[fitting] = MISCLASSIFIED
+    same = fits & (labels[:, None] == single.labels.numpy()[None])
+    pairs = np.argwhere(same)
+    if once:
+        pairs = _assign(overlaps, same, outcomes, shown)
+    outcomes[pairs[:, 0]] = CORRECT
+    if bool(annotations.iscrowd.any()):
+        # As in COCO, a box is in a crowd when most of the box is.
+        crowds = annotations.boxes[annotations.iscrowd].double()
+        covered = intersection(boxes.double(), crowds) / area(boxes.double()).clamp(min=1e-6)[:, None]
+        crowd_labels = annotations.labels[annotations.iscrowd].numpy()
+        in_crowd = (covered >= threshold).numpy() & (labels[:, None] == crowd_labels[None])
+        outcomes[in_crowd.any(1) & (outcomes != CORRECT)] = IGNORED
+    outcomes[labels < 0] = IGNORED
+    return outcomes, shown, pairs
+
+
+def _assign(overlaps: NDArray[np.float64], same: NDArray[np.bool_], outcomes: Ints, shown: Ints) -> Ints:
+    """Gives each object to the first box of its name that fits it best; notes duplicates in `outcomes`.
+
+    Returns:
+        [E, 2] boxes and their objects.
+    """
     free = np.ones(overlaps.shape[1], dtype=bool)
-    for row in np.flatnonzero((fits & same).any(1)):
-        own = np.where(fits[row] & same[row], overlaps[row], -1.0)
-        open_to_it = np.where(free, own, -1.0)
-        taken = bool(open_to_it.max() >= 0)
-        shown[row] = (open_to_it if taken else own).argmax()
-        verdicts[row] = RIGHT if taken else TWICE
-        free[shown[row]] &= not taken
-    crowds = record.iscrowd
-    if bool(crowds.any()):
-        # As in COCO, a box lies in a crowd when most of the box does.
-        share = intersection(boxes, record.boxes[crowds].double()) / area(boxes).clamp(min=1e-6)[:, None]
-        own_crowd = (share >= IOU).numpy() & (labels[:, None] == record.labels[crowds].numpy()[None])
-        verdicts[own_crowd.any(1) & (verdicts != RIGHT)] = NOT_JUDGED
-    return verdicts, shown
+    pairs = []
+    for row in np.flatnonzero(same.any(1)):
+        own = np.where(same[row], overlaps[row], -1.0)
+        unclaimed = np.where(free, own, -1.0)
+        taken = bool(unclaimed.max() >= 0)
+        shown[row] = (unclaimed if taken else own).argmax()
+        if taken:
+            pairs.append((row, shown[row]))
+            free[shown[row]] = False
+        else:
+            outcomes[row] = DUPLICATE
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)

@@ -12,19 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regionclip.data.annotations import CocoDetection, ImageAnnotations
+from regionclip.data.annotations import CocoDetection
 from regionclip.data.categories import Split
 from regionclip.metrics.average_precision import NOTHING
+from regionclip.metrics.matching import BACKGROUND, CORRECT, IGNORED, MISCLASSIFIED, OUTCOMES, match_image
 from regionclip.mining.shards import MinedRegion
-from regionclip.structures.boxes import area, intersection, iou
 
 Box = tuple[float, float, float, float]
-
-# By the number that stands for each in `Judgement.verdicts`.
-VERDICTS = ("ignored", "correct", "misclassified", "background")
-
-
-UNKNOWN, RIGHT, WRONG_NAME, NO_OBJECT = range(4)
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,7 @@ class PairLabels:
 
     Attributes:
         categories: the truth's names; labels count them.
-        verdicts: [P] int64, places in VERDICTS. "correct": the box shows an object of that name;
+        outcomes: [P] int64, places in OUTCOMES. "correct": the box shows an object of that name;
             "misclassified": it shows an object, but none of that name; "background"; "ignored": the
             annotations have no such image or category, or the box lies in a crowd of that name.
         named: [P] int64, the label that the pair's phrase names, -1 when it names none.
@@ -58,15 +52,15 @@ class PairLabels:
     """
 
     categories: tuple[str, ...]
-    verdicts: Tensor
+    outcomes: Tensor
     named: Tensor
     shown: Tensor
     objects: Tensor
     cover: Tensor
 
     def words(self) -> list[str]:
-        """Returns each pair's verdict as a word."""
-        return [VERDICTS[verdict] for verdict in self.verdicts.tolist()]
+        """Returns each pair's outcome as a word."""
+        return [OUTCOMES[outcome] for outcome in self.outcomes.tolist()]
 
     def metrics(
         self, base: Collection[str] = (), novel: Collection[str] = (), kept: Tensor | None = None
@@ -79,32 +73,36 @@ class PairLabels:
             kept: [P] bool, the pairs that count; None: all.
 
         Returns:
-            pairs and judged (numbers); of the judged ones the shares precision (right), wrong_name and
-            no_object; recall, the share of true objects that a right pair covers. With `base` or `novel` all
+            pairs and evaluated (numbers); of the evaluated ones the shares precision, misclassified and
+            background; recall, the share of true objects that a right pair covers. With `base` or `novel` all
             but pairs again with _base and _novel: by the pair's name, and for recall by the true object's.
             A share of nothing is NOTHING.
         """
-        kept = torch.ones(len(self.verdicts), dtype=torch.bool) if kept is None else kept
+        kept = torch.ones(len(self.outcomes), dtype=torch.bool) if kept is None else kept
         found = self._found(kept)
         parts = {"": self.categories}
         parts |= {"_base": tuple(base), "_novel": tuple(novel)} if base or novel else {}
         metrics: dict[str, float] = {"pairs": int(kept.sum())}
         for suffix, names in parts.items():
             wanted = torch.tensor([name in set(names) for name in self.categories], dtype=torch.bool)
-            counted = kept & (self.verdicts != UNKNOWN) & wanted[self.named]  # unknown where named is -1
-            verdicts = self.verdicts[counted]
-            metrics["judged" + suffix] = len(verdicts)
-            for key, verdict in (("precision", RIGHT), ("wrong_name", WRONG_NAME), ("no_object", NO_OBJECT)):
-                metrics[key + suffix] = _share(verdicts == verdict)
+            counted = kept & (self.outcomes != IGNORED) & wanted[self.named]  # unknown where named is -1
+            outcomes = self.outcomes[counted]
+            metrics["evaluated" + suffix] = len(outcomes)
+            for key, outcome in (
+                ("precision", CORRECT),
+                ("misclassified", MISCLASSIFIED),
+                ("background", BACKGROUND),
+            ):
+                metrics[key + suffix] = _share(outcomes == outcome)
             metrics["recall" + suffix] = _share(found[wanted[self.objects]])
         return metrics
 
     def by_category(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns, a row a category, [C, 4] pairs by verdict, [C] true objects, [C] those that are named."""
-        classes, verdicts = len(self.categories), len(VERDICTS)
+        """Returns, a row a category, [C, 4] pairs by outcome, [C] true objects, [C] those that are named."""
+        classes, outcomes = len(self.categories), len(OUTCOMES)
         naming = self.named >= 0
-        cells = (self.named * verdicts + self.verdicts)[naming]
-        counts = torch.bincount(cells, minlength=classes * verdicts).view(classes, verdicts)
+        cells = (self.named * outcomes + self.outcomes)[naming]
+        counts = torch.bincount(cells, minlength=classes * outcomes).view(classes, outcomes)
         found = self._found(torch.ones_like(naming))
         return (
             counts,
@@ -120,7 +118,7 @@ class PairLabels:
 
     def confusions(self) -> list[tuple[str, str, int]]:
         """Returns (name that was given, name of the object shown, how often), the most frequent first."""
-        wrong = self.verdicts == WRONG_NAME
+        wrong = self.outcomes == MISCLASSIFIED
         counts = Counter(zip(self.named[wrong].tolist(), self.shown[wrong].tolist(), strict=True))
         ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
         return [(self.categories[a], self.categories[b], count) for (a, b), count in ordered]
@@ -152,7 +150,7 @@ def label_pairs(
     labels = {name: label_of.get(name_of(name), -1) for name in {pair.name for pair in pairs}}
     named = torch.tensor([labels[pair.name] for pair in pairs], dtype=torch.int64)  # [P]
     boxes = torch.tensor([pair.box for pair in pairs], dtype=torch.float32).reshape(-1, 4)  # [P, 4]
-    verdicts, shown = torch.full_like(named, UNKNOWN), torch.full_like(named, -1)
+    outcomes, shown = torch.full_like(named, IGNORED), torch.full_like(named, -1)
     of_image: dict[int, list[int]] = {}
     for place, pair in enumerate(pairs):
         of_image.setdefault(pair.image_id, []).append(place)
@@ -161,40 +159,21 @@ def label_pairs(
     for record in truth:
         if images is not None and record.image_id not in images:
             continue
-        single = record.without_crowds() if bool(record.iscrowd.any()) else record
         if record.image_id in of_image:
             rows = torch.tensor(of_image[record.image_id])
-            verdicts[rows], shown[rows], edges = _judge_image(
-                boxes[rows], named[rows], record, single, threshold
+            found, objects_shown, edges = match_image(
+                boxes[rows], named[rows].numpy(), record, threshold, once=False
             )
-            cover.append(torch.stack([rows[edges[:, 0]], edges[:, 1] + count], 1))
-        objects.append(single.labels)
-        count += len(single.labels)
-    return PairLabels(truth.categories, verdicts, named, shown, torch.cat(objects), torch.cat(cover))
-
-
-def _judge_image(
-    boxes: Tensor, named: Tensor, record: ImageAnnotations, single: ImageAnnotations, threshold: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the verdicts [p], the labels shown [p] and the edges [e, 2] between right pairs and objects."""
-    shown = torch.full_like(named, -1)
-    verdicts = torch.full_like(named, NO_OBJECT)
-    edges = named.new_zeros(0, 2)
-    if len(single.labels):
-        overlaps = iou(boxes, single.boxes)  # [p, g]
-        best = overlaps.max(1)
-        fits = best.values >= threshold
-        shown[fits] = single.labels[best.indices[fits]]
-        verdicts[fits] = WRONG_NAME
-        edges = torch.nonzero((overlaps >= threshold) & (named[:, None] == single.labels[None]))
-    if single is not record:
-        # As in COCO, a box lies in a crowd when most of the box does.
-        within = intersection(boxes, record.boxes) >= threshold * area(boxes).clamp(min=1e-6)[:, None]
-        crowd = within & record.iscrowd[None] & (named[:, None] == record.labels[None])
-        verdicts[crowd.any(1)] = UNKNOWN
-    verdicts[edges[:, 0]] = RIGHT
-    verdicts[named < 0] = UNKNOWN
-    return verdicts, shown, edges
+            single = record.without_crowds()
+            outcomes[rows] = torch.from_numpy(found)
+            fitting = torch.from_numpy(objects_shown >= 0)
+            shown[rows[fitting]] = single.labels[torch.from_numpy(objects_shown)[fitting]]
+            pairs_of = torch.from_numpy(edges)
+            cover.append(torch.stack([rows[pairs_of[:, 0]], pairs_of[:, 1] + count], 1))
+        labels_of_image = record.labels[~record.iscrowd]
+        objects.append(labels_of_image)
+        count += len(labels_of_image)
+    return PairLabels(truth.categories, outcomes, named, shown, torch.cat(objects), torch.cat(cover))
 
 
 def canonical_name(phrase: str, categories: Collection[str]) -> str | None:
@@ -213,7 +192,7 @@ def _same_name(categories: Sequence[str]) -> Callable[[str], str | None]:
     return lambda phrase: names.get(phrase.strip().casefold())
 
 
-SHOWN = (RIGHT, WRONG_NAME, NO_OBJECT)
+SHOWN = (CORRECT, MISCLASSIFIED, BACKGROUND)
 
 
 @dataclass(frozen=True)
@@ -222,12 +201,12 @@ class PairQuality:
 
     Attributes:
         regions: as mined.
-        judgement: of each region with its first concept.
+        labels: of each region with its first concept.
         split: which categories are base and novel; None: no difference is made.
     """
 
     regions: Sequence[MinedRegion]
-    judgement: PairLabels
+    labels: PairLabels
     split: Split | None
 
     @cached_property
@@ -242,13 +221,13 @@ class PairQuality:
 
     @cached_property
     def words(self) -> list[str]:
-        """Each region's verdict as a word."""
-        return self.judgement.words()
+        """Each region's outcome as a word."""
+        return self.labels.words()
 
     def metrics(self, kept: Tensor | None = None) -> dict[str, float]:
-        """Returns `Judgement.metrics` of the regions that `kept` [P] bool picks, for the split's parts."""
+        """Returns `PairLabels.metrics` of the regions that `kept` [P] bool picks, for the split's parts."""
         base, novel = (self.split.base, self.split.novel) if self.split else ((), ())
-        return self.judgement.metrics(base, novel, kept)
+        return self.labels.metrics(base, novel, kept)
 
     def by_threshold(self, values: Tensor, thresholds: Sequence[float]) -> list[dict[str, float]]:
         """Returns, for each threshold, itself and the metrics of the regions whose value [P] reaches it."""
@@ -259,12 +238,12 @@ class PairQuality:
 
         Returns:
             Each bin's lower edge; correct, misclassified, background -> its share in each bin; the number
-            of regions in each bin. Regions that cannot be judged are left out.
+            of regions in each bin. Ignored regions are left out.
         """
         places = (values * bins).long().clamp(0, bins - 1)
-        verdicts = self.judgement.verdicts
+        outcomes = self.labels.outcomes
         counts = {
-            VERDICTS[number]: torch.bincount(places[verdicts == number], minlength=bins) for number in SHOWN
+            OUTCOMES[number]: torch.bincount(places[outcomes == number], minlength=bins) for number in SHOWN
         }
         totals: Tensor = torch.stack(list(counts.values())).sum(0)
         shares = {name: (count / totals.clamp(min=1)).tolist() for name, count in counts.items()}
@@ -273,19 +252,23 @@ class PairQuality:
     def by_category(self) -> list[dict[str, Any]]:
         """Returns a row for each category of the split, or of the truth: novel ones first, then by name.
 
-        Each holds name, part ("base", "novel" or ""), objects, pairs (judged ones), precision, wrong_name,
-        no_object, recall.
+        Each holds name, part ("base", "novel" or ""), objects, pairs (evaluated ones), precision,
+        misclassified, background, recall.
         """
-        counts, objects, found = (table.tolist() for table in self.judgement.by_category())
+        counts, objects, found = (table.tolist() for table in self.labels.by_category())
         rows = []
-        for label, name in enumerate(self.judgement.categories):
+        for label, name in enumerate(self.labels.categories):
             if self.split is not None and name not in self.split.all:
                 continue
-            judged = sum(counts[label]) - counts[label][UNKNOWN]
+            evaluated = sum(counts[label]) - counts[label][IGNORED]
             row: dict[str, Any] = {"name": name, "part": self.part_of(name), "objects": objects[label]}
-            row["pairs"] = judged
-            for key, verdict in (("precision", RIGHT), ("wrong_name", WRONG_NAME), ("no_object", NO_OBJECT)):
-                row[key] = counts[label][verdict] / judged if judged else NOTHING
+            row["pairs"] = evaluated
+            for key, outcome in (
+                ("precision", CORRECT),
+                ("misclassified", MISCLASSIFIED),
+                ("background", BACKGROUND),
+            ):
+                row[key] = counts[label][outcome] / evaluated if evaluated else NOTHING
             row["recall"] = found[label] / objects[label] if objects[label] else NOTHING
             rows.append(row)
         return sorted(rows, key=lambda row: (row["part"] != "novel", row["name"]))
@@ -306,9 +289,9 @@ class PairQuality:
         return best["threshold"] if best is not None and _f1(best) > 0 else None
 
     @property
-    def can_be_judged(self) -> bool:
+    def has_ground_truth(self) -> bool:
         """Whether the truth says anything of any region."""
-        return bool((self.judgement.verdicts != UNKNOWN).any())
+        return bool((self.labels.outcomes != IGNORED).any())
 
 
 def _f1(row: Mapping[str, float]) -> float:

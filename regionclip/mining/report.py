@@ -92,10 +92,10 @@ def read_data(config: ReportConfig) -> ReportData:
         raise InputError(f"concept pool {pool_file} is empty: nothing was mined with it; give another pool=")
     truth = CocoDetection(config.annotations, None) if config.annotations else None
     regions = list(read_regions(config.mined))
-    judged = None
+    matches = None
     if truth is not None:
         split = load_split(config.split, truth.categories, truth.frequencies) if config.split else None
-        judged = measure_pairs(regions, truth, split, images=names.keys())
+        matches = measure_pairs(regions, truth, split, images=names.keys())
     parser = mining_parser(str(pool_file), pool, mining["language"], config.workers)
 
     def parse(texts: Sequence[str]) -> Iterable[list[Phrase]]:
@@ -103,7 +103,7 @@ def read_data(config: ReportConfig) -> ReportData:
 
     concepts = [concept.concept for concept in pool]
     coverage = cover(regions, captions, names, concepts, rows_of(pool), parse, read_invisible())
-    return ReportData(manifest, folder, regions, coverage, _skipped(Path(config.mined)), judged)
+    return ReportData(manifest, folder, regions, coverage, _skipped(Path(config.mined)), matches)
 
 
 def _there(path: str, what: str, option_: str) -> Path:
@@ -122,13 +122,13 @@ def _metrics(data: ReportData) -> dict[str, Any]:
     metrics: dict[str, Any] = {**data.coverage.metrics(), "skipped": len(data.skipped)}
     metrics["probability_histogram"] = data.histogram("probability")
     metrics["objectness_histogram"] = data.histogram("objectness")
-    judged = data.quality
-    if judged is not None:
-        metrics |= {key: value for key, value in judged.metrics().items() if key != "pairs"}
-        metrics["by_probability"] = judged.by_threshold(judged.probabilities, THRESHOLDS)
-        metrics["by_objectness"] = judged.by_threshold(judged.objectness, THRESHOLDS)
-        metrics["best_probability"] = judged.least_mistaken(metrics["by_probability"])
-        metrics["best_objectness"] = judged.least_mistaken(metrics["by_objectness"])
+    matches = data.quality
+    if matches is not None:
+        metrics |= {key: value for key, value in matches.metrics().items() if key != "pairs"}
+        metrics["by_probability"] = matches.by_threshold(matches.probabilities, THRESHOLDS)
+        metrics["by_objectness"] = matches.by_threshold(matches.objectness, THRESHOLDS)
+        metrics["best_probability"] = matches.least_mistaken(metrics["by_probability"])
+        metrics["best_objectness"] = matches.least_mistaken(metrics["by_objectness"])
     return metrics
 
 
@@ -144,9 +144,9 @@ def _write_tables(folder: Path, data: ReportData) -> None:
     write_text(folder / "never_matched.jsonl", "".join(json.dumps(entry) + "\n" for entry in never))
     if data.quality is not None:
         rows = data.quality.by_category()
-        columns = ("name", "part", "objects", "pairs", "precision", "wrong_name", "no_object", "recall")
+        columns = ("name", "part", "objects", "pairs", "precision", "misclassified", "background", "recall")
         write_text(folder / "categories.csv", _csv(columns, ([row[key] for key in columns] for row in rows)))
-        confusions = data.quality.judgement.confusions()
+        confusions = data.quality.labels.confusions()
         write_text(folder / "confusions.csv", _csv(("named", "shown", "pairs"), confusions))
 
 

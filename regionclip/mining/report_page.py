@@ -26,7 +26,7 @@ MAX_CAPTION = 140  # letters of a caption that are shown; captions of the web ma
 THRESHOLDS = (*(step / 50 for step in range(50)), 0.99)
 # Rows of the tables by threshold.
 SHOWN_THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96, 0.99)
-SHARES = ("precision", "wrong_name", "no_object", "recall")
+SHARES = ("precision", "misclassified", "background", "recall")
 GRAY = (200, 204, 208)
 _COLORS = {None: (47, 111, 208), "correct": (60, 200, 110), "misclassified": (235, 70, 80)}
 
@@ -176,7 +176,7 @@ def labeled_image(
     Args:
         folder: what the region's file name is relative to.
         region: the pair.
-        outcome: one of `regionclip.mining.quality.VERDICTS`; None: there is no ground truth.
+        outcome: one of `regionclip.mining.quality.OUTCOMES`; None: there is no ground truth.
         budget: makes the crop.
     """
     before, phrase, after = caption_around(region.caption, region.phrase)
@@ -244,7 +244,7 @@ def _quality(quality: PairQuality) -> dict[str, Any]:
             for part in parts
         },
         "is_split": quality.split is not None,
-        "by_value": [_by_value(quality, parts, *pair) for pair in values.items() if quality.can_be_judged],
+        "by_value": [_by_value(quality, parts, *pair) for pair in values.items() if quality.has_ground_truth],
         "categories": [
             [
                 "★ " * (row["part"] == "novel") + row["name"],
@@ -252,7 +252,7 @@ def _quality(quality: PairQuality) -> dict[str, Any]:
             ]
             for row in rows
         ],
-        "confusions": quality.judgement.confusions(),
+        "confusions": quality.labels.confusions(),
     }
 
 

@@ -128,7 +128,7 @@ def read_split(folder: Path) -> Split:
 
 
 def judge_mining(folder: Path) -> PairQuality:
-    """Returns the mined regions of a quickstart with the truth's verdicts; `summary` and the page need them.
+    """Returns the mined regions of a quickstart with the truth's outcomes; `summary` and the page need them.
 
     Raises:
         InputError: mining has not ended.
@@ -172,7 +172,7 @@ def summary(folder: Path, mined: PairQuality) -> dict[str, Any]:
         mined: from `judge_mining`.
 
     Returns:
-        `results` (see there), `recall` (of proposals), `mining` (see `Judgement.metrics`), `counts`,
+        `results` (see there), `recall` (of proposals), `mining` (see `PairLabels.metrics`), `counts`,
         `timings` (seconds a stage) and `seconds` in all.
 
     Raises:

@@ -18,7 +18,7 @@ from clip_base.runtime.files import read_json, write_text
 from clip_base.training.loop import NO_LOSS
 from regionclip.data.annotations import CocoDetection, ImageAnnotations
 from regionclip.data.categories import Split
-from regionclip.metrics.matching import NO_OBJECT, RIGHT, WRONG_NAME, MatchResult, match_to_ground_truth
+from regionclip.metrics.matching import BACKGROUND, CORRECT, MISCLASSIFIED, MatchResult, match_to_ground_truth
 from regionclip.mining.quality import PairQuality
 from regionclip.mining.report_page import labeled_image, outcome_chart, pick_pairs
 from regionclip.quickstart.report import (
@@ -186,10 +186,12 @@ def labeled_scenes(
         results: detections of these categories, in COCO's format.
         split: base and novel categories.
     """
-    judged = match_to_ground_truth(truth, results)
-    best = judged.best_threshold()
+    matches = match_to_ground_truth(truth, results)
+    best = matches.best_threshold()
     threshold = best if isfinite(best) else 0.5
-    return threshold, [_scene(record, judged, threshold, split) for record in pick_scenes(truth, split.novel)]
+    return threshold, [
+        _scene(record, matches, threshold, split) for record in pick_scenes(truth, split.novel)
+    ]
 
 
 def pick_scenes(truth: CocoDetection, novel: Sequence[str], count: int = SCENES) -> list[ImageAnnotations]:
@@ -222,23 +224,23 @@ def pick_scenes(truth: CocoDetection, novel: Sequence[str], count: int = SCENES)
     return [record for record in truth if record.image_id in chosen]
 
 
-def _scene(record: ImageAnnotations, judged: MatchResult, threshold: float, split: Split) -> LabeledImage:
-    names = [f"★ {name}" if name in split.novel else name for name in judged.names]
-    drawn = np.flatnonzero((judged.images == record.image_id) & (judged.scores >= threshold))[:MAX_DRAWN]
+def _scene(record: ImageAnnotations, matches: MatchResult, threshold: float, split: Split) -> LabeledImage:
+    names = [f"★ {name}" if name in split.novel else name for name in matches.names]
+    drawn = np.flatnonzero((matches.images == record.image_id) & (matches.scores >= threshold))[:MAX_DRAWN]
     texts: list[str] = []
     colors = []
     for place in drawn[::-1]:  # the best last, on top
-        is_false = judged.verdicts[place] in (WRONG_NAME, NO_OBJECT)
-        name = names[judged.labels[place]]
-        texts.append(f"{'✗ ' * is_false}{name} {judged.scores[place]:.2f}")
+        is_false = matches.outcomes[place] in (MISCLASSIFIED, BACKGROUND)
+        name = names[matches.labels[place]]
+        texts.append(f"{'✗ ' * is_false}{name} {matches.scores[place]:.2f}")
         colors.append(GRAY if is_false else ORANGE if name.startswith("★") else BLUE)
-    boxes = judged.boxes[drawn[::-1]].tolist()
+    boxes = matches.boxes[drawn[::-1]].tolist()
     image = draw(decode(record.path), boxes=boxes, texts=texts, colours=colors)
-    objects = np.flatnonzero(judged.object_images == record.image_id)
-    taken = np.isin(objects, judged.shown[drawn[judged.verdicts[drawn] == RIGHT]])
+    objects = np.flatnonzero(matches.object_images == record.image_id)
+    taken = np.isin(objects, matches.shown[drawn[matches.outcomes[drawn] == CORRECT]])
     caption: list[tuple[str, str]] = []
     for what, places in (("found", objects[taken]), ("missed", objects[~taken])):
-        counts = Counter(names[label] for label in judged.object_labels[places])
+        counts = Counter(names[label] for label in matches.object_labels[places])
         texts = [name if count == 1 else f"{count} × {name}" for name, count in counts.items()]
         caption += (
             [("name", f"· {what}" if caption else what), ("quote", f" {', '.join(texts)} ")] if texts else []

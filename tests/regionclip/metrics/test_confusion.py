@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from regionclip.data.annotations import CocoDetection
-from regionclip.metrics.matching import VERDICTS, MatchResult, match_to_ground_truth
+from regionclip.metrics.matching import OUTCOMES, MatchResult, match_to_ground_truth
 
 CATEGORIES = {"cat": 1, "dog": 2, "cow": 5}
 CAT, DOG, COW, NONE = range(4)
@@ -66,44 +66,44 @@ def truth(tmp_path: Path) -> CocoDetection:
 
 
 @pytest.fixture
-def judged(truth: CocoDetection) -> MatchResult:
+def matches(truth: CocoDetection) -> MatchResult:
     return match_to_ground_truth(truth, RESULTS)
 
 
-def test_every_detection_has_its_verdict(judged: MatchResult):
-    words = dict(zip(judged.scores.tolist(), (VERDICTS[v] for v in judged.verdicts), strict=True))
+def test_every_detection_has_its_verdict(matches: MatchResult):
+    words = dict(zip(matches.scores.tolist(), (OUTCOMES[v] for v in matches.outcomes), strict=True))
     assert words == WORDS
-    dog = judged.scores.tolist().index(0.7)
-    assert judged.object_labels[judged.shown[dog]] == CAT
-    assert judged.boxes[dog].tolist() == [0, 0, 20, 20]
-    assert judged.shown[judged.scores.tolist().index(0.6)] == -1
+    dog = matches.scores.tolist().index(0.7)
+    assert matches.object_labels[matches.shown[dog]] == CAT
+    assert matches.boxes[dog].tolist() == [0, 0, 20, 20]
+    assert matches.shown[matches.scores.tolist().index(0.6)] == -1
 
 
-def test_the_best_threshold_is_where_f1_is_highest(judged: MatchResult):
+def test_the_best_threshold_is_where_f1_is_highest(matches: MatchResult):
     # Two right ones of two, four objects: F1 is 2 * 2 / (2 + 4); with the last one it is 2 * 3 / (7 + 4).
-    assert judged.best_threshold() == 0.9
+    assert matches.best_threshold() == 0.9
 
 
-def test_the_matrix_counts_names_false_alarms_and_misses(judged: MatchResult):
+def test_the_matrix_counts_names_false_alarms_and_misses(matches: MatchResult):
     wanted = np.zeros((4, 4), dtype=int)
     wanted[CAT, CAT] = wanted[DOG, DOG] = wanted[COW, COW] = 1
     wanted[CAT, DOG] = 1
     wanted[NONE, CAT] = 2
     wanted[NONE, COW] = 1
     wanted[CAT, NONE] = 1
-    assert judged.matrix(0.0).tolist() == wanted.tolist()
-    sure = judged.matrix(0.9)
+    assert matches.matrix(0.0).tolist() == wanted.tolist()
+    sure = matches.matrix(0.9)
     assert (sure[CAT, CAT], sure[DOG, DOG], sure.sum()) == (1, 1, 4)
     assert sure[COW, NONE] == sure[CAT, NONE] == 1
 
 
-def test_missed_objects_are_those_that_no_detection_fits(judged: MatchResult):
-    assert judged.object_labels[judged.missed(0.0)].tolist() == [CAT]
-    assert judged.object_labels[judged.missed(2.0)].tolist() == [CAT, DOG, COW, CAT]
+def test_missed_objects_are_those_that_no_detection_fits(matches: MatchResult):
+    assert matches.object_labels[matches.missed(0.0)].tolist() == [CAT]
+    assert matches.object_labels[matches.missed(2.0)].tolist() == [CAT, DOG, COW, CAT]
 
 
-def test_names_that_never_fit_are_noticed(truth: CocoDetection, judged: MatchResult):
-    assert not judged.names_do_not_fit()
+def test_names_that_never_fit_are_noticed(truth: CocoDetection, matches: MatchResult):
+    assert not matches.names_do_not_fit()
     shifted = {"cat": "dog", "dog": "cow", "cow": "cat"}
     numbers = {CATEGORIES[name]: CATEGORIES[other] for name, other in shifted.items()}
     wrong = [entry | {"category_id": numbers[entry["category_id"]]} for entry in RESULTS[:1] + RESULTS[4:5]]

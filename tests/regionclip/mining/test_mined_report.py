@@ -59,7 +59,7 @@ def test_the_metrics_agree_with_what_was_mined(reported: Path, mined: Path, worl
     assert metrics["images_with_pairs"] == len({one.image_id for one in regions})
     assert metrics["concepts_with_pairs"] == len({one.concept for one in regions})
     assert metrics["skipped"] == 12 - metrics["images_with_pairs"]
-    assert metrics["precision"] + metrics["wrong_name"] + metrics["no_object"] == pytest.approx(1)
+    assert metrics["precision"] + metrics["misclassified"] + metrics["background"] == pytest.approx(1)
     rows = metrics["by_probability"]
     assert rows[0]["threshold"] == 0
     assert rows[0]["pairs"] == len(regions)
@@ -80,7 +80,7 @@ def test_every_true_object_of_the_world_is_counted_once(reported: Path, world: P
     with (reported / "confusions.csv").open() as file:
         wrong = sum(int(row["pairs"]) for row in csv.DictReader(file))
     metrics = read_json(reported / "metrics.json")
-    assert wrong == round(metrics["wrong_name"] * metrics["judged"])
+    assert wrong == round(metrics["misclassified"] * metrics["evaluated"])
 
 
 def test_without_true_boxes_nothing_is_judged(mined: Path, tmp_path: Path, regionclip: Command):

@@ -1,4 +1,4 @@
-"""Mined pairs against the truth: verdicts, shares and recall equal what is counted by hand."""
+"""Mined pairs against the truth: outcomes, shares and recall equal what is counted by hand."""
 
 from __future__ import annotations
 
@@ -60,8 +60,13 @@ def test_pairs_are_right_wrong_or_nothing(truth: CocoDetection):
 
 def test_precision_goes_by_the_name_given_and_recall_by_the_object(truth: CocoDetection):
     found = label_pairs(PAIRS, truth).metrics(base=["cat"], novel=["cow"])
-    assert (found["pairs"], found["judged"], found["judged_base"], found["judged_novel"]) == (8, 5, 3, 2)
-    assert (found["precision"], found["wrong_name"], found["no_object"]) == pytest.approx((0.4, 0.2, 0.4))
+    assert (found["pairs"], found["evaluated"], found["evaluated_base"], found["evaluated_novel"]) == (
+        8,
+        5,
+        3,
+        2,
+    )
+    assert (found["precision"], found["misclassified"], found["background"]) == pytest.approx((0.4, 0.2, 0.4))
     assert (found["precision_base"], found["precision_novel"]) == pytest.approx((1 / 3, 1 / 2))
     assert (found["recall"], found["recall_base"], found["recall_novel"]) == pytest.approx((2 / 3, 1, 1))
 
@@ -76,7 +81,7 @@ def test_a_category_in_neither_part_of_a_split_counts_for_neither(truth: CocoDet
 def test_pairs_left_out_find_nothing(truth: CocoDetection):
     kept = torch.tensor([True] * 2 + [False] * 6)
     found = label_pairs(PAIRS, truth).metrics(["cat"], ["cow"], kept)
-    assert (found["pairs"], found["judged"], found["precision"]) == (2, 2, 0.5)
+    assert (found["pairs"], found["evaluated"], found["precision"]) == (2, 2, 0.5)
     assert (found["recall_base"], found["recall_novel"]) == (1, 0)
     assert found["precision_novel"] == 0
 

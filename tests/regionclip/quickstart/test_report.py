@@ -261,8 +261,8 @@ def test_the_summary_can_be_written_as_json_and_agrees_with_the_stages(finished:
     assert data["counts"]["train_scenes"] == TRAIN
     assert data["seconds"] == pytest.approx(303.7)
     mining = data["mining"]
-    assert mining["judged"] < mining["pairs"] == data["counts"]["mined_regions"]
-    assert mining["precision"] + mining["wrong_name"] + mining["no_object"] == pytest.approx(1)
+    assert mining["evaluated"] < mining["pairs"] == data["counts"]["mined_regions"]
+    assert mining["precision"] + mining["misclassified"] + mining["background"] == pytest.approx(1)
     assert 0.4 < mining["precision"] < 0.8
 
 

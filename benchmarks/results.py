@@ -32,7 +32,7 @@ from results_rows import (
 from rounds import command, machine, put, versions
 
 import regionclip
-from clip_base.data.sources import read_captions
+from clip_base.data.coco import read_captions
 from clip_base.evaluation.retrieval import embed_texts, recall_at
 from clip_base.models.clip import CLIP
 from clip_base.runtime.files import read_json, write_json

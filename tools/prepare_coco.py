@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clip_base.data.coco import read_instances
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import write_json
 from regionclip.data.categories import Split, load_split
-from regionclip.data.coco import category_ids_by_name, image_fields, read_instances
+from regionclip.data.coco import category_ids_by_name, image_fields
 
 ANNOTATIONS_URL = "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
 IMAGES_URL = "http://images.cocodataset.org/zips/{name}.zip"

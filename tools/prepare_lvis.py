@@ -21,9 +21,10 @@ from pathlib import Path
 
 from prepare_coco import absent_images, add_common, tell, write_part, write_split
 
+from clip_base.data.coco import read_instances
 from clip_base.runtime.errors import InputError
 from regionclip.data.categories import load_split
-from regionclip.data.coco import category_ids_by_name, frequencies, read_instances
+from regionclip.data.coco import category_ids_by_name, frequencies
 
 ANNOTATIONS_URL = "https://www.lvisdataset.org/dataset"
 

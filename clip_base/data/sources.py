@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from clip_base.data.coco import read_captions
 from clip_base.images.decode import Stored
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError, quote
-from clip_base.runtime.files import ENCODING_HELP, existing, read_json, read_json_lines
+from clip_base.runtime.files import ENCODING_HELP, existing, read_json_lines
 from clip_base.runtime.tables import DELIMITER_HELP, open_table
 
 SOURCES = "clip_base.sources"
@@ -66,37 +67,6 @@ class CocoCaptionsSource:
         folder = existing(self.config.images, "images folder")
         captions, names = read_captions(self.config.captions)
         return [Pair(folder / names[key], tuple(texts)) for key, texts in captions.items()]
-
-
-def read_captions(path: str | Path) -> tuple[dict[int, list[str]], dict[int, str]]:
-    """Reads COCO captions: (image id -> captions, image id -> file name).
-
-    Raises:
-        InputError: the file is missing or malformed, or a caption's image is not listed in it.
-    """
-    data = read_json(path, "captions file")
-    if not isinstance(data, dict) or "images" not in data or "annotations" not in data:
-        raise InputError(
-            f"captions file {path} is not in COCO's form: it must hold 'images' and 'annotations', at its top"
-        )
-    try:
-        names = {int(image["id"]): str(image["file_name"]) for image in data["images"]}
-        captions: dict[int, list[str]] = defaultdict(list)
-        for entry in data["annotations"]:
-            text = " ".join(_text(entry["caption"]).split())
-            if text:
-                captions[int(entry["image_id"])].append(text)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"captions file {path} is not in COCO's form: an entry lacks or misuses {error}"
-        ) from None
-    strangers = [key for key in captions if key not in names]
-    if strangers:
-        raise InputError(
-            f"captions file {path} has captions for {len(strangers)} images that it does not list "
-            f"(image_id {strangers[0]}, for one); add them to 'images' or remove the captions"
-        )
-    return dict(captions), names
 
 
 @dataclass
@@ -168,12 +138,6 @@ class JsonLinesSource:
                 ) from None
             rows += [(image, text) for text in texts]
         return grouped(rows, Path(self.config.images) if self.config.images else path.parent)
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"a caption, which must be a text, not {value!r}")
-    return value
 
 
 def grouped(rows: list[tuple[str, str]], folder: Path) -> list[Pair]:

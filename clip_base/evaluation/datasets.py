@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from clip_base.data.coco import box_of, category_name, image_names, is_crowd, read_instances
 from clip_base.data.folders import IMAGE_SUFFIXES
 from clip_base.images.decode import Pixels
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing, read_json
+from clip_base.runtime.files import existing
 
 
 @dataclass(frozen=True)
@@ -62,30 +62,25 @@ def coco_pictures(annotations: str, images: str) -> tuple[list[str], list[Pictur
         InputError: the file is no such file, or an annotation names an image or category that it does not
             list.
     """
-    content, folder = read_json(annotations, "annotations"), existing(images, "image folder")
-    try:
-        categories = sorted(content["categories"], key=lambda category: int(category["id"]))
-        label_of = {category["id"]: label for label, category in enumerate(categories)}
-        path_of = {image["id"]: folder / str(image["file_name"]) for image in content["images"]}
-        pictures = [
-            Picture(path_of[entry["image_id"]], label_of[entry["category_id"]], _box(entry["bbox"]))
-            for entry in content["annotations"]
-            if not entry.get("iscrowd")
-        ]
-        names = [str(category["name"]) for category in categories]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{annotations} is no COCO instances file: {type(error).__name__} at {error}; it needs images, "
-            "categories and annotations with image_id, category_id and bbox"
-        ) from None
+    content, folder = read_instances(annotations), existing(images, "image folder")
+    where = f"annotations file {annotations}"
+    names: dict[int, str] = {}
+    for place, entry in enumerate(content["categories"]):
+        names[entry["id"]] = category_name(entry, f"{where}: categories[{place}]", names)
+    label_of = {category: label for label, category in enumerate(sorted(names))}
+    path_of = {key: folder / name for key, name in image_names(content["images"], where).items()}
+    pictures = []
+    for place, entry in enumerate(content["annotations"]):
+        at = f"{where}: annotations[{place}]"
+        for key, known in (("image_id", path_of), ("category_id", label_of)):
+            if entry[key] not in known:
+                raise InputError(f"{at} has {key} {entry[key]}, which the file does not list")
+        if not is_crowd(entry, at):
+            box = box_of(entry, at)
+            pictures.append(Picture(path_of[entry["image_id"]], label_of[entry["category_id"]], box))
     if not pictures:
         raise InputError(f"{annotations} holds no boxes of single objects")
-    return names, sorted(pictures, key=lambda picture: picture.path)
-
-
-def _box(values: Any) -> tuple[float, float, float, float]:
-    x, y, width, height = (float(value) for value in values)
-    return x, y, width, height
+    return [names[key] for key in sorted(names)], sorted(pictures, key=lambda picture: picture.path)
 
 
 def batches(

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_base.data.sources import read_captions
+from clip_base.data.coco import read_captions
 from clip_base.evaluation import ranking
 from clip_base.evaluation.datasets import Picture
 from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped

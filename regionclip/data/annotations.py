@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clip_base.data.coco import read_instances
 from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing
@@ -27,7 +28,6 @@ from regionclip.data.coco import (
     category_ids_by_name,
     frequencies,
     image_fields,
-    read_instances,
     repeated_annotations,
 )
 from regionclip.structures.boxes import clip_boxes, xywh_to_xyxy

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from clip_base.data.coco import CAPTIONS, caption_of, checked_entry, file_name_of, two_images, unlisted
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import naming_full_disk, replacing
 from clip_base.runtime.json_stream import stream_entries
@@ -74,48 +75,38 @@ def write_caption_index(captions: str | Path, path: Path) -> None:
 
 
 def _fill(base: sqlite3.Connection, captions: str | Path) -> None:
-    images, texts, seen = list[tuple[int, str]](), list[tuple[int, str]](), set[str]()
+    images, texts, seen = list[tuple[int, str]](), list[tuple[int, str]](), Counter[str]()
+    file = f"captions file {captions}"
 
     def flush() -> None:
         base.executemany("INSERT OR IGNORE INTO images VALUES (?, ?)", images)
         for key, name in images:
             (first,) = base.execute("SELECT file_name FROM images WHERE id = ?", (key,)).fetchone()
             if name != first:
-                raise InputError(
-                    f"captions file {captions}: image id {key} belongs to both {first} and {name}; "
-                    "give every image an id of its own"
-                )
+                raise two_images(file, key, first, name)
         base.executemany("INSERT INTO captions VALUES (?, ?)", texts)
         images.clear()
         texts.clear()
 
     with Progress("reading captions") as progress:
         for key, entry in stream_entries(captions, "captions file"):
-            seen.add(key)
-            try:
-                if key == "images":
-                    images.append((int(entry["id"]), str(entry["file_name"])))
-                elif key == "annotations":
-                    texts.append((int(entry["image_id"]), cleaned(_text(entry["caption"]))))
-                    progress.advance()
-            except (KeyError, TypeError, ValueError) as error:
-                raise InputError(
-                    f"captions file {captions} is not in COCO's form: an entry lacks or misuses {error}"
-                ) from None
+            where = f"{file}: {key}[{seen[key]}]"
+            seen[key] += 1
+            if key in CAPTIONS:
+                entry = checked_entry(entry, where, CAPTIONS[key])
+            if key == "images":
+                images.append((entry["id"], file_name_of(entry, where)))
+            elif key == "annotations":
+                texts.append((entry["image_id"], cleaned(caption_of(entry, where))))
+                progress.advance()
             if len(images) + len(texts) >= _AT_ONCE:
                 flush()
         flush()
     if "images" not in seen:
         raise InputError(
-            f"captions file {captions} is not in COCO's form, or lists no image: it must hold 'images' and "
+            f"{file} is not in COCO's form, or lists no image: it must hold 'images' and "
             "'annotations', at its top"
         )
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"a caption, which must be a text, not {value!r}")
-    return value
 
 
 def _require_listed(base: sqlite3.Connection, captions: str | Path) -> None:
@@ -124,10 +115,7 @@ def _require_listed(base: sqlite3.Connection, captions: str | Path) -> None:
         "WHERE text != '' AND image_id NOT IN (SELECT id FROM images)"
     ).fetchone()
     if strangers:
-        raise InputError(
-            f"captions file {captions} has captions for {strangers} images that it does not list "
-            f"(image_id {one}, for one); add them to 'images' or remove the captions"
-        )
+        raise unlisted(f"captions file {captions}", strangers, one)
 
 
 class CaptionIndex:

@@ -1,4 +1,4 @@
-"""COCO's two JSON forms, instances and results, read and checked; errors name the file and the entry."""
+"""COCO's instances and results as detection needs them, on top of `clip_base.data.coco`."""
 
 # N annotations
 from __future__ import annotations
@@ -7,64 +7,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 from pycocotools import mask
 
+from clip_base.data.coco import as_id, box_of, category_name, checked_entry, file_name_of, is_id
 from clip_base.jobs.plugins import did_you_mean
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, quote
 from clip_base.runtime.files import read_json
-
-
-def read_instances(path: str | Path) -> dict[str, Any]:
-    """Reads a file in COCO's instances form and checks that its three lists are lists of objects."""
-    content = read_json(path, "annotations file")
-    if not isinstance(content, dict):
-        hint = "; that is the form of a results file" if isinstance(content, list) else ""
-        raise InputError(
-            f"annotations file {path} must hold an object with images, annotations, categories{hint}"
-        )
-    for key in ("images", "annotations", "categories"):
-        value = content.get(key)
-        if not isinstance(value, list):
-            found = f"{key!r} is a {type(value).__name__}" if key in content else f"there is no {key!r}"
-            raise InputError(
-                f"annotations file {path} is not in COCO's instances form: {found}, a list is needed"
-            )
-        wrong = next((place for place, entry in enumerate(value) if not isinstance(entry, dict)), None)
-        if wrong is not None:
-            raise InputError(f"annotations file {path}: {key}[{wrong}] is no object but {value[wrong]!r:.60}")
-    return content
 
 
 def category_ids_by_name(entries: Sequence[dict[str, Any]], path: str | Path) -> dict[str, int]:
     """Returns category ids by name, in order of id; malformed entries, repeated ids or names: InputError."""
     names: dict[int, str] = {}
     for place, entry in enumerate(entries):
-        category, name = entry.get("id"), entry.get("name")
-        if not is_id(category) or not isinstance(name, str) or not name.strip():
-            raise InputError(
-                f"{path}: categories[{place}] needs a whole number 'id' and a 'name', found {entry!r:.80}"
-            )
-        if category in names:
-            raise InputError(
-                f"{path}: category id {category} belongs to both {names[category]!r} and {name!r}"
-            )
-        if name in names.values():
-            raise InputError(f"{path}: two categories are called {name!r}; merge them or rename one")
-        names[category] = name
+        where = f"{path}: categories[{place}]"
+        category = checked_entry(entry, where, ("id",))["id"]
+        names[category] = category_name({**entry, "id": category}, where, names)
     return {names[category]: category for category in sorted(names)}
-
-
-def image_ids(content: dict[str, Any], path: str | Path) -> set[int]:
-    """Returns the ids of the images; one without a whole number for an id: InputError."""
-    wrong = next((place for place, entry in enumerate(content["images"]) if not is_id(entry.get("id"))), None)
-    if wrong is not None:
-        raise InputError(
-            f"{path}: images[{wrong}] needs a whole number 'id', found {content['images'][wrong]!r:.120}"
-        )
-    return {entry["id"] for entry in content["images"]}
 
 
 def frequencies(entries: Sequence[dict[str, Any]]) -> tuple[str, ...]:
@@ -73,26 +34,15 @@ def frequencies(entries: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     return tuple(str(entry.get("frequency") or "") for entry in ordered)
 
 
-def is_id(value: Any) -> TypeGuard[int]:
-    """Whether `value` is a whole number, as COCO's ids are."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def image_fields(entry: dict[str, Any], path: Path, place: int) -> tuple[int, str, int, int]:
     """Returns an image entry's id, file name, height and width in pixels; `place` is for messages."""
-    image_id, name = entry.get("id"), entry.get("file_name")
-    if name is None and isinstance(entry.get("coco_url"), str):
-        name = "/".join(
-            entry["coco_url"].split("/")[-2:]
-        )  # LVIS gives train2017/000000000009.jpg only as a URL
-    height, width = entry.get("height"), entry.get("width")
-    sides = all(isinstance(side, int | float) and side >= 1 for side in (height, width))
-    if not is_id(image_id) or not isinstance(name, str) or not name or not sides:
-        raise InputError(
-            f"{path}: images[{place}] needs a whole number 'id', a 'file_name', a 'height' and a 'width', "
-            f"found {entry!r:.120}"
-        )
-    return image_id, name, int(height or 0), int(width or 0)
+    where = f"{path}: images[{place}]"
+    image_id = checked_entry(entry, where, ("id",))["id"]
+    name = file_name_of(entry, where)
+    height, width = as_id(entry.get("height")), as_id(entry.get("width"))
+    if height is None or width is None or min(height, width) < 1:
+        raise InputError(f"{where} needs a 'height' and a 'width' in pixels, found {quote(entry)}")
+    return image_id, name, height, width
 
 
 @dataclass(frozen=True)
@@ -109,35 +59,20 @@ def annotation_columns(entries: list[dict[str, Any]], path: Path) -> Columns:
     """Reads the annotations in bulk; only when that fails are they gone through to name the bad one."""
     try:
         boxes = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(len(entries), 4)
-        if not np.isfinite(boxes).all():
-            raise ValueError
         image_ids = [entry["image_id"] for entry in entries]
         category_ids = [entry["category_id"] for entry in entries]
-        if not all(map(is_id, image_ids)) or not all(map(is_id, category_ids)):
+        if not np.isfinite(boxes).all() or not all(map(is_id, image_ids + category_ids)):
             raise ValueError
     except (KeyError, TypeError, ValueError):
-        raise InputError(_first_bad_annotation(entries, path)) from None
-    return Columns(
-        image_ids, category_ids, boxes, np.array([bool(e.get("iscrowd")) for e in entries], dtype=bool)
-    )
-
-
-def _first_bad_annotation(entries: list[dict[str, Any]], path: Path) -> str:
-    for place, entry in enumerate(entries):
-        shown = {key: value for key, value in entry.items() if key != "segmentation"}
-        for key in ("image_id", "category_id"):
-            if not is_id(entry.get(key)):
-                return f"{path}: annotations[{place}] needs a whole number {key!r}, found {shown!r:.120}"
-        try:
-            box = np.array(entry.get("bbox"), dtype=np.float64)
-        except (TypeError, ValueError):
-            box = np.array(np.nan)
-        if box.shape != (4,) or not np.isfinite(box).all():
-            return (
-                f"{path}: annotations[{place}] needs a 'bbox' of four finite numbers [x, y, width, height], "
-                f"found {shown!r:.120}"
-            )
-    return f"{path}: the annotations cannot be read"
+        for place, entry in enumerate(entries):
+            where = f"{path}: annotations[{place}]"
+            checked_entry(entry, where, ("image_id", "category_id"))
+            box_of(entry, where)
+        raise
+    crowd = np.array(
+        [bool(entry.get("iscrowd")) for entry in entries], dtype=bool
+    )  # 0 or 1 since it was read
+    return Columns(image_ids, category_ids, boxes, crowd)
 
 
 def repeated_annotations(
@@ -148,7 +83,7 @@ def repeated_annotations(
     repeated = np.zeros(len(entries), dtype=bool)
     for place, entry in enumerate(entries):
         annotation = entry.get("id")
-        if annotation is None:
+        if not isinstance(annotation, int | str):
             continue
         first = seen.setdefault(annotation, place)
         if first == place:
@@ -185,21 +120,9 @@ def read_results(
         raise InputError(f"{source} must hold a list of detections, found a {type(content).__name__}{hint}")
     checked, strangers = [], 0
     for place, entry in enumerate(content):
-        try:
-            box, score = [float(value) for value in _box_of(entry)], float(entry["score"])
-            image, category = _whole(entry["image_id"]), _whole(entry["category_id"])
-        except (KeyError, TypeError, ValueError) as error:
-            missing = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise InputError(
-                f"{source}[{place}] needs image_id, category_id, bbox [x, y, width, height], score: "
-                f"{missing}, found {entry!r:.120}"
-            ) from None
-        if len(box) != 4 or not all(map(math.isfinite, (*box, score))):
-            raise InputError(
-                f"{source}[{place}] must have four finite box numbers and a finite score: {entry!r:.120}"
-            )
-        strangers += image not in image_ids
-        checked.append({"image_id": image, "category_id": category, "bbox": box, "score": score})
+        result = checked_result(entry, f"{source}[{place}]")
+        strangers += result["image_id"] not in image_ids
+        checked.append(result)
     if strangers:
         first = next(entry["image_id"] for entry in checked if entry["image_id"] not in image_ids)
         raise InputError(
@@ -209,26 +132,43 @@ def read_results(
     return checked
 
 
+def checked_result(entry: Any, where: str) -> dict[str, Any]:
+    """Returns a result's image_id, category_id, bbox and score; InputError when one is missing."""
+    needs = f"{where} needs image_id, category_id, bbox [x, y, width, height], score"
+    if not isinstance(entry, dict):
+        raise InputError(f"{needs}: it is no object, found {quote(entry)}")
+    fields: dict[str, Any] = {}
+    for key in ("image_id", "category_id"):
+        fields[key] = as_id(entry.get(key))
+        if fields[key] is None:
+            problem = f"{quote(entry[key], 40)} is no whole number" if key in entry else f"no {key!r}"
+            raise InputError(f"{needs}: {problem}, found {quote(entry)}")
+    try:
+        fields |= {"bbox": [float(value) for value in _box_of(entry)], "score": float(entry["score"])}
+    except (KeyError, TypeError, ValueError) as error:
+        missing = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{needs}: {missing}, found {quote(entry)}") from None
+    if len(fields["bbox"]) != 4 or not all(map(math.isfinite, (*fields["bbox"], fields["score"]))):
+        raise InputError(f"{where} must have four finite box numbers and a finite score: {quote(entry)}")
+    return fields
+
+
 def _box_of(entry: dict[str, Any]) -> Sequence[float]:
-    if "bbox" in entry or not isinstance(entry.get("segmentation"), dict):
+    """Returns an entry's bbox, else the box around its mask: a run-length code, compressed or not."""
+    code = entry.get("segmentation")
+    if "bbox" in entry or not isinstance(code, dict):
         box: Sequence[float] = entry["bbox"]
         return box
     try:
-        around: list[float] = mask.toBbox(entry["segmentation"]).tolist()
-    except (KeyError, TypeError, ValueError):
+        if isinstance(code["counts"], list):
+            height, width = code["size"]
+            if sum(code["counts"]) != height * width or min(code["counts"]) < 0:
+                raise ValueError
+            code = mask.frPyObjects(code, height, width)
+        around: list[float] = mask.toBbox(code).tolist()
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ValueError("no bbox, and the segmentation is no run-length code with size and counts") from None
     return around
-
-
-def _whole(value: Any) -> int:
-    """Returns the whole number that 7, 7.0 and "7" stand for."""
-    if is_id(value):
-        return value
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, str) and value.strip().isdecimal():
-        return int(value)
-    raise ValueError(f"{value!r} is no whole number")
 
 
 def numbered_by(

@@ -12,10 +12,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
 from detectron2.structures import BoxMode
 
+from clip_base.data.coco import read_instances
 from clip_base.runtime.errors import InputError
 from regionclip.data.annotations import CocoDetection
 from regionclip.data.categories import Split, load_split, parse_names
-from regionclip.data.coco import category_ids_by_name, frequencies, read_instances
+from regionclip.data.coco import category_ids_by_name, frequencies
 
 EVALUATOR = "open_vocabulary"
 # How RegionCLIP's configs call the parts, and what they are.

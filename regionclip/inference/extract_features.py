@@ -29,7 +29,7 @@ from clip_base.weights.native import file_hash
 from regionclip.data.annotations import CocoDetection
 from regionclip.inference.feature_extractor import FeaturesConfig, RegionFeatureExtractor, Shard, record_path
 from regionclip.mining.shards import MANIFEST, shard_path
-from regionclip.proposals.precomputed import checked_entry
+from regionclip.proposals.precomputed import checked_proposal
 from regionclip.proposals.storage import writing
 from regionclip.structures.boxes import xywh_to_xyxy
 
@@ -154,7 +154,9 @@ def _boxes(config: FeaturesConfig, files: Sequence[Path], out: Path) -> str:
                 raise InputError(f"boxes file {path}, entry {number}: has no file_name; or give annotations=")
             image_id = by_path.get(name) or by_name.get(Path(name).name)
             if image_id:
-                _, row = checked_entry({**entry, "image_id": image_id}, f"boxes file {path}, entry {number}")
+                _, row = checked_proposal(
+                    {**entry, "image_id": image_id}, f"boxes file {path}, entry {number}"
+                )
                 values = torch.tensor(row, dtype=torch.float64)
                 table.add(image_id, xywh_to_xyxy(values[None, :4]).float(), values[4:].float())
                 count += 1

@@ -7,7 +7,6 @@ Every figure is a fraction in [0, 1], or -1 where there is nothing to measure (p
 # names
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clip_base.data.coco import area_of, box_of, check_instances, is_crowd, read_instances
 from clip_base.runtime.errors import InputError
 from regionclip.data.categories import Split
-from regionclip.data.coco import category_ids_by_name, frequencies, image_ids, read_instances, read_results
+from regionclip.data.coco import category_ids_by_name, frequencies, read_results
 from regionclip.metrics import lvis
 from regionclip.metrics.coco_api import EVALUATORS, Precision, with_faster_coco_eval
 
@@ -97,7 +97,9 @@ def evaluate_detections(
             split whose names are not in the annotations, or annotations that do not suit the protocol.
     """
     where = "annotations" if isinstance(annotations, dict) else str(annotations)
-    content = annotations if isinstance(annotations, dict) else read_instances(annotations)
+    content = (
+        check_instances(annotations, where) if isinstance(annotations, dict) else read_instances(annotations)
+    )
     ids = category_ids_by_name(content["categories"], where)
     often = dict(zip(ids, frequencies(content["categories"]), strict=True))
     if split is not None:
@@ -109,7 +111,7 @@ def evaluate_detections(
         chosen = set(split.competing(protocol.compete))
         ids = {name: category for name, category in ids.items() if name in chosen}
     federated = protocol.kind == "lvis" or (protocol.kind == "auto" and lvis.is_federated(content))
-    entries = read_results(results, image_ids(content, where), where)
+    entries = read_results(results, {entry["id"] for entry in content["images"]}, where)
     evaluated = set(ids.values())
     counted = [entry for entry in entries if entry["category_id"] in evaluated]
     truth = _truth(content, where)
@@ -214,21 +216,15 @@ def _per_class(
 def _truth(content: dict[str, Any], where: str) -> dict[str, Any]:
     """Returns annotations as evaluators need them, with the fields that a user's file may lack."""
     annotations = []
-    shown = image_ids(content, where)
+    shown = {entry["id"] for entry in content["images"]}
     for place, entry in enumerate(content["annotations"]):
-        try:
-            box = [float(value) for value in entry["bbox"]]
-            fields = {key: entry[key] for key in ("image_id", "category_id")}
-        except (KeyError, TypeError, ValueError):
-            box = []
-        if len(box) != 4 or not all(map(math.isfinite, box)):
-            raise InputError(
-                f"{where}: annotations[{place}] needs image_id, category_id and a bbox of four numbers"
-            )
+        at = f"{where}: annotations[{place}]"
+        box, fields = list(box_of(entry, at)), {key: entry[key] for key in ("image_id", "category_id")}
         # pycocotools takes a detection matched to annotation 0 for unmatched, and mixes up ids that repeat:
         # count anew from 1.
-        size = float(entry["area"]) if entry.get("area") is not None else box[2] * box[3]
-        crowd = int(bool(entry.get("iscrowd")))
+        area = area_of(entry, at)
+        size = box[2] * box[3] if area is None else area
+        crowd = int(is_crowd(entry, at))
         if fields["image_id"] in shown:
             annotations.append({"id": place + 1, "bbox": box, "area": size, "iscrowd": crowd, **fields})
     kept = ("id", "neg_category_ids", "not_exhaustive_category_ids")

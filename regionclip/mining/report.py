@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_base.data.sources import read_captions
+from clip_base.data.coco import read_captions
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 
 from clip_base.data.batch import ImageBatch
+from clip_base.data.coco import box_of, checked_entry
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, quote
 from clip_base.runtime.json_stream import stream_entries
 from regionclip.data.annotations import ImageAnnotations
 from regionclip.proposals.base import collect, frame_scale
@@ -104,7 +104,7 @@ class _Results:
                     f"proposals file {path} holds a JSON object; expected a list of boxes in COCO's "
                     "results form"
                 )
-            image_id, row = checked_entry(entry, f"proposals file {path}, entry {number}")
+            image_id, row = checked_proposal(entry, f"proposals file {path}, entry {number}")
             self._rows.setdefault(image_id, array("d")).extend(row)
 
     def of_image(self, image_id: int) -> tuple[Tensor, Tensor]:
@@ -113,19 +113,18 @@ class _Results:
         return xywh_to_xyxy(table[:, :4]).float(), table[:, 4].float()
 
 
-def checked_entry(entry: Any, where: str) -> tuple[int, tuple[float, ...]]:
+def checked_proposal(entry: Any, where: str) -> tuple[int, tuple[float, ...]]:
     """Returns an entry's image id and (x, y, width, height, score); InputError when it is malformed."""
+    entry = checked_entry(entry, where, ("image_id",))
+    box = box_of(entry, where)
     try:
-        image_id, box, score = int(entry["image_id"]), entry["bbox"], float(entry["score"])
-        row = (*(float(value) for value in box), score)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{where}: needs image_id, bbox and score ({type(error).__name__}: {error})"
-        ) from None
-    if len(row) != 5 or not all(math.isfinite(value) for value in row) or row[2] < 0 or row[3] < 0:
-        raise InputError(f"{where}: bbox must be four finite numbers x, y, width, height, found {box}")
+        score = float(entry["score"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{where}: needs image_id, bbox and score, found {quote(entry)}") from None
+    if min(box[2:]) < 0:
+        raise InputError(f"{where}: bbox must be four finite numbers x, y, width, height, found {list(box)}")
     if not 0 <= score <= 1:
         raise InputError(
             f"{where}: score is {score}, expected objectness in 0…1; apply a sigmoid if these are logits"
         )
-    return image_id, row
+    return entry["image_id"], (*box, score)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from clip_base.data.coco import read_captions
 from clip_base.data.folders import IMAGE_SUFFIXES
-from clip_base.data.sources import read_captions
 from clip_base.jobs.run import RunFolder
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer

@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 import yaml
 
-from clip_base.data.sources import read_captions
+from clip_base.data.coco import read_captions, read_instances
 from clip_base.jobs import cli, plugins
 from clip_base.jobs import config as configs
 from regionclip.data.categories import load_split
-from regionclip.data.coco import annotation_columns, category_ids_by_name, image_fields, read_instances
+from regionclip.data.coco import annotation_columns, category_ids_by_name, image_fields
 
 pytestmark = pytest.mark.slow
 

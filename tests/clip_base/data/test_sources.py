@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from clip_base.data.sources import SOURCES, Pair, read_captions
+from clip_base.data.coco import read_captions
+from clip_base.data.sources import SOURCES, Pair
 from clip_base.jobs import plugins
 from clip_base.runtime.errors import InputError
 
@@ -44,9 +45,12 @@ def test_coco_captions_are_grouped_by_image(tmp_path: Path) -> None:
     [
         ([], "must hold 'images' and 'annotations'"),
         ({"images": []}, "must hold 'images' and 'annotations'"),
-        ({"images": [{"id": 1}], "annotations": []}, "lacks or misuses 'file_name'"),
-        ({"images": IMAGES, "annotations": [{"image_id": 7}]}, "lacks or misuses 'caption'"),
-        ({"images": IMAGES, "annotations": [{"image_id": 7, "caption": None}]}, "must be a text, not None"),
+        ({"images": [{"id": 1}], "annotations": []}, r"images\[0\] needs a 'file_name'"),
+        ({"images": IMAGES, "annotations": [{"image_id": 7}]}, r"annotations\[0\] needs a 'caption'"),
+        (
+            {"images": IMAGES, "annotations": [{"image_id": 7, "caption": None}]},
+            "needs a 'caption', which must be a text",
+        ),
         ({"images": IMAGES, "annotations": [{"image_id": 3, "caption": "x"}]}, "image_id 3"),
     ],
 )

@@ -218,7 +218,7 @@ def test_a_file_that_is_no_coco_file_is_refused(weights: str, tmp_path: Path, go
     content = coco(tmp_path)
     del content[gone]
     (tmp_path / "instances.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="is no COCO instances file"):
+    with pytest.raises(InputError, match="is not in COCO's instances form"):
         run(weights, tmp_path / "coco", tmp_path / "out", annotations=str(tmp_path / "instances.json"))
 
 

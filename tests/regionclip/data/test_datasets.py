@@ -139,7 +139,7 @@ def test_missing_pictures_are_listed_and_left_out(tmp_path: Path):
         (content() | {"images": [image(1), {"id": 2}]}, r"images\[1\] needs"),
         (content(box(1, 1, 1, [1, 2, 3, 4]), images=0), "lists no images, so that its boxes lie in none"),
         (content() | {"images": [image(1), image(1, file_name="other.png")]}, "image id 1 belongs to both"),
-        (content() | {"categories": [{"id": "1", "name": "cat"}]}, r"categories\[0\] needs"),
+        (content() | {"categories": [{"id": "one", "name": "cat"}]}, r"categories\[0\] needs"),
         (
             content() | {"categories": [*CATEGORIES, {"id": 3, "name": "cow"}]},
             "belongs to both 'dog' and 'cow'",

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from clip_base.data.sources import SOURCES, read_captions
+from clip_base.data.coco import read_captions, read_instances
+from clip_base.data.sources import SOURCES
 from clip_base.evaluation.prompts import read_templates
 from clip_base.evaluation.zeroshot import ZeroshotConfig, class_names
 from clip_base.jobs import config, plugins
@@ -28,11 +29,11 @@ from regionclip.concepts.pool import read_concepts
 from regionclip.data.caption_index import CaptionIndex, write_caption_index
 from regionclip.data.captions import read_texts
 from regionclip.data.categories import load_split, parse_names
-from regionclip.data.coco import read_instances, read_results
+from regionclip.data.coco import read_results
 
 COCO = {
     "images": [{"id": 1, "file_name": "é.jpg"}],
-    "annotations": [{"image_id": 1, "caption": "a café"}],
+    "annotations": [{"image_id": 1, "category_id": 1, "caption": "a café"}],
     "categories": [],
 }
 

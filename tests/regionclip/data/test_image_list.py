@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_base.data.sources import read_captions
+from clip_base.data.coco import read_captions
 from clip_base.runtime import json_stream
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.json_stream import stream_entries
@@ -123,8 +123,11 @@ def test_slices_cover_all_images_in_the_order_of_ids(tmp_path: Path, count: int,
     ("content", "message"),
     [
         ({"a": 1}, "is not in COCO's form, or lists no image"),
-        ({"images": [{"id": 1}]}, "an entry lacks or misuses 'file_name'"),
-        ({"images": [], "annotations": [{"image_id": 1, "caption": 3}]}, "must be a text, not 3"),
+        ({"images": [{"id": 1}]}, r"images\[0\] needs a 'file_name'"),
+        (
+            {"images": [], "annotations": [{"image_id": 1, "caption": 3}]},
+            r"annotations\[0\] needs a 'caption', which must be a text",
+        ),
         (
             {"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 9, "caption": "x"}]},
             r"captions for 1 images that it does not list \(image_id 9",

@@ -46,10 +46,10 @@ def test_precomputed_boxes_are_scaled_cut_sorted_and_limited(tmp_path: Path, bat
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ((1, [0, 0, 5], 0.5), "entry 0: bbox must be four"),
+        ((1, [0, 0, 5], 0.5), "entry 0 needs a 'bbox' of four"),
         ((1, [0, 0, -5, 5], 0.5), "entry 0: bbox must be four"),
         ((1, [0, 0, 5, 5], 3.2), "apply a sigmoid"),
-        (("x", [0, 0, 5, 5], 0.5), "needs image_id"),
+        (("x", [0, 0, 5, 5], 0.5), "needs a whole number 'image_id'"),
     ],
 )
 def test_malformed_precomputed_entries_are_named(tmp_path: Path, row: tuple, message: str) -> None:

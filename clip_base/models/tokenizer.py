@@ -159,15 +159,21 @@ def _tokenizer(context_length: int) -> Tokenizer:
     return Tokenizer(context_length)
 
 
+def clean(text: str) -> str:
+    """Returns `text` after CLIP's cleaning: mojibake and HTML entities decoded, single spaces."""
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return " ".join(text.split())
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
 def _split(text: str) -> list[str]:
-    """Returns the lower-cased words of `text` after CLIP's cleaning (ftfy, HTML entities, white space)."""
+    """Returns the lower-cased words of `text` after CLIP's cleaning, see `clean`."""
     bare = text.strip(" \t\n\r\f")
     # ftfy leaves printable ASCII alone, and only `&` starts an HTML entity.
     if bare.isascii() and bare.isprintable() and "&" not in bare:
         return bare.lower().split()
-    clean = html.unescape(html.unescape(ftfy.fix_text(text)))
     # Joined before lower-casing: the small form of a Greek sigma depends on what stands beside it.
-    return " ".join(clean.split()).lower().split()
+    return clean(text).lower().split()
 
 
 def _shortened(text: str, length: int = 60) -> str:

@@ -25,13 +25,13 @@ from regionclip.concepts.phrase_cache import PhraseStore, phrases_file
 from regionclip.concepts.phrases import PhraseParser, hidden_by, read_invisible
 from regionclip.concepts.pool import EXAMPLES, Concept, ConceptCounts, count, meta_file, pool, read_concepts
 from regionclip.concepts.synonyms import aliases_of, forms, given_classes
-from regionclip.data.captions import read_texts
+from regionclip.data.captions import cleaned, read_texts
 from regionclip.data.categories import parse_names
 
 FORMAT = "regionclip.concepts"
 
 
-VERSION = 2
+VERSION = 3  # raised when the same captions begin to give another pool
 
 
 SAME = ("version", "captions_sha256", "classes_sha256", "invisible_sha256")
@@ -220,7 +220,7 @@ def explain(config: ConceptsConfig, concepts: list[Concept]) -> str:
     classes = given_classes(config.classes)
     parser = parser_of(config, classes)
     parser.invisible = frozenset()  # it must see what the pool's parser dropped
-    asked = " ".join(config.explain.lower().split())
+    asked = cleaned(config.explain.lower())
     phrase = next(iter(next(parser.parse([asked]))), None)
     aliases = aliases_of(classes)
     name = asked

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import regex  # type: ignore[import-untyped]
+
+from clip_base.models.tokenizer import clean
 from clip_base.runtime.errors import InputError, quote
 from clip_base.runtime.files import existing, open_text, read_json_lines
 from clip_base.runtime.json_stream import stream_entries
 from clip_base.runtime.tables import open_table
 
+_MARKUP = re.compile("[&<]")
+_TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
+# Emoji with modifiers and joiners, symbols, half characters (U+FFFD by now); the zero-width space.
+_SYMBOL = regex.compile(r"(?:[\p{So}\p{Emoji_Modifier}\ufe0e\ufe0f\u20e3]\u200d?)+|\u200b")
+_INVISIBLE = regex.compile(r"[\p{Cf}--[\u200c\u200d]]|(?<![^\x00-\x7f])[\u200c\u200d]+", regex.V1)
 _COLUMNS = ("caption", "captions", "text", "title", "sentence")
 
 
@@ -51,8 +60,17 @@ def read_texts(path: str | Path, column: str = "", encoding: str = "") -> Iterat
 
 
 def cleaned(text: str) -> str:
-    """Returns a caption with single spaces; "?" for half characters, which JSON may hold and UTF-8 not."""
-    return " ".join(text.split()).encode(errors="replace").decode()
+    """Returns a caption as the phrase parser needs it: CLIP's cleaning, then without what names nothing.
+
+    A parser takes HTML tags, emoji and invisible characters for words or for parts of words ("br", "dog" with
+    a zero-width space). The joiners that Persian and Hindi spell with stay.
+    """
+    if text.isascii() and text.isprintable() and not _MARKUP.search(text):
+        return " ".join(text.split())
+    text = clean(text)
+    for pattern, instead in ((_TAG, " "), (_SYMBOL, " "), (_INVISIBLE, "")):
+        text = pattern.sub(instead, text)
+    return " ".join(text.split())
 
 
 def _lines(path: Path, encoding: str) -> Iterator[str]:

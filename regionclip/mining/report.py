@@ -19,6 +19,7 @@ from clip_base.runtime.progress import track
 from regionclip.concepts.phrases import Phrase, read_invisible
 from regionclip.concepts.pool import read_concepts
 from regionclip.data.annotations import CocoDetection
+from regionclip.data.captions import cleaned
 from regionclip.data.categories import load_split
 from regionclip.mining.coverage import cover
 from regionclip.mining.miner import mining_parser, rows_of
@@ -85,7 +86,10 @@ def read_data(config: ReportConfig) -> ReportData:
     mining: dict[str, Any] = manifest["config"]
     folder = _there(config.images or manifest["images_folder"], "images folder", "images=DIR")
     file = _there(config.captions or mining["captions"], "captions file", "captions=FILE")
-    captions, names = read_captions(file)
+    raw, names = read_captions(file)
+    captions = {
+        image: [cleaned(text) for text in texts] for image, texts in raw.items()
+    }  # as `mine` parsed them
     pool_file = _there(config.pool or mining["concepts"], "concept pool", "pool=FILE")
     pool = read_concepts(pool_file)
     if not pool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -19,6 +20,7 @@ from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError, note
 from clip_base.runtime.files import is_file, read_text, write_text
 from clip_base.runtime.precision import autocast
+from clip_base.runtime.tables import CLASS_FILES, read_class_list
 
 
 @dataclass
@@ -33,7 +35,8 @@ class ZeroshotConfig(FeatureConfig):
     )
     names: list[str] = option(
         [],
-        "class names in the order of the sorted subfolders, or one file with a name a line; default: theirs",
+        "class names in the order of the sorted subfolders, or one file of them: one per line, JSON, YAML or "
+        "CSV; default: theirs",
     )
     templates: str = option(
         "published", "published (CLIP's 80 prompts), simple (one), or a file with one a line"
@@ -68,6 +71,13 @@ def zeroshot(config: ZeroshotConfig) -> None:
     print_classes("zero-shot classification", figures, classes, len(found.skipped))
 
 
+def names_in(path: str) -> list[str]:
+    """Returns the names in a file: whole lines, or those of a kind that `read_class_list` parses."""
+    if Path(path).suffix.lower() in CLASS_FILES[2:]:
+        return [name for name, *_ in read_class_list(path, "class names")]
+    return [line.strip() for line in read_text(path, "class names").splitlines() if line.strip()]
+
+
 def class_names(given: Sequence[str], found: Sequence[str]) -> list[str]:
     """Returns the names to classify by: those given, in a list or a file, else those found with the images.
 
@@ -76,8 +86,7 @@ def class_names(given: Sequence[str], found: Sequence[str]) -> list[str]:
     """
     names = list(given) or list(found)
     if len(given) == 1 and is_file(given[0]):
-        lines = read_text(given[0], "class names").splitlines()
-        names = [line.strip() for line in lines if line.strip()]
+        names = names_in(given[0])
     if len(names) != len(found):
         raise InputError(
             f"names gives {len(names)} names, the images have {len(found)} classes "

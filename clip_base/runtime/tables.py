@@ -1,9 +1,10 @@
-"""Tables and YAML as people write them: each format is opened in one function, whoever reads it."""
+"""Tables, YAML and lists of classes as people write them: one function opens each, whoever reads it."""
 
 from __future__ import annotations
 
 import csv
 import itertools
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, TextIO
 from omegaconf import OmegaConf
 
 from clip_base.runtime.errors import InputError, quote
-from clip_base.runtime.files import open_text, read_text
+from clip_base.runtime.files import existing_file, open_text, read_json, read_json_lines, read_text
 
 DELIMITER_HELP = "what separates fields: one character, or tab; empty: found in the file"
 _DELIMITERS = ("\t", ",", ";", "|")
@@ -219,3 +220,133 @@ def _sniffed(head: list[str], wanted: Sequence[Collection[str]], suffix: str) ->
         if len(counts) == 1 and counts != {0}:
             return mark
     return max(marks, key=lambda mark: (mark in head[0], mark == usual, head[0].count(mark)))
+
+
+CLASS_FILES = (".txt", ".names", ".json", ".jsonl", ".ndjson", ".yaml", ".yml", ".csv", ".tsv", ".tab")
+# What a column or key of names may be called, the surest first.
+_NAMES = (
+    "name",
+    "class_name",
+    "classname",
+    "class",
+    "category",
+    "category_name",
+    "label",
+    "display_name",
+    "concept",
+)
+
+
+def read_class_list(path: str | Path, what: str = "class list") -> list[tuple[str, ...]]:
+    """Reads (name, its synonyms…) for each class of a file, in the order that labels count them.
+
+    Args:
+        path: text (.txt, .names, no ending): one class per line, synonyms after it behind commas, `#` begins
+            a comment. JSON, JSON Lines: names, or categories with `name` (and `synonyms`), as a list or under
+            `categories` or `names`. YAML: `names` as a list or by number, as Ultralytics' data.yaml. CSV,
+            TSV: a column `name` or `class`. Categories with an `id` are ordered by it; their underscores
+            become spaces.
+        what: what the file is to the user, for messages.
+
+    Raises:
+        InputError: a missing or malformed file, one of another kind, or one without names.
+    """
+    path = Path(path)
+    kind, where = path.suffix.lower(), f"{what} {path}"
+    if kind == ".json":
+        classes = _classes(read_json(path, what), where)
+    elif kind in (".yaml", ".yml"):
+        classes = _classes(OmegaConf.to_container(read_yaml(path, what)), where)
+    elif kind in (".jsonl", ".ndjson"):
+        classes = _classes([entry for _, entry in read_json_lines(path, what)], where)
+    elif kind in (".csv", ".tsv", ".tab"):
+        classes = _classes(_named_rows(path, what), where)
+    elif kind in ("", ".txt", ".names", ".list", ".lst", ".labels"):
+        classes = _plain_classes(read_text(path, what), where)
+    else:
+        existing_file(path, what)
+        raise InputError(
+            f"{where} is of no known kind; write one name a line in a .txt file, or give JSON, YAML or CSV"
+        )
+    if not classes:
+        raise InputError(f"{where} holds no names; write one a line")
+    return classes
+
+
+def _classes(content: Any, where: str) -> list[tuple[str, ...]]:
+    """Returns the classes of a file that was parsed: a list, an object that holds one, or names by number."""
+    size = None
+    if isinstance(content, dict):
+        key = next((key for key in ("names", "categories", "classes") if key in content), None)
+        size, content = content.get("nc"), content if key is None else content[key]
+    if isinstance(content, dict):
+        numbers = [as_number(key) for key in content]
+        if None in numbers or len(set(numbers)) < len(numbers):
+            raise InputError(
+                f"{where} must be a list of names, or hold one under 'names' or 'categories', "
+                f"found {quote(content)}"
+            )
+        content = [content[key] for _, key in sorted(zip(numbers, content, strict=True))]
+    if not isinstance(content, list):
+        raise InputError(f"{where} must be a list of names or hold one under 'names' or 'categories'")
+    # COCO and LVIS number their categories; the number is the order that embeddings come in.
+    if content and all(
+        isinstance(entry, dict) and as_number(entry.get("id")) is not None for entry in content
+    ):
+        content = sorted(content, key=lambda entry: as_number(entry["id"]) or 0)
+    classes = [_class_of(entry, f"{where}, entry {place}") for place, entry in enumerate(content)]
+    if size is not None and size != len(classes):
+        raise InputError(
+            f"{where} says nc: {quote(size)} and holds {len(classes)} names; correct one of them"
+        )
+    return classes
+
+
+def as_number(value: Any) -> int | None:
+    """Returns the whole number that 7 or "7" stands for, None for anything else."""
+    if isinstance(value, str) and value.strip().isdecimal() and len(value) < 20:
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _class_of(entry: Any, where: str) -> tuple[str, ...]:
+    words = [entry]
+    if isinstance(entry, dict):
+        key = next((name for name in _NAMES if name in entry), None)
+        synonyms = entry.get("synonyms") or []
+        words = [entry.get(key), *(synonyms if isinstance(synonyms, list) else [synonyms])]
+    if not all(isinstance(word, str) and word.strip() for word in words):
+        raise InputError(
+            f"{where}: {quote(entry)} is neither a name nor a category with a name; write names in quotes"
+        )
+    if isinstance(entry, dict):
+        words = [word.replace("_", " ") for word in words]
+    return tuple(dict.fromkeys(" ".join(word.split()) for word in words))
+
+
+def _named_rows(path: Path, what: str) -> list[dict[str, str]]:
+    table = open_table(path, what, [_NAMES])
+    columns = [column.lower().replace(" ", "_") for column in table.columns]
+    column = next((name for name in _NAMES if name in columns), None)
+    if column is None:
+        raise InputError(
+            f"{what} {path} has no column 'name' in its first line, which is {quote(list(table.columns))}; "
+            "name the column, or write one name a line in a .txt file"
+        )
+    picked = {"name": columns.index(column)} | ({"id": columns.index("id")} if "id" in columns else {})
+    return [
+        {key: row[place] for key, place in picked.items()}
+        for _, row in itertools.islice(table.rows(), 1, None)
+    ]
+
+
+def _plain_classes(text: str, where: str) -> list[tuple[str, ...]]:
+    lines = [line for line in (line.partition("#")[0].strip() for line in text.splitlines()) if line]
+    numbered = all(re.match(r"[0-9]+\s*:", line) for line in lines)
+    if lines and (lines[0][0] in "[{<" or lines[0] == "names:" or numbered):
+        raise InputError(
+            f"{where} looks like JSON, YAML or XML ({quote(lines[0], 40)}), not like one name a line; "
+            "give it the ending of its kind (.json, .yaml)"
+        )
+    classes = (tuple(part.strip() for part in line.split(",") if part.strip()) for line in lines)
+    return [entry for entry in classes if entry]

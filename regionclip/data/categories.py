@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing, read_json, read_text
+from clip_base.runtime.files import existing, is_file, read_json
+from clip_base.runtime.tables import CLASS_FILES, read_class_list
 
 DATA_FILES = Path(__file__).parents[1] / "data_files"
 
@@ -27,7 +27,8 @@ CLASS_LISTS = {
 }
 
 
-_FILE_ENDINGS = {".txt", ".json", ".csv", ".tsv", ".jsonl", ".yaml", ".names", ".npy", ".pth", ".safetensors"}
+# Nobody means these as names: a list with one of them is a file.
+_FILE_ENDINGS = {*CLASS_FILES, ".npy", ".pth", ".safetensors"}
 
 
 def parse_names(text: str) -> list[str]:
@@ -49,28 +50,14 @@ def parse_names(text: str) -> list[str]:
 def read_classes(text: str) -> list[tuple[str, ...]]:
     """Returns (name, its synonyms…) for each class of a list as a user types it, see `parse_names`.
 
-    A text file holds one class a line, synonyms after it behind commas; `#` begins a comment. A JSON file
-    holds a list of names, LVIS's categories (name and synonyms), or COCO annotations with `categories`.
-    LVIS's underscores become spaces.
+    Files are read by `clip_base.runtime.tables.read_class_list`.
     """
     if text in CLASS_LISTS:
-        return [(name,) for file in CLASS_LISTS[text] for name in _lines(DATA_FILES / file)]
-    path = Path(text)
-    looks_like_file = "," not in text and (
-        path.suffix.lower() in _FILE_ENDINGS or "/" in text or "\\" in text
-    )
-    if not looks_like_file:
-        return [(name.strip(),) for name in text.split(",") if name.strip()]
-    existing(path, "class list")
-    if path.suffix == ".json":
-        classes = [_class_of(entry, path) for entry in _entries(path)]
-    else:
-        lines = ([part.strip() for part in line.split(",")] for line in _lines(path))
-        classes = [tuple(part for part in line if part) for line in lines]
-    classes = [entry for entry in classes if entry]
-    if not classes:
-        raise InputError(f"class list {path} holds no names; write one a line")
-    return classes
+        return [entry for file in CLASS_LISTS[text] for entry in read_class_list(DATA_FILES / file)]
+    looks_like_file = Path(text).suffix.lower() in _FILE_ENDINGS or "/" in text or "\\" in text
+    if looks_like_file and ("," not in text or is_file(text)):
+        return read_class_list(text)
+    return [(name.strip(),) for name in text.split(",") if name.strip()]
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -79,36 +66,15 @@ def check_names(names: Sequence[str]) -> None:
         raise InputError('a vocabulary needs at least one name, such as "cat, dog"')
     if not all(name.strip() for name in names):
         raise InputError("a vocabulary's names must not be empty")
-    if len(set(names)) < len(names):
-        seen: set[str] = set()
-        twice = sorted({name for name in names if name in seen or seen.add(name)})  # type: ignore[func-returns-value]
-        shown = ", ".join(map(repr, twice[:5])) + (f" and {len(twice) - 5} more" if len(twice) > 5 else "")
+    # The tokenizer reads them in lower case and with single spaces.
+    spelled: dict[str, list[str]] = {}
+    for name in names:
+        spelled.setdefault(" ".join(name.lower().split()), []).append(name)
+    twice = sorted(same for same in spelled.values() if len(same) > 1)
+    if twice:
+        ways = [repr(same[0]) if len(set(same)) == 1 else " = ".join(map(repr, same)) for same in twice]
+        shown = ", ".join(ways[:5]) + (f" and {len(ways) - 5} more" if len(ways) > 5 else "")
         raise InputError(f"a vocabulary's names must differ, {shown} stands there more than once")
-
-
-def _entries(path: Path) -> list[Any]:
-    loaded = read_json(path, "class list")
-    entries = loaded.get("categories") if isinstance(loaded, dict) else loaded
-    if not isinstance(entries, list):
-        raise InputError(f"class list {path} must be a list of names or have `categories`")
-    # COCO and LVIS number their categories; the number is the order that embeddings come in.
-    if all(isinstance(entry, dict) and isinstance(entry.get("id"), int) for entry in entries):
-        return sorted(entries, key=lambda entry: int(entry["id"]))
-    return entries
-
-
-def _class_of(entry: Any, path: Path) -> tuple[str, ...]:
-    if isinstance(entry, str):
-        return (entry,)
-    if isinstance(entry, dict) and isinstance(entry.get("name"), str):
-        words = [entry["name"], *map(str, entry.get("synonyms") or ())]
-        return tuple(dict.fromkeys(word.replace("_", " ") for word in words))
-    raise InputError(f"class list {path}: {str(entry)[:60]!r} is neither a name nor a category with a name")
-
-
-def _lines(path: Path) -> Iterator[str]:
-    lines = (line.partition("#")[0].strip() for line in read_text(path, "class list").splitlines())
-    return (line for line in lines if line)
 
 
 LVIS = "lvis"

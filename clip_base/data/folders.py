@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_base.data.sources import Pair, Pairs
+from clip_base.data.sources import SPLIT_LINES_HELP, Pair, Pairs, captions_in
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import ENCODING_HELP, existing, is_file, read_text
@@ -20,7 +20,8 @@ class FolderConfig:
     """A folder and what its texts are called."""
 
     folder: str = option(REQUIRED, "folder of images and texts, subfolders included")
-    suffix: str = option(".txt", "ending of the text beside an image; each of its lines is a caption")
+    suffix: str = option(".txt", "ending of the text beside an image")
+    split_lines: bool = option(True, SPLIT_LINES_HELP)
     encoding: str = option("", ENCODING_HELP)
 
 
@@ -36,7 +37,7 @@ class FolderSource:
         images = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if not images:
             raise InputError(f"folder {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        return Beside(images, self.config.suffix, self.config.encoding)
+        return Beside(images, self.config)
 
 
 class Beside:
@@ -44,27 +45,25 @@ class Beside:
 
     Args:
         images: the images.
-        suffix: ending of a text's name.
-        encoding: of the texts; "": UTF-8.
+        config: how the texts are called and written.
     """
 
-    def __init__(self, images: list[Path], suffix: str, encoding: str = "") -> None:
-        self.images, self.suffix, self.encoding = images, suffix, encoding
+    def __init__(self, images: list[Path], config: FolderConfig) -> None:
+        self.images, self.config = images, config
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int, /) -> Pair:
-        """Returns image `index` and the lines of its text; InputError when there is none or it is empty."""
+        """Returns image `index` and the captions in its text; InputError when there are none."""
         image = self.images[index]
-        text = image.with_suffix(self.suffix)
+        text = image.with_suffix(self.config.suffix)
         if not is_file(text):
             raise InputError(f"image {image} has no caption: there is no file {text.name} beside it")
         try:
-            lines = read_text(text, "text", self.encoding).splitlines()
+            captions = captions_in(read_text(text, "text", self.config.encoding), self.config.split_lines)
         except InputError as error:
             raise InputError(f"image {image} has no caption: {error}") from None
-        captions = tuple(" ".join(line.split()) for line in lines if line.strip())
         if not captions:
             raise InputError(f"image {image} has no caption: {text.name} is empty")
         return Pair(image, captions)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ import pyarrow.parquet as pq
 
 from clip_base.data.sources import Pair, Pairs, grouped
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, note
 from clip_base.runtime.files import existing
+
+STATUS, DOWNLOADED = "status", "success"  # img2dataset's column, and its word for an image that it has got
 
 
 @dataclass
@@ -63,31 +67,65 @@ class ParquetSource:
         texts = [_texts(value, path, row) for row, value in enumerate(captions)]
         first: Any = next((value for value in images if value is not None), "")
         if isinstance(first, str):
-            rows = [(image or "", text) for image, own in zip(images, texts, strict=True) for text in own]
+            rows = [
+                (image or "", text) for image, own in zip(images, texts, strict=True) for text in own or [""]
+            ]
             own_folder = path if path.is_dir() else path.parent
-            return grouped(rows, Path(self.config.images) if self.config.images else own_folder)
+            folder = Path(self.config.images) if self.config.images else own_folder
+            return grouped(rows, folder, f"Parquet table {path}")
         if not isinstance(first, bytes | dict) or (isinstance(first, dict) and "bytes" not in first):
             raise InputError(
                 f"{path}: column {self.config.image_column!r} holds {type(first).__name__}; "
                 "it must hold paths, encoded images, or {bytes, path}"
             )
-        return [
+        found = [
             Pair(Embedded(_bytes(image), f"{path}, row {row}"), tuple(" ".join(text.split()) for text in own))
             for row, (image, own) in enumerate(zip(images, texts, strict=True))
-            if any(text.strip() for text in own)
+            if own
         ]
+        if len(found) < len(images):
+            lacking = len(images) - len(found)
+            note(f"Parquet table {path}: {lacking:,} of {len(images):,} rows lack a caption and are left out")
+        return found
 
     def _columns(self, path: Path) -> tuple[list[Any], list[Any]]:
         wanted = [self.config.image_column, self.config.caption_column]
         try:
-            names = pq.ParquetDataset(path).schema.names
+            files = _files(path)
+            names = pq.ParquetDataset(files).schema.names
             for column in wanted:
                 if column not in names:
                     raise InputError(f"{path} has no column {column!r}; it has {', '.join(names)}")
-            table = pq.read_table(path, columns=wanted)
+            status = [STATUS] if STATUS in names else []
+            table = pq.read_table(files, columns=wanted + status)
         except (pa.ArrowInvalid, OSError) as error:
             raise InputError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
-        return table.column(wanted[0]).to_pylist(), table.column(wanted[1]).to_pylist()
+        images, captions = (table.column(name).to_pylist() for name in wanted)
+        kept = _downloaded(table.column(STATUS).to_pylist(), path) if status else range(len(images))
+        return [images[row] for row in kept], [captions[row] for row in kept]
+
+
+def _files(path: Path) -> list[Path]:
+    """Returns a table's files; a folder may hold other files, as img2dataset leaves its statistics in it."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.rglob("*.parquet"))
+    files = [file for file in files if not any(part[0] in "._" for part in file.relative_to(path).parts)]
+    if not files:
+        raise InputError(f"folder {path} holds no .parquet files; give their folder, or a file")
+    return files
+
+
+def _downloaded(status: list[Any], path: Path) -> Sequence[int]:
+    """Returns the rows whose images img2dataset has got; notes how many it has not, and why."""
+    counts = Counter(status)
+    failed = {str(value): count for value, count in counts.items() if str(value).startswith("failed_to_")}
+    if DOWNLOADED not in counts or len(failed) < len(counts) - 1:
+        return range(len(status))  # another column of that name
+    if failed:
+        told = ", ".join(f"{count:,} {value}" for value, count in sorted(failed.items()))
+        note(f"Parquet table {path}: {sum(failed.values()):,} of {len(status):,} rows are left out: {told}")
+    return [row for row, value in enumerate(status) if value == DOWNLOADED]
 
 
 def _texts(value: Any, path: Path, row: int) -> list[str]:

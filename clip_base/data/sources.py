@@ -11,11 +11,12 @@ from typing import Protocol
 from clip_base.data.coco import read_captions
 from clip_base.images.decode import Stored
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.runtime.errors import InputError, quote
+from clip_base.runtime.errors import InputError, note, quote
 from clip_base.runtime.files import ENCODING_HELP, existing, read_json_lines
 from clip_base.runtime.tables import DELIMITER_HELP, open_table
 
 SOURCES = "clip_base.sources"
+SPLIT_LINES_HELP = "whether each line of a text is a caption of its own; false: all of it is one"
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class TableSource:
                 "set image_column= and caption_column="
             )
         rows = [(row[places[0]], row[places[1]]) for _, row in itertools.islice(table.rows(), 1, None)]
-        return grouped(rows, Path(config.images) if config.images else path.parent)
+        return grouped(rows, Path(config.images) if config.images else path.parent, f"table {path}")
 
 
 @dataclass
@@ -137,14 +138,31 @@ class JsonLinesSource:
                     "set image_key= and caption_key="
                 ) from None
             rows += [(image, text) for text in texts]
-        return grouped(rows, Path(self.config.images) if self.config.images else path.parent)
+        return grouped(rows, Path(config.images) if config.images else path.parent, f"JSON Lines file {path}")
 
 
-def grouped(rows: list[tuple[str, str]], folder: Path) -> list[Pair]:
-    """Returns one pair an image of (image path, caption) rows; rows that lack one of them are left out."""
+def captions_in(text: str, split_lines: bool) -> tuple[str, ...]:
+    """Returns the captions in one image's text: each line that is not empty, or all as one."""
+    lines = text.splitlines() if split_lines else [text]
+    return tuple(" ".join(line.split()) for line in lines if line.strip())
+
+
+def grouped(rows: list[tuple[str, str]], folder: Path, where: str) -> list[Pair]:
+    """Returns one pair per image of (image path, caption) rows; notes how many lack one and are left out.
+
+    Args:
+        rows: as they stand in a table.
+        folder: what the paths are relative to.
+        where: the table, for the note.
+    """
     captions: dict[str, list[str]] = defaultdict(list)
+    left_out = 0
     for image, text in rows:
         text = " ".join(text.split())
         if image and text:
             captions[image].append(text)
+        else:
+            left_out += 1
+    if left_out:
+        note(f"{where}: {left_out:,} of {len(rows):,} rows lack an image or a caption and are left out")
     return [Pair(folder / image, tuple(texts)) for image, texts in captions.items()]

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
-from clip_base.data.sources import Pair, Pairs
+from clip_base.data.sources import SPLIT_LINES_HELP, Pair, Pairs, captions_in
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import ENCODING_HELP, decode_text, existing, json_fault, replacing
@@ -148,7 +148,9 @@ def read_index(path: Path, folder: str = "") -> TarIndex:
 class WebdatasetConfig:
     """Local webdataset shards."""
 
-    shards: str = option(REQUIRED, "tars; braces and :: as in webdataset: data/{0000..0009}.tar::more.tar")
+    shards: str = option(
+        REQUIRED, "tars, or a folder of them; braces and :: as in webdataset: data/{0000..0009}.tar::more.tar"
+    )
     images: list[str] = option(
         ["jpg", "jpeg", "png", "webp"], "extensions of a record's image; the first that it has counts"
     )
@@ -156,6 +158,7 @@ class WebdatasetConfig:
         ["txt"],
         "extensions of texts, or json.KEY for a text or a list of texts in a record's JSON; all count",
     )
+    split_lines: bool = option(True, SPLIT_LINES_HELP)
     encoding: str = option("", ENCODING_HELP)
     index: str = option(
         "", "folder that keeps the tars' indices; empty: made anew each run", runtime_only=True
@@ -189,7 +192,17 @@ def expand(shards: str) -> list[Path]:
         raise InputError(f"shard {remote} is not a local file; download it and give its path")
     if not names:
         raise InputError(f"shards={shards!r} names no file")
-    return [existing(name, "shard") for name in names]
+    return [tar for name in names for tar in _tars_of(existing(name, "shard"))]
+
+
+def _tars_of(path: Path) -> list[Path]:
+    """Returns a tar, or those in a folder, which may hold more: img2dataset leaves its statistics there."""
+    if not path.is_dir():
+        return [path]
+    tars = [file for file in path.iterdir() if file.suffix == ".tar" and not file.name.startswith(".")]
+    if not tars:
+        raise InputError(f"folder {path} holds no .tar files; give their folder, or the tars")
+    return sorted(tars, key=lambda file: (len(file.name), file.name))  # 2.tar before 10.tar
 
 
 class Records:
@@ -274,7 +287,7 @@ class Records:
             caption
             for kind, text in zip(self.config.captions, texts, strict=True)
             if text.size >= 0
-            for caption in _captions(kind, text, self.config.encoding)
+            for caption in _captions(kind, text, self.config)
         ]
         if not captions:
             raise InputError(f"{where}: the record has no caption ({', '.join(self.config.captions)})")
@@ -285,19 +298,20 @@ def _in_json(kind: str) -> bool:
     return kind.startswith("json.")
 
 
-def _captions(kind: str, member: Member, encoding: str) -> list[str]:
-    """Returns the texts of one member, white space made single spaces."""
+def _captions(kind: str, member: Member, config: WebdatasetConfig) -> list[str]:
+    """Returns the captions in one member: those of a text, see `captions_in`, or a key's in a JSON object."""
     try:
         data = member.read_bytes()
     except OSError as error:
         raise InputError(f"{member.tar} cannot be read: {error.strerror}") from None
-    found: Any = decode_text(data, f"text {member}", encoding)
-    if _in_json(kind):
-        try:
-            found = json.loads(found).get(kind.removeprefix("json."), [])
-        except AttributeError:
-            raise InputError(f"{member} does not hold captions: it is no JSON object") from None
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{member} is not valid JSON: {json_fault(error)}") from None
+    text = decode_text(data, f"text {member}", config.encoding)
+    if not _in_json(kind):
+        return list(captions_in(text, config.split_lines))
+    try:
+        found: Any = json.loads(text).get(kind.removeprefix("json."), [])
+    except AttributeError:
+        raise InputError(f"{member} does not hold captions: it is no JSON object") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{member} is not valid JSON: {json_fault(error)}") from None
     texts = found if isinstance(found, list) else [found]
     return [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from clip_base.data.sampler import epoch_length, epoch_order
 from clip_base.data.sources import SOURCES, Pair, Pairs
 from clip_base.images.decode import decode
 from clip_base.jobs import plugins
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, InputNote
 
 
 def pairs(name: str, **options: Any) -> Pairs:
@@ -178,3 +179,82 @@ def test_impossible_weights_are_refused(weights: list[float], reason: str) -> No
     sources = [{"name": "folder", "folder": "a"}, {"name": "folder", "folder": "b"}]
     with pytest.raises(InputError, match=reason):
         pairs("mix", sources=sources, weights=weights)
+
+
+def downloaded(folder: Path, pictures: Path) -> Path:
+    """A folder as img2dataset leaves it with output_format=parquet: two images of four were got."""
+    folder.mkdir()
+    data = [(pictures / f"{n}.png").read_bytes() for n in range(2)]
+    table(
+        folder / "00000.parquet",
+        jpg=[data[0], None, data[1], None],
+        caption=["a", "b", "c", "d"],
+        status=["success", "failed_to_download", "success", "failed_to_resize"],
+    )
+    (folder / "00000_stats.json").write_text('{"count": 4, "successes": 2}')
+    (folder / ".hidden.parquet").write_text("no table")
+    return folder
+
+
+def test_a_folder_of_img2dataset_is_a_table_of_what_was_downloaded(pictures: Path, tmp_path: Path) -> None:
+    folder = downloaded(tmp_path / "out", pictures)
+    with pytest.warns(InputNote, match="2 of 4 rows are left out: 1 failed_to_download, 1 failed_to_resize"):
+        found = pairs("parquet", file=str(folder), image_column="jpg")
+    assert [found[i].captions for i in range(len(found))] == [("a",), ("c",)]
+    assert (decode(found[1].image) == decode(pictures / "1.png")).all()
+
+
+def test_a_column_called_status_of_somebody_else_means_nothing(tmp_path: Path) -> None:
+    file = table(tmp_path / "t.parquet", image=["a", "b"], caption=["x", "y"], status=["success", "new"])
+    assert len(pairs("parquet", file=file)) == 2
+
+
+def test_rows_without_an_image_or_a_caption_are_counted(pictures: Path, tmp_path: Path) -> None:
+    file = table(tmp_path / "t.parquet", image=["a", None, "c"], caption=["x", "y", " "])
+    with pytest.warns(InputNote, match="2 of 3 rows lack an image or a caption"):
+        assert len(pairs("parquet", file=file)) == 1
+    data = (pictures / "0.png").read_bytes()
+    file = table(tmp_path / "b.parquet", image=[data, data], caption=["x", None])
+    with pytest.warns(InputNote, match="1 of 2 rows lack a caption"):
+        assert len(pairs("parquet", file=file)) == 1
+    (tmp_path / "t.csv").write_text("image,caption\na,x\nb,\n")
+    with pytest.warns(InputNote, match=r"table .*t\.csv: 1 of 2 rows"):
+        assert len(pairs("csv", file=str(tmp_path / "t.csv"))) == 1
+    (tmp_path / "t.jsonl").write_text('{"image": "a", "caption": ["x", ""]}\n')
+    with pytest.warns(InputNote, match=r"t\.jsonl: 1 of 2 rows"):
+        assert len(pairs("jsonl", file=str(tmp_path / "t.jsonl"))) == 1
+
+
+@pytest.mark.parametrize("split_lines", [True, False])
+def test_a_text_of_several_lines_means_the_same_beside_an_image_and_in_a_tar(
+    tmp_path: Path, split_lines: bool
+) -> None:
+    (tmp_path / "a.jpg").touch()
+    (tmp_path / "a.txt").write_text("a  dog\n\ntwo dogs\n")
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for name in ("a.jpg", "a.txt"):
+            tar.add(tmp_path / name, name)
+    wanted = ("a dog", "two dogs") if split_lines else ("a dog two dogs",)
+    for found in (
+        pairs("folder", folder=str(tmp_path), split_lines=split_lines),
+        pairs("webdataset", shards=str(tmp_path / "t.tar"), split_lines=split_lines),
+    ):
+        assert found[0].captions == wanted
+
+
+def test_a_folder_of_tars_stands_for_all_of_them(tmp_path: Path) -> None:
+    for number in (10, 2):
+        (tmp_path / "a.jpg").write_bytes(b"-")
+        (tmp_path / "a.txt").write_text(f"text {number}")
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            tar.add(tmp_path / "a.jpg", "a.jpg")
+            tar.add(tmp_path / "a.txt", "a.txt")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    found = pairs("webdataset", shards=str(tmp_path))
+    assert [found[i].captions for i in range(len(found))] == [("text 2",), ("text 10",)]
+    for file in tmp_path.glob("*.tar"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"holds no \.tar files"):
+        pairs("webdataset", shards=str(tmp_path))
+    with pytest.raises(InputError, match=r"holds no \.parquet files"):
+        pairs("parquet", file=str(tmp_path))

@@ -6,13 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clip_base.data.sources import SPLIT_LINES_HELP, Pair, Pairs, captions_in
+from clip_base.images.folders import list_images
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import ENCODING_HELP, existing, is_file, read_text
-
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
-)
+from clip_base.runtime.files import ENCODING_HELP, is_file, read_text
 
 
 @dataclass
@@ -33,11 +30,7 @@ class FolderSource:
 
     def pairs(self) -> Pairs:
         """Returns one pair an image, sorted by path; texts are read when a pair is drawn."""
-        root = existing(self.config.folder, "folder")
-        images = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not images:
-            raise InputError(f"folder {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        return Beside(images, self.config)
+        return Beside(list_images(self.config.folder, "folder"), self.config)
 
 
 class Beside:

@@ -65,7 +65,8 @@ class Member:
             with self.tar.open("rb") as file:
                 file.seek(self.offset - _BLOCK)
                 header = tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "surrogateescape")
-            return f"{self.tar}/{header.name}"
+            name = header.name.encode(errors="surrogateescape").decode(errors="replace")
+            return f"{self.tar}/{name}"
         except (OSError, tarfile.HeaderError):
             return f"{self.tar} at byte {self.offset}"
 

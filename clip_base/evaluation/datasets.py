@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from clip_base.data.coco import box_of, category_name, image_names, is_crowd, read_instances
-from clip_base.data.folders import IMAGE_SUFFIXES
 from clip_base.images.decode import Pixels
+from clip_base.images.folders import list_files, note_left_out, subfolders
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing
 
@@ -40,19 +40,21 @@ def folder_pictures(folder: str) -> tuple[list[str], list[Picture]]:
         InputError: the folder is missing, or holds no subfolders with images.
     """
     root = existing(folder, "image folder")
-    subfolders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    pictures = [
-        Picture(path, label)
-        for label, subfolder in enumerate(subfolders)
-        for path in sorted(subfolder.rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
-    ]
-    if not pictures:
+    listing = list_files(root, what="image folder")
+    inside = [path for path in listing.files if len(path.relative_to(root).parts) > 1]
+    if not inside:
         raise InputError(
             f"{folder} holds no images in subfolders; put each class's images into a folder of its name, "
             "or give annotations=FILE in COCO's form"
         )
-    return [path.name.replace("_", " ") for path in subfolders], pictures
+    if len(inside) < len(listing.files):
+        listing.left_out["in no subfolder, which belong to no class"] = len(listing.files) - len(inside)
+        listing.files = inside
+    note_left_out(folder, listing)
+    classes = subfolders(root)
+    label_of = {path.name: label for label, path in enumerate(classes)}
+    pictures = [Picture(path, label_of[path.relative_to(root).parts[0]]) for path in inside]
+    return [path.name.replace("_", " ") for path in classes], pictures
 
 
 def coco_pictures(annotations: str, images: str) -> tuple[list[str], list[Picture]]:

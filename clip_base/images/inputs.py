@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import itertools
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ from torch import Tensor
 
 from clip_base.images.decode import Pixels, load_image
 from clip_base.images.decode import resize as shrink
+from clip_base.images.folders import (
+    IMAGE_SUFFIXES,
+    Listing,
+    fits,
+    is_ordinary,
+    list_files,
+    none_found,
+    note_left_out,
+    require_utf8,
+)
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing
 
@@ -75,18 +86,15 @@ Picture = str | Path | Image.Image | npt.NDArray[Any] | Tensor
 LARGE = 25_000_000  # pixels
 
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
 _WARNINGS = threading.Lock()  # what is to be warned of is one setting for all threads
 
 
-def picture_files(places: Sequence[str], endings: Sequence[str] = PICTURES) -> list[Path]:
-    """Returns the picture files that some places stand for, in the order given, each once.
+def picture_files(places: Sequence[str], endings: Collection[str] = IMAGE_SUFFIXES) -> list[Path]:
+    """Returns the image files that some places stand for, in the order given, each once.
 
     Args:
         places: files; folders, which stand for the files directly in them; patterns such as `photos/*.jpg` or
-            `photos/**/*.jpg`, where `**` is any folders below.
+            `photos/**/*.jpg`, where `**` is any folders below. Folders are listed by `list_files`.
         endings: of the files that folders and patterns stand for; a file that is named itself may end
             otherwise.
 
@@ -100,23 +108,36 @@ def picture_files(places: Sequence[str], endings: Sequence[str] = PICTURES) -> l
                 f"{place_} is a URL; pictures are read from files: download it and give its path"
             )
         path = Path(place_)
-        if any(sign in place_ for sign in "*?[") and not path.exists():
-            found = (Path(name) for name in glob.iglob(place_, recursive=True))
-            inside = sorted(file for file in found if file.suffix.lower() in endings and file.is_file())
+        if glob.has_magic(place_) and not path.exists():
+            inside = _matching(path, endings)
             if not inside:
-                raise InputError(f"pattern {place_!r} fits no file ({', '.join(endings)})")
+                raise InputError(f"pattern {place_!r} fits no file ({', '.join(sorted(endings))})")
             files += inside
-        elif existing(path, "picture").is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in endings)
-            if not inside:
-                raise InputError(
-                    f"folder {path} holds no pictures ({', '.join(endings)}); those in folders below are "
-                    f"'{path}/**'"
-                )
-            files += inside
+        elif existing(path, "image").is_dir():
+            listing = list_files(path, endings, recursive=False)
+            if not listing.files:
+                error = none_found(f"folder {path}", endings, listing)
+                raise InputError(f"{error}; those in folders below are '{path}/**'")
+            note_left_out(path, listing)
+            files += listing.files
         else:
+            require_utf8(path, "image")
             files.append(path)
     return list(dict.fromkeys(files))
+
+
+def _matching(pattern: Path, endings: Collection[str]) -> list[Path]:
+    """Returns the files that fit a pattern, sorted."""
+    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
+    base, rest = Path(*fixed), pattern.parts[len(fixed) :]
+    if "**" not in rest:
+        found = [Path(name) for name in glob.iglob(str(pattern))]
+        files = sorted(file for file in found if file.suffix.lower() in endings and file.is_file())
+        return [file for file in files if is_ordinary(file.relative_to(base))]
+    listing = list_files(base, endings) if base.is_dir() else Listing()
+    listing.files = [file for file in listing.files if fits(file.relative_to(base), rest)]
+    note_left_out(pattern, listing)
+    return listing.files
 
 
 def read_picture(picture: Picture) -> tuple[Pixels, tuple[int, int]]:

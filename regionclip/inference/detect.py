@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from clip_base.images.decode import Pixels
-from clip_base.images.inputs import PICTURES, picture_files, read_upright
+from clip_base.images.folders import IMAGE_SUFFIXES
+from clip_base.images.inputs import picture_files, read_upright
 from clip_base.images.video import CODECS, VIDEOS, Video, VideoFrame, writing_video
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.resume_log import ResumeLog, fingerprint
@@ -93,7 +94,7 @@ def detect(config: DetectConfig) -> None:
     Pictures that could not be read are named in skipped.jsonl, too. Stopped, the same command goes on behind
     the last batch of pictures, or video, that was done. A run that has ended is done anew.
     """
-    files = picture_files(config.photos, PICTURES + VIDEOS)
+    files = picture_files(config.photos, IMAGE_SUFFIXES.union(VIDEOS))
     out = Path(config.out)
     sources = [Source(*pair) for pair in zip(files, targets_of(files, out), strict=True)]
     pictures = [source for source in sources if not source.is_video]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from clip_base.data.coco import read_captions
-from clip_base.data.folders import IMAGE_SUFFIXES
+from clip_base.images.folders import list_images
 from clip_base.jobs.run import RunFolder
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
@@ -62,11 +62,7 @@ def _sample(folder: Path, regions: list[MinedRegion], captions: tuple[str, ...],
 
 def picture_samples(folder: str) -> list[Sample]:
     """Returns one sample without boxes for each picture in a folder and its subfolders, sorted by path."""
-    root = existing(folder, "images folder")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise InputError(f"images folder {root} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return [Sample(path, torch.zeros(0, 4)) for path in paths]
+    return [Sample(path, torch.zeros(0, 4)) for path in list_images(folder)]
 
 
 def scaled(train: TrainConfig, lr_batch: int) -> TrainConfig:

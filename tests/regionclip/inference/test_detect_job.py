@@ -174,7 +174,7 @@ def test_folders_stand_for_their_pictures(photos: Path, tmp_path: Path) -> None:
     (photos / "notes.txt").write_text("no picture")
     assert len(picture_files([str(photos)])) == 4
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no pictures"):
+    with pytest.raises(InputError, match="holds no images"):
         picture_files([str(tmp_path / "empty")])
     with pytest.raises(InputError, match="does not exist"):
         picture_files([str(tmp_path / "nowhere.jpg")])

@@ -257,7 +257,7 @@ def test_pictures_that_are_none_are_refused(predictor: Predictor, images: object
 
 
 def test_a_folder_without_pictures_is_refused(predictor: Predictor, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no pictures"):
+    with pytest.raises(InputError, match="holds no images"):
         predictor.detect(tmp_path)
 
 

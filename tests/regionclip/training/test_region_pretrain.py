@@ -216,7 +216,7 @@ def test_a_folder_without_pictures_is_named(make_clip: MakeClip, tmp_path: Path,
     command = ["pretrain", f"images={tmp_path / 'empty'}", f"weights={tmp_path / 'vit.safetensors'}"]
     code, told = regionclip(*command, *SELF, *OPTIONS, f"out={tmp_path / 'out'}")
     assert code == 2
-    assert "empty holds no pictures" in told
+    assert "empty holds no images" in told
 
 
 def test_samples_hold_what_the_shards_say(mined: Path) -> None:

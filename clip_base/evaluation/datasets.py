@@ -8,14 +8,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from clip_base.data.coco import box_of, category_name, image_names, is_crowd, read_instances
+from clip_base.data.webdataset import Member, WebdatasetConfig, WebdatasetSource
 from clip_base.images.decode import Pixels
 from clip_base.images.folders import list_files, note_left_out, subfolders
-from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing
+from clip_base.runtime.errors import InputError, quote
+from clip_base.runtime.files import existing, read_text
+from clip_base.runtime.progress import track
+
+SHARD_IMAGES = ["webp", "png", "jpg", "jpeg"]  # the extensions that CLIP_benchmark looks for, in its order
 
 
 @dataclass(frozen=True)
@@ -23,23 +28,29 @@ class Picture:
     """One image, or one box of it, and its class.
 
     Attributes:
-        path: the image file.
+        path: the image file, or its place in a tar.
         label: index of the class.
         box: (x, y, width, height) in pixels; None is the whole image.
     """
 
-    path: Path
+    path: Path | Member
     label: int
     box: tuple[float, float, float, float] | None = None
 
 
 def folder_pictures(folder: str) -> tuple[list[str], list[Picture]]:
-    """Returns the subfolders' names, sorted, `_` as a space, and the images in them.
+    """Returns the names of a folder's classes, and the images in them.
+
+    Args:
+        folder: with a subfolder for each class, whose names are sorted, `_` as a space; or a classification
+            dataset of CLIP_benchmark, see `shard_pictures`.
 
     Raises:
-        InputError: the folder is missing, or holds no subfolders with images.
+        InputError: the folder is missing, or holds neither subfolders with images nor tars.
     """
     root = existing(folder, "image folder")
+    if tars_folder(root) is not None:
+        return shard_pictures(root)
     listing = list_files(root, what="image folder")
     inside = [path for path in listing.files if len(path.relative_to(root).parts) > 1]
     if not inside:
@@ -55,6 +66,78 @@ def folder_pictures(folder: str) -> tuple[list[str], list[Picture]]:
     label_of = {path.name: label for label, path in enumerate(classes)}
     pictures = [Picture(path, label_of[path.relative_to(root).parts[0]]) for path in inside]
     return [path.name.replace("_", " ") for path in classes], pictures
+
+
+def tars_folder(folder: Path) -> Path | None:
+    """Returns where a dataset in CLIP_benchmark's layout has its tars: here or in `test`; None: nowhere."""
+    if not folder.is_dir():
+        return None
+    return next((place for place in (folder, folder / "test") if any(place.glob("*.tar"))), None)
+
+
+def beside_tars(folder: Path, name: str) -> Path:
+    """Returns a text file of such a dataset, which stands in its root, whether or not it exists."""
+    return next((path for path in (folder / name, folder.parent / name) if path.exists()), folder / name)
+
+
+def shard_pictures(folder: Path) -> tuple[list[str], list[Picture]]:
+    """Returns the class names and the images of a classification dataset in CLIP_benchmark's `wds_*` layout.
+
+    It has `classnames.txt`, and in `test` and `train` tars of records: an image, and in `.cls` the number of
+    its class from 0.
+
+    Args:
+        folder: the dataset, of which `test` is taken, or one of its two parts.
+
+    Raises:
+        InputError: there are no names, a record has no class, or several classes apply to an image.
+    """
+    tars = tars_folder(folder) or folder
+    kind = beside_tars(folder, "dataset_type.txt")
+    if kind.exists() and read_text(kind).strip() not in ("", "classification"):
+        raise InputError(
+            f"{folder} is a dataset for {read_text(kind).strip()[:80]}, not for classification into one class"
+        )
+    listed = beside_tars(folder, "classnames.txt")
+    if not listed.exists():
+        raise InputError(
+            f"{folder} has tars and no classnames.txt; write the names there, in order, one per line"
+        )
+    names = [line.strip() for line in read_text(listed, "class names").splitlines() if line.strip()]
+    source = WebdatasetSource(WebdatasetConfig(str(tars), images=SHARD_IMAGES, captions=["cls"]))
+    records, pictures = source.pairs(), []
+    for index in track(range(len(records)), "reading classes"):
+        image, (text, *_) = (pair := records[index]).image, pair.captions
+        if not text.isdecimal() or int(text) >= len(names):
+            raise InputError(
+                f"{image}: its class is {quote(text)}; {listed} has {len(names)} names, numbered from 0"
+            )
+        assert isinstance(image, Member)
+        pictures.append(Picture(image, int(text)))
+    return names, pictures
+
+
+def shard_captions(folder: Path) -> tuple[list[Picture], list[tuple[str, ...]], list[dict[str, Any]]]:
+    """Returns the images and captions of a retrieval dataset in the `wds_*` layout, and records without them.
+
+    Args:
+        folder: with tars in it or in `test`; each line of a record's `.txt` is a caption.
+    """
+    tars = tars_folder(folder)
+    if tars is None:
+        raise InputError(f"captions folder {folder} holds no tars, nor does a folder test in it")
+    records = WebdatasetSource(WebdatasetConfig(str(tars), images=SHARD_IMAGES)).pairs()
+    pictures, captions, skipped = [], [], []
+    for index in track(range(len(records)), "reading captions"):
+        try:
+            pair = records[index]
+        except InputError as error:
+            skipped.append({"image": f"{tars}, record {index}", "box": None, "reason": str(error)})
+            continue
+        assert isinstance(pair.image, Member)
+        pictures.append(Picture(pair.image, 0))
+        captions.append(pair.captions)
+    return pictures, captions, skipped
 
 
 def coco_pictures(annotations: str, images: str) -> tuple[list[str], list[Picture]]:
@@ -82,7 +165,7 @@ def coco_pictures(annotations: str, images: str) -> tuple[list[str], list[Pictur
             pictures.append(Picture(path_of[entry["image_id"]], label_of[entry["category_id"]], box))
     if not pictures:
         raise InputError(f"{annotations} holds no boxes of single objects")
-    return [names[key] for key in sorted(names)], sorted(pictures, key=lambda picture: picture.path)
+    return [names[key] for key in sorted(names)], sorted(pictures, key=lambda picture: str(picture.path))
 
 
 def batches(
@@ -100,7 +183,7 @@ def batches(
 
 
 def load_picture(
-    decode: Callable[[Path], Pixels], prepare: Callable[[Pixels], Tensor], picture: Picture
+    decode: Callable[[Path | Member], Pixels], prepare: Callable[[Pixels], Tensor], picture: Picture
 ) -> Tensor | str:
     """Returns [3, R, R] uint8, or why the picture cannot be used.
 

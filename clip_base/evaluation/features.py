@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clip_base.data.webdataset import Member
 from clip_base.evaluation.datasets import Picture, batches, load_picture
 from clip_base.evaluation.ranking import require_finite
 from clip_base.images.decode import Pixels, decode, middle_square, normalize
@@ -125,7 +126,7 @@ class Embedder:
         for path in [self.path, *self.path.glob("*")] if self.path.is_dir() else [self.path]:
             digest.update(_stamp(path).encode())
         for picture in pictures:
-            digest.update(f"{picture.path.absolute()} {picture.box} {_stamp(picture.path)}\n".encode())
+            digest.update(f"{_identity(picture.path)} {picture.box}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()[:24]
 
     # Not inference_mode: in it autocast casts the weights anew for every batch.
@@ -180,6 +181,13 @@ def _decoder(least: int) -> Any:
 
 def _square(side: int, pixels: Pixels) -> Tensor:
     return torch.from_numpy(middle_square(pixels, side)).permute(2, 0, 1)  # [3, R, R]
+
+
+def _identity(image: Path | Member) -> str:
+    """Returns where an image is and when it was written."""
+    if isinstance(image, Member):
+        return f"{image.tar.absolute()} {image.offset} {image.size} {_stamp(image.tar)}"
+    return f"{image.absolute()} {_stamp(image)}"
 
 
 def _stamp(path: Path) -> str:

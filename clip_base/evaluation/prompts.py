@@ -59,7 +59,8 @@ def read_templates(name: str) -> list[str]:
         return [SIMPLE]
     path = _PUBLISHED if name == "published" else existing(name, "templates (published, simple or a file)")
     lines = [line.strip() for line in read_text(path, "templates").splitlines()]
-    templates = [line for line in lines if line and not line.startswith("#")]
+    # CLIP_benchmark writes {c} where the name goes.
+    templates = [line.replace("{c}", "{}") for line in lines if line and not line.startswith("#")]
     wrong = next((line for line in templates if "{}" not in line), None)
     if wrong is not None:
         raise InputError(f"template {wrong!r} in {path} has no {{}} where the class name goes")

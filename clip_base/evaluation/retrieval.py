@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from clip_base.data.coco import read_captions
 from clip_base.evaluation import ranking
-from clip_base.evaluation.datasets import Picture
+from clip_base.evaluation.datasets import Picture, shard_captions
 from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
 from clip_base.evaluation.ranking import Answers, ranks_of_best, ranks_of_classes
 from clip_base.evaluation.tables import to_csv
@@ -36,8 +37,10 @@ _DIRECTIONS = ("image_to_text", "text_to_image")
 class RetrievalConfig(FeatureConfig):
     """Options of retrieval on captioned images."""
 
-    captions: str = option(REQUIRED, "captions_*.json in COCO's form")
-    images: str = option(REQUIRED, "folder that the file names in it are relative to")
+    captions: str = option(
+        REQUIRED, "captions_*.json in COCO's form, or a folder of webdataset tars (CLIP_benchmark's wds_*)"
+    )
+    images: str = option("", "folder that COCO's file names are relative to; tars hold their images")
     captions_per_image: int = option(5, "captions of each image that count, the first ones; 0: all of them")
     prompt: str = option("{}", "what the tower reads; {} is the caption")
 
@@ -54,20 +57,16 @@ def retrieval(config: RetrievalConfig) -> None:
     if done is not None:
         _print(done)
         return
-    folder = existing(config.images, "images folder")
-    captions, names = read_captions(config.captions)
-    if not captions:
-        raise InputError(f"captions file {config.captions} holds no captions")
-    keys = sorted(captions)
-    pictures = [Picture(folder / names[key], 0) for key in keys]
+    pictures, captions, unread = captioned(config)
     embed = Embedder(config, run.path)
     found = embed(pictures, "images")
-    note_skipped(found.skipped, len(pictures), config.max_broken, run.path / "skipped.jsonl")
+    skipped = unread + found.skipped
+    note_skipped(skipped, len(pictures) + len(unread), config.max_broken, run.path / "skipped.jsonl")
     limit = config.captions_per_image or None
     texts: list[str] = []
     owners: list[int] = []
     for row, index in enumerate(found.kept.tolist()):
-        own = captions[keys[index]][:limit]
+        own = captions[index][:limit]
         texts += own
         owners += [row] * len(own)
     owner = torch.tensor(owners)
@@ -77,7 +76,7 @@ def retrieval(config: RetrievalConfig) -> None:
     embed.require_finite(text_features, "captions")
     images = F.normalize(found.values, dim=-1)
     ranks = ranks_of(images, text_features, owner)
-    files = [str(pictures[index].path.name) for index in found.kept.tolist()]
+    files = [Path(str(pictures[index].path)).name for index in found.kept.tolist()]
     write_text(run.path / "per_query.csv", to_csv(_queries(ranks, files, texts, owners)))
     figures = {
         **recalls(ranks, KS),
@@ -85,10 +84,34 @@ def retrieval(config: RetrievalConfig) -> None:
         "median_rank_text_to_image": float(ranks[1].double().quantile(0.5)) + 1,
         "images": len(images),
         "texts": len(texts),
-        "skipped": len(found.skipped),
+        "skipped": len(skipped),
     }
     run.finish(figures)
     _print(figures)
+
+
+def captioned(
+    config: RetrievalConfig,
+) -> tuple[list[Picture], Sequence[Sequence[str]], list[dict[str, Any]]]:
+    """Returns the images, the captions of each, and what cannot be read, with the reason.
+
+    Raises:
+        InputError: there are no captions, or no images folder.
+    """
+    if Path(config.captions).is_dir():
+        if config.images:
+            raise InputError(
+                f"captions={config.captions} is a folder of tars, which hold images; omit images="
+            )
+        return shard_captions(Path(config.captions))
+    if not config.images:
+        raise InputError("images= is missing: the folder that the file names in captions= are relative to")
+    folder = existing(config.images, "images folder")
+    captions, names = read_captions(config.captions)
+    if not captions:
+        raise InputError(f"captions file {config.captions} holds no captions")
+    keys = sorted(captions)
+    return [Picture(folder / names[key], 0) for key in keys], [captions[key] for key in keys], []
 
 
 def recall_at(

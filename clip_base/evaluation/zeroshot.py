@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from clip_base.evaluation.datasets import coco_pictures, folder_pictures
+from clip_base.evaluation.datasets import beside_tars, coco_pictures, folder_pictures
 from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
 from clip_base.evaluation.prompts import classifier, read_templates
 from clip_base.evaluation.ranking import ranks_of_classes
@@ -28,7 +28,9 @@ class ZeroshotConfig(FeatureConfig):
     """Options of zero-shot classification."""
 
     images: str = option(
-        REQUIRED, "folder with a subfolder of images for each class; with annotations: of images"
+        REQUIRED,
+        "folder with a subfolder of images for each class, or a dataset of CLIP_benchmark (wds_*); with "
+        "annotations: of images",
     )
     annotations: str = option(
         "", "COCO instances file: its boxes are cut out and classified by its categories"
@@ -56,6 +58,9 @@ def zeroshot(config: ZeroshotConfig) -> None:
         names, pictures = folder_pictures(config.images)
     names = class_names(config.names, names)
     templates = read_templates(config.templates)
+    own = beside_tars(Path(config.images), "zeroshot_classification_templates.txt")
+    if own.exists() and config.templates == "published":
+        note(f"the prompts are CLIP's 80; templates={own} takes the dataset's own, as CLIP_benchmark does")
     embed = Embedder(config, run.path)
     found = embed(pictures, "zero-shot images")
     note_skipped(found.skipped, len(pictures), config.max_broken, run.path / "skipped.jsonl")

@@ -352,13 +352,13 @@ def stopping(after: int) -> Callable[..., object]:
     """Returns `Predictor.detect_batch` that stops, as Ctrl-C does, before batch number `after`."""
     real, calls = Predictor.detect_batch, []
 
-    def in_pixels(self: Predictor, *arguments: object) -> object:
+    def detect_batch(self: Predictor, *arguments: object) -> object:
         calls.append(arguments)
         if len(calls) > after:
             raise KeyboardInterrupt
         return real(self, *arguments)  # type: ignore[arg-type]
 
-    return in_pixels
+    return detect_batch
 
 
 def test_a_stopped_run_goes_on_and_ends_as_an_undisturbed_one(
@@ -375,7 +375,7 @@ def test_a_stopped_run_goes_on_and_ends_as_an_undisturbed_one(
     found, undisturbed = tmp_path / "found", tmp_path / "undisturbed"
     assert regionclip(*arguments, f"out={undisturbed}")[0] == 2
     for after in (1, 3):
-        monkeypatch.setattr(Predictor, "in_pixels", stopping(after))
+        monkeypatch.setattr(Predictor, "detect_batch", stopping(after))
         assert regionclip(*arguments, f"out={found}")[0] == 130
         monkeypatch.undo()
         with (found / job.JOURNAL).open("ab") as file:
@@ -393,7 +393,7 @@ def test_another_command_does_not_take_a_stopped_run_away(
     photos: Path, options: list[str], tmp_path: Path, regionclip: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["detect", photos, *options, "batch_size=1"]
-    monkeypatch.setattr(Predictor, "in_pixels", stopping(2))
+    monkeypatch.setattr(Predictor, "detect_batch", stopping(2))
     assert regionclip(*arguments)[0] == 130
     monkeypatch.undo()
     journal = (tmp_path / "found" / job.JOURNAL).read_bytes()

@@ -180,7 +180,7 @@ def test_a_moved_threshold_and_a_known_vocabulary_compute_nothing_anew(
 ) -> None:
     before = desk.rows(desk.view(str(picture), "cup, star", ALL), 0)
     predictor = desk.checkpoints[0].predictor
-    monkeypatch.setattr(predictor, "in_pixels", None)
+    monkeypatch.setattr(predictor, "detect_batch", None)
     monkeypatch.setattr(predictor, "set_vocabulary", None)
     view = desk.view(str(picture), "cup, star", Thresholds(0.0, 1.0, 2))
     assert desk.rows(view, 0) == before[:2]

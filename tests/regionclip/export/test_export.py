@@ -16,6 +16,7 @@ from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import read_json, write_json
 from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.data.annotations import CocoDetection
+from regionclip.export.label_writers import LabeledImage, LabelTarget, YoloWriter
 from regionclip.export.pseudo_labels import ExportConfig, export
 from regionclip.mining.shards import VERSION, MinedRegion, read_regions, shard_path, write_shard
 from regionclip.structures.boxes import iou
@@ -130,12 +131,12 @@ def test_the_same_call_again_returns_and_another_is_refused(
     assert "3 boxes of 3 of 3 categories in 2 images" in capsys.readouterr().out
     before = Path(config.out).stat().st_mtime_ns
     export(config)
-    assert "is there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     assert Path(config.out).stat().st_mtime_ns == before
-    with pytest.raises(InputError, match="was not made so"):
+    with pytest.raises(InputError, match="was made with other options"):
         export(dataclasses.replace(config, nms=1.0))
     write_json(pairs / "manifest.json", read_json(pairs / "manifest.json") | {"images": 4})
-    with pytest.raises(InputError, match="was not made so"):
+    with pytest.raises(InputError, match="was made with other options"):
         export(config)
     with pytest.raises(InputError, match="is a folder; give a file"):
         export(dataclasses.replace(config, out=str(pairs)))
@@ -157,8 +158,8 @@ def test_yolo_finds_its_labels_and_pictures(
     assert described.names == {0: "cup", 1: "telly", 2: "red cup"}
     assert (described.path, described.train) == (str(out), "train.txt")
     export(config)
-    assert "is there already" in capsys.readouterr().out
-    with pytest.raises(InputError, match="holds another run"):
+    assert "already exists" in capsys.readouterr().out
+    with pytest.raises(InputError, match="was made with other options"):
         export(dataclasses.replace(config, nms=1.0))
 
 
@@ -210,7 +211,22 @@ def test_fiftyone_finds_labels_and_pictures(
     first = labels["annotations"][0]
     assert (first["bbox"], first["score"]) == ([2, 2, 38, 38], pytest.approx(0.45))
     export(config)
-    assert "is there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file; format=fiftyone makes a folder"):
         export(dataclasses.replace(config, out=str(tmp_path / "file")))
+
+
+@pytest.mark.parametrize("name", ["../outside.jpg", "/outside.jpg", "a/../../outside.jpg"])
+def test_names_from_data_never_lead_out_of_the_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "images").mkdir()
+    writer = YoloWriter(LabelTarget(tmp_path / "out", ["cat"], str(tmp_path / "images"), {}))
+    image = LabeledImage(1, name, 10, 10, [[0.0, 0.0, 5.0, 5.0]], [0], [1.0])
+    with pytest.raises(InputError, match="leads out of labels/"), writer:
+        writer.add(image)
+    assert not list(tmp_path.rglob("outside*"))
+
+
+def test_an_unknown_format_names_the_label_writers(pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="did you mean 'yolo'"):
+        export(ExportConfig(str(pairs), str(tmp_path / "out"), format="yollo"))

@@ -8,12 +8,16 @@ error that names the file, the entry and what it needs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from clip_base.jobs import plugins
 from clip_base.runtime.errors import InputError, quote
-from clip_base.runtime.files import read_json
+from clip_base.runtime.files import existing, read_json
+
+ANNOTATION_FORMATS = "clip_base.annotation_formats"
+AnnotationFormat = Callable[[Path], dict[str, Any] | None]
 
 # A form's lists, and what must be a whole number in each one's entries.
 INSTANCES = {"images": ("id",), "annotations": ("image_id", "category_id"), "categories": ("id",)}
@@ -24,8 +28,25 @@ _EXACT = 1 << 53  # whole numbers up to which a float has room for each
 
 
 def read_instances(path: str | Path) -> dict[str, Any]:
-    """Reads a file in COCO's instances form, see `check_instances`."""
-    return check_instances(read_json(path, "annotations file"), f"annotations file {path}")
+    """Reads annotations in COCO's instances form, see `check_instances`.
+
+    Every job reads its annotations here, so that a format of another package serves all of them. Such a
+    format is a function in the group `clip_base.annotation_formats`: of a path, it returns the content in
+    COCO's form, or None when the file is not of its format.
+
+        [project.entry-points."clip_base.annotation_formats"]
+        voc = "my_package.voc:read_voc"
+
+    Raises:
+        InputError: the file is missing, malformed, or of no known format.
+    """
+    where = f"annotations file {path}"
+    for name in plugins.found(ANNOTATION_FORMATS):
+        reader: AnnotationFormat = plugins.load(ANNOTATION_FORMATS, name)
+        content = reader(existing(path, "annotations file"))
+        if content is not None:
+            return check_instances(content, f"{where} ({name})")
+    return check_instances(read_json(path, "annotations file"), where)
 
 
 def check_instances(content: Any, where: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Someone else's package adds a job and a proposer by declaring them; nothing here knows of it."""
+"""Someone else's package adds a job, a proposer and formats by declaring them; nothing here knows of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def install(target: Path) -> None:
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {declared['name']}\nVersion: {version}\n")
     lines: list[str] = []
-    for group, points in declared["entry-points"].items():
+    for group, points in sorted(declared["entry-points"].items()):
         lines += [f"[{group}]", *(f"{key} = {value}" for key, value in points.items())]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
 
@@ -118,6 +118,33 @@ def test_its_proposer_is_named_like_our_own(installed: Path, dataset: Path) -> N
     assert wrong == (2, "", "error: share must be above 0 and at most 1, found 3.0\n")
     assert unknown[0] == 2
     assert unknown[2] == "error: proposer (centre): there is no option 'shar'; did you mean 'share'?\n"
+
+
+def test_its_annotation_format_serves_every_job(installed: Path, dataset: Path) -> None:
+    lines = [
+        "1.png 40 80 thing 20 10 60 30",
+        "2.png 80 40 thing 10 20 30 60",
+        "3.png 60 60 thing 15 15 45 45",
+    ]
+    (dataset / "truth.boxes").write_text("\n".join(lines) + "\n")
+    results = [{"image_id": 1, "category_id": 1, "bbox": [20, 10, 40, 20], "score": 0.9}]
+    (dataset / "results.json").write_text(json.dumps(results))
+    propose = ["main_regionclip", "propose", f"images={dataset / 'images'}", "proposer.name=centre"]
+    evaluate = ["main_regionclip", "evaluate", f"results={dataset / 'results.json'}", "report=false"]
+    truth = f"annotations={dataset / 'truth.boxes'}"
+    (dataset / "bad.boxes").write_text("1.png 40 80 thing 20\n")
+    calls = [
+        [*propose, truth, f"out={dataset / 'proposed'}"],
+        [*evaluate, truth, f"out={dataset / 'evaluated'}"],
+        [*evaluate, f"annotations={dataset / 'bad.boxes'}", f"out={dataset / 'bad'}"],
+    ]
+    proposed, evaluated, bad = commands(installed, *calls)
+    assert (proposed[0], evaluated[0]) == (0, 0)
+    assert len(json.loads((dataset / "proposed" / "proposals.json").read_text())) == 3
+    metrics = json.loads((dataset / "evaluated" / "metrics.json").read_text())
+    assert metrics["AP50"] == pytest.approx(1 / 3, abs=0.01)  # one of three objects, found exactly
+    assert bad[0] == 2
+    assert "bad.boxes, line 1 is not FILE HEIGHT WIDTH NAME" in bad[2]
 
 
 def test_pip_writes_the_metadata_that_we_wrote(installed: Path, tmp_path: Path) -> None:

@@ -101,7 +101,8 @@ def read_results(
     """Returns the entries reduced to the fields that count: image_id, category_id, bbox and score.
 
     Whole numbers may be written as 7, 7.0 or, for images, "7". An entry with a mask and no box has the box
-    around its mask. An entry's own `id`, and whatever else it holds, has no meaning.
+    around its mask, and an `area`, its mask's (as pycocotools takes it). An entry's own `id`, and whatever
+    else it holds, has no meaning.
 
     Args:
         results: a results file (`.gz` too) or its content.
@@ -133,7 +134,11 @@ def read_results(
 
 
 def checked_result(entry: Any, where: str) -> dict[str, Any]:
-    """Returns a result's image_id, category_id, bbox and score; InputError when one is missing."""
+    """Returns a result's image_id, category_id, bbox, score, and `area` where it is a mask without a box.
+
+    Raises:
+        InputError: one of them is missing.
+    """
     needs = f"{where} needs image_id, category_id, bbox [x, y, width, height], score"
     if not isinstance(entry, dict):
         raise InputError(f"{needs}: it is no object, found {quote(entry)}")
@@ -144,7 +149,7 @@ def checked_result(entry: Any, where: str) -> dict[str, Any]:
             problem = f"{quote(entry[key], 40)} is no whole number" if key in entry else f"no {key!r}"
             raise InputError(f"{needs}: {problem}, found {quote(entry)}")
     try:
-        fields |= {"bbox": [float(value) for value in _box_of(entry)], "score": float(entry["score"])}
+        fields |= {**_box_of(entry), "score": float(entry["score"])}
     except (KeyError, TypeError, ValueError) as error:
         missing = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{needs}: {missing}, found {quote(entry)}") from None
@@ -153,19 +158,18 @@ def checked_result(entry: Any, where: str) -> dict[str, Any]:
     return fields
 
 
-def _box_of(entry: dict[str, Any]) -> Sequence[float]:
-    """Returns an entry's bbox, else the box around its mask: a run-length code, compressed or not."""
+def _box_of(entry: dict[str, Any]) -> dict[str, Any]:
+    """Returns an entry's bbox; else that around its mask, a run-length code, and the mask's area."""
     code = entry.get("segmentation")
     if "bbox" in entry or not isinstance(code, dict):
-        box: Sequence[float] = entry["bbox"]
-        return box
+        return {"bbox": [float(value) for value in entry["bbox"]]}
     try:
         if isinstance(code["counts"], list):
             height, width = code["size"]
             if sum(code["counts"]) != height * width or min(code["counts"]) < 0:
                 raise ValueError
             code = mask.frPyObjects(code, height, width)
-        around: list[float] = mask.toBbox(code).tolist()
+        around = {"bbox": mask.toBbox(code).tolist(), "area": float(mask.area(code))}
     except (KeyError, TypeError, ValueError, OverflowError):
         raise ValueError("no bbox, and the segmentation is no run-length code with size and counts") from None
     return around

@@ -21,7 +21,7 @@ from clip_base.runtime.errors import InputError
 from regionclip.data.categories import Split
 from regionclip.data.coco import category_ids_by_name, frequencies, read_results
 from regionclip.metrics import lvis
-from regionclip.metrics.coco_api import EVALUATORS, Precision, with_faster_coco_eval
+from regionclip.metrics.coco_api import EVALUATORS, Curves, Precision, with_faster_coco_eval
 
 NOTHING = -1.0
 
@@ -37,8 +37,10 @@ class Evaluation:
     """What `evaluate_detections` found.
 
     Attributes:
-        metrics: AP, AP50, AP75, APs, APm, APl, AP_all, AP50_all; with a split also AP_base, AP_novel,
-            AP50_base, AP50_novel; by LVIS's protocol also APr, APc, APf (rare, common, frequent).
+        metrics: AP, AP50, AP75, APs, APm, APl, AP_all, AP50_all; average recall AR@1, AR@10, AR@100, and with
+            100 by size ARs@100, ARm@100, ARl@100; with a split also AP_base, AP_novel, AP50_base, AP50_novel,
+            AR@100_base, AR@100_novel. By LVIS's protocol also APr, APc, APf (rare, common, frequent), and
+            recall with 300 detections only.
         per_class: for each category: name, category_id, novel (None without a split), boxes (true ones that
             count), detections, AP, AP50.
         ignored: results that do not count: of categories that are not evaluated and, by LVIS's protocol,
@@ -117,23 +119,24 @@ def evaluate_detections(
     truth = _truth(content, where)
     most, numbers = protocol.max_detections, list(ids.values())
     if not federated:
-        precision = EVALUATORS[protocol.evaluator](truth, counted, numbers, most or 100)
+        curves = EVALUATORS[protocol.evaluator](truth, counted, numbers, most or 100)
     else:
         _check_federated(content, often, where)
         counted = lvis.counted(truth, counted, most or lvis.MOST)
         if protocol.evaluator == "fast":
-            precision = with_faster_coco_eval(truth, counted, numbers, most or lvis.MOST, federated=True)
+            curves = with_faster_coco_eval(truth, counted, numbers, most or lvis.MOST, federated=True)
         else:
-            precision = lvis.with_numpy(truth, counted, numbers)
+            curves = lvis.with_numpy(truth, counted, numbers, most or lvis.MOST)
     # The evaluators sort the category ids; `ids` is in that order already.
-    metrics = _summary(precision, list(ids), split, often if federated else {})
-    rows = _per_class(precision, ids, split, truth, counted)
-    return Evaluation(metrics, rows, len(entries) - len(counted), counted, precision)
+    metrics = _summary(curves, list(ids), split, often if federated else {})
+    rows = _per_class(curves.precision, ids, split, truth, counted)
+    return Evaluation(metrics, rows, len(entries) - len(counted), counted, curves.precision)
 
 
 def _summary(
-    precision: Precision, names: list[str], split: Split | None, often: dict[str, str]
+    curves: Curves, names: list[str], split: Split | None, often: dict[str, str]
 ) -> dict[str, float]:
+    precision, recall, most = curves.precision, curves.recall, curves.limits[-1]
     metrics = {
         "AP": mean_of(precision[:, :, :, 0]),
         "AP50": mean_of(precision[0, :, :, 0]),
@@ -153,6 +156,13 @@ def _summary(
     for part, columns in parts.items():
         metrics[f"AP_{part}"] = mean_of(precision[:, :, columns, 0])
         metrics[f"AP50_{part}"] = mean_of(precision[0][:, columns, 0])
+    for place, limit in enumerate(curves.limits):
+        metrics[f"AR@{limit}"] = mean_of(recall[:, :, 0, place])
+    for area in ("small", "medium", "large"):
+        metrics[f"AR{area[0]}@{most}"] = mean_of(recall[:, :, AREAS.index(area), -1])
+    for part, columns in parts.items() if split is not None else ():
+        if part != "all":
+            metrics[f"AR@{most}_{part}"] = mean_of(recall[:, columns, 0, -1])
     return metrics
 
 

@@ -1,11 +1,12 @@
-"""Two that compute average precision as COCO does: pycocotools, the reference, and faster-coco-eval."""
+"""Two that compute precision and recall as COCO does: pycocotools, the reference, and faster-coco-eval."""
 
-# T IoU thresholds, R recall thresholds, K categories, A area ranges
+# T IoU thresholds, R recall thresholds, K categories, A area ranges, M limits on detections
 from __future__ import annotations
 
 import contextlib
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,35 @@ from clip_base.runtime.errors import InputError
 
 # [T, R, K, A] in [0, 1]; -1 for a category that has no true box in that range of areas.
 Precision = NDArray[np.float64]
+# [T, K, A, M] in [0, 1]; -1 likewise.
+Recall = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What an evaluator measures.
+
+    Attributes:
+        precision: [T, R, K, A], with as many detections as the last of `limits`.
+        recall: [T, K, A, M], with the best detections up to each limit.
+        limits: M numbers of best scored detections that count, rising; COCO's of an image and category,
+            LVIS's of an image.
+    """
+
+    precision: Precision
+    recall: Recall
+    limits: tuple[int, ...]
+
+
+def limits_of(most: int) -> list[int]:
+    """Returns the numbers of detections that COCO measures recall with, `most` in place of its 100."""
+    return [*(limit for limit in (1, 10) if limit < most), most]
 
 
 def with_pycocotools(
     truth: dict[str, Any], results: Sequence[dict[str, Any]], category_ids: Sequence[int], most: int
-) -> Precision:
-    """Computes precision by pycocotools.
+) -> Curves:
+    """Computes precision and recall by pycocotools.
 
     Args:
         truth: instances whose annotations are numbered from 1 and have an area and `iscrowd`.
@@ -35,11 +59,10 @@ def with_pycocotools(
         detected = _indexed(COCO(), {**truth, "annotations": numbered(results)})
         evaluation = COCOeval(index, detected, "bbox")
         evaluation.params.catIds = list(category_ids)
-        evaluation.params.maxDets = [most]
+        evaluation.params.maxDets = limits_of(most)
         evaluation.evaluate()
         evaluation.accumulate()
-    precision: Precision = evaluation.eval["precision"][..., -1]
-    return precision
+    return _curves(evaluation)
 
 
 def with_faster_coco_eval(
@@ -48,8 +71,8 @@ def with_faster_coco_eval(
     category_ids: Sequence[int],
     most: int,
     federated: bool = False,
-) -> Precision:
-    """Computes the same precision by faster-coco-eval, several times as fast.
+) -> Curves:
+    """Computes the same by faster-coco-eval: COCO's protocol faster, LVIS's slower than `regionclip.metrics.lvis`.
 
     Args:
         truth: see `with_pycocotools`.
@@ -74,23 +97,31 @@ def with_faster_coco_eval(
         index, detected, "bbox", print_function=_nothing, extra_calc=False, lvis_style=federated
     )
     evaluation.params.catIds = list(category_ids)
-    evaluation.params.maxDets = [most]
+    evaluation.params.maxDets = [most] if federated else limits_of(most)
     evaluation.evaluate()
     evaluation.accumulate()
-    precision: Precision = np.asarray(evaluation.eval["precision"], dtype=np.float64)[..., -1]
-    return precision
+    return _curves(evaluation)
 
 
-EVALUATORS: dict[str, Callable[..., Precision]] = {
+def _curves(evaluation: Any) -> Curves:
+    precision = np.asarray(evaluation.eval["precision"], dtype=np.float64)[..., -1]
+    recall = np.asarray(evaluation.eval["recall"], dtype=np.float64)
+    return Curves(precision, recall, tuple(evaluation.params.maxDets))
+
+
+EVALUATORS: dict[str, Callable[..., Curves]] = {
     "pycocotools": with_pycocotools,
     "fast": with_faster_coco_eval,
 }
 
 
 def numbered(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns detections as annotations: what COCO.loadRes does for boxes, for an empty list too."""
+    """Returns detections as annotations: what COCO.loadRes does, for an empty list too.
+
+    The size of a detection is its mask's area where it was written without a box, else its box's.
+    """
     return [
-        {**entry, "id": place, "area": entry["bbox"][2] * entry["bbox"][3], "iscrowd": 0}
+        {"area": entry["bbox"][2] * entry["bbox"][3], **entry, "id": place, "iscrowd": 0}
         for place, entry in enumerate(results, start=1)
     ]
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask
 
-from regionclip.metrics.coco_api import Precision
+from regionclip.metrics.coco_api import Curves
 
 MOST = 300  # detections an image, of all categories together
 IOUS = np.linspace(0.5, 0.95, 10)  # T
@@ -88,25 +88,27 @@ class _Boxes:
 
 
 def with_numpy(
-    truth: dict[str, Any], results: Sequence[dict[str, Any]], category_ids: Sequence[int]
-) -> Precision:
-    """Computes precision [T, R, K, A] of what `counted` returns; -1 where a category has no true box.
+    truth: dict[str, Any], results: Sequence[dict[str, Any]], category_ids: Sequence[int], most: int = MOST
+) -> Curves:
+    """Computes precision and recall of what `counted` returns; -1 where a category has no true box.
 
     Args:
         truth: the annotations; boxes of other categories do not matter.
         results: from `counted`.
         category_ids: K categories.
+        most: how many detections an image `counted` has left.
     """
     place_of = {image: place for place, image in enumerate(sorted(entry["id"] for entry in truth["images"]))}
     true, found = _by_category(truth["annotations"]), _by_category(results)
     precision = np.full((len(IOUS), len(RECALLS), len(category_ids), len(AREAS)), -1.0)
+    recall = np.full((len(IOUS), len(category_ids), len(AREAS), 1), -1.0)
     for k, category in enumerate(category_ids):
         if category in true:
             entries = found.get(category, [])
             entries.sort(key=lambda entry: (-entry["score"], place_of[entry["image_id"]]))
             objects = _Boxes.of(true[category], place_of)
-            precision[:, :, k] = _of_category(objects, _Boxes.of(entries, place_of))
-    return precision
+            precision[:, :, k], recall[:, k, :, 0] = _of_category(objects, _Boxes.of(entries, place_of))
+    return Curves(precision, recall, (most,))
 
 
 def _by_category(entries: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
@@ -116,16 +118,17 @@ def _by_category(entries: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, 
     return grouped
 
 
-def _of_category(objects: _Boxes, detections: _Boxes) -> Floats:
-    """Returns [T, R, A]."""
+def _of_category(objects: _Boxes, detections: _Boxes) -> tuple[Floats, Floats]:
+    """Returns precision [T, R, A] and recall [T, A]."""
     shape = len(IOUS), len(AREAS), len(detections.images)
     hit, aside = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
     for rows, columns in _shared_images(detections.images, objects.images):
         overlaps = mask.iou(detections.boxes[rows], objects.boxes[columns], [0] * len(columns))
         hit[:, :, rows], aside[:, :, rows] = match(overlaps, objects.outside[:, columns])
     aside |= ~hit & (detections.outside | detections.forgiven)
-    right, wrong = hit & ~aside, ~hit & ~aside
-    return _at_recalls(right.cumsum(-1), wrong.cumsum(-1), (~objects.outside).sum(-1))
+    right, wrong, counts = hit & ~aside, ~hit & ~aside, (~objects.outside).sum(-1)
+    recall = np.where(counts > 0, right.sum(-1) / np.maximum(counts, 1), -1.0)
+    return _at_recalls(right.cumsum(-1), wrong.cumsum(-1), counts), recall
 
 
 def _shared_images(first: Ints, second: Ints) -> Iterator[tuple[Ints, Ints]]:

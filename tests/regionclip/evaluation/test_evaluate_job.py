@@ -63,9 +63,21 @@ def precision(annotations: Path, results: Path) -> tuple[COCOeval, dict[str, int
 def test_ap_is_pycocotools_on_the_written_results(measured: Path, world: Path) -> None:
     evaluation, ids = precision(world / "instances_val.json", measured / "results.json")
     metrics, split = read_json(measured / "metrics.json"), read_json(world / "split.json")
-    wanted = dict(
-        zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), evaluation.stats[:6].tolist(), strict=True)
-    )
+    keys = [
+        "AP",
+        "AP50",
+        "AP75",
+        "APs",
+        "APm",
+        "APl",
+        "AR@1",
+        "AR@10",
+        "AR@100",
+        "ARs@100",
+        "ARm@100",
+        "ARl@100",
+    ]
+    wanted = dict(zip(keys, evaluation.stats.tolist(), strict=True))
     for key, value in wanted.items():
         assert metrics[key] == pytest.approx(value, abs=1e-9), key
     assert metrics["AP50"] > 0
@@ -75,6 +87,9 @@ def test_ap_is_pycocotools_on_the_written_results(measured: Path, world: Path) -
         measured_part = table[:, columns][table[:, columns] > -1]
         expected = float(measured_part.mean()) if measured_part.size else -1
         assert metrics[f"AP50_{part}"] == pytest.approx(expected, abs=1e-9)
+        recall = evaluation.eval["recall"][:, columns, 0, -1]
+        expected = float(recall[recall > -1].mean()) if (recall > -1).any() else -1
+        assert metrics[f"AR@100_{part}"] == pytest.approx(expected, abs=1e-9)
 
 
 def test_evaluating_the_written_results_gives_the_same_figures(

@@ -87,6 +87,21 @@ def test_a_mask_without_a_box_stands_for_the_box_around_it(truth: Entry, right: 
         ap50(truth, right)
 
 
+def test_the_size_of_a_mask_result_is_its_masks_as_pycocotools_takes_it(truth: Entry):
+    """A thin diagonal in a large box: by its box a detection that fits nothing would be large."""
+    pixels = np.zeros((300, 300), dtype=np.uint8, order="F")
+    pixels[np.arange(200), np.arange(200)] = 1
+    code = mask.encode(pixels)
+    segmentation = {"size": code["size"], "counts": code["counts"].decode()}
+    small = {"id": 9, "image_id": 4, "category_id": 3, "bbox": [250, 250, 20, 20], "area": 400}
+    truth["annotations"] = [small]
+    alarm = {"image_id": 4, "category_id": 3, "segmentation": segmentation, "score": 0.9}
+    hit = {"image_id": 4, "category_id": 3, "bbox": small["bbox"], "score": 0.5}
+    assert evaluate_detections(truth, [alarm, hit]).metrics["APs"] == pytest.approx(0.5, abs=0.01)
+    boxed = {**alarm, "bbox": [0, 0, 200, 200]}
+    assert evaluate_detections(truth, [boxed, hit]).metrics["APs"] == pytest.approx(1)
+
+
 def test_gzipped_files_are_read(truth: Entry, right: list[Entry], tmp_path: Path):
     results, annotations = tmp_path / "results.json.gz", tmp_path / "instances.json.gz"
     results.write_bytes(gzip.compress(json.dumps(right).encode()))

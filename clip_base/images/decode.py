@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from clip_base.images.orientation import turned_as_annotated, turned_upright
 from clip_base.runtime.errors import InputError
 
 Pixels = npt.NDArray[np.uint8]
@@ -49,7 +50,8 @@ class Stored(Protocol):
 
 
 def decode(path: str | Stored, least: int = 0) -> Pixels:
-    """Returns the image in `path` as [H, W, 3] RGB, in the file's own frame: an EXIF rotation is not applied.
+    """Returns the image in `path` as [H, W, 3] RGB, in the file's own frame: an EXIF rotation is not applied,
+    except to TIFF files, which every decoder turns; see `clip_base.images.orientation`.
 
     Greyscale, palette, CMYK and transparent files become RGB.
 
@@ -194,24 +196,15 @@ class ImageStore:
         return image
 
 
-EXIF_ORIENTATION = 0x0112
-
-
 def load_image(
     path: str | Path, size: tuple[int, int] | None = None, upright: bool = False, least: int = 0
 ) -> Tensor:
-    """Returns a picture as [3, H, W] uint8 RGB, whatever its file holds (greyscale, CMYK, a palette).
-
-    A camera may store a picture lying on its side with a note (EXIF) that says how to turn it. COCO's boxes
-    are given in the frame of the stored pixels, and so do other annotations that were made from the raw
-    pixels; tools that show pictures upright write boxes in the turned frame. The annotated size tells which
-    of both it is.
+    """Returns an image as [3, H, W] uint8 RGB, whatever its file holds (grayscale, CMYK, a palette).
 
     Args:
-        path: the picture's file.
-        size: (height, width) that the annotations state. Pixels are turned as EXIF says only when they then
-            have this size and do not have it as stored.
-        upright: turn the pixels as EXIF says; for pictures that come without annotations.
+        path: the image's file.
+        size: (height, width) that the annotations state, see `turned_as_annotated`.
+        upright: turn the pixels as EXIF says; for images that come without annotations.
         least: read a JPEG at a reduced size, see `decode`; not together with `size`.
 
     Raises:
@@ -219,48 +212,7 @@ def load_image(
     """
     pixels = decode(path, least)
     if upright:
-        pixels = _turned(pixels, _orientation(path))
+        pixels = turned_upright(pixels, path)
     if size is not None:
-        pixels = as_annotated(pixels, path, size)
+        pixels = turned_as_annotated(pixels, path, size)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-
-
-def as_annotated(pixels: Pixels, path: str | Path, size: tuple[int, int]) -> Pixels:
-    """Returns [H, W, 3] pixels in the frame of their annotations: as stored, or turned as EXIF says.
-
-    Args:
-        pixels: as stored in the file.
-        path: the picture's file.
-        size: (height, width) that the annotations state.
-
-    Raises:
-        InputError: they have that size in neither frame, so that boxes would not lie where they were drawn.
-    """
-    if pixels.shape[:2] != tuple(size):
-        pixels = _turned(pixels, _orientation(path))
-    if pixels.shape[:2] != tuple(size):
-        (height, width), (h, w) = size, pixels.shape[:2]
-        raise InputError(
-            f"image {path} is {w}x{h} pixels, its annotations say {width}x{height}; was it resized since?"
-        )
-    return pixels
-
-
-def _orientation(path: str | Path) -> int:
-    try:
-        with Image.open(path) as image:
-            return int(image.getexif().get(EXIF_ORIENTATION, 1))
-    except (OSError, ValueError, SyntaxError, TypeError):
-        return 1  # a damaged note is no note: the pixels themselves did decode
-
-
-def _turned(pixels: Pixels, orientation: int) -> Pixels:
-    """Turns [H, W, 3] as EXIF's orientation 1 to 8 says (EXIF 2.3, section 4.6.4)."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    # numpy calls a line of single pixels contiguous even backwards, which torch does not take.
-    return pixels if orientation == 1 else pixels.copy()

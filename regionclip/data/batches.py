@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from clip_base.data.batch import ImageBatch
-from clip_base.images.decode import Pixels, as_annotated, decode
+from clip_base.images.decode import Pixels, decode
+from clip_base.images.orientation import turned_as_annotated
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import write_text
 from regionclip.data.annotations import ImageAnnotations
@@ -55,7 +56,7 @@ def batches_of(
     chunk: list[tuple[ImageAnnotations, Pixels, ResizeTransform]] = []
     for record in records:
         try:
-            pixels = as_annotated(decode(record.path), record.path, (record.height, record.width))
+            pixels = turned_as_annotated(decode(record.path), record.path, (record.height, record.width))
         except InputError as error:
             if skipped is None:
                 raise

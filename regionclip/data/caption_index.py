@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clip_base.data.coco import CAPTIONS, caption_of, checked_entry, file_name_of, two_images, unlisted
 from clip_base.runtime.errors import InputError
@@ -43,11 +44,13 @@ class CaptionedImageEntry:
         image_id: its id in the captions file.
         file_name: relative to the images folder.
         captions: in the file's order, see `cleaned`; empty ones left out.
+        size: (height, width) in pixels as the captions file states them; None: it does not.
     """
 
     image_id: int
     file_name: str
     captions: tuple[str, ...]
+    size: tuple[int, int] | None = None
 
 
 def write_caption_index(captions: str | Path, path: Path) -> None:
@@ -64,7 +67,9 @@ def write_caption_index(captions: str | Path, path: Path) -> None:
         try:
             # What is half written is thrown away, so nothing needs to be undone after a kill.
             base.execute("PRAGMA journal_mode = OFF")
-            base.execute("CREATE TABLE images (id INTEGER PRIMARY KEY, file_name TEXT)")
+            base.execute(
+                "CREATE TABLE images (id INTEGER PRIMARY KEY, file_name TEXT, height INT, width INT)"
+            )
             base.execute("CREATE TABLE captions (image_id INTEGER, text TEXT)")
             _fill(base, captions)
             base.execute("CREATE INDEX by_image ON captions (image_id)")
@@ -75,12 +80,12 @@ def write_caption_index(captions: str | Path, path: Path) -> None:
 
 
 def _fill(base: sqlite3.Connection, captions: str | Path) -> None:
-    images, texts, seen = list[tuple[int, str]](), list[tuple[int, str]](), Counter[str]()
+    images, texts, seen = list[tuple[Any, ...]](), list[tuple[int, str]](), Counter[str]()
     file = f"captions file {captions}"
 
     def flush() -> None:
-        base.executemany("INSERT OR IGNORE INTO images VALUES (?, ?)", images)
-        for key, name in images:
+        base.executemany("INSERT OR IGNORE INTO images VALUES (?, ?, ?, ?)", images)
+        for key, name, *_ in images:
             (first,) = base.execute("SELECT file_name FROM images WHERE id = ?", (key,)).fetchone()
             if name != first:
                 raise two_images(file, key, first, name)
@@ -95,7 +100,7 @@ def _fill(base: sqlite3.Connection, captions: str | Path) -> None:
             if key in CAPTIONS:
                 entry = checked_entry(entry, where, CAPTIONS[key])
             if key == "images":
-                images.append((entry["id"], file_name_of(entry, where)))
+                images.append((entry["id"], file_name_of(entry, where), *_size_of(entry)))
             elif key == "annotations":
                 texts.append((entry["image_id"], cleaned(caption_of(entry, where))))
                 progress.advance()
@@ -107,6 +112,14 @@ def _fill(base: sqlite3.Connection, captions: str | Path) -> None:
             f"{file} is not in COCO's form, or lists no image: it must hold 'images' and "
             "'annotations', at its top"
         )
+
+
+def _size_of(entry: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Returns the height and width that an entry states; None where they are no sides of an image."""
+    height, width = entry.get("height"), entry.get("width")
+    if not all(isinstance(side, int | float) and side >= 1 for side in (height, width)):
+        return None, None
+    return int(height or 0), int(width or 0)
 
 
 def _require_listed(base: sqlite3.Connection, captions: str | Path) -> None:
@@ -149,7 +162,12 @@ class CaptionIndex:
         for key, text in self._base.execute(order, span):
             if text:
                 texts.setdefault(key, []).append(text)
-        names = self._base.execute(
-            "SELECT id, file_name FROM images WHERE id BETWEEN ? AND ? ORDER BY id", span
+        rows = self._base.execute(
+            "SELECT id, file_name, height, width FROM images WHERE id BETWEEN ? AND ? ORDER BY id", span
         )
-        return [CaptionedImageEntry(key, name, tuple(texts.get(key, ()))) for key, name in names]
+        return [
+            CaptionedImageEntry(
+                key, name, tuple(texts.get(key, ())), (height, width) if height and width else None
+            )
+            for key, name, height, width in rows
+        ]

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data.detection_utils import check_image_size
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from clip_base.images.decode import decode
+from clip_base.images.orientation import turned_as_annotated, turned_upright
 from clip_base.runtime.errors import InputError
 from regionclip.structures.transforms import ResizeConfig, random_resize, resize_shortest_edge
 
@@ -61,8 +61,13 @@ class RegionMapper:
         """Returns the dict with `image` [3, h, w] uint8 RGB and, for training, `instances` without crowds."""
         mapped = copy.deepcopy(dataset_dict)
         annotations = mapped.pop("annotations", [])
-        pixels = decode(mapped["file_name"])
-        check_image_size(mapped, pixels)
+        path = mapped["file_name"]
+        pixels = decode(path)
+        if "height" in mapped and "width" in mapped:
+            pixels = turned_as_annotated(pixels, path, (mapped["height"], mapped["width"]))
+        else:
+            pixels = turned_upright(pixels, path)
+            mapped["height"], mapped["width"] = pixels.shape[:2]
         if self.is_train:
             pixels, frame = random_resize(pixels, self.resize, torch.default_generator)
         else:

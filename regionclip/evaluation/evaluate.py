@@ -174,8 +174,7 @@ def _measure(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
             print(f"note: the boxes of {config.results} fit objects, the names hardly ever do; {_RENUMBER}")
         if config.report:
             images = Path(config.images) if config.images else None
-            paths = {record.image_id: record.path for record in truth}
-            write_page(run.path / "report.html", evaluation, matches, paths, images, metrics)
+            write_page(run.path / "report.html", evaluation, matches, truth, images, metrics)
     return metrics
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_base.runtime.files import write_text
+from regionclip.data.annotations import ImageAnnotations
 from regionclip.metrics.average_precision import NOTHING, Evaluation, mean_of
 from regionclip.metrics.lvis import RECALLS
 from regionclip.metrics.matching import CORRECT, IGNORED, MISCLASSIFIED, OUTCOMES, MatchResult
@@ -28,6 +29,7 @@ GREEN = (60, 200, 110)
 RED = (235, 70, 80)
 YELLOW = (240, 180, 40)
 Places = NDArray[np.int64]
+Files = Mapping[int, tuple[Path, tuple[int, int]]]  # image id: its file, and its annotated height and width
 TILES = {
     "AP50_novel": "AP50 novel",
     "AP50_base": "AP50 base",
@@ -44,7 +46,7 @@ def write_page(
     path: Path,
     evaluation: Evaluation,
     matches: MatchResult,
-    paths: Mapping[int, Path],
+    truth: Sequence[ImageAnnotations],
     images: Path | None,
     metrics: Mapping[str, float],
 ) -> None:
@@ -54,7 +56,7 @@ def write_page(
         path: the HTML file.
         evaluation: what was measured.
         matches: its detections, matched with the ground truth.
-        paths: image id -> file, relative to `images`.
+        truth: the annotated images; their paths are relative to `images`.
         images: the folder of the images; None: the page has no images.
         metrics: the job's figures, of which top-1 and top-5 are shown too.
     """
@@ -66,11 +68,15 @@ def write_page(
     kept = matches.outcomes[matches.scores >= threshold]
     shares = {name: (kept == number).mean() for number, name in enumerate(OUTCOMES) if (kept == number).any()}
     budget = CropBudget()
-    files = {} if images is None else {image: images / file for image, file in paths.items()}
+    files = (
+        {}
+        if images is None
+        else {one.image_id: (images / one.path, (one.height, one.width)) for one in truth}
+    )
     page = html.render(
         "evaluation.html",
         num_detections=len(evaluation.counted),
-        num_images=len(paths),
+        num_images=len(truth),
         num_objects=sum(row["boxes"] for row in rows),
         num_categories=len(rows),
         num_ignored=evaluation.ignored,
@@ -171,11 +177,7 @@ def _matrix(matrix: Places, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _images(
-    matches: MatchResult,
-    threshold: float,
-    names: Sequence[str],
-    files: Mapping[int, Path],
-    budget: CropBudget,
+    matches: MatchResult, threshold: float, names: Sequence[str], files: Files, budget: CropBudget
 ) -> list[tuple[str, list[LabeledImage]]]:
     """Returns kinds of detections and objects, each with a title and the images that show it best."""
     surest = (-matches.scores).argsort(kind="stable")
@@ -194,13 +196,13 @@ def _images(
             )
         elif outcome != CORRECT:
             caption.append(("tag misclassified", OUTCOMES[outcome]))
-        path, color = files[int(matches.images[place])], GREEN if outcome == CORRECT else RED
-        return budget.crop(path, matches.boxes[place].tolist(), color, f"{name}, {path.name}", caption)
+        (path, size), color = files[int(matches.images[place])], GREEN if outcome == CORRECT else RED
+        return budget.crop(path, size, matches.boxes[place].tolist(), color, f"{name}, {path.name}", caption)
 
     def missing(place: int) -> LabeledImage | None:
-        name, path = names[matches.object_labels[place]], files[int(matches.object_images[place])]
-        box = matches.object_boxes[place].tolist()
-        return budget.crop(path, box, YELLOW, f"missed {name}, {path.name}", [("name", name)])
+        name, box = names[matches.object_labels[place]], matches.object_boxes[place].tolist()
+        path, size = files[int(matches.object_images[place])]
+        return budget.crop(path, size, box, YELLOW, f"missed {name}, {path.name}", [("name", name)])
 
     return [
         (title, _shown(places, labels, label, budget))

@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from clip_base.data.batch import ImageBatch
-from clip_base.images.decode import Pixels, as_annotated, decode
+from clip_base.images.decode import Pixels, decode
 from clip_base.images.inputs import read_upright
+from clip_base.images.orientation import turned_as_annotated
 from clip_base.jobs.config import option
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import write_json
@@ -144,7 +145,7 @@ class RegionFeatureExtractor:
         try:
             if record.height:
                 size = (record.height, record.width)
-                pixels = as_annotated(decode(record.path), record.path, size)
+                pixels = turned_as_annotated(decode(record.path), record.path, size)
             else:
                 pixels, size = read_upright(record.path)
         except InputError as error:

@@ -72,7 +72,7 @@ def with_faster_coco_eval(
     most: int,
     federated: bool = False,
 ) -> Curves:
-    """Computes the same by faster-coco-eval: COCO's protocol faster, LVIS's slower than `regionclip.metrics.lvis`.
+    """Computes the same by faster-coco-eval: COCO's protocol faster, LVIS's slower than ours.
 
     Args:
         truth: see `with_pycocotools`.

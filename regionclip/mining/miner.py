@@ -17,6 +17,7 @@ from torch import Tensor
 from clip_base.data.batch import ImageBatch
 from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
 from clip_base.images.decode import Pixels, decode
+from clip_base.images.orientation import turned_as_annotated, turned_upright
 from clip_base.jobs import plugins
 from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
 from clip_base.runtime.errors import InputError
@@ -51,12 +52,14 @@ class CaptionedImage:
         file_name: relative to the images folder.
         mentions: row of the vocabulary -> (phrase, caption) that names it first.
         silence: why there is no mention.
+        size: (height, width) in pixels as the captions file states them; None: it does not.
     """
 
     image_id: int
     file_name: str
     mentions: dict[int, tuple[str, str]]
     silence: str = ""
+    size: tuple[int, int] | None = None
 
 
 class Miner:
@@ -108,7 +111,7 @@ class Miner:
                     row = row_of(phrase, self.rows)
                     if row is not None:
                         mentions.setdefault(row, (phrase.text, text))
-            found.append(CaptionedImage(image.image_id, image.file_name, mentions, silence))
+            found.append(CaptionedImage(image.image_id, image.file_name, mentions, silence, image.size))
         return found
 
     def mine(
@@ -141,7 +144,7 @@ class Miner:
         chunk: list[tuple[CaptionedImage, Pixels, ResizeTransform]] = []
         for image in images:
             try:
-                pixels = decode(self.folder / image.file_name)
+                pixels = self._pixels(image)
             except InputError as error:
                 skipped.append(_entry(image, str(error)))
                 continue
@@ -153,6 +156,16 @@ class Miner:
                 chunk = []
         if chunk:
             yield chunk
+
+    def _pixels(self, image: CaptionedImage) -> Pixels:
+        """Returns an image in the frame of its stated size; upright where none is stated."""
+        path = self.folder / image.file_name
+        pixels = decode(path)
+        return (
+            turned_upright(pixels, path)
+            if image.size is None
+            else turned_as_annotated(pixels, path, image.size)
+        )
 
     def _mine_batch(
         self, batch: ImageBatch, images: list[tuple[CaptionedImage, ResizeTransform]]

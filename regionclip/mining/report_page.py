@@ -187,8 +187,8 @@ def labeled_image(
         *(("quote", before), ("phrase", phrase), ("quote", after)),
     ]
     alt = f"a region of {Path(region.file_name).name} named {region.concept}"
-    color = _COLORS.get(outcome, GRAY)
-    return budget.crop(folder / region.file_name, region.box, color, alt, caption)
+    color, size = _COLORS.get(outcome, GRAY), (region.height, region.width)
+    return budget.crop(folder / region.file_name, size, region.box, color, alt, caption)
 
 
 def caption_around(caption: str | None, phrase: str | None) -> tuple[str, str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from clip_base.images.decode import decode
+from clip_base.images.orientation import turned_as_annotated
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import read_json, write_text
 from clip_base.training.loop import NO_LOSS
@@ -235,7 +236,8 @@ def _scene(record: ImageAnnotations, matches: MatchResult, threshold: float, spl
         texts.append(f"{'✗ ' * is_false}{name} {matches.scores[place]:.2f}")
         colors.append(GRAY if is_false else ORANGE if name.startswith("★") else BLUE)
     boxes = matches.boxes[drawn[::-1]].tolist()
-    image = draw(decode(record.path), boxes=boxes, texts=texts, colours=colors)
+    pixels = turned_as_annotated(decode(record.path), record.path, (record.height, record.width))
+    image = draw(pixels, boxes=boxes, texts=texts, colours=colors)
     objects = np.flatnonzero(matches.object_images == record.image_id)
     taken = np.isin(objects, matches.shown[drawn[matches.outcomes[drawn] == CORRECT]])
     caption: list[tuple[str, str]] = []

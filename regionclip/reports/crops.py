@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from clip_base.images.decode import decode
+from clip_base.images.orientation import turned_as_annotated
 from clip_base.runtime.errors import InputError
 
 RGB = tuple[int, int, int]
@@ -51,15 +52,21 @@ class CropBudget:
         self.left_out = self.unreadable = 0
 
     def crop(
-        self, path: Path, box: Sequence[float], color: RGB, alt: str, caption: Sequence[tuple[str, str]]
+        self,
+        path: Path,
+        size: tuple[int, int],
+        box: Sequence[float],
+        color: RGB,
+        alt: str,
+        caption: Sequence[tuple[str, str]],
     ) -> LabeledImage | None:
-        """Returns a box (x1, y1, x2, y2 in pixels) with its surroundings; None: `left_out` or `unreadable`.
+        """Returns a box with its surroundings; None: `left_out` or `unreadable`.
 
         See `crop_around` and `LabeledImage`.
         """
         if self._left > 0:
             try:
-                src = data_uri(crop_around(path, box, color))
+                src = data_uri(crop_around(path, size, box, color))
             except InputError:
                 self.unreadable += 1
                 return None
@@ -78,13 +85,19 @@ def data_uri(image: Image.Image, quality: int = 84) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def crop_around(path: Path, box: Sequence[float], color: RGB) -> Image.Image:
+def crop_around(path: Path, size: tuple[int, int], box: Sequence[float], color: RGB) -> Image.Image:
     """Returns a square around a box with the box drawn; near a border it is moved into the image.
 
+    Args:
+        path: the image's file.
+        size: (height, width) of the image that the box lies in, in pixels.
+        box: x1, y1, x2, y2 in pixels.
+        color: of the box.
+
     Raises:
-        InputError: the image cannot be read.
+        InputError: the image cannot be read, or has another size.
     """
-    image = Image.fromarray(decode(path))
+    image = Image.fromarray(turned_as_annotated(decode(path), path, size))
     x1, y1, x2, y2 = box
     side = min(CONTEXT * max(x2 - x1, y2 - y1, 8.0), min(image.size))
     left = min(max((x1 + x2 - side) / 2, 0), image.width - side)

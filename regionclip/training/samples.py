@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from clip_base.data.loader import Loader
-from clip_base.images.decode import ImageStore, Pixels, as_annotated
+from clip_base.images.decode import ImageStore, Pixels
+from clip_base.images.orientation import turned_as_annotated
 from clip_base.jobs.run import RunFolder
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
@@ -84,7 +85,7 @@ class RegionDataset:
         sample = self.samples[index]
         stored = self.store(sample.path)
         if sample.size is not None:
-            stored = as_annotated(stored, sample.path, sample.size)
+            stored = turned_as_annotated(stored, sample.path, sample.size)
         pixels, frame = random_resize(stored, self.resize, generator)
         chosen = torch.nonzero(frame.visible(sample.boxes) >= self.resize.jitter.visible)[:, 0]
         if self.max_boxes and len(chosen) > self.max_boxes:

@@ -295,6 +295,9 @@ def odd(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             if annotation["image_id"] == entry["id"]:
                 annotation["bbox"] = [0, 0, width, height]
     write_json(folder / "instances.json", content)
+    write_json(
+        folder / "captions.json", {**read_json(world / "captions_train.json"), "images": content["images"]}
+    )
     return folder
 
 
@@ -314,7 +317,10 @@ def test_pictures_of_ten_thousand_pixels_and_of_one_are_done(
 def test_pictures_of_ten_thousand_pixels_and_of_one_are_mined_and_pretrained_on(
     odd: Path, clip_file: Path, mining_options: list[str], swapped: Swap, call: Command, tmp_path: Path
 ) -> None:
-    given = dict(entry.split("=", 1) for entry in swapped(mining_options, images=odd / "images"))
+    given = dict(
+        entry.split("=", 1)
+        for entry in swapped(mining_options, images=odd / "images", captions=odd / "captions.json")
+    )
     assert call("mine", given, tmp_path / "mined")[0] == 0
     assert (tmp_path / "mined" / "skipped.jsonl").read_text() == ""
     training = {"train.steps": 6, "train.batch_size": 2, "train.lr": 0.001, **SMALL}

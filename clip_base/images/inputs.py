@@ -155,23 +155,35 @@ def read_picture(picture: Picture) -> tuple[Pixels, tuple[int, int]]:
     return pixels, (pixels.shape[0], pixels.shape[1])
 
 
-def read_upright(file: Path) -> tuple[Pixels, tuple[int, int]]:
+def read_upright(file: Path, max_megapixels: float | None = None) -> tuple[Pixels, tuple[int, int]]:
     """Returns a picture as people see it, turned as its EXIF note says, and its (height, width).
 
     Of more than `LARGE` pixels the picture is reduced, so that memory stays bounded; a JPEG is reduced as it
     is decoded.
 
+    Args:
+        file: of any form that OpenCV or Pillow knows.
+        max_megapixels: images of more million pixels are not decoded, nor are those whose header does not
+            say how many they have; None: no limit of our own.
+
     Raises:
-        InputError: the picture does not decode, or is larger than Pillow takes to be harmless.
+        InputError: the image does not decode, or is larger than allowed, or than Pillow takes to be harmless.
     """
     with _about_size_unwarned():
         try:
             with Image.open(file) as header:
                 width, height = header.size
         except Image.DecompressionBombError as error:
-            raise InputError(f"picture {file} is too large: {error}; make it smaller") from None
+            raise InputError(f"image {file} is too large: {error}; make it smaller") from None
         except (OSError, ValueError, SyntaxError):
+            if max_megapixels is not None:
+                raise InputError(f"image {file} is not of a form that can be read; use JPEG or PNG") from None
             width = height = 0  # decoding says what is wrong, or knows a form that Pillow does not
+    if max_megapixels is not None and width * height > max_megapixels * 1e6:
+        raise InputError(
+            f"image {file} has {width} × {height} = {width * height / 1e6:.1f} million pixels, more than the "
+            f"{max_megapixels:g} million that are allowed; make it smaller"
+        )
     many = width * height > LARGE
     least = round(min(width, height) * (LARGE / (width * height)) ** 0.5) if many else 0
     with _about_size_unwarned() if many else contextlib.nullcontext():

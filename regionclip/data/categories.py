@@ -47,6 +47,26 @@ def parse_names(text: str) -> list[str]:
     return names
 
 
+def parse_typed_names(text: str, max_names: int, max_letters: int = 100) -> list[str]:
+    """Returns the names that a stranger typed: separated by commas or lines, or a class list's name.
+
+    Unlike for `parse_names` a path is a name like any other: no file is read.
+
+    Raises:
+        InputError: no name, repeated names, more than `max_names`, or one of more than `max_letters`.
+    """
+    if text.strip() in CLASS_LISTS:
+        return parse_names(text.strip())
+    names = [name.strip() for name in text.replace("\n", ",").split(",") if name.strip()]
+    if len(names) > max_names:
+        raise InputError(f"{len(names)} names are too many; give up to {max_names}")
+    longest = max(names, key=len, default="")
+    if len(longest) > max_letters:
+        raise InputError(f"{longest[:30]!r}… has {len(longest)} letters; separate names by commas")
+    check_names(names)
+    return names
+
+
 def read_classes(text: str) -> list[tuple[str, ...]]:
     """Returns (name, its synonyms…) for each class of a list as a user types it, see `parse_names`.
 

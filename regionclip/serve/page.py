@@ -1,163 +1,115 @@
-"""The page itself, in Gradio. It is imported only where the page is shown, for Gradio is an extra."""
+"""The page in Gradio, an optional package, which is imported only where a page is made."""
 
-from __future__ import annotations
-
-import hashlib
+# Without `from __future__ import annotations`: Gradio reads the annotations of event handlers.
 import html
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
-
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import write_text
-from regionclip.serve.desk import TYPED, Desk, Thresholds, View
+from clip_base.runtime.files import write_json
+from regionclip.serve.server import KEPT
+from regionclip.serve.session import TYPED, Answer, DemoSession, Query
 
 COLUMNS = {"#": "9%", "name": "29%", "score": "14%", "x": "12%", "y": "12%", "w": "12%", "h": "12%"}
 PRIVATE = {"api_visibility": "private"}
-MOST_BOXES = 50  # shown at first
-HINT = "Click a box, or a line of the table, for its nearest names."
+INTRODUCTION = "Drop an image and say what to look for. Nothing leaves the machine that runs this page."
+HINT = "Click a box, or a row of the table, for its nearest names."
 STYLE = """
 .gradio-container {max-width: min(1500px, 100vw) !important; margin: auto}
 .gradio-container main, .gradio-container main :is(.column, .row) {min-width: 0; max-width: 100%}
 .message [role=alert] {border-left: 4px solid #dc2626; padding: .5em .8em; font-weight: 600}
 .result img {cursor: pointer; max-height: 75vh}
+@media (max-width: 640px) {.table .cell-wrap {padding-inline: 3px !important; font-size: 12px}}
 """
-INTRODUCTION = (
-    "# regionclip\n"
-    "Drop a picture and say what to look for. Everything stays on the machine that runs this page."
-)
 
 
-@dataclass(frozen=True)
-class Panel:
-    """What the page shows of one checkpoint; `chosen` is the row that was clicked."""
-
-    picture: Any
-    summary: Any
-    table: Any
-    file: Any
-    chosen: Any
-    caption: Any
-    nearest: Any
-
-    @property
-    def parts(self) -> list[Any]:
-        """Everything, in the order that `_shown` answers in."""
-        return [
-            self.picture, self.summary, self.table, self.file, self.chosen, self.caption, self.nearest
-        ]  # fmt: skip
-
-
-def looks() -> dict[str, Any]:
+def theme() -> dict[str, Any]:
     """Returns the page's theme, in fonts that every machine has, and its style."""
-    theme = gr.themes.Default(
-        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="teal"
-    )
-    return {"theme": theme, "css": STYLE}
+    import gradio as gr
+
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    return {"theme": gr.themes.Default(**fonts, primary_hue="teal"), "css": STYLE}
 
 
-def build(desk: Desk, folder: Path, examples: Sequence[Path], names: str, score: float) -> Any:
-    """Returns the page as Gradio's Blocks.
+def build(session: DemoSession, folder: Path, examples: list[Path], names: list[str], score: float) -> Any:
+    """Returns the page as Gradio's Blocks; `folder` takes the files to download.
 
-    Args:
-        desk: what answers it.
-        folder: where the files to download are written.
-        examples: pictures to begin with; the first is shown.
-        names: what to look for at first.
-        score: score that boxes need at first.
+    It begins with the first of the examples, looks for `names`, and shows boxes of at least `score`.
     """
-    with gr.Blocks(title="regionclip", analytics_enabled=False) as blocks:
-        gr.Markdown(INTRODUCTION)
-        view = gr.State(None)
+    import gradio as gr
+
+    # Once a minute, files that it took or made longer than `KEPT` seconds ago are deleted.
+    with gr.Blocks(title="regionclip", analytics_enabled=False, delete_cache=(60, KEPT)) as blocks:
+        gr.Markdown(f"# regionclip\n{INTRODUCTION}")
+        asked = gr.State(None)
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
-                inputs, button, among = _controls(desk, examples, names, score)
+                inputs, button, among = _controls(session, examples, names, score)
             with gr.Column(scale=3, min_width=260):
                 message = gr.HTML(elem_classes="message", visible=False)
                 with gr.Row():
-                    panels = [_panel(desk, which) for which in range(len(desk.checkpoints))]
+                    panels = [_panel(session, which, asked, among) for which in range(len(session.models))]
 
-        def update(shown: View | None, path: str | None, text: str, *limits: float) -> list[Any]:
-            asked = path, text, Thresholds(limits[0], limits[1], int(limits[2]))
-            return _answer(desk, folder, shown, *asked) or [gr.skip()] * len(outputs)
+        def update(last: Query | None, image: dict[str, Any] | None, text: str, *limits: float) -> list[Any]:
+            try:
+                query = session.query(image["path"] if image else "", text, *limits)
+                if query == last:  # what is shown stays, and with it the box that was clicked
+                    return [gr.skip()] * len(outputs)
+                parts = [_parts(session.answer(query, which), folder) for which in range(len(panels))]
+            except InputError as error:
+                alert = gr.HTML(f'<div role="alert">{html.escape(str(error))}</div>', visible=True)
+                return [None, alert, *_parts(None, folder) * len(panels)]
+            return [query, gr.HTML("", visible=False), *chain(*parts)]
 
-        outputs = [view, message, *(part for panel in panels for part in panel.parts)]
-        path, typed, *sliders = inputs
-        asking = [blocks.load, path.change, typed.submit, button.click, *(one.change for one in sliders)]
-        # One at a time and the last in any case, so that what is shown is what stands in the fields.
+        image, typed, *sliders = inputs
+        outputs = [asked, message, *chain(*panels)]
+        # One at a time and the last in any case, so that what is shown is what the fields say. Unprocessed:
+        # Gradio's own message about a file that is not an image helps nobody.
         gr.on(
-            asking,
-            update,
-            [view, *inputs],
-            outputs,
-            trigger_mode="always_last",
-            show_progress="minimal",
-            show_progress_on=[panel.picture for panel in panels],
-            **PRIVATE,
-        )
-        for which, panel in enumerate(panels):
-            _connect(desk, which, panel, view, among)
-    blocks.queue(default_concurrency_limit=4, max_size=64)
+            [blocks.load, image.change, typed.submit, button.click, *(one.change for one in sliders)],
+            update, [asked, *inputs], outputs, preprocess=False, trigger_mode="always_last",
+            show_progress="minimal", show_progress_on=[panel[0] for panel in panels], **PRIVATE,
+        )  # fmt: skip
+    blocks.queue(default_concurrency_limit=4, max_size=64, api_open=False)
     return blocks
 
 
-def _controls(desk: Desk, examples: Sequence[Path], names: str, score: float) -> tuple[list[Any], Any, Any]:
-    """Makes what asks: [path of the picture, names, thresholds …], the button, and the choice of lists."""
-    picture = gr.Image(
-        str(examples[0]),
-        label="Picture",
-        type="filepath",
-        sources=["upload", "clipboard"],
-        height=260,
-        buttons=[],
-        elem_id="picture",
-    )
-    # Its path, as it comes: Gradio would refuse a file that is no picture in words that help nobody.
-    path = gr.State(str(examples[0]))
-    picture.change(_path_of, picture, path, preprocess=False, trigger_mode="always_last", **PRIVATE)
-    gr.Examples([[str(example)] for example in examples], picture, label="Examples", elem_id="examples")
-    typed = gr.Textbox(
-        names,
-        label="Look for",
-        info="Names with commas between them, or a list: coco, lvis",
-        lines=1,
-        max_lines=8,
-        elem_id="names",
-    )
+def _controls(session: DemoSession, examples: list[Path], names: list[str], score: float) -> tuple[Any, ...]:
+    """Makes what asks: [image, names, thresholds …], the button, and the choice of lists."""
+    import gradio as gr
+
+    first, sources = str(examples[0]), ["upload", "clipboard"]
+    image = gr.Image(first, label="Image", sources=sources, height=260, buttons=[], elem_id="picture")
+    gr.Examples([[str(example)] for example in examples], image, elem_id="examples", **PRIVATE)
+    info = "Names separated by commas, or a list: coco, lvis"
+    typed = gr.Textbox(", ".join(names), label="Look for", info=info, max_lines=8, elem_id="names")
     button = gr.Button("Detect", variant="primary", elem_id="detect")
-    overlap = "IoU of two boxes of a name; 1 drops none"
+    info = "IoU of two boxes of one name; 1 drops none"
     sliders = [
-        gr.Slider(0, 1, score, step=0.01, label="Score at least", elem_id="score"),
-        gr.Slider(0, 1, 1, step=0.05, label="Overlap at most", info=overlap, elem_id="overlap"),
-        gr.Slider(1, 100, MOST_BOXES, step=1, label="Boxes at most", elem_id="most"),
+        gr.Slider(0, 1, score, step=0.01, label="Minimum score", elem_id="score"),
+        gr.Slider(0, 1, 1, step=0.05, label="Maximum overlap", info=info, elem_id="overlap"),
+        gr.Slider(1, 100, 50, step=1, label="Maximum number of boxes", elem_id="most"),
     ]
-    among = gr.Radio([TYPED, *desk.lists], value=TYPED, label="Nearest names come from", elem_id="among")
-    return [path, typed, *sliders], button, among
+    among = gr.Radio([TYPED, *session.lists], value=TYPED, label="Nearest names from", elem_id="among")
+    return [image, typed, *sliders], button, among
 
 
-def _path_of(picture: dict[str, Any] | None) -> str | None:
-    return str(picture["path"]) if picture else None
+def _panel(session: DemoSession, which: int, asked: Any, among: Any) -> list[Any]:
+    """Makes what shows one model's answer, in the order of `_parts`; a click on it chooses a box."""
+    import gradio as gr
 
-
-def _panel(desk: Desk, which: int) -> Panel:
     with gr.Column(min_width=260):
-        if len(desk.checkpoints) > 1:
-            gr.Markdown(f"### {html.escape(desk.checkpoints[which].title)}")
+        if len(session.models) > 1:
+            gr.Markdown(f"### {html.escape(session.models[which].title)}")
         chosen = gr.State(None)
         with gr.Row():
             with gr.Column(scale=2, min_width=240):
                 picture = gr.Image(
-                    label="Boxes",
-                    interactive=False,
-                    format="png",
-                    buttons=["fullscreen"],
-                    elem_id=f"boxes-{which}",
-                    elem_classes="result",
-                )
+                    label="Boxes", interactive=False, format="png", buttons=["fullscreen"],
+                    elem_id=f"boxes-{which}", elem_classes="result",
+                )  # fmt: skip
                 summary = gr.Markdown(elem_id=f"summary-{which}")
             with gr.Column(scale=1, min_width=220):
                 caption = gr.Markdown(HINT, elem_id=f"caption-{which}")
@@ -165,80 +117,40 @@ def _panel(desk: Desk, which: int) -> Panel:
                     label="Nearest names", show_heading=False, visible=False, elem_id=f"nearest-{which}"
                 )
         table = gr.Dataframe(
-            headers=list(COLUMNS),
-            interactive=False,
-            max_height=320,
-            show_label=False,
-            column_widths=list(COLUMNS.values()),
-            buttons=[],
-            elem_id=f"table-{which}",
-        )
+            headers=list(COLUMNS), column_widths=list(COLUMNS.values()), max_height=320, interactive=False,
+            show_label=False, buttons=[], elem_id=f"table-{which}", elem_classes="table",
+        )  # fmt: skip
         file = gr.DownloadButton("Download JSON (COCO results)", size="sm", elem_id=f"download-{which}")
-    return Panel(picture, summary, table, file, chosen, caption, nearest)
+
+    def choose(query: Query | None, title: str, box: int | None) -> list[Any]:
+        if query is None:
+            return [None, None, "", gr.Label(visible=False)]
+        answer = session.answer(query, which)
+        if box is None or box not in answer.boxes:
+            return [None, answer.picture(), HINT, gr.Label(visible=False)]
+        line, names = session.nearest(query, which, box, title)
+        return [box, answer.picture(box), html.escape(line), gr.Label(names, visible=True)]
+
+    def on_picture(query: Query | None, title: str, event: gr.SelectData) -> list[Any]:
+        return choose(query, title, session.answer(query, which).box_at(*event.index) if query else None)
+
+    def on_table(query: Query | None, title: str, event: gr.SelectData) -> list[Any]:
+        return choose(query, title, int(event.row_value[0]) - 1)  # its own number: the table may be sorted
+
+    outputs = [chosen, picture, caption, nearest]
+    picture.select(on_picture, [asked, among], outputs, **PRIVATE)
+    table.select(on_table, [asked, among], outputs, **PRIVATE)
+    among.change(choose, [asked, among, chosen], outputs, **PRIVATE)
+    return [picture, summary, table, file, chosen, caption, nearest]
 
 
-def _connect(desk: Desk, which: int, panel: Panel, view: Any, among: Any) -> None:
-    """Lets clicks on a panel's picture and table choose a box."""
-    outputs = [panel.chosen, panel.picture, panel.caption, panel.nearest]
+def _parts(answer: Answer | None, folder: Path) -> list[Any]:
+    """Returns what a panel shows: picture, summary, table, file, chosen box, caption, names of the box."""
+    import gradio as gr
 
-    def on_picture(shown: View | None, title: str, event: gr.SelectData) -> list[Any]:
-        row = None if shown is None else desk.row_at(shown, which, *event.index)
-        return _choose(desk, which, shown, title, row)
-
-    def on_table(shown: View | None, title: str, event: gr.SelectData) -> list[Any]:
-        # The table may have been sorted: the line's own number says which box it is.
-        row = None if shown is None else desk.rows(shown, which)[int(event.row_value[0]) - 1]
-        return _choose(desk, which, shown, title, row)
-
-    def on_list(shown: View | None, title: str, row: int | None) -> list[Any]:
-        return _choose(desk, which, shown, title, row)
-
-    panel.picture.select(on_picture, [view, among], outputs, **PRIVATE)
-    panel.table.select(on_table, [view, among], outputs, **PRIVATE)
-    among.change(on_list, [view, among, panel.chosen], outputs, **PRIVATE)
-
-
-def _answer(
-    desk: Desk, folder: Path, shown: View | None, path: str | None, text: str, thresholds: Thresholds
-) -> list[Any] | None:
-    """Returns what the whole page shows: the view, the message, and each panel's parts.
-
-    None when that is there already: a box that was clicked since then stays chosen.
-    """
-    try:
-        view = desk.view(path, text, thresholds)
-        if view == shown:
-            return None
-        panels = [_shown(desk, folder, view, which) for which in range(len(desk.checkpoints))]
-    except InputError as error:
-        message = gr.HTML(f'<div role="alert">{html.escape(str(error))}</div>', visible=True)
-        empty = [None, "", None, gr.DownloadButton(visible=False), None, "", _hidden()]
-        return [None, message, *(empty * len(desk.checkpoints))]
-    return [view, gr.HTML("", visible=False), *(part for panel in panels for part in panel)]
-
-
-def _shown(desk: Desk, folder: Path, view: View, which: int) -> list[Any]:
-    """Returns a panel's parts."""
-    content = json.dumps(desk.results(view, which), indent=1)
-    name = hashlib.sha256(content.encode()).hexdigest()
-    file = folder / "results" / name / f"{Path(view.path).stem}.json"
-    write_text(file, content)
-    return [
-        desk.picture(view, which), desk.summary(view, which), desk.table(view, which),
-        gr.DownloadButton(value=str(file), visible=True), None, HINT, _hidden(),
-    ]  # fmt: skip
-
-
-def _choose(desk: Desk, which: int, view: View | None, title: str, row: int | None) -> list[Any]:
-    """Returns the row, the picture with its box, a line on it, and its nearest names."""
-    if view is None:
-        return [None, None, "", _hidden()]
-    picture = desk.picture(view, which, row)
-    if row is None:
-        return [None, picture, HINT, _hidden()]
-    line, nearest = desk.nearest(view, which, row, title)
-    return [row, picture, html.escape(line), gr.Label(nearest, visible=True)]
-
-
-def _hidden() -> Any:
-    return gr.Label(None, visible=False)
+    if answer is None:
+        return [None, "", None, gr.DownloadButton(visible=False), None, "", gr.Label(visible=False)]
+    file = Path(tempfile.mkdtemp(dir=folder)) / f"{Path(answer.query.path).stem}.json"
+    write_json(file, answer.results(), indent=1)
+    download = gr.DownloadButton(value=str(file), visible=True)
+    return [answer.picture(), answer.summary(), answer.table(), download, None, HINT, gr.Label(visible=False)]

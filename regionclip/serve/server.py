@@ -1,218 +1,153 @@
-"""Where the page is reachable, and what of Gradio's server is: the page's own files and uploads, no more."""
+"""Where the page can be reached, and who may ask it for what."""
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clip_base.runtime.errors import InputError
 
-if TYPE_CHECKING:
-    import uvicorn
-
-# What the page asks for. Whatever else Gradio answers (its API's description, other servers' files through
-# this one, a code editor, recordings) is not found here.
-API = "/gradio_api"
-PAGES = frozenset(
-    {"/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"}
-    | {f"{API}/{name}" for name in ("upload", "upload_progress", "queue/join", "queue/data", "run/predict")}
-    | {f"{API}/{name}" for name in ("cancel", "reset", "info", "startup-events", "login_check", "app_id")}
-)
-FOLDERS = ("/assets/", "/static/", "/svelte/", f"{API}/file=", f"{API}/heartbeat/", "/pwa_icon")
-# Nothing is loaded from elsewhere, whatever a page of Gradio's may ask for.
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; worker-src 'self' blob:; "
-    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
-    "font-src 'self' data:; connect-src 'self' data: blob:; form-action 'self'; base-uri 'self'"
-)
-HEADERS = [
-    (b"content-security-policy", POLICY.encode()),
-    (b"referrer-policy", b"no-referrer"),
-    (b"x-content-type-options", b"nosniff"),
-]
-AROUND = 1_000_000  # bytes of a request besides the uploaded file
-LOCAL = ("127.0.0.1", "localhost", "::1")
+LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
+UPLOAD = "/gradio_api/upload"
+MAX_BODY = 1_000_000  # bytes of a request besides an uploaded file
+MAX_CONNECTIONS = 200  # held at once; an open page holds up to six
+KEPT = 3600  # seconds until an uploaded file is deleted
+MAX_UPLOADS = 100  # files of the largest size, within that time
+# The browser loads nothing from elsewhere, whatever Gradio's pages ask for; no other site frames the page.
+HEADERS = {
+    "content-security-policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
+    "form-action 'self'; base-uri 'self'; frame-ancestors 'self'",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Returns a socket that listens.
-
-    Raises:
-        InputError: the port is taken or forbidden, or the host is no address of this machine.
-    """
+def listen(host: str, port: int) -> tuple[socket.socket, str]:
+    """Returns a socket that listens, and its address for a local browser; an InputError if it cannot."""
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(place, family=family)
     except (socket.gaierror, UnicodeError):
-        raise InputError(f"host={host} is no address; give 127.0.0.1, or 0.0.0.0 for all networks") from None
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(place)
-        listener.listen()
+        raise InputError(f"host={host} is no address; use 127.0.0.1, or 0.0.0.0 for all networks") from None
     except OSError as error:
-        listener.close()
         if error.errno == errno.EADDRINUSE:
             raise InputError(f"port {port} is taken; give another port=, or port=0 for a free one") from None
-        raise InputError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
-    return listener
-
-
-def address(listener: socket.socket) -> str:
-    """Returns the page's address, for the browser of this machine."""
+        raise InputError(f"cannot listen on {host}, port {port}: {os.strerror(error.errno or 0)}") from None
     host, port = listener.getsockname()[:2]
-    host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
+    return listener, f"http://{host}:{port}"
 
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """Makes the only folder whose files the page can show; it is gone afterwards, uploads with it.
+    """Makes the only folder whose files the page can show; it is removed afterwards, uploads with it.
 
-    Gradio reads the folder and whether it may call home from the environment. A signal to end ends it as
-    Ctrl-C does, so that nothing stays behind.
+    Gradio finds it in the environment. SIGTERM ends the page as Ctrl-C does, so that nothing stays behind.
     """
-    settings = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
-    ending = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ending, before = signal.signal(signal.SIGTERM, signal.default_int_handler), dict(os.environ)
     try:
         with tempfile.TemporaryDirectory(prefix="regionclip-serve-", ignore_cleanup_errors=True) as folder:
-            settings["GRADIO_TEMP_DIR"] = folder
-            before = {name: os.environ.get(name) for name in settings}
-            os.environ.update(settings)
-            try:
-                yield Path(folder)
-            finally:
-                for name, value in before.items():
-                    os.environ.pop(name) if value is None else os.environ.update({name: value})
+            os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_RUN_HISTORY="False")
+            yield Path(folder)
     finally:
+        os.environ.clear()
+        os.environ.update(before)
         signal.signal(signal.SIGTERM, ending)
 
 
-def application(blocks: Any, looks: dict[str, Any], folder: Path, host: str, megabytes: float) -> Any:
-    """Returns the ASGI application of a Gradio page, guarded.
+def make(blocks: Any, theme: dict[str, Any], folder: Path, host: str, max_megabytes: float) -> Any:
+    """Returns the uvicorn.Server of a Gradio page, which serves until Ctrl-C and then raises it.
 
-    Args:
-        blocks: the page.
-        looks: its theme and style.
-        folder: where its files and uploads are, see `private_folder`.
-        host: the address that it listens on. Of a local one, other sites' names for it are not accepted, so
-            that no web page elsewhere can use it through the browser.
-        megabytes: largest upload, in millions of bytes.
+    Its files and uploads, of up to `max_megabytes` million bytes, are in `folder`. A local `host` is not
+    accepted under other names, so that no web page elsewhere can use it through the browser.
     """
     import gradio
+    import uvicorn
     from fastapi import FastAPI
+    from starlette.middleware import Middleware
+    from starlette.middleware.base import BaseHTTPMiddleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    limit = round(megabytes * 1e6)
-    app = gradio.mount_gradio_app(
-        app, blocks, "/", footer_links=[], max_file_size=limit, ssr_mode=False, mcp_server=False, **looks
-    )
-    guarded = Guard(app, folder, limit + AROUND)
-    return TrustedHostMiddleware(guarded, [*LOCAL, "[::1]"]) if host in LOCAL else guarded
+    limit = round(max_megabytes * 1e6)
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL if host in LOCAL else ["*"])
+    requests = Middleware(BaseHTTPMiddleware, dispatch=RequestFilter(folder, limit))
+    app = FastAPI(openapi_url=None, middleware=[hosts, requests])
+    shut = {"footer_links": [], "ssr_mode": False, "mcp_server": False, "enable_monitoring": False}
+    inner = {"openapi_url": None}
+    gradio.mount_gradio_app(app, blocks, "/", max_file_size=limit, app_kwargs=inner, **shut, **theme)
+    config = uvicorn.Config(app, log_level="warning", server_header=False, limit_concurrency=MAX_CONNECTIONS)
+    config.timeout_graceful_shutdown = 1  # pages that are still open are cut off: no error
+    server = uvicorn.Server(config)
+    logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
+    return server
 
 
-class Guard:
-    """Lets through what the page needs, with headers that keep the browser from asking anyone else.
+class RequestFilter:
+    """Refuses what a mounted Gradio does for whoever asks: read any file and fetch any URL that is named.
 
-    Args:
-        app: an ASGI application.
-        folder: the only one whose files a request may name.
-        most: bytes that a request may carry.
+    A request may name files of `folder` only, and carry an uploaded file of up to `max_upload` bytes.
     """
 
-    def __init__(self, app: Any, folder: Path, most: int) -> None:
-        self.app, self.folder, self.most = app, folder, most
+    def __init__(self, folder: Path, max_upload: int) -> None:
+        self.folder, self.max_upload = folder.resolve(), max_upload
+        self._uploaded: dict[float, int] = {}  # bytes within this hour
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answers a request as ASGI 3 has it."""
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
-            return
-        refusal = self.refuses(scope)
-        if refusal is None and scope["method"] == "POST" and scope["path"] != f"{API}/upload":
-            body, receive = await _read(receive)
-            if refers_elsewhere(body, self.folder):
-                refusal = 403, "only files of this page"
+    async def __call__(self, request: Any, answer: Any) -> Any:
+        """Answers a request, as Starlette's BaseHTTPMiddleware has it."""
+        from starlette.requests import ClientDisconnect
+        from starlette.responses import PlainTextResponse
 
-        async def sending(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], *HEADERS]}
-            await send(message)
+        try:
+            refusal = await self.refusal(request)
+        except ClientDisconnect:
+            refusal = "cut off", 400
+        response = PlainTextResponse(*refusal) if refusal else await answer(request)
+        response.headers.update(HEADERS)
+        return response
 
-        if refusal is None:
-            await self.app(scope, receive, sending)
-            return
-        status, reason = refusal
-        await sending({"type": "http.response.start", "status": status, "headers": []})
-        await sending({"type": "http.response.body", "body": reason.encode()})
-
-    def refuses(self, scope: Any) -> tuple[int, str] | None:
-        """Returns status and reason for a request that is not answered; None: it is."""
-        path = scope["path"]
-        known = (path.rstrip("/") or "/") in PAGES or path.startswith(FOLDERS)
-        if scope["type"] != "http" or not known:
-            return 404, "not found"
-        if path.startswith(f"{API}/file=") and "://" in path:
-            return 403, "only files of this page"
-        if scope["method"] == "POST":
-            length = dict(scope["headers"]).get(b"content-length", b"")
-            if not length.isdigit():
-                return 411, "say how long the request is"
-            if int(length) > self.most:
-                return 413, f"at most {self.most} bytes"
+    async def refusal(self, request: Any) -> tuple[str, int] | None:
+        """Returns why a request is not answered, and the status; None: it is."""
+        headers, path = request.headers, request.scope["path"]
+        if "origin" in headers and headers["origin"].partition("://")[2] != headers.get("host"):
+            return "only this page may ask", 403
+        if "://" in path or "/call/" in path:
+            return "not a part of this page", 403
+        if request.method != "POST":
+            return None
+        length, most = headers.get("content-length", ""), MAX_BODY + self.max_upload * (path == UPLOAD)
+        if not length.isdecimal() or "transfer-encoding" in headers:
+            return "say how long the request is", 411
+        if int(length) > most:
+            return f"at most {most} bytes", 413
+        if path != UPLOAD:
+            return ("only files of this page", 403) if self.names_other_files(await request.body()) else None
+        period = time.monotonic() // KEPT
+        uploaded = self._uploaded.get(period, 0) + int(length)
+        if uploaded > MAX_UPLOADS * self.max_upload:
+            return "too many uploads; try again later", 429
+        self._uploaded = {period: uploaded}
         return None
 
+    def names_other_files(self, body: bytes) -> bool:
+        """Whether a request names a file outside the folder, or is no JSON, which the page never sends."""
 
-async def _read(receive: Any) -> tuple[bytes, Any]:
-    """Returns a request's body, and a `receive` that brings it once more."""
-    body, more = b"", True
-    while more:
-        message = await receive()
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+        def check(entry: dict[str, Any]) -> None:
+            path = entry.get("path")
+            if path and not Path(str(path)).resolve().is_relative_to(self.folder):
+                raise ValueError
 
-    async def again() -> Any:
-        return waiting.pop() if waiting else await receive()
-
-    return body, again
-
-
-def refers_elsewhere(body: bytes, folder: Path) -> bool:
-    """Whether a request names a file outside `folder`, or is no JSON, which no page sends.
-
-    Gradio would take files of the working directory and the system's temporary one, and fetch URLs.
-    """
-
-    def elsewhere(value: Any) -> bool:
-        if isinstance(value, dict):
-            path = value.get("path")
-            if path and not Path(str(path)).resolve().is_relative_to(folder.resolve()):
-                return True
-            return any(map(elsewhere, value.values()))
-        return isinstance(value, list) and any(map(elsewhere, value))
-
-    try:
-        return elsewhere(json.loads(body or b"{}"))
-    except (ValueError, RecursionError, OSError):
-        return True
-
-
-def server(app: Any) -> uvicorn.Server:
-    """Returns what serves on a socket, `run([listener])`, until Ctrl-C, which it raises again when done.
-
-    Pages that are still open are not waited for.
-    """
-    import uvicorn
-
-    return uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, server_header=False)
-    )
+        try:
+            json.loads(body or b"{}", object_hook=check)
+        except (ValueError, RecursionError, OSError):
+            return True
+        return False

@@ -46,6 +46,12 @@ def area(boxes: Tensor) -> Tensor:
     return (boxes[:, 2] - boxes[:, 0]).clamp(min=0) * (boxes[:, 3] - boxes[:, 1]).clamp(min=0)
 
 
+def smallest_at(boxes: Tensor, x: float, y: float) -> int | None:
+    """Returns which of [N, 4] boxes is the smallest that holds a point; None when none does."""
+    holds = (boxes[:, 0] <= x) & (x <= boxes[:, 2]) & (boxes[:, 1] <= y) & (y <= boxes[:, 3])
+    return int(area(boxes).masked_fill(~holds, math.inf).argmin()) if bool(holds.any()) else None
+
+
 def intersection(a: Tensor, b: Tensor) -> Tensor:
     """Returns [N, M] square pixels that boxes a [N, 4] and b [M, 4] share."""
     top_left = torch.maximum(a[:, None, :2], b[None, :, :2])

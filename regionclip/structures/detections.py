@@ -80,17 +80,20 @@ class Detections:
 
     def __repr__(self) -> str:
         height, width = self.size
-        best = self.top(5)
-        found = [
-            f"{name} {score:.2f}" for name, score in zip(best.class_names, best.scores.tolist(), strict=True)
-        ]
-        rest = [f"and {len(self) - len(best)} more"] if len(self) > len(best) else []
+        found = self.top(5).captions
+        rest = [f"and {len(self) - len(found)} more"] if len(self) > len(found) else []
         return f"Detections({len(self)} in {width}x{height}: {', '.join([*found, *rest]) or 'nothing found'})"
 
     @property
     def class_names(self) -> list[str]:
         """The name of each of the N detections."""
         return [self.names[label] for label in self.labels.tolist()]
+
+    @property
+    def captions(self) -> list[str]:
+        """The name and the score of each of the N detections, as they stand beside its box."""
+        scores = self.scores.tolist()
+        return [f"{name} {score:.2f}" for name, score in zip(self.class_names, scores, strict=True)]
 
     def with_min_score(self, score: float) -> Detections:
         """Returns the detections whose score is at least `score`.

@@ -12,6 +12,7 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from clip_base.images.decode import Pixels, resize
 from clip_base.images.inputs import Picture, read_picture
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import replacing
@@ -23,6 +24,9 @@ Rectangle = tuple[float, float, float, float]
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
 # A picture whose long side is shorter is enlarged by a whole factor until text can stand in it.
 READABLE_SIDE = 384
+# Pixels of the longer side of an image on a page: below, it is enlarged by a whole factor; above, reduced.
+PAGE_SIDE = (640, 1280)
+GRAY = (150, 150, 150)
 GOLDEN_RATIO = 0.618034
 
 
@@ -50,8 +54,8 @@ class NamedBoxes(Protocol):
         ...
 
     @property
-    def class_names(self) -> list[str]:
-        """The name of each box."""
+    def captions(self) -> list[str]:
+        """What is written at each box: its name and score."""
         ...
 
 
@@ -62,6 +66,7 @@ def draw(
     boxes: Tensor | Sequence[Sequence[float]] | None = None,
     texts: Sequence[str] | None = None,
     colours: Sequence[Color] | None = None,
+    highlight: int | None = None,
 ) -> Image.Image:
     """Returns a copy of the picture with boxes drawn and named; small ones are enlarged (`enlargement`).
 
@@ -73,6 +78,7 @@ def draw(
         texts: what to write at each box; an empty text writes nothing. With detections: instead of their
             names.
         colours: each box's colour (red, green, blue), 0 to 255; else a colour for each different text.
+        highlight: the number of one box that is drawn on top, all others in gray and without text.
 
     Raises:
         InputError: the picture does not decode, or has other proportions than that of the detections.
@@ -81,8 +87,7 @@ def draw(
     if detections is not None and boxes is None:
         boxes = detections.boxes
         frame = _same_proportions(detections.size, size)
-        named = zip(detections.class_names, detections.scores.tolist(), strict=True)
-        texts = [f"{name} {score:.2f}" for name, score in named] if texts is None else texts
+        texts = detections.captions if texts is None else texts
         colours = colours or [color_of(label) for label in detections.labels.tolist()]
         order = detections.scores.argsort(stable=True).tolist()  # the best last, on top
     elif boxes is not None and detections is None:
@@ -98,6 +103,10 @@ def draw(
         raise ValueError(
             f"{len(rectangles)} boxes, {len(texts)} texts, {len(colours)} colours: give one each a box"
         )
+    if highlight is not None:
+        order = [*(number for number in order if number != highlight), highlight]
+        texts = [text if number == highlight else "" for number, text in enumerate(texts)]
+        colours = [colour if number == highlight else GRAY for number, colour in enumerate(colours)]
 
     picture = Image.fromarray(pixels)
     factor = enlargement(picture.width, picture.height)
@@ -121,6 +130,14 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 def enlargement(width: int, height: int) -> int:
     """Returns the whole factor by which `draw` enlarges a picture: 3 for 128 pixels, 1 from 384 on."""
     return max(1, -(-READABLE_SIDE // max(width, height)))
+
+
+def fit_page(pixels: Pixels) -> Pixels:
+    """Returns an image [h, w, 3] whose longer side has a number of pixels within `PAGE_SIDE`."""
+    height, width = pixels.shape[:2]
+    longer = max(height, width)
+    factor = min(-(-PAGE_SIDE[0] // longer), PAGE_SIDE[1] / longer)
+    return resize(pixels, max(1, round(width * factor)), max(1, round(height * factor)))
 
 
 def color_of(number: int) -> Color:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from clip_base.images.inputs import pixels_of
+from clip_base.images.inputs import pixels_of, read_upright
 from clip_base.runtime.errors import InputError
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
@@ -90,3 +91,17 @@ def test_a_pil_image_is_turned_as_its_note_says() -> None:
 def test_what_is_no_picture_is_refused(picture: object, told: str) -> None:
     with pytest.raises(InputError, match=told):
         pixels_of(picture)  # type: ignore[arg-type]
+
+
+def test_a_limit_of_pixels_is_asked_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "large.png"
+    Image.new("L", (100, 60)).save(file)
+    assert read_upright(file, 0.006)[1] == (60, 100)
+    monkeypatch.setattr("clip_base.images.inputs.load_image", None)
+    with pytest.raises(
+        InputError, match=r"large\.png has 100 × 60 = 0\.0 million pixels, more than the 0\.005"
+    ):
+        read_upright(file, 0.005)
+    file.write_bytes(b"no header says how large this is")
+    with pytest.raises(InputError, match=r"large\.png is not of a form that can be read"):
+        read_upright(file, 1)

@@ -257,3 +257,12 @@ def test_soft_nms_of_boxes_without_area_lets_them_be():
 def test_soft_nms_refuses_what_has_no_meaning(wrong: dict[str, float]):
     with pytest.raises(ValueError, match="soft-NMS needs"):
         B.soft_nms(*many(5, 2), **wrong)  # type: ignore[arg-type]
+
+
+def test_a_point_means_the_smallest_box_that_holds_it() -> None:
+    boxes = torch.tensor([[0, 0, 40, 40], [10, 10, 20, 20], [12, 12, 60, 60]], dtype=torch.float32)
+    assert B.smallest_at(boxes, 15, 15) == 1
+    assert B.smallest_at(boxes, 30, 30) == 0
+    assert B.smallest_at(boxes, 50, 50) == 2
+    assert B.smallest_at(boxes, 50, 5) is None
+    assert B.smallest_at(boxes[:0], 1, 1) is None

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from regionclip.structures.detections import Detections
-from regionclip.structures.drawing import _place, _shared, color_of, draw, enlargement
+from regionclip.structures.drawing import _place, _shared, color_of, draw, enlargement, fit_page
 
 
 def test_small_pictures_are_enlarged_and_large_ones_are_not():
@@ -86,3 +86,22 @@ def test_what_does_not_fit_together_is_refused():
         draw(image, boxes=[[0, 0, 5, 5]], texts=["a", "b"])
     with pytest.raises(ValueError, match="uint8"):
         draw(np.zeros((300, 400, 3), np.int64), boxes=[])
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [((64, 32), (640, 320)), ((640, 480), (640, 480)), ((2560, 1280), (1280, 640)), ((5000, 1), (1280, 1))],
+)
+def test_images_come_to_a_page_in_a_readable_size(size: tuple[int, int], shown: tuple[int, int]) -> None:
+    assert fit_page(np.zeros((*size, 3), np.uint8)).shape[:2] == shown
+
+
+def test_a_highlighted_box_is_on_top_in_its_color_and_the_others_are_gray() -> None:
+    boxes = torch.tensor([[50.0, 50, 200, 200], [50, 50, 150, 150]])
+    scores, labels = torch.tensor([0.5, 0.9]), torch.tensor([0, 1])
+    found = Detections(boxes, scores, labels, ("cat", "dog"), (300, 400))
+    drawn = draw(Image.new("RGB", (400, 300)), found, highlight=0)
+    assert drawn.getpixel((50, 100)) == drawn.getpixel((200, 190)) == color_of(0)
+    assert drawn.getpixel((150, 100)) == (150, 150, 150)
+    assert color_of(1) not in {color for _, color in drawn.getcolors(2**16)}
+    assert found.captions == ["cat 0.50", "dog 0.90"]

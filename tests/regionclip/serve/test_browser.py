@@ -24,7 +24,8 @@ from clip_base.jobs.config import resolve  # noqa: E402
 from clip_base.runtime.files import read_json  # noqa: E402
 from regionclip.checkpoints.load import save_detector  # noqa: E402
 from regionclip.models.detector import Detector  # noqa: E402
-from regionclip.serve import ServeConfig, example_pictures, open_desk, page, server  # noqa: E402
+from regionclip.serve import server  # noqa: E402
+from regionclip.serve.job import ServeConfig, make_server  # noqa: E402
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, PROGRAMS)), None)
@@ -60,17 +61,16 @@ def served(
         "precision=fp32",
         "megabytes=0.5",
         "lists=[coco]",
+        f"vocabulary={NAMES}",
+        "score=0",
     ]
     config = resolve(ServeConfig, None, options)
-    with server.listen(config.host, 0) as listener, server.private_folder() as folder:
-        desk, pictures = open_desk(config), example_pictures("", folder)
-        blocks = page.build(desk, folder, pictures, NAMES, 0.0)
-        running = server.server(
-            server.application(blocks, page.looks(), folder, config.host, config.megabytes)
-        )
+    listener, url = server.listen(config.host, 0)
+    with listener, server.private_folder() as folder:
+        running = make_server(config, folder)
         thread = threading.Thread(target=running.run, args=([listener],))
         thread.start()
-        yield Served(server.address(listener), folder, detector_file)
+        yield Served(url, folder, detector_file)
         running.should_exit = True
         thread.join(30)
 
@@ -219,7 +219,7 @@ def test_a_file_that_is_no_picture_is_told(tab: playwright.Page, tmp_path: Path)
     words = tmp_path / "words.png"
     words.write_text("not a picture")
     drop(tab, words)
-    playwright.expect(tab.get_by_role("alert")).to_contain_text("words.png is no picture that can be read")
+    playwright.expect(tab.get_by_role("alert")).to_contain_text("words.png is not of a form that can be read")
 
 
 def test_a_file_that_is_too_large_is_told(tab: playwright.Page, tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+"""The job `regionclip serve`: its options, and the page made from them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from clip_base.images.inputs import picture_files
+from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
+from clip_base.runtime.errors import InputError
+from clip_base.synthetic.pictograms import TABLE
+from clip_base.synthetic.scenes import ScenesConfig, generate
+from regionclip.data.categories import parse_names
+from regionclip.inference.predictor import load
+from regionclip.proposals.base import build_proposer
+from regionclip.serve import page, server
+from regionclip.serve.session import DemoSession, LoadedModel
+
+PROPOSERS = "regionclip.proposers"
+MAX_EXAMPLES = 24
+
+
+@dataclass
+class ServeConfig:
+    """Options of the page."""
+
+    weights: str = option(REQUIRED, "a detector (ours or RegionCLIP's), or a CLIP (then give a proposer)")
+    compare: str = option("", "a second one, shown beside the first; empty: none")
+    vocabulary: str = option(
+        "", 'names at first: "cat, dog", a file of names, coco; empty: the examples\' own'
+    )
+    lists: list[str] = option(["coco", "lvis"], "lists of names for a clicked region: coco, lvis, files")
+    examples: str = option("", "folder of images to begin with; empty: generated scenes")
+    score: float = option(0.3, "minimum score of a box at first, 0 to 1")
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: other machines reach the page too")
+    port: int = option(7860, "port to listen on; 0: a free one")
+    megabytes: float = option(20.0, "largest file that can be uploaded, in MB (1,000,000 bytes)")
+    megapixels: float = option(25.0, "largest image, in millions of pixels")
+    proposer: Plugin = plugin(
+        PROPOSERS, "none", "where regions come from for weights without a proposal network"
+    )
+    text: str = option("", "CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none")
+    precision: str = option("auto", "auto: bf16 where the processor has it", choices=("auto", "fp32", "bf16"))
+    device: str = option("auto", "auto takes a GPU when there is one")
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        if not (0 <= self.score <= 1 and 0 <= self.port <= 65535):
+            raise InputError(f"score={self.score:g} must be in [0, 1], port={self.port} in 0…65535")
+        if not (self.megabytes > 0 and self.megapixels > 0):
+            raise InputError(
+                f"megabytes={self.megabytes:g} and megapixels={self.megapixels:g} must be above 0"
+            )
+
+
+def serve(config: ServeConfig) -> None:
+    """Opens a local web page to try a detector on, or two side by side."""
+    if find_spec("gradio") is None:
+        raise InputError("the page needs Gradio: pip install 'regionclip[serve]'")
+    try:
+        listener, address = server.listen(config.host, config.port)  # before anything is loaded
+        with listener, server.private_folder() as folder:
+            running = make_server(config, folder)
+            print(f"{address}  (Ctrl-C ends it)", flush=True)
+            running.run([listener])
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+
+
+def make_server(config: ServeConfig, folder: Path) -> Any:
+    """Loads the models and the lists of names; returns the page's uvicorn.Server.
+
+    Raises:
+        InputError: a file is missing, damaged or does not fit; weights without proposals and no proposer.
+    """
+    lists = {Path(one).stem: tuple(parse_names(one)) for one in config.lists}
+    generated = [category.name for category in TABLE[: ScenesConfig.categories]]
+    names = parse_names(config.vocabulary) if config.vocabulary else generated
+    models = [load_model(file, config) for file in (config.weights, config.compare) if file]
+    session = DemoSession(models, lists, config.megapixels)
+    blocks = page.build(session, folder, example_images(config.examples, folder), names, config.score)
+    return server.make(blocks, page.theme(), folder, config.host, config.megabytes)
+
+
+def load_model(file: str, config: ServeConfig) -> LoadedModel:
+    """Loads one of the models; its title has the file's folder, as many share a name."""
+    print(f"loading {file}", flush=True)
+    predictor = load(file, text=config.text, precision=config.precision, device=config.device)
+    if predictor.detector.network is None:
+        if config.proposer["name"] == "none":
+            raise InputError(f"{file} has no proposal network; give proposer.name=grid, for example")
+        predictor.proposer = build_proposer(config.proposer, predictor.device)
+    return LoadedModel("/".join(Path(file).parts[-2:]), predictor)
+
+
+def example_images(source: str, folder: Path) -> list[Path]:
+    """Returns the images to begin with: those of a folder `source`, else scenes generated in `folder`."""
+    if not source:
+        source = str(folder / "scenes" / "images" / "train")
+        generate(ScenesConfig(f"{folder}/scenes", images=6, val_images=1, size=384, objects_min=2, workers=1))
+    return picture_files([source])[:MAX_EXAMPLES]

@@ -55,6 +55,7 @@ NOT_OURS = {
     r"^(python )?tools/train_net\.py ": "needs detectron2; tests/regionclip/detectron2 runs it",
     r"^python benchmarks/": "takes minutes to hours",
     r"^export ": "sets an environment variable",
+    r"^source ": "activates the environment",
 }
 NOT_RUN = {r"detectron2|DefaultPredictor": "needs detectron2; tests/regionclip/detectron2 runs it"}
 

@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,14 @@ def _launch(commands: list[list[str]]) -> list[subprocess.CompletedProcess[str]]
         output, errors = child.communicate(timeout=300)
         ended.append(subprocess.CompletedProcess(child.args, child.returncode, output, errors))
     return ended
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps the options that `--help` reads away from the user's own cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REGIONCLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

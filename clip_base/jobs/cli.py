@@ -20,8 +20,10 @@ from typing import Any
 
 from clip_base.jobs import completion as completions
 from clip_base.jobs import config as configs
-from clip_base.jobs import outline, plugins
-from clip_base.jobs.outline import Description
+from clip_base.jobs import plugins
+from clip_base.jobs import schema as schemas
+from clip_base.jobs.completion import Word
+from clip_base.jobs.schema import Description
 from clip_base.runtime.errors import InputError, InputNote
 
 REGION_PREFIX = "region-"
@@ -108,7 +110,7 @@ def _dispatch(program: str, prefix: str, arguments: list[str]) -> int:
     if name not in jobs:
         raise InputError(f"there is no job {name!r}; {plugins.did_you_mean(name, list(jobs))}")
     if "-h" in rest or "--help" in rest:
-        print(job_help(f"{program} {name}", outline.describe(jobs[name])))
+        print(job_help(f"{program} {name}", schemas.describe(jobs[name])))
         return 0
     job: Callable[[Any], None] = jobs[name].load()
     schema = plugins.schema_of(job)
@@ -197,40 +199,25 @@ def _overview(program: str, jobs: dict[str, Any]) -> str:
 
 def job_help(command: str, job: Description) -> str:
     """Returns the text of `JOB --help`: what it does, and every option with type, default and meaning."""
-    rows: list[tuple[str, str]] = []
-    defaults = configs.defaults_of(job.schema)
-    for key, field, hint in configs.fields_of(job.schema):
-        if dataclasses.is_dataclass(hint):
-            continue
-        rows.append(_help_row(key, field, hint, defaults[key]))
-        group = field.metadata.get("group")
-        if group:
-            rows += _part_rows(key, group)
-    what = job.text.partition("\n\nRaises:")[0]
-    lines = [f"usage: {command} [FILE.yaml] [key=value …]", "", what, "", "options:"]
-    for left, right in rows:
-        lines += [f"  {left}", f"      {right}"]
+    lines = [f"usage: {command} [FILE.yaml] [key=value …]", "", job.text.partition("\n\nRaises:")[0]]
+    for title, rows in (("options", _rows(job)),):
+        lines += ["", f"{title}:"]
+        for left, right in rows:
+            lines += [f"  {left}", f"      {right}"]
     return "\n".join(lines)
 
 
-def _help_row(key: str, field: dataclasses.Field[Any], hint: Any, default: Any) -> tuple[str, str]:
-    meaning, choices = str(field.metadata.get("meaning", "")), field.metadata.get("choices")
-    group = field.metadata.get("group")
-    if group:
-        known = ", ".join(sorted(plugins.found(group)))
-        return f"{key}.name (part, default {default['name']}; known: {known})", meaning
-    kind = str(hint) if str(hint).startswith(("list", "dict")) else getattr(hint, "__name__", str(hint))
-    shown = "required" if default == configs.REQUIRED else f"default {default!r}"
-    return f"{key} ({'|'.join(choices) if choices else kind}, {shown})", meaning
-
-
-def _part_rows(key: str, group: str) -> list[tuple[str, str]]:
-    rows = []
-    for name in sorted(plugins.found(group)):
-        schema = outline.describe(plugins.found(group)[name]).schema
-        defaults = configs.defaults_of(schema)
-        for option, field, hint in configs.fields_of(schema):
-            if not dataclasses.is_dataclass(hint):
-                left, right = _help_row(f"{key}.{option}", field, hint, defaults[option])
-                rows.append((left, f"[{name}] {right}"))
-    return rows
+def _rows(described: Description, prefix: str = "", note: str = "") -> Iterator[Word]:
+    """Yields the options with their meanings, and below one that names a plugin those of all plugins."""
+    for option in described.options:
+        kind, key = "|".join(option.choices) or option.kind, f"{prefix}{option.key}"
+        shown = "required" if option.required else f"default {option.default!r}"
+        if not option.group:
+            yield f"{key} ({kind}, {shown})", note + option.meaning
+            continue
+        known = schemas.plugins_of(option.group)
+        yield f"{key} (plugin, default {option.default}; known: {', '.join(known)})", note + option.meaning
+        for name, plugin in () if note else known.items():  # a plugin may have plugins, itself among them
+            if plugin.fault:
+                yield f"{key}={name}", f"[{name}] {plugin.fault}"
+            yield from _rows(plugin, key.removesuffix("name"), f"[{name}] ")

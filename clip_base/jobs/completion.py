@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import EntryPoint
 from importlib.resources import files
 from itertools import pairwise
-from typing import Any
 
-from clip_base.jobs import config as configs
-from clip_base.jobs import outline, plugins
+from clip_base.jobs import plugins
+from clip_base.jobs import schema as schemas
+from clip_base.jobs.schema import Description, Option
 from clip_base.runtime.errors import InputError
 
 COMMAND = "completion"
@@ -23,25 +23,6 @@ FILES = ":files"
 
 Jobs = dict[str, EntryPoint]
 Word = tuple[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Option:
-    """One option of a job.
-
-    Attributes:
-        key: dotted, a part's name as `matcher.name`.
-        meaning: one line.
-        values: what it may be, with meanings; no end to it when there are none.
-        is_flag: whether `--key` alone sets it.
-        takes_file: whether its value may name a file.
-    """
-
-    key: str
-    meaning: str
-    values: tuple[Word, ...]
-    is_flag: bool
-    takes_file: bool
 
 
 def completion(program: str, jobs: Jobs, arguments: Sequence[str]) -> str:
@@ -82,26 +63,26 @@ def next_words(jobs: Jobs, words: Sequence[str]) -> list[Word]:
     elif before[0] == COMMAND:
         found = [(shell, "") for shell in SHELLS] if len(before) == 1 else []
     elif before[0] in jobs:
-        return _in_job(outline.describe(jobs[before[0]]).schema, before[1:], current)
+        return _in_job(schemas.describe(jobs[before[0]]), before[1:], current)
     else:
         found = []
     return [word for word in found if word[0].startswith(current)]
 
 
-def _in_job(schema: type, before: Sequence[str], current: str) -> list[Word]:
+def _in_job(job: Description, before: Sequence[str], current: str) -> list[Word]:
     given = _given(before)
-    options = {option.key: option for option in _options(schema, given)}
+    options = {option.key: option for option in _options(job, given)}
     dashes = "--" if current.startswith("--") else ""
     key, equals, _ = current.removeprefix("--").partition("=")
     last = _key(before[-1]) if before and before[-1].startswith("--") and "=" not in before[-1] else ""
-    if last in options and not options[last].is_flag:
+    if last in options and options[last].kind != "bool":
         return _values(options[last], "", current)
     if equals:
         option = options.get(_key(key))
         return _values(option, f"{dashes}{key}=", current) if option else []
     found = dict(_keys([option for option in options.values() if option.key not in given], dashes, current))
     found |= {word: "" for word in ("--help", "--debug") if dashes and word.startswith(current)}
-    positional = any(field.metadata.get("positional") for _, field, _ in configs.fields_of(schema))
+    positional = any(option.positional for option in job.options)
     if not dashes and (positional or not found):  # pictures, weights; or the config file
         found[FILES] = ""
     return list(found.items())
@@ -123,49 +104,33 @@ def _given(words: Sequence[str]) -> dict[str, str]:
     return given
 
 
-def _options(schema: type, given: dict[str, str], prefix: str = "") -> Iterator[_Option]:
-    defaults = configs.defaults_of(schema)
-    for key, field, hint in configs.fields_of(schema, prefix):
-        if dataclasses.is_dataclass(hint):
-            continue
-        meaning, group = str(field.metadata.get("meaning", "")), field.metadata.get("group")
-        if not group:
-            values = _known_values(field, hint, defaults[key.removeprefix(prefix)])
-            takes_file = hint in (str, list[str]) and not field.metadata.get("choices")
-            yield _Option(key, meaning, values, hint is bool, takes_file)
-            continue
-        points = plugins.found(group)
-        yield _Option(
-            f"{key}.name",
-            meaning,
-            tuple((name, plugins.summary(points[name])) for name in points),
-            False,
-            False,
-        )
-        # A config file may name another part than the default one: then the options of all are offered.
-        names = [given.get(f"{key}.name", defaults[key.removeprefix(prefix)]["name"])]
-        for name in points if "" in given and f"{key}.name" not in given else names:
-            if name in points:
-                yield from _options(outline.describe(points[name]).schema, {}, f"{key}.")
+def _options(described: Description, given: dict[str, str], prefix: str = "") -> Iterator[Option]:
+    for option in described.options:
+        yield dataclasses.replace(option, key=f"{prefix}{option.key}")
+        known = schemas.plugins_of(option.group) if option.group else {}
+        # A config file may name another plugin than the default one: then the options of all are offered.
+        named = known if "" in given and option.key not in given else [given.get(option.key, option.default)]
+        for name in named if known else ():
+            if name in known:
+                yield from _options(known[name], {}, f"{prefix}{option.key.removesuffix('name')}")
 
 
-def _known_values(field: dataclasses.Field[Any], hint: Any, default: Any) -> tuple[Word, ...]:
-    """Returns the values an option may have, or its default alone, whose meaning is "default"."""
-    shown = str(default).lower() if hint is bool else str(default)
-    choices = field.metadata.get("choices") or (("true", "false") if hint is bool else ())
-    if not choices and isinstance(default, int | float | str) and default != configs.REQUIRED:
-        choices = (shown,)
+def _values(option: Option, prefix: str, current: str) -> list[Word]:
+    """Returns what an option may be, as far as that is known: its choices, or its default."""
+    default = str(option.default).lower() if option.kind == "bool" else str(option.default)
+    values = option.choices or (["true", "false"] if option.kind == "bool" else [])
+    takes_file = option.kind in ("str", "list[str]") and not values and not option.group
+    if not values and isinstance(option.default, int | float | str) and not option.required:
+        values = [default]
     # One word each: others would have to be quoted, in each shell its way.
-    return tuple((value, "default" if value == shown else "") for value in choices if len(value.split()) == 1)
+    words = {value: "default" if value == default else "" for value in values if len(value.split()) == 1}
+    if option.group:
+        words = {name: known.summary for name, known in schemas.plugins_of(option.group).items()}
+    found = [(f"{prefix}{value}", meaning) for value, meaning in words.items()]
+    return [word for word in found if word[0].startswith(current)] + [(FILES, "")] * takes_file
 
 
-def _values(option: _Option, prefix: str, current: str) -> list[Word]:
-    found = [(f"{prefix}{value}", meaning) for value, meaning in option.values]
-    found = [word for word in found if word[0].startswith(current)]
-    return [*found, (FILES, "")] if option.takes_file else found
-
-
-def _keys(options: Sequence[_Option], dashes: str, current: str) -> Iterator[Word]:
+def _keys(options: Sequence[Option], dashes: str, current: str) -> Iterator[Word]:
     """Yields `key=` for the options that `current` begins, `group.` for those in a group not yet named."""
     typed = current.removeprefix("--").replace("-", "_") if dashes else current
     for option in options:
@@ -176,4 +141,4 @@ def _keys(options: Sequence[_Option], dashes: str, current: str) -> Iterator[Wor
         if dot:
             yield f"{current}{group}.", "…"
         else:
-            yield f"{current}{rest}{'' if dashes and option.is_flag else '='}", option.meaning
+            yield f"{current}{rest}{'' if dashes and option.kind == 'bool' else '='}", option.meaning

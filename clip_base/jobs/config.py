@@ -181,20 +181,3 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
-
-
-def defaults_of(schema: type, instance: Any = None, prefix: str = "") -> dict[str, Any]:
-    """Returns the default of every option by its dotted key, as the whole schema sets it.
-
-    A nested dataclass may be declared with an instance whose values differ from its own defaults.
-    """
-    hints = typing.get_type_hints(schema)
-    flat: dict[str, Any] = {}
-    for field in dataclasses.fields(schema):
-        value = default_of(field) if instance is None else getattr(instance, field.name)
-        if dataclasses.is_dataclass(hints[field.name]):
-            nested = None if isinstance(value, str) else value  # a nested part may be REQUIRED as a whole
-            flat |= defaults_of(cast(type, hints[field.name]), nested, f"{prefix}{field.name}.")
-        else:
-            flat[f"{prefix}{field.name}"] = value
-    return flat

@@ -14,6 +14,7 @@ import pytest
 from clip_base.jobs import config as configs
 from clip_base.jobs import plugins
 from clip_base.jobs.cli import main_regionclip
+from clip_base.jobs.schema import options_of
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import read_json
 from regionclip.quickstart.stages import shipped
@@ -29,12 +30,10 @@ STAGES = {path.parent.name for path in FILES if path.stem == "quickstart"}
 def required(schema: type, prefix: str = "") -> list[str]:
     """Returns an override with a placeholder for every option that has no default."""
     given = []
-    for key, default in configs.defaults_of(schema).items():
-        if default == configs.REQUIRED:
-            hint = next(hint for name, _, hint in configs.fields_of(schema) if name == key)
-            given.append(
-                f"{prefix}{key}=" + ("[placeholder]" if str(hint).startswith("list") else "placeholder")
-            )
+    for option in options_of(schema):
+        if option.required:
+            value = "[placeholder]" if option.kind.startswith("list") else "placeholder"
+            given.append(f"{prefix}{option.key}={value}")
     return given
 
 

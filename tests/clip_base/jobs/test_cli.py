@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import errno
 import importlib.util
 import os
@@ -16,6 +15,7 @@ import pytest
 from clip_base.jobs import cli, plugins
 from clip_base.jobs import config as configs
 from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
+from clip_base.jobs.schema import options_of
 from clip_base.runtime.errors import InputError
 
 
@@ -255,7 +255,7 @@ def test_a_jobs_help_shows_nested_defaults_choices_and_parts(capsys: pytest.Capt
         "  words (list[str], default [])\n      what to say",
         "  inner.rate (float, default 0.7)\n      how fast",
         "  fail (|input|bug|stop|disk|pipe|quiet, default '')",
-        "  source.name (part, default none; known: coco, csv, folder, jsonl, mix, parquet, webdataset)",
+        "  source.name (plugin, default none; known: coco, csv, folder, jsonl, mix, parquet, webdataset)",
         "  source.image_column (str, default 'image')\n      [csv] column of the image path",
     ):
         assert line in shown
@@ -278,17 +278,13 @@ def test_every_declared_jobs_help_shows_all_options(
     assert cli.main([name, "--help"]) == 0
     shown = capsys.readouterr().out
     schema = plugins.schema_of(plugins.load(plugins.JOBS, name))
-    defaults = configs.defaults_of(schema)
-    for key, field, hint in configs.fields_of(schema):
-        meaning = field.metadata.get("meaning")
-        assert meaning, f"{key} does not say what it means"
-        if dataclasses.is_dataclass(hint):
-            continue
-        (line,) = [line for line in shown.splitlines() if line.startswith((f"  {key} (", f"  {key}.name ("))]
-        assert f"{line}\n      {meaning}\n" in f"{shown}\n"
-        if not field.metadata.get("group"):
-            default = defaults[key]
-            assert line.endswith("required)" if default == REQUIRED else f"default {default!r})")
+    for known in options_of(schema):
+        assert known.meaning, f"{known.key} does not say what it means"
+        (line,) = [line for line in shown.splitlines() if line.startswith(f"  {known.key} (")]
+        assert f"{line}\n      {known.meaning}\n" in f"{shown}\n"
+        if not known.group:
+            assert line.endswith("required)" if known.required else f"default {known.default!r})")
+    assert all(field.metadata.get("meaning") for _, field, _ in configs.fields_of(schema))
 
 
 def test_the_overview_is_quick_and_imports_nothing_heavy() -> None:

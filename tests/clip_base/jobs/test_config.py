@@ -7,6 +7,7 @@ import pytest
 
 from clip_base.jobs import config as configs
 from clip_base.jobs.config import REQUIRED, Plugin, option, plugin, resolve
+from clip_base.jobs.schema import options_of
 from clip_base.runtime.errors import InputError
 
 
@@ -140,8 +141,10 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) 
 
 def test_a_nested_instances_own_values_are_the_defaults() -> None:
     assert resolve(Schema, None, GIVEN).loop.steps == 32
-    assert configs.defaults_of(Schema)["loop.steps"] == 32
-    assert configs.defaults_of(Schema)["out"] == REQUIRED
+    options = {option.key: option for option in options_of(Schema)}
+    assert options["loop.steps"].default == 32
+    assert options["out"].required
+    assert [key for key, option in options.items() if option.required] == ["out"]
 
 
 def test_a_default_list_is_not_shared() -> None:

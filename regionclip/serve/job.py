@@ -50,10 +50,9 @@ class ServeConfig:
         """Checks the numbers."""
         if not (0 <= self.score <= 1 and 0 <= self.port <= 65535):
             raise InputError(f"score={self.score:g} must be in [0, 1], port={self.port} in 0…65535")
-        if not (self.megabytes > 0 and self.megapixels > 0):
-            raise InputError(
-                f"megabytes={self.megabytes:g} and megapixels={self.megapixels:g} must be above 0"
-            )
+        for name in ("megabytes", "megapixels"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name}={getattr(self, name):g} must be above 0")
 
 
 def serve(config: ServeConfig) -> None:
@@ -77,6 +76,8 @@ def make_server(config: ServeConfig, folder: Path) -> Any:
         InputError: a file is missing, damaged or does not fit; weights without proposals and no proposer.
     """
     lists = {Path(one).stem: tuple(parse_names(one)) for one in config.lists}
+    if len(lists) < len(config.lists):
+        raise InputError(f"lists={config.lists} must have different names, as the page shows these")
     generated = [category.name for category in TABLE[: ScenesConfig.categories]]
     names = parse_names(config.vocabulary) if config.vocabulary else generated
     models = [load_model(file, config) for file in (config.weights, config.compare) if file]

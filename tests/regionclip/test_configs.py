@@ -327,7 +327,7 @@ def test_bad_input_takes_nothing_away_from_a_finished_run(
     [
         ("concepts", "regionclip.concepts.build.write_text"),
         ("mine", "regionclip.mining.mine.write_json"),
-        ("export", "regionclip.export.pseudo_labels.replacing"),
+        ("export", "regionclip.export.label_writers.replacing"),
         ("pretrain", "regionclip.training.pretrain.save_clip"),
         ("train-rpn", "regionclip.training.train_rpn.save_network"),
         ("train-detector", "regionclip.training.train_detector.save_detector"),

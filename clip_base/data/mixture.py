@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from clip_base.data.sources import SOURCES, Pair, Pairs, Source
-from clip_base.jobs import plugins
-from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.config import REQUIRED, build_plugin, option
 from clip_base.runtime.errors import InputError
 
 
@@ -43,7 +42,7 @@ class MixSource:
 
     def __init__(self, config: MixConfig) -> None:
         self.weights = config.weights or [1.0] * len(config.sources)
-        self.sources: list[Source] = [plugins.build(SOURCES, dict(spec)) for spec in config.sources]
+        self.sources: list[Source] = [build_plugin(SOURCES, dict(spec)) for spec in config.sources]
 
     def pairs(self) -> Pairs:
         """Returns the pairs of all sources, one source after the other."""

@@ -181,3 +181,16 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
+
+
+def build_plugin(group: str, spec: dict[str, Any], **context: Any) -> Any:
+    """Builds the plugin that `spec` names: {"name": …, and the plugin's own options}.
+
+    Args:
+        group: entry-point group.
+        spec: the plugin's name and options; unknown options and wrong types are InputErrors.
+        context: further constructor arguments that the job supplies.
+    """
+    target = plugins.load(group, str(spec.get("name", "")))
+    options = {key: value for key, value in spec.items() if key != "name"}
+    return target(check(plugins.schema_of(target), options, f"{group} {spec['name']}"), **context)

@@ -71,21 +71,6 @@ def schema_of(target: Any) -> type:
     return schema
 
 
-def build(group: str, spec: dict[str, Any], **context: Any) -> Any:
-    """Builds the part that `spec` names: {"name": …, and the part's own options}.
-
-    Args:
-        group: entry-point group.
-        spec: the part's name and options; unknown options and wrong types are InputErrors.
-        context: further constructor arguments that the job supplies.
-    """
-    from clip_base.jobs import config  # noqa: PLC0415
-
-    target = load(group, str(spec.get("name", "")))
-    options = {key: value for key, value in spec.items() if key != "name"}
-    return target(config.check(schema_of(target), options, f"{group} {spec['name']}"), **context)
-
-
 def source(module: str) -> ast.Module:
     """Returns a module's parsed source; the module itself is not imported, packages above it are.
 

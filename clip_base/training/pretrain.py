@@ -18,8 +18,7 @@ from clip_base.data.loader import Loader
 from clip_base.data.mixture import weights_of
 from clip_base.data.sources import SOURCES, Pairs, Source
 from clip_base.images.decode import ImageStore, Pixels, normalize, resize_bicubic, to_tensor
-from clip_base.jobs import plugins
-from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
+from clip_base.jobs.config import REQUIRED, Plugin, build_plugin, option, plugin
 from clip_base.jobs.run import RunFolder
 from clip_base.models import zoo
 from clip_base.models.clip import CLIP
@@ -186,7 +185,7 @@ def make_model(config: PretrainConfig) -> CLIP:
 
 def make_task(config: PretrainConfig, model: CLIP) -> ContrastiveTask:
     """Returns the training task of `model`; random weights get the objective's initial logit scale."""
-    objective = plugins.build(OBJECTIVES, config.objective)
+    objective = build_plugin(OBJECTIVES, config.objective)
     start = getattr(objective, "initial_logit_scale", None)
     if start is not None and not config.init:
         nn.init.constant_(model.logit_scale, start)
@@ -202,7 +201,7 @@ def pretrain(config: PretrainConfig) -> None:
     if run.finished() is not None:
         print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
         return
-    source: Source = plugins.build(SOURCES, config.source)
+    source: Source = build_plugin(SOURCES, config.source)
     pairs = source.pairs()
     model = make_model(config)
     sizes = model.config

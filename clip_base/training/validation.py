@@ -17,8 +17,7 @@ from clip_base.evaluation.prompts import classifier, read_templates
 from clip_base.evaluation.ranking import ranks_of_classes, require_finite
 from clip_base.evaluation.retrieval import embed_texts, recall_at
 from clip_base.images.decode import Stored, decode, middle_square, normalize
-from clip_base.jobs import plugins
-from clip_base.jobs.config import Plugin, option, plugin
+from clip_base.jobs.config import Plugin, build_plugin, option, plugin
 from clip_base.models.clip import CLIP
 from clip_base.runtime.errors import InputError
 
@@ -54,7 +53,7 @@ class Validation:
         self.config, self.model = config, model
         self.pairs: list[Pair] = []
         if config.source["name"] != "none":
-            pairs = plugins.build(SOURCES, config.source).pairs()
+            pairs = build_plugin(SOURCES, config.source).pairs()
             self.pairs = [pairs[index] for index in _spread(len(pairs), config.limit)]
         self.names: list[str] = []
         if config.images:

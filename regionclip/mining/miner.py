@@ -18,8 +18,7 @@ from clip_base.data.batch import ImageBatch
 from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
 from clip_base.images.decode import Pixels, decode
 from clip_base.images.orientation import turned_as_annotated, turned_upright
-from clip_base.jobs import plugins
-from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
+from clip_base.jobs.config import REQUIRED, Plugin, build_plugin, option, plugin
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing
 from clip_base.runtime.precision import autocast, pick_device
@@ -83,7 +82,7 @@ class Miner:
             teacher.visual, config.teacher, config.context, scale=config.teacher_scale
         )
         self.proposer = build_proposer(config.proposer, self.device)
-        self.matcher: Matcher = plugins.build(MATCHERS, config.matcher, names=self.vocabulary.names)
+        self.matcher: Matcher = build_plugin(MATCHERS, config.matcher, names=self.vocabulary.names)
         self.rows = rows_of(self.pool)
 
     def __call__(self, part: ImageRange, report: Report) -> int:

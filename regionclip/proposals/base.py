@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clip_base.data.batch import ImageBatch
 from clip_base.jobs import plugins
-from clip_base.jobs.config import Plugin, option
+from clip_base.jobs.config import Plugin, build_plugin, option
 from clip_base.runtime.errors import InputError
 from regionclip.structures.regions import ImageInfo, Regions
 
@@ -95,5 +95,5 @@ def build_proposer(spec: Plugin, device: torch.device) -> Proposer:
     """
     takes = inspect.signature(plugins.load(GROUP, str(spec.get("name", "")))).parameters
     context = {"device": device} if "device" in takes else {}
-    proposer: Proposer = plugins.build(GROUP, spec, **context)
+    proposer: Proposer = build_plugin(GROUP, spec, **context)
     return proposer

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from clip_base.data.batch import ImageBatch
 from clip_base.evaluation.prompts import fill
-from clip_base.jobs import plugins
-from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
+from clip_base.jobs.config import REQUIRED, Plugin, build_plugin, option, plugin
 from clip_base.models.clip import CLIP
 from clip_base.models.resnet import ModifiedResNet, freeze_batch_norm
 from clip_base.models.tokenizer import Tokenizer
@@ -138,7 +137,7 @@ class RegionTextTask(nn.Module):
         model.logit_scale.requires_grad_(config.learn_temperature)
         scale = 1 / config.temperature if config.temperature else model.logit_scale.detach().exp()
         self.register_buffer("fixed_scale", torch.as_tensor(scale), persistent=False)
-        self.region_text = plugins.build(REGION_TEXT, config.region_text) if config.contrastive else None
+        self.region_text = build_plugin(REGION_TEXT, config.region_text) if config.contrastive else None
         self.memory = CrossBatchMemory(config.memory, model.config.embed_dim)
         if vocabulary is not None:
             self.register_buffer("concepts", vocabulary.embeddings, persistent=False)  # [C, D]

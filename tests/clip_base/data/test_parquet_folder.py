@@ -14,12 +14,12 @@ from clip_base.data.mixture import weights_of
 from clip_base.data.sampler import epoch_length, epoch_order
 from clip_base.data.sources import SOURCES, Pair, Pairs
 from clip_base.images.decode import decode
-from clip_base.jobs import plugins
+from clip_base.jobs.config import build_plugin
 from clip_base.runtime.errors import InputError, InputNote
 
 
 def pairs(name: str, **options: Any) -> Pairs:
-    found: Pairs = plugins.build(SOURCES, {"name": name, **options}).pairs()
+    found: Pairs = build_plugin(SOURCES, {"name": name, **options}).pairs()
     return found
 
 

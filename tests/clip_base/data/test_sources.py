@@ -8,12 +8,12 @@ import pytest
 
 from clip_base.data.coco import read_captions
 from clip_base.data.sources import SOURCES, Pair
-from clip_base.jobs import plugins
+from clip_base.jobs.config import build_plugin
 from clip_base.runtime.errors import InputError
 
 
 def pairs(name: str, **options: Any) -> list[Pair]:
-    source = plugins.build(SOURCES, {"name": name, **options})
+    source = build_plugin(SOURCES, {"name": name, **options})
     found: list[Pair] = source.pairs()
     return found
 

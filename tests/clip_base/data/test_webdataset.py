@@ -15,14 +15,15 @@ from clip_base.data.loader import Loader
 from clip_base.data.sources import SOURCES, Pairs
 from clip_base.data.webdataset import Records, TarIndex, read_index, scan
 from clip_base.images.decode import decode
-from clip_base.jobs import cli, plugins
+from clip_base.jobs import cli
+from clip_base.jobs.config import build_plugin
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
 from clip_base.training.pretrain import CaptionedImages
 
 
 def records(shards: object, **options: Any) -> Records:
-    found: Records = plugins.build(SOURCES, {"name": "webdataset", "shards": str(shards), **options}).pairs()
+    found: Records = build_plugin(SOURCES, {"name": "webdataset", "shards": str(shards), **options}).pairs()
     return found
 
 

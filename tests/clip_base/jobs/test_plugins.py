@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from clip_base.jobs import plugins
-from clip_base.jobs.config import option
+from clip_base.jobs.config import build_plugin, option
 from clip_base.runtime.errors import InputError
 
 
@@ -49,19 +49,19 @@ BELL = EntryPoint("bell", f"{__name__}:Bell", "bells")
 
 def test_a_declared_part_is_built_with_options_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
     declare(monkeypatch, BELL)
-    bell = plugins.build("bells", {"name": "bell", "times": 3}, device="gpu")
+    bell = build_plugin("bells", {"name": "bell", "times": 3}, device="gpu")
     assert (bell.config, bell.device) == (BellConfig(times=3), "gpu")
 
 
 def test_a_part_is_built_by_its_address_without_being_declared(monkeypatch: pytest.MonkeyPatch) -> None:
     declare(monkeypatch)
-    assert plugins.build("bells", {"name": BELL.value}).config == BellConfig()
+    assert build_plugin("bells", {"name": BELL.value}).config == BellConfig()
 
 
 def test_a_parts_unknown_option_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     declare(monkeypatch, BELL)
     with pytest.raises(InputError, match="bells bell: there is no option 'tone_'; did you mean 'tone'"):
-        plugins.build("bells", {"name": "bell", "tone_": "d"})
+        build_plugin("bells", {"name": "bell", "tone_": "d"})
 
 
 @pytest.mark.parametrize("name", ["no.such.module:Thing", "clip_base.runtime.errors:NoSuchThing"])

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clip_base.data.batch import ImageBatch, ImageTextBatch
-from clip_base.jobs import plugins
-from clip_base.jobs.config import resolve
+from clip_base.jobs.config import build_plugin, resolve
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.runtime.errors import InputError
 from clip_base.training.losses import OBJECTIVES, PairEmbeddings
@@ -36,7 +35,7 @@ def embeddings(size: int = 8, width: int = 5) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def objective(spec: dict[str, Any]) -> Any:
-    return plugins.build(OBJECTIVES, spec).double()
+    return build_plugin(OBJECTIVES, spec).double()
 
 
 def whole(images: Tensor, texts: Tensor, groups: Tensor | None = None) -> PairEmbeddings:

@@ -21,7 +21,8 @@ from clip_base.data.coco import read_captions, read_instances
 from clip_base.data.sources import SOURCES
 from clip_base.evaluation.prompts import read_templates
 from clip_base.evaluation.zeroshot import ZeroshotConfig, class_names
-from clip_base.jobs import config, plugins
+from clip_base.jobs import config
+from clip_base.jobs.config import build_plugin
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import read_text
 from regionclip.concepts.phrases import read_invisible
@@ -39,7 +40,7 @@ COCO = {
 
 
 def captions_of(name: str, **options: Any) -> list[str]:
-    found = plugins.build(SOURCES, {"name": name, **options}).pairs()
+    found = build_plugin(SOURCES, {"name": name, **options}).pairs()
     return [text for index in range(len(found)) for text in found[index].captions]
 
 

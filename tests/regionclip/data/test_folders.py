@@ -17,13 +17,13 @@ from clip_base.data.sources import SOURCES
 from clip_base.evaluation.datasets import folder_pictures
 from clip_base.images.folders import list_files, list_images
 from clip_base.images.inputs import picture_files
-from clip_base.jobs import plugins
+from clip_base.jobs.config import build_plugin
 from clip_base.runtime.errors import InputError, InputNote
 from regionclip.training.pretrain import picture_samples
 
 
 def sourced(folder: Path) -> list[Path]:
-    found = plugins.build(SOURCES, {"name": "folder", "folder": str(folder)}).pairs()
+    found = build_plugin(SOURCES, {"name": "folder", "folder": str(folder)}).pairs()
     return list(found.images)
 
 

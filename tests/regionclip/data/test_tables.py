@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_base.data.sources import SOURCES
-from clip_base.jobs import plugins
+from clip_base.jobs.config import build_plugin
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.tables import open_table
 from regionclip.data.captions import read_texts
 
 
 def sourced(path: Path, **options: str) -> list[tuple[str, str]]:
-    found = plugins.build(SOURCES, {"name": "csv", "file": str(path), **options}).pairs()
+    found = build_plugin(SOURCES, {"name": "csv", "file": str(path), **options}).pairs()
     return [(pair.image.name, text) for pair in found for text in pair.captions]
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_base.jobs import plugins
+from clip_base.jobs.config import build_plugin
 from clip_base.runtime import distributed
 from regionclip.training.losses import (
     REGION_TEXT,
@@ -54,7 +54,7 @@ def named(
 
 
 def loss_of(spec: dict[str, Any], case: RegionTextBatch, texts: Tensor, scale: float = SCALE) -> Tensor:
-    part = plugins.build(REGION_TEXT, spec).double()
+    part = build_plugin(REGION_TEXT, spec).double()
     result: Tensor = part(case, texts[case.present], torch.tensor(scale, dtype=torch.float64))
     return result
 
@@ -134,7 +134,7 @@ def test_the_softmax_is_the_naive_loop(concepts: list[int], families: list[int],
 @pytest.mark.parametrize("old", MEMORIES)
 def test_the_sigmoid_is_the_naive_loop(concepts: list[int], families: list[int], old: list[int]) -> None:
     regions, texts = unit(len(concepts), 1), unit(C, 2)
-    part = plugins.build(REGION_TEXT, {"name": "sigmoid", "scale": 7.0, "bias": -3.0}).double()
+    part = build_plugin(REGION_TEXT, {"name": "sigmoid", "scale": 7.0, "bias": -3.0}).double()
     scale, expected = float(part.log_scale.detach().exp()), 0.0
     for region, own in zip(regions, concepts, strict=True):
         for other in sorted({*concepts, *old}):
@@ -148,7 +148,7 @@ def test_the_sigmoid_is_the_naive_loop(concepts: list[int], families: list[int],
 
 
 def test_scale_and_bias_of_the_sigmoid_are_learnt() -> None:
-    part = plugins.build(REGION_TEXT, {"name": "sigmoid"})
+    part = build_plugin(REGION_TEXT, {"name": "sigmoid"})
     case, texts = named(unit(3, 1).float(), [0, 1, 1]), unit(C, 2).float()
     part(case, texts[case.present], torch.tensor(1.0)).backward()
     assert float(part.log_scale.detach().exp()) == pytest.approx(10)

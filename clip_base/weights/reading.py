@@ -318,6 +318,12 @@ def is_safetensors(path: Path) -> bool:
 
 
 def _is_pickle(path: Path) -> bool:
+    """Whether a file begins as a pickle or the archive of one does.
+
+    So does one of 32 safetensors files: their first byte is the low one of the header's length.
+    """
+    if is_safetensors(path):
+        return False
     with path.open("rb") as file:
         head = file.read(2)
     return head == b"PK" or head[:1] == b"\x80"

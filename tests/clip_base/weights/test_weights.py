@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import pickle
 import zipfile
@@ -139,6 +141,20 @@ def test_our_own_file_is_read_by_the_common_reader(tmp_path: Path, make: Any, as
     assert (report.form, report.notes, report.config) == ("clip_base", (), model.config)
     assert_same(found, model)
     assert not found.training
+
+
+@pytest.mark.parametrize("low", [0x50, 0x80, 0xB0])
+def test_a_safetensors_file_is_known_whatever_its_header_is_long(tmp_path: Path, make: Any, low: int):
+    """A header of 0x80 bytes, and of any length that ends so, begins as a pickle does."""
+    model, path = make("vit", "gelu"), tmp_path / "w.safetensors"
+    metadata = {"format": "clip_base.clip/1", "config": json.dumps(dataclasses.asdict(model.config))}
+    for padding in range(0, 256, 8):
+        save_file(model.state_dict(), path, {**metadata, "padding": "x" * padding})
+        if path.read_bytes()[0] == low:
+            break
+    assert path.read_bytes()[0] == low
+    found, report = read_clip(path)
+    assert (report.form, report.notes, found.config) == ("clip_base", (), model.config)
 
 
 def test_the_activation_of_a_bare_file_can_be_given_and_a_known_one_not_changed(

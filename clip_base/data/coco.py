@@ -227,6 +227,16 @@ def image_names(entries: Sequence[dict[str, Any]], where: str) -> dict[int, str]
     return names
 
 
+def stated_size(entry: dict[str, Any], where: str) -> tuple[int, int] | None:
+    """Returns an image's (height, width); None when it states none, InputError when they are no sizes."""
+    if entry.get("height") is None or entry.get("width") is None:
+        return None
+    height, width = as_id(entry["height"]), as_id(entry["width"])
+    if not height or not width or min(height, width) < 1:
+        raise InputError(f"{where} needs a 'height' and a 'width' of at least 1, found {_shown(entry)}")
+    return height, width
+
+
 def two_images(where: str, image_id: int, first: object, second: object) -> InputError:
     """Returns the error of an id that belongs to two images."""
     return InputError(

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from clip_base.data.coco import box_of, category_name, image_names, is_crowd, read_instances
+from clip_base.data.coco import box_of, category_name, image_names, is_crowd, read_instances, stated_size
 from clip_base.data.webdataset import Member, WebdatasetConfig, WebdatasetSource
-from clip_base.images.decode import Pixels
+from clip_base.images.decode import Decoded, cut, size_of
 from clip_base.images.folders import list_files, note_left_out, subfolders
 from clip_base.runtime.errors import InputError, quote
 from clip_base.runtime.files import existing, read_text
@@ -31,11 +31,13 @@ class Picture:
         path: the image file, or its place in a tar.
         label: index of the class.
         box: (x, y, width, height) in pixels; None is the whole image.
+        size: (height, width) of the image that the annotations state, which tells the boxes' frame.
     """
 
     path: Path | Member
     label: int
     box: tuple[float, float, float, float] | None = None
+    size: tuple[int, int] | None = None
 
 
 def folder_pictures(folder: str) -> tuple[list[str], list[Picture]]:
@@ -154,6 +156,10 @@ def coco_pictures(annotations: str, images: str) -> tuple[list[str], list[Pictur
         names[entry["id"]] = category_name(entry, f"{where}: categories[{place}]", names)
     label_of = {category: label for label, category in enumerate(sorted(names))}
     path_of = {key: folder / name for key, name in image_names(content["images"], where).items()}
+    size_of_image = {
+        entry["id"]: stated_size(entry, f"{where}: images[{place}]")
+        for place, entry in enumerate(content["images"])
+    }
     pictures = []
     for place, entry in enumerate(content["annotations"]):
         at = f"{where}: annotations[{place}]"
@@ -161,8 +167,8 @@ def coco_pictures(annotations: str, images: str) -> tuple[list[str], list[Pictur
             if entry[key] not in known:
                 raise InputError(f"{at} has {key} {entry[key]}, which the file does not list")
         if not is_crowd(entry, at):
-            box = box_of(entry, at)
-            pictures.append(Picture(path_of[entry["image_id"]], label_of[entry["category_id"]], box))
+            image, label = entry["image_id"], label_of[entry["category_id"]]
+            pictures.append(Picture(path_of[image], label, box_of(entry, at), size_of_image[image]))
     if not pictures:
         raise InputError(f"{annotations} holds no boxes of single objects")
     return [names[key] for key in sorted(names)], sorted(pictures, key=lambda picture: str(picture.path))
@@ -183,25 +189,27 @@ def batches(
 
 
 def load_picture(
-    decode: Callable[[Path | Member], Pixels], prepare: Callable[[Pixels], Tensor], picture: Picture
+    decode: Callable[[Picture], Decoded], prepare: Callable[[Decoded], Tensor], picture: Picture
 ) -> Tensor | str:
     """Returns [3, R, R] uint8, or why the picture cannot be used.
 
     Args:
-        decode: reads an image file as [H, W, 3].
+        decode: reads the image file.
         prepare: makes the tower's input, before normalisation, of the picture's pixels.
         picture: what to read.
     """
     try:
-        pixels = decode(picture.path)  # [H, W, 3]
+        image = decode(picture)
     except InputError as error:
         return str(error)
     if picture.box is not None:
         x, y, width, height = picture.box
         if not all(math.isfinite(value) for value in picture.box):
             return f"box {picture.box} is not finite"
+        last_row, last_column = size_of(image)
         top, left = max(math.floor(y), 0), max(math.floor(x), 0)
-        pixels = pixels[top : max(math.ceil(y + height), 0), left : max(math.ceil(x + width), 0)]
-        if width <= 0 or height <= 0 or not pixels.size:
+        bottom, right = min(math.ceil(y + height), last_row), min(math.ceil(x + width), last_column)
+        if width <= 0 or height <= 0 or bottom <= top or right <= left:
             return f"box {picture.box} holds no pixels of the image"
-    return prepare(pixels)
+        image = cut(image, left, top, right, bottom)
+    return prepare(image)

@@ -19,7 +19,9 @@ from torch import Tensor
 from clip_base.data.webdataset import Member
 from clip_base.evaluation.datasets import Picture, batches, load_picture
 from clip_base.evaluation.ranking import require_finite
-from clip_base.images.decode import Pixels, decode, middle_square, normalize
+from clip_base.images.decode import Decoded, decode_stored, normalize
+from clip_base.images.orientation import turned_as_annotated
+from clip_base.images.preprocess import square_view
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import ACTIVATIONS
@@ -31,6 +33,7 @@ from clip_base.runtime.progress import Progress
 from clip_base.weights.load import find, load_clip
 
 LAYERS = ("embedding", "penultimate")
+_READING = "2"  # of images; to be counted on when other pixels are made of a file than before
 
 
 @dataclass
@@ -78,7 +81,8 @@ class Features:
 class Embedder:
     """Embeds pictures with one model, and keeps what it has embedded.
 
-    The pixels are those of `Preprocess` up to two of 255 levels; see `resize_bicubic`.
+    The pixels are those of `Preprocess`: exactly, or of RGB and gray files up to two of 255 levels; see
+    `resize_bicubic`.
 
     Args:
         config: the weights and how to compute.
@@ -121,12 +125,14 @@ class Embedder:
         """Returns a digest of all that the features depend on."""
         digest = hashlib.sha256()
         config = self.config
-        for entry in (str(self.path.absolute()), config.activation, config.precision, self.layer):
+        model = (str(self.path.absolute()), config.activation, config.precision, self.layer)
+        for entry in (*model, _READING):
             digest.update(f"{entry}\n".encode())
         for path in [self.path, *self.path.glob("*")] if self.path.is_dir() else [self.path]:
             digest.update(_stamp(path).encode())
         for picture in pictures:
-            digest.update(f"{_identity(picture.path)} {picture.box}\n".encode(errors="surrogateescape"))
+            place = f"{_identity(picture.path)} {picture.box} {picture.size}\n"
+            digest.update(place.encode(errors="surrogateescape"))
         return digest.hexdigest()[:24]
 
     # Not inference_mode: in it autocast casts the weights anew for every batch.
@@ -134,8 +140,17 @@ class Embedder:
     def _embed(self, pictures: list[Picture], description: str) -> Features:
         config, side = self.config, self.model.visual.resolution
         boxes = any(picture.box is not None for picture in pictures)
+
         # Boxes are in the pixels of the whole picture, which several of them may share.
-        read = functools.lru_cache(4 * config.workers)(decode) if boxes else _decoder(2 * side)
+        @functools.lru_cache(4 * config.workers)
+        def whole(path: Path, size: tuple[int, int] | None) -> Decoded:
+            return turned_as_annotated(decode_stored(path), path, size)
+
+        def read(picture: Picture) -> Decoded:
+            if boxes and isinstance(picture.path, Path):
+                return whole(picture.path, picture.size)
+            return decode_stored(picture.path, 2 * side)
+
         load = functools.partial(load_picture, read, functools.partial(_square, side))
         parts: list[Tensor] = []
         kept: list[int] = []
@@ -175,12 +190,8 @@ def note_skipped(skipped: list[dict[str, Any]], total: int, max_broken: float, p
         )
 
 
-def _decoder(least: int) -> Any:
-    return functools.partial(decode, least=least)
-
-
-def _square(side: int, pixels: Pixels) -> Tensor:
-    return torch.from_numpy(middle_square(pixels, side)).permute(2, 0, 1)  # [3, R, R]
+def _square(side: int, image: Decoded) -> Tensor:
+    return torch.from_numpy(square_view(image, side)).permute(2, 0, 1)  # [3, R, R]
 
 
 def _identity(image: Path | Member) -> str:

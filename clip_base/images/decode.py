@@ -9,21 +9,19 @@ from typing import Protocol
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from clip_base.images.orientation import Decoded as Decoded
+from clip_base.images.orientation import Pixels as Pixels
+from clip_base.images.orientation import size_of as size_of
 from clip_base.images.orientation import turned_as_annotated, turned_upright
 from clip_base.runtime.errors import InputError
 
-Pixels = npt.NDArray[np.uint8]
-
 # The mean and deviation of each channel in [0, 1] that every published CLIP was trained with (openai/CLIP).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
-
-
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 # How OpenCV decodes at 1, 1/2, 1/4 and 1/8 of the size.
@@ -35,8 +33,6 @@ _SCALES = {
 }
 
 cv2.setNumThreads(0)  # the training step has the cores
-
-
 cv2.utils.logging.setLogLevel(
     cv2.utils.logging.LOG_LEVEL_SILENT
 )  # what does not decode is reported once, as an InputError
@@ -53,7 +49,7 @@ def decode(path: str | Stored, least: int = 0) -> Pixels:
     """Returns the image in `path` as [H, W, 3] RGB, in the file's own frame: an EXIF rotation is not applied,
     except to TIFF files, which every decoder turns; see `clip_base.images.orientation`.
 
-    Greyscale, palette, CMYK and transparent files become RGB.
+    Gray, palette, CMYK and transparent files become RGB as Pillow's `convert` makes them.
 
     Args:
         path: the file.
@@ -61,32 +57,94 @@ def decode(path: str | Stored, least: int = 0) -> Pixels:
             keeps so many pixels; 0: at its own size.
 
     Raises:
-        InputError: the file is missing or does not decode.
+        InputError: the file is missing, does not decode, or has more than 8 bits per channel and one channel.
     """
-    try:
-        data = (Path(path) if isinstance(path, str) else path).read_bytes()
-    except OSError as error:
-        raise InputError(f"image {path} cannot be read: {error.strerror}") from None
-    return decode_bytes(data, path, least)
+    return as_rgb(decode_stored(path, least))
 
 
 def decode_bytes(data: bytes, name: object, least: int = 0) -> Pixels:
     """Returns the encoded image `data` as [H, W, 3] RGB; `name`, as text, is for the error message."""
-    if data:
-        # OpenCV knows the usual formats and is the faster; what it does not know is left to Pillow.
+    return as_rgb(decode_data(data, name, least))
+
+
+def decode_stored(path: str | Stored, least: int = 0) -> Decoded:
+    """Returns the image in `path` as its file stores it: [H, W, 3] of RGB and gray files, else a PIL image.
+
+    Filters treat palettes, transparency and CMYK otherwise than the RGB that they become; who resizes as
+    openai/CLIP does needs them. See `decode` for the arguments and errors.
+    """
+    return decode_data(read_bytes(path), path, least)
+
+
+def read_bytes(path: str | Stored) -> bytes:
+    """Returns a file's content; InputError when it cannot be read."""
+    try:
+        return (Path(path) if isinstance(path, str) else path).read_bytes()
+    except OSError as error:
+        raise InputError(f"image {path} cannot be read: {error.strerror}") from None
+
+
+def as_rgb(image: Decoded) -> Pixels:
+    """Returns a decoded image as [H, W, 3] RGB."""
+    if not isinstance(image, Image.Image):
+        return image
+    # Of transparency that its palette stores as bytes Pillow warns; RGB has none in any case.
+    palette = image.mode == "P" and "transparency" in image.info
+    if palette:
+        image = image.copy()
+        del image.info["transparency"]
+    return np.array(image.convert("RGB"))
+
+
+def require_depth(image: Image.Image, name: object) -> None:
+    """Raises an InputError for pixels of more than 8 bits per channel, as Pillow keeps those of one channel.
+
+    It would cut them off at 255 instead of scaling them, and which number is white no file says reliably.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise InputError(
+            f"image {name} has one channel of more than 8 bits (mode {image.mode}), and nothing says which "
+            "number is white; scale it and save it with 8 bits"
+        )
+
+
+def decode_data(data: bytes, name: object, least: int = 0) -> Decoded:
+    """Returns the encoded image `data` as `decode_stored` does; `name`, as text, is for the error message."""
+    if _is_plain(data):
+        # OpenCV is the faster and gives Pillow's pixels; what it cannot decode Pillow explains.
         decoded = None
-        with contextlib.suppress(cv2.error):  # it refuses very large pictures so; Pillow then says why
+        with contextlib.suppress(cv2.error):  # it refuses very large images so
             flags = _SCALES[_reduction(data, least)] | cv2.IMREAD_IGNORE_ORIENTATION
             decoded = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if decoded is not None:
             return np.asarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), dtype=np.uint8)
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
+            require_depth(image, name)
+            image.load()
+            if image.mode in ("RGB", "L"):
+                return np.array(image.convert("RGB"))
+            return image
+    except InputError:
+        raise
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         unknown = isinstance(error, UnidentifiedImageError)  # which names an object in memory
         reason = "it is of no known form" if unknown else error
         raise InputError(f"image {name} does not decode: {reason if data else 'it is empty'}") from None
+
+
+def _is_plain(data: bytes) -> bool:
+    """Whether a file holds gray or RGB pixels of 8 bits in a form that OpenCV decodes as Pillow does."""
+    frame = _jpeg_frame(data)
+    if frame is not None:
+        return frame[2] in (1, 3)
+    if data[:8] == b"\x89PNG\r\n\x1a\n":  # depth and color type of the header; acTL: an animation
+        return data[24:26] in (b"\x08\x00", b"\x08\x02", b"\x10\x02") and b"acTL" not in data[33:400]
+    if data[:2] == b"BM":  # 24 bits per pixel, not compressed
+        return data[28:34] == b"\x18\x00\x00\x00\x00\x00"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":  # lossy; in the extended form neither alpha nor frames
+        return data[12:16] == b"VP8 " or (data[12:16] == b"VP8X" and not data[20] & 0x12)
+    return False
 
 
 def _reduction(data: bytes, least: int) -> int:
@@ -98,21 +156,35 @@ def _reduction(data: bytes, least: int) -> int:
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Returns (height, width) from the header of a JPEG (ITU-T T.81, B.2.2); None for anything else."""
+    """Returns (height, width) from the header of a JPEG; None for anything else."""
+    frame = _jpeg_frame(data)
+    return None if frame is None else frame[:2]
+
+
+def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
+    """Returns height, width and channels from the header of a JPEG (ITU-T T.81, B.2.2), or None."""
     if data[:2] != b"\xff\xd8":
         return None
     place = 2
-    while place + 9 <= len(data) and data[place] == 0xFF:
+    while place + 10 <= len(data) and data[place] == 0xFF:
         marker = data[place + 1]
         if marker == 0xFF:  # a fill byte
             place += 1
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
-            return int.from_bytes(data[place + 5 : place + 7]), int.from_bytes(data[place + 7 : place + 9])
-        elif marker == 0xDA:  # the picture itself begins
+            sides = (int.from_bytes(data[at : at + 2]) for at in (place + 5, place + 7))
+            return next(sides), next(sides), data[place + 9]
+        elif marker == 0xDA:  # the image itself begins
             return None
         else:
             place += 2 + int.from_bytes(data[place + 2 : place + 4])
     return None
+
+
+def cut(image: Decoded, left: int, top: int, right: int, bottom: int) -> Decoded:
+    """Returns the part of an image between these pixels, the last ones not included."""
+    if isinstance(image, Image.Image):
+        return image.crop((left, top, right, bottom))
+    return image[top:bottom, left:right]
 
 
 def resize(image: Pixels, width: int, height: int) -> Pixels:
@@ -180,17 +252,25 @@ class ImageStore:
 
     def __init__(self, side: int = 0, keep: bool = False, least: int = 0) -> None:
         self.side, self.keep, self.least = side, keep, least
-        self._kept: dict[Stored, Pixels] = {}
+        self._kept: dict[Stored, Decoded] = {}
 
     def __call__(self, path: Stored) -> Pixels:
         """Returns the image in `path` as [H, W, 3] RGB; see `decode`."""
+        return as_rgb(self.stored(path))
+
+    def stored(self, path: Stored) -> Decoded:
+        """Returns the image in `path` as its file stores it; see `decode_stored`."""
         if path in self._kept:
             return self._kept[path]
-        image = decode(path, self.least)
-        short = min(image.shape[:2])
+        image = decode_stored(path, self.least)
+        height, width = size_of(image)
+        short = min(height, width)
         if self.side and short > self.side:
-            height, width = (round(side * self.side / short) for side in image.shape[:2])
-            image = resize(image, width, height)
+            height, width = (round(side * self.side / short) for side in (height, width))
+            if isinstance(image, Image.Image):
+                image = image.resize((width, height), Image.Resampling.BOX)
+            else:
+                image = resize(image, width, height)
         if self.keep:
             self._kept[path] = image
         return image

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +19,27 @@ from PIL import Image
 from clip_base.runtime.errors import InputError
 
 Pixels = npt.NDArray[np.uint8]
+# RGB pixels [H, W, 3], or an image in another of Pillow's modes.
+Decoded = Pixels | Image.Image
+Kind = TypeVar("Kind", bound=Decoded)
 
 EXIF_ORIENTATION = 0x0112
 _BACK = {6: 8, 8: 6}  # what undoes an orientation; the others undo themselves
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _told: set[str] = set()
+
+
+def size_of(image: Decoded) -> tuple[int, int]:
+    """Returns (height, width)."""
+    return (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
 
 
 def orientation_of(path: str | Path) -> tuple[int, bool]:
@@ -37,8 +55,16 @@ def orientation_of(path: str | Path) -> tuple[int, bool]:
         return 1, False  # a damaged note is no note: whether the pixels decode is seen elsewhere
 
 
-def turn(pixels: Pixels, orientation: int) -> Pixels:
-    """Turns [H, W, 3] as EXIF's orientation 1 to 8 says (EXIF 2.3, section 4.6.4)."""
+def turn(image: Kind, orientation: int) -> Kind:
+    """Turns an image as EXIF's orientation 1 to 8 says (EXIF 2.3, section 4.6.4)."""
+    if orientation == 1:
+        return image
+    if isinstance(image, Image.Image):
+        return cast(Kind, image.transpose(_TURNS[orientation]))
+    return cast(Kind, _turn_pixels(image, orientation))
+
+
+def _turn_pixels(pixels: Pixels, orientation: int) -> Pixels:
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
@@ -46,27 +72,27 @@ def turn(pixels: Pixels, orientation: int) -> Pixels:
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     # numpy calls a line of single pixels contiguous even backwards, which torch does not take.
-    return pixels if orientation == 1 else pixels.copy()
+    return pixels.copy()
 
 
-def turned_upright(pixels: Pixels, path: str | Path) -> Pixels:
-    """Returns decoded [H, W, 3] pixels as people see the image.
+def turned_upright(image: Kind, path: str | Path) -> Kind:
+    """Returns a decoded image as people see it.
 
     Args:
-        pixels: what `decode` returns of the file.
+        image: what `decode` or `decode_stored` returns of the file.
         path: the image's file.
     """
     orientation, is_turned = orientation_of(path)
-    return pixels if is_turned else turn(pixels, orientation)
+    return image if is_turned else turn(image, orientation)
 
 
-def turned_as_annotated(pixels: Pixels, path: str | Path, size: tuple[int, int]) -> Pixels:
-    """Returns decoded [H, W, 3] pixels in the frame of their annotations.
+def turned_as_annotated(image: Kind, path: str | Path, size: tuple[int, int] | None) -> Kind:
+    """Returns a decoded image in the frame of its annotations.
 
     Args:
-        pixels: what `decode` returns of the file.
+        image: what `decode` or `decode_stored` returns of the file.
         path: the image's file.
-        size: (height, width) that the annotations state.
+        size: (height, width) that the annotations state; None: they do not, so that it fits every frame.
 
     Raises:
         InputError: the image has that size in neither frame, so that boxes would not lie where they were
@@ -74,22 +100,24 @@ def turned_as_annotated(pixels: Pixels, path: str | Path, size: tuple[int, int])
     """
     orientation, is_turned = orientation_of(path)
     if orientation == 1:
-        frames = [pixels]
+        frames = [image]
     elif is_turned:
-        frames = [pixels, turn(pixels, _BACK.get(orientation, orientation))]
+        frames = [image, turn(image, _BACK.get(orientation, orientation))]
     else:
-        frames = [turn(pixels, orientation), pixels]
-    fitting = [frame for frame in frames if frame.shape[:2] == tuple(size)]
-    if not fitting:
-        (height, width), (h, w) = size, pixels.shape[:2]
+        frames = [turn(image, orientation), image]
+    fitting = [frame for frame in frames if size is None or size_of(frame) == tuple(size)]
+    if size is not None and not fitting:
+        (height, width), (h, w) = size, size_of(image)
         raise InputError(
             f"image {path} is {w}x{h} pixels, its annotations say {width}x{height}; was it resized since?"
         )
     if len(fitting) > 1 and "undecided" not in _told:
         _told.add("undecided")
+        fits = "its annotated size fits the stored pixels and the turned ones"
+        why = "no size is annotated" if size is None else fits
         print(
-            f"note: {path} has EXIF orientation {orientation}, and its annotated size fits the stored pixels "
-            "and the turned ones: such images are read upright, as they are shown",
+            f"note: {path} has EXIF orientation {orientation}, and {why}: such images are read upright, as "
+            "they are shown",
             file=sys.stderr,
         )
     return fitting[0]

@@ -74,11 +74,13 @@ def _run(program: str, prefix: str, arguments: list[str]) -> int:
 def _notes_as_lines() -> Iterator[None]:
     """Prints an `InputNote` as one line on stderr, and other warnings as Python does."""
     with warnings.catch_warnings():
-        others = warnings.showwarning
+        others, shown = warnings.showwarning, set[str]()
 
         def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
             if issubclass(category, InputNote):
-                print(f"note: {message}", file=sys.stderr)
+                if str(message) not in shown:
+                    print(f"note: {message}", file=sys.stderr)
+                shown.add(str(message))
             else:
                 others(message, category, *place, **options)
 

@@ -17,7 +17,8 @@ from clip_base.data.batch import ImageBatch, ImageTextBatch
 from clip_base.data.loader import Loader
 from clip_base.data.mixture import weights_of
 from clip_base.data.sources import SOURCES, Pairs, Source
-from clip_base.images.decode import ImageStore, Pixels, normalize, resize_bicubic, to_tensor
+from clip_base.images.decode import ImageStore, Pixels, normalize, size_of, to_tensor
+from clip_base.images.preprocess import cut_and_resize
 from clip_base.jobs.config import REQUIRED, Plugin, build_plugin, option, plugin
 from clip_base.jobs.run import RunFolder
 from clip_base.models import zoo
@@ -84,12 +85,12 @@ class CaptionedImages:
     def item(self, index: int, generator: torch.Generator) -> tuple[Pixels, str]:
         """Returns an [R, R, 3] crop and a caption."""
         pair = self.pairs[index]
-        image = self.store(pair.image)
-        height, width = image.shape[:2]
+        image = self.store.stored(pair.image)
+        height, width = size_of(image)
         share, down, right, which = torch.rand(4, generator=generator).tolist()
         side = max(round(min(height, width) * (self.crop + (1 - self.crop) * share)), 1)
         top, left = round(down * (height - side)), round(right * (width - side))
-        piece = resize_bicubic(image[top : top + side, left : left + side], self.resolution, self.resolution)
+        piece = cut_and_resize(image, left, top, side, self.resolution)
         return piece, pair.captions[int(which * len(pair.captions))]
 
     def name(self, index: int) -> str:

@@ -16,7 +16,8 @@ from clip_base.evaluation.datasets import folder_pictures
 from clip_base.evaluation.prompts import classifier, read_templates
 from clip_base.evaluation.ranking import ranks_of_classes, require_finite
 from clip_base.evaluation.retrieval import embed_texts, recall_at
-from clip_base.images.decode import Stored, decode, middle_square, normalize
+from clip_base.images.decode import Stored, decode_stored, normalize
+from clip_base.images.preprocess import square_view
 from clip_base.jobs.config import Plugin, build_plugin, option, plugin
 from clip_base.models.clip import CLIP
 from clip_base.runtime.errors import InputError
@@ -103,7 +104,7 @@ class Validation:
 
         def load(image: Stored) -> Tensor | None:
             try:
-                pixels = middle_square(decode(image, least=2 * side), side)  # [R, R, 3]
+                pixels = square_view(decode_stored(image, least=2 * side), side)  # [R, R, 3]
             except InputError:
                 return None  # training on this source would list it; here one fewer is measured
             return torch.from_numpy(pixels).permute(2, 0, 1)  # [3, R, R]

@@ -116,7 +116,7 @@ def test_the_job_leaves_metrics_a_row_a_query_and_kept_features(
     def read_no_more(*_: object) -> None:
         raise AssertionError("a picture was decoded again")
 
-    monkeypatch.setattr("clip_base.evaluation.features.decode", read_no_more)
+    monkeypatch.setattr("clip_base.evaluation.features.decode_stored", read_no_more)
     assert run(weights, captions, tmp_path / "again", features=kept) == metrics
     (file,) = Path(kept).iterdir()
     monkeypatch.undo()

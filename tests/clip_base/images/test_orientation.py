@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from clip_base.images.decode import decode
+from clip_base.images.decode import as_rgb, decode, decode_stored
 from clip_base.images.orientation import turned_as_annotated, turned_upright
 from clip_base.runtime.errors import InputError
 
@@ -87,3 +87,26 @@ def test_images_without_or_with_a_senseless_note_are_left_alone(tmp_path: Path) 
     assert same(turned_upright(decode(file), file), np.asarray(stored()))
     stored().save(tmp_path / "plain.png")
     assert same(turned_upright(decode(tmp_path / "plain.png"), tmp_path / "plain.png"), np.asarray(stored()))
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("mode", ["P", "LA", "RGBA"])
+def test_images_in_other_modes_are_turned_likewise(mode: str, orientation: int, tmp_path: Path) -> None:
+    original = stored().convert(mode)
+    file, plain = save(tmp_path / "image.png", original, orientation), original.convert("RGB")
+    image = decode_stored(file)
+    assert isinstance(image, Image.Image)
+    assert same(as_rgb(turned_upright(image, file)), shown(plain, orientation))
+    assert same(as_rgb(turned_as_annotated(image, file, None)), shown(plain, orientation))
+    if orientation > 4:
+        assert same(as_rgb(turned_as_annotated(image, file, (40, 60))), np.asarray(plain))
+
+
+def test_without_an_annotated_size_an_image_is_upright_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_base.images.orientation._told", set())
+    for orientation in (1, 6):
+        file = save(tmp_path / "image.png", stored(), orientation)
+        assert same(turned_as_annotated(decode(file), file, None), shown(stored(), orientation))
+        assert ("and no size is annotated" in capsys.readouterr().err) == (orientation == 6)

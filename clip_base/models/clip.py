@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,48 @@ class CLIP(nn.Module):
             self.visual = VisionTransformer(config.vision, config.embed_dim, config.activation)
         self.text = TextTower(config.text, config.embed_dim, config.activation)
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+
+    # openai/CLIP's names of the text tower's parts; code reads them, and sets them, on the model itself.
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """[vocab_size, width]: a row for each token id."""
+        return self.text.token_embedding
+
+    @property
+    def positional_embedding(self) -> nn.Parameter:
+        """[context_length, width], added to the tokens' embeddings."""
+        return self.text.positional_embedding
+
+    @property
+    def transformer(self) -> Transformer:
+        """The text tower's blocks: [T, B, width] to the same; a token sees only those before it."""
+        return self.text.transformer
+
+    @property
+    def ln_final(self) -> nn.LayerNorm:
+        """The layer norm after the blocks."""
+        return self.text.ln_final
+
+    @property
+    def text_projection(self) -> nn.Parameter:
+        """[width, D], multiplied from the right."""
+        return self.text.text_projection
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets a part of the text tower there, so that it is stored once, under this package's name."""
+        if name in _TEXT_ROOTS:
+            setattr(self.text, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Takes openai/CLIP's (and open_clip's) names too, wherever the model is part of another."""
+        own = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
+        renamed = from_openai_names({name.removeprefix(prefix): value for name, value in own.items()})
+        for name in own:
+            del state_dict[name]
+        state_dict.update({prefix + name: value for name, value in renamed.items()})
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
     def context_length(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TypeVar
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clip_base.models.configs import VisionConfig
 from clip_base.models.positions import resample_positions
-from clip_base.models.transformer import attend_once
+from clip_base.models.transformer import all_untouched, attend_once
 
 M = TypeVar("M", bound=nn.Module)
 EXPANSION = 4  # output channels of a block per inner channel
@@ -30,6 +31,7 @@ _state = threading.local()
 class FrozenBatchNorm2d(nn.Module):
     """A batch norm whose statistics and affine are constants, with the names of `nn.BatchNorm2d`."""
 
+    folded = True
     weight: Tensor
     bias: Tensor
     running_mean: Tensor
@@ -57,7 +59,10 @@ def freeze_batch_norm(module: M) -> M:
 
 
 def convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """Returns `norm(conv(x))`; a norm that takes no statistics is folded into the convolution's weight."""
+    """Returns `norm(conv(x))`; a norm that takes no statistics is folded into the convolution's weight.
+
+    Only of modules that are `untouched`; the caller looks.
+    """
     assert isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d)
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None
@@ -78,22 +83,33 @@ def convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
 class Bottleneck(nn.Module):
     """Three convolutions (sides 1, 3, 1) beside a shortcut; an average pool before the last is the stride."""
 
+    folded = True
+
     def __init__(self, channels: int, inner: int, stride: int) -> None:
         super().__init__()
         outer = inner * EXPANSION
         self.stride = stride
         self.conv1 = nn.Conv2d(channels, inner, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(inner)
+        self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(inner, inner, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(inner)
+        self.relu2 = nn.ReLU()
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(inner, outer, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outer)
+        self.relu3 = nn.ReLU()
         self.downsample: nn.Sequential | None = None
         if stride > 1 or channels != outer:
-            self.downsample = nn.Sequential(nn.Conv2d(channels, outer, 1, bias=False), nn.BatchNorm2d(outer))
+            conv = nn.Conv2d(channels, outer, 1, bias=False)
+            parts = [("-1", nn.AvgPool2d(stride)), ("0", conv), ("1", nn.BatchNorm2d(outer))]
+            self.downsample = nn.Sequential(OrderedDict(parts))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [N, C, H, W] to [N, 4 · inner, H / stride, W / stride], rounded down."""
+        # Hooks on the block itself see it called; only those below it need the slower way.
+        if not all_untouched(*self._modules.values()):
+            return self._called(x)
         out = convolve(x, self.conv1, self.bn1).relu_()
         out = convolve(out, self.conv2, self.bn2).relu_()
         shortcut = x
@@ -101,10 +117,19 @@ class Bottleneck(nn.Module):
             out, shortcut = F.avg_pool2d(out, self.stride), F.avg_pool2d(x, self.stride)
         out = convolve(out, self.conv3, self.bn3)
         if self.downsample is not None:
-            conv, norm = self.downsample
+            _, conv, norm = self.downsample
             assert isinstance(conv, nn.Conv2d)
             shortcut = convolve(shortcut, conv, norm)
         return out.add_(shortcut).relu_()
+
+    def _called(self, x: Tensor) -> Tensor:
+        """Computes the same by calling every part, and writes over nothing that a hook may have kept."""
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.relu2(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(self.avgpool(out)))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        whole: Tensor = self.relu3(out + shortcut)
+        return whole
 
 
 class AttentionPool(nn.Module):
@@ -157,10 +182,14 @@ class ModifiedResNet(nn.Module):
         self.checkpointing = False
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
+        self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width // 2)
+        self.relu2 = nn.ReLU()
         self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(width)
+        self.relu3 = nn.ReLU()
+        self.avgpool = nn.AvgPool2d(2)
         self.layer1 = _layer(width, width, config.layers[0], stride=1)
         self.layer2 = _layer(width * 4, width * 2, config.layers[1], stride=2)
         self.layer3 = _layer(width * 8, width * 4, config.layers[2], stride=2)
@@ -172,6 +201,11 @@ class ModifiedResNet(nn.Module):
         """The same as `resolution`, under openai/CLIP's name."""
         return self.resolution
 
+    @property
+    def output_dim(self) -> int:
+        """The same as `embed_dim`, under openai/CLIP's name."""
+        return self.embed_dim
+
     def stages(self, images: Tensor) -> list[Tensor]:
         """Returns the maps after layer1, layer2 and layer3: strides 4, 8 and 16 pixels.
 
@@ -182,8 +216,7 @@ class ModifiedResNet(nn.Module):
         x = self._run(self._stem, x)
         maps = []
         for layer in (self.layer1, self.layer2, self.layer3):
-            for block in layer:
-                x = self._run(block, x)
+            x = self._layer(layer, x)
             maps.append(x)
         return maps
 
@@ -206,9 +239,7 @@ class ModifiedResNet(nn.Module):
         if min(height, width) < 2:  # layer4 halves the map, so a single row or column is doubled
             feature_map = F.interpolate(feature_map, (max(height, 2), max(width, 2)), mode="nearest")
         x = feature_map.contiguous(memory_format=torch.channels_last)
-        for block in self.layer4:
-            x = self._run(block, x)
-        return x
+        return self._layer(self.layer4, x)
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns [B, D], one embedding an image, not normalised.
@@ -219,13 +250,30 @@ class ModifiedResNet(nn.Module):
         return self.head(self.trunk(images))
 
     def _stem(self, x: Tensor) -> Tensor:
+        parts = (self.conv1, self.bn1, self.relu1, self.conv2, self.bn2, self.relu2, self.conv3, self.bn3)
+        if not all_untouched(*parts, self.relu3, self.avgpool):
+            x = self.relu1(self.bn1(self.conv1(x)))
+            x = self.relu2(self.bn2(self.conv2(x)))
+            pooled: Tensor = self.avgpool(self.relu3(self.bn3(self.conv3(x))))
+            return pooled
         x = convolve(x, self.conv1, self.bn1).relu_()
         x = convolve(x, self.conv2, self.bn2).relu_()
         x = convolve(x, self.conv3, self.bn3).relu_()
         return F.avg_pool2d(x, 2)
 
+    def _layer(self, layer: nn.Sequential, x: Tensor) -> Tensor:
+        if not self._recomputes():
+            out: Tensor = layer(x)
+            return out
+        for block in layer:
+            x = self._run(block, x)
+        return x
+
+    def _recomputes(self) -> bool:
+        return self.checkpointing and self.training and torch.is_grad_enabled()
+
     def _run(self, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if self.checkpointing and self.training and torch.is_grad_enabled():
+        if self._recomputes():
             out: Tensor = checkpoint(part, x, use_reentrant=False, context_fn=recompute_contexts)
             return out
         return part(x)

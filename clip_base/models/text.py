@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_base.models.configs import TextConfig
-from clip_base.models.transformer import ResidualBlock, Transformer, layer_norm
+from clip_base.models.transformer import ResidualBlock, Transformer, Wanted, all_untouched, layer_norm
 from clip_base.runtime.errors import InputError
 
 
@@ -29,7 +29,7 @@ class TextTower(nn.Module):
         )
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
-        self.transformer = Transformer(config.width, config.heads, config.layers, activation)
+        self.transformer = Transformer(config.width, config.heads, config.layers, activation, True)
         self.ln_final = nn.LayerNorm(config.width)
         self.text_projection = nn.Parameter(torch.empty(config.width, embed_dim))
         self._initialise()
@@ -67,11 +67,21 @@ class TextTower(nn.Module):
                 f"tokenize with context_length={self.context_length}"
             )
         ends = tokens.argmax(-1)
+        if not all_untouched(self.token_embedding, self.transformer, self.ln_final):
+            return self._called(tokens, ends)
         if not torch.compiler.is_compiling() and len(tokens):
             # Attention is causal: nothing after the longest text's end can reach any end-of-text token.
             tokens = tokens[:, : int(ends.max()) + 1]
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # [B, T, C]
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = self.transformer(x, causal=True, at=ends)  # [B, C]
+        x = self.transformer.run(x, Wanted(at=ends))  # [B, C]
         return layer_norm(x, self.ln_final) @ self.text_projection
+
+    def _called(self, tokens: Tensor, ends: Tensor) -> Tensor:
+        """Computes as openai/CLIP does, all positions of all texts, so that hooks see what they see there."""
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # [B, T, C]
+        x = self.transformer(x.transpose(0, 1)).transpose(0, 1)
+        x = self.ln_final(x)
+        embeddings: Tensor = x[torch.arange(len(x), device=x.device), ends] @ self.text_projection
+        return embeddings

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer: lower-cased byte-pair encoding with 49,408 ids, the same ids as open_clip's, faster.
+"""CLIP's tokenizer: lower-cased byte-pair encoding with 49,408 ids, the same ids as openai/CLIP's, faster.
 
 The time goes into cleaning text and matching patterns, so both are avoided: printable ASCII without `&` needs
 no cleaning, and the ids of a whole whitespace-separated word, punctuation included, are kept once found.
@@ -24,15 +24,20 @@ from clip_base.runtime.errors import InputError
 CONTEXT_LENGTH = 77
 VOCAB_SIZE = 49408
 START, END = 49406, 49407
-_SPECIAL = ("<start_of_text>", "<end_of_text>")
+_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 _END_OF_WORD = b"</w>"
 _NUM_BYTES = 256
 _NUM_PRINTABLE = 188  # printable characters of Latin-1
 _PIECES = regex.compile(
-    r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
+    regex.IGNORECASE,
 )
 # Words kept; captions repeat a few ten thousand, but links and numbers would grow the table without end.
 _MAX_WORDS = 1 << 18
+
+
+class TextTooLongError(InputError, RuntimeError):
+    """A text has more tokens than fit; also a RuntimeError, which openai/CLIP raises and callers catch."""
 
 
 class Tokenizer:
@@ -80,7 +85,7 @@ class Tokenizer:
             [N, context_length] int64: start token, ids, end token, zeros.
 
         Raises:
-            InputError: a text is too long and `truncate` is False; the message names it.
+            TextTooLongError: a text is too long and `truncate` is False; the message names it.
         """
         texts = [texts] if isinstance(texts, str) else texts
         room = self.context_length - 2
@@ -91,7 +96,7 @@ class Tokenizer:
             ids = encode(text)
             if len(ids) > room:
                 if not truncate:
-                    raise InputError(
+                    raise TextTooLongError(
                         f"text {index} has {len(ids)} tokens, {room} fit in context_length "
                         f"{self.context_length}: "
                         f"{_shortened(text)!r}; shorten it or pass truncate=True"
@@ -125,7 +130,7 @@ class Tokenizer:
 def tokenize(
     texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, truncate: bool = False
 ) -> Tensor:
-    """Returns [N, context_length] int64 token ids, as openai/CLIP's function of that name.
+    """Returns [N, context_length] int32 token ids, as openai/CLIP's function of that name.
 
     Args:
         texts: N texts, or one.
@@ -133,9 +138,9 @@ def tokenize(
         truncate: cut texts that are too long.
 
     Raises:
-        InputError: a text is too long and `truncate` is False; the message names it.
+        TextTooLongError: a text is too long and `truncate` is False; the message names it.
     """
-    return _tokenizer(context_length)(texts, truncate)
+    return _tokenizer(context_length)(texts, truncate).int()
 
 
 def spelled_vocabulary() -> tuple[list[str], list[tuple[str, str]]]:

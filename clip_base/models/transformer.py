@@ -6,21 +6,87 @@ Two identities save most of the time against a plain rendering; both are exact u
   the linear layers' biases, the division into the residual sum, so that one fused kernel is left.
 - A tower reads one token of the last block (class token, end of text, mean of a map). With a single query,
   keys and values need not be computed: q·(K x) = (Kᵀ q)·x, and V Σ a x = Σ a V x. See `attend_once`.
+
+Both use modules' weights without calling the modules. Where that would be seen, because a hook waits on one
+or somebody has replaced one (`untouched`), all are called as openai/CLIP's are, in its layout [T, B, C].
 """
 
 # B sequences, T tokens, C channels, H heads, d = C / H channels of a head
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.checkpoint import checkpoint
 
 QUICK_GELU_SLOPE = 1.702
 
 
+# Modules of torch whose weights are used here without a call, or that have none. Ours say `folded`.
+FOLDED: frozenset[type[nn.Module]] = frozenset(
+    (
+        nn.Embedding,
+        nn.Linear,
+        NonDynamicallyQuantizableLinear,
+        nn.LayerNorm,
+        nn.Conv2d,
+        nn.BatchNorm2d,
+        nn.ReLU,
+        nn.GELU,
+        nn.AvgPool2d,
+        nn.Identity,
+        nn.Sequential,
+    )
+)
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether `module` and all below compute what their classes say, so that weights may be used directly.
+
+    False: a hook waits on one (Grad-CAM, pruning, profilers), or one was replaced by another type (LoRA,
+    quantization); then the modules must be called.
+    """
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ) and _is_hooked(module):
+        return False
+    kind = type(module)
+    if kind not in FOLDED and not getattr(kind, "folded", False):
+        return False
+    return all_untouched(*module._modules.values())
+
+
+def all_untouched(*modules: nn.Module | None) -> bool:
+    """Whether each of them is `untouched`; None, an absent part, is."""
+    for module in modules:  # noqa: SIM110 - a generator takes twice the time, and this runs in every forward
+        if module is not None and not untouched(module):
+            return False
+    return True
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a hook is more than FSDP's, which gathers a block's weights whenever the block is called."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    names = (str(getattr(hook, "__module__", "")) for some in hooks for hook in some.values())
+    return any(not name.startswith("torch.distributed.") for name in names)
+
+
 def layer_norm(x: Tensor, norm: nn.LayerNorm, scale: float = 1.0) -> Tensor:
     """Returns `norm(x) * scale` in x's dtype, which autocast would widen on some devices."""
+    if not untouched(norm):
+        return _called(x, norm) * scale
     weight: Tensor = norm.weight
     bias: Tensor = norm.bias
     if scale != 1.0:
@@ -69,23 +135,23 @@ def attend_once(
     return out.transpose(0, 1).reshape(batch, channels) + biases[2].to(out.dtype)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with the parameter names of `nn.MultiheadAttention`."""
+class Attention(nn.MultiheadAttention):
+    """PyTorch's multi-head attention, and faster ways to compute it that do not go through a call."""
+
+    folded = True
+    in_proj_weight: nn.Parameter
+    in_proj_bias: nn.Parameter
 
     def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
+        super().__init__(width, heads)
 
-    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+    def whole(self, x: Tensor, causal: bool) -> Tensor:
         """Maps [B, T, C] to [B, T, C]; with `causal` a token sees only itself and those before it."""
         batch, length, width = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, T, d]
+        q, k, v = (
+            qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        )  # [B, H, T, d]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         mixed: Tensor = self.out_proj(out.transpose(1, 2).reshape(batch, length, width))
         return mixed
@@ -95,7 +161,7 @@ class Attention(nn.Module):
         q_weight, k_weight, v_weight = self.in_proj_weight.chunk(3)
         q_bias, k_bias, v_bias = self.in_proj_bias.chunk(3)
         weights, biases = (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias)
-        mixed: Tensor = self.out_proj(attend_once(query, tokens, weights, biases, self.heads, hidden))
+        mixed: Tensor = self.out_proj(attend_once(query, tokens, weights, biases, self.num_heads, hidden))
         return mixed
 
     def values(self, x: Tensor) -> Tensor:
@@ -106,59 +172,111 @@ class Attention(nn.Module):
         return mixed
 
 
-class MLP(nn.Module):
-    """The two linear layers of a block; `ResidualBlock` computes with them."""
+class QuickGELU(nn.Module):
+    """x · sigmoid(1.702 x), an approximation of GELU that OpenAI's models were trained with."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
+    folded = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps any shape to the same."""
+        return x * torch.sigmoid(QUICK_GELU_SLOPE * x)
+
+
+class MLP(nn.Sequential):
+    """The two linear layers of a block and the activation between them."""
+
+    folded = True
+    c_fc: nn.Linear
+    gelu: QuickGELU | nn.GELU
+    c_proj: nn.Linear
+
+    def __init__(self, width: int, activation: str) -> None:
+        between = QuickGELU() if activation == "quick_gelu" else nn.GELU()
+        up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        super().__init__(OrderedDict([("c_fc", up), ("gelu", between), ("c_proj", down)]))
+
+
+class Wanted(NamedTuple):
+    """What a block is to compute of [B, T, C], when not all of it.
+
+    Attributes:
+        at: the position that is wanted: one number, or [B] int64; None: all positions.
+        values_only: every token attends to itself alone (MaskCLIP, arXiv 2112.01071, section 3.2).
+    """
+
+    at: Tensor | int | None = None
+    values_only: bool = False
+
+
+ALL = Wanted()
 
 
 class ResidualBlock(nn.Module):
-    """A pre-norm transformer block."""
+    """A pre-norm transformer block.
 
-    def __init__(self, width: int, heads: int, activation: str) -> None:
+    Attributes:
+        causal: a token sees only itself and those before it.
+    """
+
+    folded = True
+
+    def __init__(self, width: int, heads: int, activation: str, causal: bool = False) -> None:
         super().__init__()
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, activation)
         self.ln_2 = nn.LayerNorm(width)
-        self.slope = QUICK_GELU_SLOPE if activation == "quick_gelu" else 1.0
+        self.causal = causal
 
-    def forward(
-        self, x: Tensor, causal: bool = False, at: Tensor | int | None = None, values_only: bool = False
-    ) -> Tensor:
-        """Maps [B, T, C] to [B, T, C], or to [B, C] when one token is all that is wanted.
+    def forward(self, x: Tensor, wanted: Wanted | None = None) -> Tensor:
+        """Maps [T, B, C] to [T, B, C], as openai/CLIP's block.
 
-        Args:
-            x: [B, T, C].
-            causal: a token sees only itself and those before it.
-            at: the position that is wanted: one number, or [B] int64; None returns all positions.
-            values_only: every token attends to itself alone (MaskCLIP, arXiv 2112.01071, section 3.2).
+        With `wanted`, as this package's towers call it, [B, T, C] to the same or, of one token, to [B, C].
         """
+        if wanted is None:
+            normed = _called(x, self.ln_1)
+            mask = _causal_mask(x) if self.causal else None
+            x = x + self.attn(normed, normed, normed, need_weights=False, attn_mask=mask)[0]
+            return torch.add(x, self.mlp(_called(x, self.ln_2)))
         normed = layer_norm(x, self.ln_1)
+        at = wanted.at
         if at is not None:
             rows = torch.arange(x.shape[0], device=x.device)
             hidden = None
-            if causal:
+            if self.causal:
                 positions = torch.arange(x.shape[1], device=x.device)
                 hidden = positions > (at.unsqueeze(1) if isinstance(at, Tensor) else at)
                 hidden = hidden.expand(x.shape[0], -1)
             x = x[rows, at] + self.attn.once(normed[rows, at], normed, hidden)  # [B, C]
-        elif values_only:
+        elif wanted.values_only:
             x = x + self.attn.values(normed)
         else:
-            x = x + self.attn(normed, causal)
+            x = x + self.attn.whole(normed, self.causal)
         return self._feed_forward(x)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        up, down, slope = self.mlp.c_fc, self.mlp.c_proj, self.slope
-        if slope == 1.0:
+        mlp = self.mlp
+        if not untouched(mlp):
+            return torch.add(x, mlp(layer_norm(x, self.ln_2)))
+        up, down = mlp.c_fc, mlp.c_proj
+        if not isinstance(mlp.gelu, QuickGELU):
             return torch.add(x, down(F.gelu(up(layer_norm(x, self.ln_2)))))
+        slope = QUICK_GELU_SLOPE
         raised = F.linear(layer_norm(x, self.ln_2, slope), up.weight, up.bias * slope)
         lowered = F.linear(F.silu(raised), down.weight, down.bias * slope)
         return torch.add(x, lowered, alpha=1 / slope)
+
+
+def _called(x: Tensor, norm: nn.Module) -> Tensor:
+    """Returns `norm(x)` of a module that is called, in x's dtype."""
+    out: Tensor = norm(x)
+    return out.to(x.dtype)
+
+
+def _causal_mask(x: Tensor) -> Tensor:
+    """Returns [T, T] for [T, B, C]: -inf where a token must not look."""
+    mask = torch.full((len(x), len(x)), -torch.inf, dtype=x.dtype, device=x.device)
+    return mask.triu_(1)
 
 
 class Transformer(nn.Module):
@@ -169,26 +287,39 @@ class Transformer(nn.Module):
             activations.
     """
 
-    def __init__(self, width: int, heads: int, layers: int, activation: str) -> None:
+    folded = True
+
+    def __init__(self, width: int, heads: int, layers: int, activation: str, causal: bool = False) -> None:
         super().__init__()
         self.width, self.layers = width, layers
         self.checkpointing = False
-        self.resblocks = nn.ModuleList(ResidualBlock(width, heads, activation) for _ in range(layers))
+        self.resblocks = nn.Sequential(
+            *(ResidualBlock(width, heads, activation, causal) for _ in range(layers))
+        )
 
-    def forward(
-        self, x: Tensor, causal: bool = False, at: Tensor | int | None = None, values_only: bool = False
-    ) -> Tensor:
-        """Maps [B, T, C] to [B, T, C], or to [B, C]; `at` and `values_only` apply to the last block."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [T, B, C] to [T, B, C], as openai/CLIP's transformer: each block and its parts are called."""
+        out: Tensor = self.resblocks(x)
+        return out
+
+    def run(self, x: Tensor, wanted: Wanted = ALL) -> Tensor:
+        """Maps [B, T, C] to [B, T, C], or to [B, C] of one token; `wanted` applies to the last block."""
         *first, last = self.resblocks
+        if not untouched(self):
+            if not wanted.values_only:
+                x = self(x.transpose(0, 1)).transpose(0, 1)
+                return x if wanted.at is None else x[torch.arange(len(x), device=x.device), wanted.at]
+            for block in first:
+                x = block(x.transpose(0, 1)).transpose(0, 1)
+            out: Tensor = last(x, wanted)
+            return out
         for block in first:
-            x = self._run(block, x, causal, None, False)
-        return self._run(last, x, causal, at, values_only)
+            x = self._run(block, x, ALL)
+        return self._run(last, x, wanted)
 
-    def _run(
-        self, block: nn.Module, x: Tensor, causal: bool, at: Tensor | int | None, values_only: bool
-    ) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, wanted: Wanted) -> Tensor:
         if self.checkpointing and self.training and torch.is_grad_enabled():
-            out: Tensor = checkpoint(block, x, causal, at, values_only, use_reentrant=False)
+            out: Tensor = checkpoint(block, x, wanted, use_reentrant=False)
         else:
-            out = block(x, causal, at, values_only)
+            out = block(x, wanted)
         return out

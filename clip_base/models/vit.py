@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from clip_base.models.configs import VisionConfig
 from clip_base.models.positions import resample_positions
-from clip_base.models.transformer import Transformer, layer_norm
+from clip_base.models.transformer import Transformer, Wanted, layer_norm, untouched
 from clip_base.runtime.errors import InputError
 
 
@@ -42,6 +42,11 @@ class VisionTransformer(nn.Module):
         """The same as `resolution`, under openai/CLIP's name."""
         return self.resolution
 
+    @property
+    def output_dim(self) -> int:
+        """The same as `embed_dim`, under openai/CLIP's name."""
+        return self.embed_dim
+
     def forward(self, images: Tensor) -> Tensor:
         """Returns [B, D], one embedding an image, not normalised.
 
@@ -54,13 +59,13 @@ class VisionTransformer(nn.Module):
     def pooled(self, images: Tensor) -> Tensor:
         """Returns [B, C], the class token before the projection into the space of the embeddings."""
         tokens, _, _ = self._embed(images)
-        x = self.transformer(tokens, at=0)  # [B, C]
+        x = self.transformer.run(tokens, Wanted(at=0))  # [B, C]
         return layer_norm(x, self.ln_post)
 
     def trunk(self, images: Tensor) -> Tensor:
         """Returns [B, C, h, w], the patch tokens after the last block, without the class token."""
         tokens, height, width = self._embed(images)
-        x: Tensor = self.transformer(tokens)[:, 1:]  # [B, G, C]
+        x = self.transformer.run(tokens)[:, 1:]  # [B, G, C]
         return x.transpose(1, 2).reshape(len(x), x.shape[-1], height, width)
 
     def dense(self, images: Tensor) -> Tensor:
@@ -70,7 +75,7 @@ class VisionTransformer(nn.Module):
         the value path of MaskCLIP (arXiv 2112.01071, section 3.2), with the block's residual and MLP kept.
         """
         tokens, height, width = self._embed(images)
-        x = self.transformer(tokens, values_only=True)[:, 1:]  # [B, G, C]
+        x = self.transformer.run(tokens, Wanted(values_only=True))[:, 1:]  # [B, G, C]
         x = layer_norm(x, self.ln_post) @ self.proj  # [B, G, D]
         return x.transpose(1, 2).reshape(len(x), x.shape[-1], height, width)
 
@@ -84,9 +89,12 @@ class VisionTransformer(nn.Module):
         # A convolution whose stride is its size is one matrix product over patches; no transposition follows.
         # Not len(): in an exported graph the number of images is a variable.
         batch = images.shape[0]
-        patches = images.reshape(batch, 3, height, patch, width, patch)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width, -1)  # [B, G, 3·p·p]
-        x = F.linear(patches, self.conv1.weight.flatten(1))  # [B, G, C]
+        if untouched(self.conv1):
+            patches = images.reshape(batch, 3, height, patch, width, patch)
+            patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width, -1)  # [B, G, 3·p·p]
+            x = F.linear(patches, self.conv1.weight.flatten(1))  # [B, G, C]
+        else:
+            x = self.conv1(images).flatten(2).transpose(1, 2)  # [B, G, C]
         first = self.class_embedding.to(x.dtype).expand(batch, 1, -1)
         positions = resample_positions(self.positional_embedding, height, width).to(x.dtype)
         return layer_norm(torch.cat([first, x], 1) + positions, self.ln_pre), height, width

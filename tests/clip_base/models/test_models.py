@@ -17,7 +17,7 @@ from clip_base.models.positions import resample_positions
 from clip_base.models.resnet import FrozenBatchNorm2d, ModifiedResNet, freeze_batch_norm
 from clip_base.models.text import TextTower
 from clip_base.models.tokenizer import Tokenizer
-from clip_base.models.transformer import Attention, ResidualBlock
+from clip_base.models.transformer import ALL, Attention, ResidualBlock
 from clip_base.models.vit import VisionTransformer
 from clip_base.runtime.errors import InputError
 
@@ -178,7 +178,7 @@ def test_evaluation_equals_convolution_then_batch_norm(resnet: ModifiedResNet):
     block, x = resnet.layer2[0], torch.randn(2, 128, 8, 8)
     out = F.relu(block.bn1(block.conv1(x)))
     out = F.avg_pool2d(F.relu(block.bn2(block.conv2(out))), 2)
-    out = block.bn3(block.conv3(out)) + block.downsample(F.avg_pool2d(x, 2))
+    out = block.bn3(block.conv3(out)) + block.downsample(x)
     torch.testing.assert_close(block(x), F.relu(out), rtol=1e-4, atol=1e-5)
 
 
@@ -231,10 +231,10 @@ def test_attention_of_one_query_equals_attention_of_all():
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(3, 7, 64)
     expected, _ = theirs(x, x, x)
-    torch.testing.assert_close(ours(x), expected)
+    torch.testing.assert_close(ours.whole(x, causal=False), expected)
     torch.testing.assert_close(ours.once(x[:, 2], x, None), expected[:, 2])
     hidden = (torch.arange(7) > 2).expand(3, -1)
-    torch.testing.assert_close(ours.once(x[:, 2], x, hidden), ours(x, causal=True)[:, 2])
+    torch.testing.assert_close(ours.once(x[:, 2], x, hidden), ours.whole(x, causal=True)[:, 2])
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
@@ -242,9 +242,10 @@ def test_a_block_is_attention_and_mlp_with_the_named_activation(activation: str)
     torch.manual_seed(0)
     block, x = ResidualBlock(64, 1, activation), torch.randn(2, 5, 64)
     act = F.gelu if activation == "gelu" else lambda value: value * torch.sigmoid(1.702 * value)
-    expected = x + block.attn(block.ln_1(x))
+    expected = x + block.attn.whole(block.ln_1(x), causal=False)
     expected = expected + block.mlp.c_proj(act(block.mlp.c_fc(block.ln_2(expected))))
-    torch.testing.assert_close(block(x), expected)
+    torch.testing.assert_close(block(x, ALL), expected)
+    torch.testing.assert_close(block(x.transpose(0, 1)).transpose(0, 1), expected)
 
 
 def test_what_follows_the_end_of_text_changes_nothing(text: TextTower):

@@ -3,12 +3,12 @@
 # C classes, K templates, D embedding size
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_base.models.clip import CLIP
@@ -33,6 +33,9 @@ class TextEncoder(Protocol):
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Returns the weights by name; their hash tells models apart."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Returns the weights; the first one's device is where texts go."""
 
     def train(self, mode: bool = True) -> Any:
         """Switches dropout and batch statistics on or off."""
@@ -110,7 +113,8 @@ def ensemble(
     if wrong or not templates:
         found = repr(wrong[0]) if wrong else "none"
         raise InputError(f"every prompt template needs {{}} where the name goes, found {found}")
-    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    # Not by its state_dict, which takes the gathered weights of a sharded model away again.
+    device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
     distinct = list(dict.fromkeys(names))
     step = max(1, batch_size // len(templates))  # names at once; a mean is made as soon as it can be
     means: list[Tensor] = []

@@ -127,7 +127,7 @@ def make_detector(options: argparse.Namespace, shared: bool) -> Detector:
     network: Any = ProposalNetwork(sizes, trunk)  # type: ignore[arg-type]
     # The anchors themselves are proposed: random moves leave hardly a box that no other hides.
     torch.nn.init.zeros_(network.rpn.head.bbox_pred.weight)
-    config = DetectorConfig(proposals=options.proposals[0], temperature=0.01)
+    config = DetectorConfig(max_proposals=options.proposals[0], temperature=0.01)
     detector = Detector(clip, config, network, trained=True)
     return detector.eval().to(options.device).to(memory_format=torch.channels_last)
 
@@ -168,8 +168,8 @@ def detection(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
         for classes in options.classes:
             works: dict[str, Callable[[], object]] = {}
             for design, detector in designs.items():
-                detector.config.proposals = proposals
-                detector.config.detections = 300 if classes > 1000 else 100
+                detector.config.max_proposals = proposals
+                detector.config.max_detections = 300 if classes > 1000 else 100
                 detector.set_vocabulary(vocabulary_of(classes, detector.clip.config.embed_dim))
                 for precision in precisions:
                     works[f"{design} {precision}"] = functools.partial(
@@ -216,8 +216,10 @@ def time_parts(
     with context():
         stages = detector.stages(images)
         regions = detector.propose(images, stages)
-        if len(regions) != len(frames) * detector.config.proposals:
-            raise SystemExit(f"{len(regions)} proposals, {detector.config.proposals} an image were asked for")
+        if len(regions) != len(frames) * detector.config.max_proposals:
+            raise SystemExit(
+                f"{len(regions)} proposals, {detector.config.max_proposals} an image were asked for"
+            )
         embeddings, moves = detector.heads(stages[-1], regions)
     assert moves is not None
     boxes, scores = classify(detector, regions, embeddings, moves)

@@ -71,7 +71,7 @@ ABLATIONS = {
     "distillation": Student("our best, distillation alone", "exclusive", ONLY["distillation"]),
     "contrastive": Student("our best, region-text contrastive alone", "exclusive", ONLY["contrastive"]),
     "image_text": Student("our best, image-text contrastive alone", "exclusive", ONLY["image_text"]),
-    "crops": Student("our best, and the crop loss", "exclusive", ("crops=1",)),
+    "crops": Student("our best, and the crop loss", "exclusive", ("crop_distillation=1",)),
     "temperature": Student("our best, temperature learnt", "exclusive", ("learn_temperature=true",)),
 }
 DETECTORS = {
@@ -155,7 +155,11 @@ def ablation_stages(folder: Path, seed: int) -> list[Stage]:
         changed = (f"background_weight={weight}",)
         stages += detector(folder, seed, f"background-{weight}", "student-best", changed)
     for alpha in ALPHAS:
-        fusion = ("own_settings=false", f"detector.alpha_base={alpha}", f"detector.alpha_novel={alpha}")
+        fusion = (
+            "use_checkpoint_config=false",
+            f"detector.alpha_base={alpha}",
+            f"detector.alpha_novel={alpha}",
+        )
         stages.append(detection(folder, f"alpha-{alpha}", model(folder, "detector-best"), fusion))
     return stages + curves(folder)
 

@@ -41,7 +41,11 @@ class ConvertConfig:
     precision: str = option(
         "stored", "type of the numbers to write; stored: as they are", choices=("stored", *PRECISIONS)
     )
-    text: str = option("", "to=native: CLIP whose text tower goes along with a detector that brings none")
+    text_weights: str = option(
+        "",
+        "to=native: CLIP whose text tower goes along with a detector that brings none",
+        renamed_from="text",
+    )
 
 
 def convert(config: ConvertConfig) -> None:
@@ -50,17 +54,19 @@ def convert(config: ConvertConfig) -> None:
     if out.exists() and out.resolve() == path.resolve():
         raise InputError(f"out={out} is the file that is read; give another place")
     if config.to in OTHERS:
-        if config.text:
-            raise InputError(f"text={config.text} is for to=native; drop it")
+        if config.text_weights:
+            raise InputError(f"text_weights={config.text_weights} is for to=native; drop it")
         write: formats.Writer = plugins.load(formats.WRITERS, config.to)
         print(f"{path} -> {write(path, out)}")
         return
     content = read_foreign(path) if config.to == "native" else None
     if content is not None and content.native is not None:
-        print(f"{path} ({content.form}) -> {content.native(path, out, config.text)}")
+        print(f"{path} ({content.form}) -> {content.native(path, out, config.text_weights)}")
         return
-    if config.text:
-        raise InputError(f"{path} is no detector without a text tower; drop text={config.text}")
+    if config.text_weights:
+        raise InputError(
+            f"{path} is no detector without a text tower; drop text_weights={config.text_weights}"
+        )
     model, report = read_any(path, config.activation, config.precision)
     if out.exists() and out.resolve() == report.path.resolve():
         raise InputError(f"out={out} is the file that is read; give another place")

@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import replacing
 
-FORMS = ("onnx", "torch")
+FORMATS = ("onnx", "torch")
 SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
 TOLERANCE = 1e-3  # what a file's numbers may differ from PyTorch's
 NEEDED = "onnx", "onnxscript", "onnxruntime"
@@ -47,18 +47,18 @@ class Graph:
     outputs: tuple[str, ...]
 
 
-def check_forms(forms: Sequence[str]) -> None:
-    """Raises an InputError unless the forms are known and what writes them is installed."""
-    wrong = [form for form in forms if form not in FORMS]
-    if wrong or not forms:
-        raise InputError(f"forms must be some of {', '.join(FORMS)}, found {', '.join(wrong) or 'none'}")
+def check_formats(formats: Sequence[str]) -> None:
+    """Raises an InputError unless the formats are known and what writes them is installed."""
+    wrong = [form for form in formats if form not in FORMATS]
+    if wrong or not formats:
+        raise InputError(f"formats must be some of {', '.join(FORMATS)}, found {', '.join(wrong) or 'none'}")
     absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if "onnx" in forms and absent:
-        raise InputError(f"forms=onnx needs {', '.join(absent)}: pip install 'regionclip[onnx]'")
+    if "onnx" in formats and absent:
+        raise InputError(f"formats=onnx needs {', '.join(absent)}: pip install 'regionclip[onnx]'")
 
 
 def write_graph(
-    graph: Graph, folder: Path, name: str, forms: Sequence[str], differences: Callable[[Run], float]
+    graph: Graph, folder: Path, name: str, formats: Sequence[str], differences: Callable[[Run], float]
 ) -> dict[str, float]:
     """Writes `folder/name.onnx`, `folder/name.pt2` or both.
 
@@ -66,7 +66,7 @@ def write_graph(
         graph: what to write.
         folder: where.
         name: the files' stem.
-        forms: some of `FORMS`.
+        formats: some of `FORMATS`.
         differences: runs what was written, and returns by how much it differs from the module.
 
     Returns:
@@ -77,7 +77,7 @@ def write_graph(
     """
     program = trace(graph)
     found = {}
-    for form in forms:
+    for form in formats:
         path = folder / f"{name}{SUFFIX[form]}"
         with replacing(path) as temporary:
             if form == "onnx":

@@ -37,7 +37,9 @@ class ExportConfig:
     out: str = option(
         REQUIRED, "folder for image.onnx, text.onnx, tokenizer.json and clip.json", runtime_only=True
     )
-    forms: list[str] = option(["onnx"], "onnx, torch (a .pt2 of torch.export), or both")
+    formats: list[str] = option(
+        ["onnx"], "onnx, torch (a .pt2 of torch.export), or both", renamed_from="forms"
+    )
     towers: list[str] = option(["image", "text"], "which towers to write")
     activation: str = option("", "activation of a file that does not say it", choices=("", *ACTIVATIONS))
 
@@ -52,7 +54,7 @@ class ExportConfig:
 
 def export(config: ExportConfig) -> None:
     """Writes CLIP's towers as ONNX files that run without PyTorch, checked in onnxruntime."""
-    graphs.check_forms(config.forms)
+    graphs.check_formats(config.formats)
     run = RunFolder(config.out, config, "export")
     if run.finished() is not None:
         print(f"{config.out} is there already, made with the same options")
@@ -60,9 +62,9 @@ def export(config: ExportConfig) -> None:
     model = load_clip(config.file, config.activation).float()
     differences: dict[str, float] = {}
     if "image" in config.towers:
-        differences |= write_image_tower(model, run.path, config.forms)
+        differences |= write_image_tower(model, run.path, config.formats)
     if "text" in config.towers:
-        differences |= write_text_tower(model, run.path, config.forms)
+        differences |= write_text_tower(model, run.path, config.formats)
     write_json(run.path / "clip.json", about(model), indent=2)
     run.finish({"differences": differences})
     for name, difference in differences.items():
@@ -93,7 +95,7 @@ class TextGraph(nn.Module):
         return F.normalize(self.text(tokens), dim=-1)
 
 
-def write_image_tower(model: CLIP, folder: Path, forms: list[str]) -> dict[str, float]:
+def write_image_tower(model: CLIP, folder: Path, formats: list[str]) -> dict[str, float]:
     """Writes `image.onnx`, `image.pt2` or both; returns each file's largest difference from PyTorch."""
     side = model.visual.resolution
     generator = torch.Generator().manual_seed(0)
@@ -107,10 +109,10 @@ def write_image_tower(model: CLIP, folder: Path, forms: list[str]) -> dict[str, 
     graph = graphs.Graph(
         ImageGraph(model).eval(), {"images": pictures(2)}, {"images": {0: Dim("batch")}}, EMBEDDINGS
     )
-    return graphs.write_graph(graph, folder, "image", forms, _compare(graph, [pictures(1), pictures(5)]))
+    return graphs.write_graph(graph, folder, "image", formats, _compare(graph, [pictures(1), pictures(5)]))
 
 
-def write_text_tower(model: CLIP, folder: Path, forms: list[str]) -> dict[str, float]:
+def write_text_tower(model: CLIP, folder: Path, formats: list[str]) -> dict[str, float]:
     """Writes `text.onnx`, `text.pt2` or both, and the tokenizer; see `write_image_tower`."""
     length, end = model.text.context_length, model.text.vocab_size - 1
     generator = torch.Generator().manual_seed(0)
@@ -126,7 +128,7 @@ def write_text_tower(model: CLIP, folder: Path, forms: list[str]) -> dict[str, f
     graph = graphs.Graph(
         TextGraph(model).eval(), {"tokens": texts(2)}, {"tokens": {0: Dim("batch")}}, EMBEDDINGS
     )
-    found = graphs.write_graph(graph, folder, "text", forms, _compare(graph, [texts(1), texts(5)]))
+    found = graphs.write_graph(graph, folder, "text", formats, _compare(graph, [texts(1), texts(5)]))
     if model.text.vocab_size == VOCAB_SIZE:  # else the texts are another tokenizer's affair
         write_tokenizer(folder / "tokenizer.json", length)
     return found

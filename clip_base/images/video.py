@@ -115,7 +115,7 @@ class VideoWriter:
             self._writer = cv2.VideoWriter(str(self.path), code, self.rate, self.size)
             if not self._writer.isOpened():
                 raise InputError(
-                    f"this OpenCV cannot encode {self.codec}; give another codec= ({', '.join(CODECS)})"
+                    f"this OpenCV cannot encode {self.codec}; give another video_codec= ({', '.join(CODECS)})"
                 )
         frame = picture.crop((0, 0, *self.size))
         self._writer.write(cv2.cvtColor(np.asarray(frame), cv2.COLOR_RGB2BGR))

@@ -33,6 +33,7 @@ def option(
     positional: bool = False,
     runtime_only: bool = False,
     choices: Sequence[str] = (),
+    renamed_from: str = "",
 ) -> T:
     """Declares a field of a config dataclass.
 
@@ -42,12 +43,14 @@ def option(
         positional: the command line's plain arguments go to this field.
         runtime_only: a run may go on with another value (its result does not depend on it).
         choices: the values it may take.
+        renamed_from: the option's former name, which is an error that names this one.
     """
     metadata = {
         "meaning": meaning,
         "positional": positional,
         "runtime_only": runtime_only,
         "choices": tuple(choices),
+        "renamed_from": renamed_from,
     }
     if isinstance(default, list | dict) or dataclasses.is_dataclass(default):
         return cast(T, dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata))
@@ -122,11 +125,20 @@ def _merge(config: Any, change: Any, where: str) -> Any:
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
         schema = cast(type, OmegaConf.get_type(config))
-        hint = plugins.did_you_mean(key, [name for name, _, _ in fields_of(schema)])
+        hint = _new_name(schema, key) or plugins.did_you_mean(key, [name for name, _, _ in fields_of(schema)])
         raise InputError(f"{where}there is no option {key!r}; {hint}") from None
     except (ValidationError, OmegaConfBaseException, AssertionError) as error:
         key, reason = getattr(error, "full_key", ""), str(error).splitlines()[0]
         raise InputError(f"{where}option {key!r}: {reason}") from None
+
+
+def _new_name(schema: type, key: str) -> str:
+    """Says what a renamed option is called now; "" for a key that was never an option."""
+    for name, field, _ in fields_of(schema):
+        former = field.metadata.get("renamed_from")
+        if former and key == name.removesuffix(field.name) + former:
+            return f"it is called {name} now"
+    return ""
 
 
 def _finish(schema: type[T], config: Any, where: str) -> T:

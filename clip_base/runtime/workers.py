@@ -1,6 +1,6 @@
 """Work over several processes: on this machine, or on the machines of a Ray cluster.
 
-Work is a function of a task alone, so that its results are the same whichever process does it. The engines
+Work is a function of a task alone, so that its results are the same whichever process does it. The executors
 differ in where the processes are:
 
 - `local`: processes of this machine, each with its share of the cores; one worker works in this process.
@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from clip_base.runtime.errors import InputError
 
-ENGINES = ("local", "ray")
+EXECUTORS = ("local", "ray")
 
 Task = TypeVar("Task")
 
@@ -47,7 +47,7 @@ Watch = Callable[[Task, int, str], None]
 
 
 def run(
-    engine: str,
+    executor: str,
     start: Callable[[], Work[Task, Result]],
     tasks: Iterable[Task],
     workers: int = 1,
@@ -57,7 +57,7 @@ def run(
     """Yields (task, result) of all tasks, in the order in which they end.
 
     Args:
-        engine: one of ENGINES.
+        executor: one of EXECUTORS.
         start: called once in every process, makes the function that does the work; it is sent there.
         tasks: read when a process is free.
         workers: processes; 0: one a core (ray: one a core or GPU of the cluster).
@@ -70,7 +70,7 @@ def run(
         RuntimeError: the work failed otherwise, which the message tells, or a process was killed.
     """
     watch = watch or _unwatched
-    if engine == "ray":
+    if executor == "ray":
         return _on_ray(start, tasks, workers, gpus)
     count = workers or cores()
     return _here(start, tasks, watch) if count == 1 else _in_processes(start, tasks, count, watch, gpus)
@@ -260,7 +260,7 @@ def _on_ray(
     try:
         import ray  # noqa: PLC0415 (optional)
     except ImportError:
-        raise InputError("engine=ray needs Ray; install it with `pip install 'regionclip[ray]'`") from None
+        raise InputError("executor=ray needs Ray; install it with `pip install 'regionclip[ray]'`") from None
     connected = ray.is_initialized()
     if not connected:
         ray.init(log_to_driver=False)

@@ -118,24 +118,24 @@ def part_of(name: str) -> str:
     return f"roi_heads.detector.{name}"
 
 
-def to_ours(path: Path, out: Path, text: str) -> str:
+def to_ours(path: Path, out: Path, text_weights: str) -> str:
     """Writes a RegionCLIP detector or a detectron2 proposal network in our form.
 
     Args:
         path: the published file.
         out: a .safetensors file.
-        text: the CLIP whose text tower goes along with a detector that brings none.
+        text_weights: the CLIP whose text tower goes along with a detector that brings none.
     """
     if out.suffix != ".safetensors":
         raise InputError(f"out={out}: our form is a .safetensors file, give such a name")
     content = content_of(path)
     if content.form == FINETUNED:
-        if content.clip is None and not text:
+        if content.clip is None and not text_weights:
             raise InputError(
-                f"{path} brings no text tower, and ours hold one: give text=FILE, OpenAI's CLIP or the "
-                "pretrained RegionCLIP that the detector began with"
+                f"{path} brings no text tower, and ours hold one: give text_weights=FILE, OpenAI's CLIP or "
+                "the pretrained RegionCLIP that the detector began with"
             )
-        detector = detector_of(content, path, None, text)
+        detector = detector_of(content, path, None, text_weights)
         if detector.network is None:
             raise InputError(f"{path} holds no proposal network, without which our file cannot be used")
         trained_on = 0 if detector.rows is None else len(detector.rows)
@@ -188,7 +188,7 @@ def _head(detector: Detector, base: tuple[str, ...], path: Path) -> dict[str, Te
     if detector.boxes != "embedding" or detector.background is None:
         raise InputError(
             f"{path} moves boxes by reading {detector.boxes}, RegionCLIP's detectors read the embedding; "
-            "train one with boxes=embedding"
+            "train one with box_head=embedding"
         )
     state = detector.state_dict()
     head = {

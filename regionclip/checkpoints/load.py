@@ -41,23 +41,23 @@ RESIZE = ResizeConfig([800], 1333, filter="bilinear", multiple=1)
 
 
 _COCO = DetectorConfig(
-    proposals=1000,
+    max_proposals=1000,
     temperature=parts.TEMPERATURE,
     alpha_base=0,
     alpha_novel=0,
     min_score=0.001,
-    suppression="soft",
-    detections=100,
+    nms_type="soft",
+    max_detections=100,
 )
 
 
 _LVIS = DetectorConfig(
-    proposals=1000,
+    max_proposals=1000,
     temperature=parts.TEMPERATURE,
     fusion="legacy_logit",
     min_score=0.02,
-    suppression="soft",
-    detections=300,
+    nms_type="soft",
+    max_detections=300,
 )
 
 
@@ -82,8 +82,9 @@ class ImageTower(CLIP):
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Raises an InputError that says how to come by a text tower."""
         raise InputError(
-            "these weights bring no text tower to embed names with: give text=FILE, a CLIP with the same one "
-            "(OpenAI's, or the pretrained RegionCLIP that the detector began with), or embeddings=FILE"
+            "these weights bring no text tower to embed names with: give text_weights=FILE, a CLIP with the "
+            "same one (OpenAI's, or the pretrained RegionCLIP that the detector began with), or "
+            "embeddings=FILE"
         )
 
 
@@ -115,27 +116,27 @@ def check_published(content: Content, path: Path) -> None:
 
 
 def load_published_detector(
-    weights: str, config: DetectorConfig | None = None, text: str = ""
+    weights: str, config: DetectorConfig | None = None, text_weights: str = ""
 ) -> PublishedDetector | None:
     """Returns the detector in a RegionCLIP file; None when the file is something else.
 
     Args:
         weights: a file, or a published file's name.
         config: scores and suppression; None: as its authors tested it.
-        text: a CLIP whose text tower embeds names, for files without one.
+        text_weights: a CLIP whose text tower embeds names, for files without one.
 
     Raises:
-        InputError: the file is damaged, not whole, or does not go with `text`.
+        InputError: the file is damaged, not whole, or does not go with `text_weights`.
     """
     path = find(weights)
     content = read_foreign(path) if is_published(path) else None
     if content is None or content.form != parts.FINETUNED:
         return None
-    return detector_of(content, path, config, text)
+    return detector_of(content, path, config, text_weights)
 
 
 def detector_of(
-    content: Content, path: Path, config: DetectorConfig | None = None, text: str = ""
+    content: Content, path: Path, config: DetectorConfig | None = None, text_weights: str = ""
 ) -> PublishedDetector:
     """Builds the detector among a file's tensors, in evaluation mode; see `load_published_detector`."""
     head = group_of(content, parts.HEAD)
@@ -149,7 +150,7 @@ def detector_of(
             f"{path} moves boxes for each of its classes apart ({len(head['bbox_pred.weight'])} rows); the "
             "published detectors do it alike for all (4 rows)"
         )
-    clip, towers = _towers(content, path, text)
+    clip, towers = _towers(content, path, text_weights)
     weights = {f"clip.{name}": value for name, value in towers.items()}
     weights |= {f"box_head.{kind}": head[f"bbox_pred.{kind}"] for kind in ("weight", "bias")}
     weights["background"] = head["cls_bg_score.weight"].reshape(-1)
@@ -239,30 +240,32 @@ def _settings(trained_on: Tensor | None, path: Path) -> DetectorConfig:
     if count not in SETTINGS:
         raise InputError(
             f"{path} was trained on {count or 'an unknown number of'} names, which is none of the published "
-            "detectors; say how it is to score: own_settings=false detector.temperature=0.01 detector.…"
+            "detectors; say how it is to score: use_checkpoint_config=false detector.temperature=0.01 "
+            "detector.…"
         )
     return dataclasses.replace(SETTINGS[count])
 
 
-def _towers(content: Content, path: Path, text: str) -> tuple[CLIP, dict[str, Tensor]]:
-    """Returns an unfilled CLIP and the weights that go into it, the text tower's from `text` if need be."""
+def _towers(content: Content, path: Path, text_weights: str) -> tuple[CLIP, dict[str, Tensor]]:
+    """Returns an unfilled CLIP and the weights that go into it, the text tower's from a file if need be."""
     visual = group_of(content, parts.VISUAL)
     vision = infer_config.infer_vision(visual, infer_config.Hints(), path)
     scale = {"logit_scale": torch.tensor(math.log(1 / parts.TEMPERATURE))}
     if content.clip is not None:
-        if text:
-            raise InputError(f"{path} has a text tower of its own; drop text={text}")
+        if text_weights:
+            raise InputError(f"{path} has a text tower of its own; drop text_weights={text_weights}")
         config = infer_config.infer(content.clip, infer_config.Hints(content.activation), path)
         return CLIP(config), dict(content.clip)
     width = len(visual["visual.attnpool.c_proj.weight"]) if "visual.attnpool.c_proj.weight" in visual else 0
-    if not text:
+    if not text_weights:
         same = (zoo.config(name) for name in zoo.available_models())
         words = next((one.text for one in same if one.vision == vision), TextConfig())
         return ImageTower(CLIPConfig(width, vision, words)), {**visual, **scale}
-    donor = load_clip(text)
+    donor = load_clip(text_weights)
     if donor.config.embed_dim != width:
         raise InputError(
-            f"text={text} embeds names in {donor.config.embed_dim} numbers, {path} regions in {width}"
+            f"text_weights={text_weights} embeds names in {donor.config.embed_dim} numbers, {path} regions "
+            f"in {width}"
         )
     clip = CLIP(CLIPConfig(width, vision, donor.config.text, donor.config.activation))
     words_state = {name: value for name, value in donor.state_dict().items() if name.startswith("text.")}
@@ -326,18 +329,22 @@ def read_detector_file(
 
 
 def load_detector(
-    weights: str, config: DetectorConfig, own_settings: bool = True, text: str = ""
+    weights: str, config: DetectorConfig, use_checkpoint_config: bool = True, text_weights: str = ""
 ) -> Detector:
     """Returns a detector from a detector's file, ours or RegionCLIP's, or a zero-shot one from a CLIP's."""
     is_ours = weights.endswith(".safetensors")
-    published = None if is_ours else load_published_detector(weights, None if own_settings else config, text)
+    published = (
+        None
+        if is_ours
+        else load_published_detector(weights, None if use_checkpoint_config else config, text_weights)
+    )
     if published is not None:
-        published.resize = published.resize if own_settings else None
+        published.resize = published.resize if use_checkpoint_config else None
         return published
-    if text:
-        raise InputError(f"{weights} has a text tower of its own; drop text={text}")
+    if text_weights:
+        raise InputError(f"{weights} has a text tower of its own; drop text_weights={text_weights}")
     if is_ours and read_weights(weights)[1].get("format") == FORMAT:
-        detector = read_detector_file(weights, None if own_settings else config)[0]
-        detector.resize = detector.resize if own_settings else None
+        detector = read_detector_file(weights, None if use_checkpoint_config else config)[0]
+        detector.resize = detector.resize if use_checkpoint_config else None
         return detector
     return Detector(load_clip(weights), config).eval()

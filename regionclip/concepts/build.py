@@ -22,7 +22,7 @@ from clip_base.runtime.files import ENCODING_HELP, existing, read_json, write_js
 from clip_base.runtime.progress import track
 from clip_base.runtime.workers import cores
 from regionclip.concepts.phrase_cache import PhraseStore, phrases_file
-from regionclip.concepts.phrases import PhraseParser, hidden_by, read_invisible
+from regionclip.concepts.phrases import PhraseParser, hidden_by, read_stop_words
 from regionclip.concepts.pool import EXAMPLES, Concept, ConceptCounts, count, meta_file, pool, read_concepts
 from regionclip.concepts.synonyms import aliases_of, forms, given_classes
 from regionclip.data.captions import cleaned, read_texts
@@ -34,7 +34,7 @@ FORMAT = "regionclip.concepts"
 VERSION = 3  # raised when the same captions begin to give another pool
 
 
-SAME = ("version", "captions_sha256", "classes_sha256", "invisible_sha256")
+SAME = ("version", "captions_sha256", "classes_sha256", "stop_words_sha256")
 
 
 @dataclass
@@ -50,15 +50,18 @@ class ConceptsConfig:
         [], "class lists whose names always stay: coco, coco65, coco_base, coco_novel, or files"
     )
     language: str = option("", "spaCy model; empty: the small English one")
-    invisible: str = option(
-        "", "file of heads and phrases to drop, one a line; empty: the list that comes with us"
+    stop_words: str = option(
+        "",
+        "file of heads and phrases to drop, one a line; empty: the list that comes with us",
+        renamed_from="invisible",
     )
     column: str = option("", "caption's column or key; empty: caption, text or title")
     encoding: str = option("", ENCODING_HELP)
-    keep_phrases: bool = option(
+    cache_phrases: bool = option(
         True,
         "keep the captions' phrases in OUT.phrases.db, so that mining need not parse them again",
         runtime_only=True,
+        renamed_from="keep_phrases",
     )
     workers: int = option(1, "processes that parse; 0: one a core", runtime_only=True)
     batch_size: int = option(256, "captions that spaCy analyses at once", runtime_only=True)
@@ -92,7 +95,7 @@ def build(config: ConceptsConfig) -> None:
 def _make(config: ConceptsConfig, out: Path, meta_path: Path, provenance: dict[str, Any]) -> None:
     classes = given_classes(config.classes)
     parser = parser_of(config, classes)
-    kept = phrases_file(out) if config.keep_phrases else ""
+    kept = phrases_file(out) if config.cache_phrases else ""
     parser.memory = store = PhraseStore(kept, parser.fingerprint, provenance["captions_sha256"])
     captions = sum(1 for _ in read_texts(config.captions, config.column, config.encoding))
     tally = count(
@@ -125,7 +128,7 @@ def parser_of(config: ConceptsConfig, classes: list[tuple[str, ...]]) -> PhraseP
     """Returns the parser of a pool's captions; the names of its given classes stay whole."""
     words = [word for entry in classes for word in entry]
     return PhraseParser(
-        config.language, config.batch_size, config.workers or cores(), config.invisible, words
+        config.language, config.batch_size, config.workers or cores(), config.stop_words, words
     )
 
 
@@ -156,7 +159,7 @@ def _provenance(config: ConceptsConfig, captions: Path) -> dict[str, Any]:
         "options": options,
         "captions_sha256": digest,
         "classes_sha256": _hash(given_classes(config.classes)),
-        "invisible_sha256": _hash(sorted(read_invisible(config.invisible))),
+        "stop_words_sha256": _hash(sorted(read_stop_words(config.stop_words))),
     }
 
 
@@ -219,7 +222,7 @@ def explain(config: ConceptsConfig, concepts: list[Concept]) -> str:
     """
     classes = given_classes(config.classes)
     parser = parser_of(config, classes)
-    parser.invisible = frozenset()  # it must see what the pool's parser dropped
+    parser.stop_words = frozenset()  # it must see what the pool's parser dropped
     asked = cleaned(config.explain.lower())
     phrase = next(iter(next(parser.parse([asked]))), None)
     aliases = aliases_of(classes)
@@ -249,8 +252,8 @@ def _present(asked: str, concept: Concept, rank: int, total: int) -> str:
 
 
 def _absent(config: ConceptsConfig, parser: PhraseParser, name: str) -> str:
-    dropped = read_invisible(config.invisible)
-    source = config.invisible or "the list that comes with us"
+    dropped = read_stop_words(config.stop_words)
+    source = config.stop_words or "the list that comes with us"
     # The lemmatiser changes the end of a word, and of the irregular ones ("people", "men") a good part of it.
     stems = [word[: max(1, len(word) - 4)] for word in name.split()]
     likely = Counter(
@@ -284,7 +287,7 @@ def _reason(
     if hiding:
         word = hiding.most_common(1)[0][0]
         lines = [
-            f"{name!r} is not in the pool: {word!r} is dropped as invisible by {source} ({times:,} captions)"
+            f"{name!r} is not in the pool: {word!r} is dropped as a stop word of {source} ({times:,} times)"
         ]
     elif times:
         lines = [f"{name!r} is not in the pool: {times:,} captions name it, min_count={config.min_count}"]

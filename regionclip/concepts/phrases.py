@@ -3,7 +3,7 @@
 A phrase is one of spaCy's base noun chunks, cut at its head noun and freed of what does not describe the
 thing: determiners, pronouns, numbers standing alone, words of quantity. The head is lemmatised. Words that
 only count what follows ("a pair of scissors", "a group of people") are chunks of their own in spaCy's
-analysis; they stand on the list of invisible things, so that "scissors" and "person" are what remains.
+analysis; they stand on the list of stop words, so that "scissors" and "person" are what remains.
 """
 
 from __future__ import annotations
@@ -91,30 +91,30 @@ Found = dict[str, list[Phrase]]
 Compounds = dict[str, list[tuple[str, ...]]]
 
 
-def read_invisible(path: str = "") -> frozenset[str]:
+def read_stop_words(path: str = "") -> frozenset[str]:
     """Returns the heads and phrases to drop, one a line in a file; "" is the list that comes with us.
 
     A line that begins with + keeps a compound although its last word is dropped.
     """
-    file = Path(path) if path else DATA_FILES / "invisible.txt"
-    text = read_text(file, "list of invisible things")
+    file = Path(path) if path else DATA_FILES / "stop_words.txt"
+    text = read_text(file, "stop words")
     lines = (line.partition("#")[0].strip().lower() for line in text.splitlines())
     return frozenset(line for line in lines if line)
 
 
-def hidden_by(phrase: Phrase, invisible: frozenset[str]) -> str | None:
-    """Returns the entry of the list of invisible things that drops a phrase; None: it stays.
+def hidden_by(phrase: Phrase, stop_words: frozenset[str]) -> str | None:
+    """Returns the entry of the list of stop words that drops a phrase; None: it stays.
 
     The longest ending of the head that the list knows decides: "background" drops "blotchy background", and
     with "+parking lot" beside "lot" a "dirt parking lot" stays.
     """
-    if phrase.text in invisible:
+    if phrase.text in stop_words:
         return phrase.text
     words = phrase.head.split(" ")
     for ending in (" ".join(words[start:]) for start in range(len(words))):
-        if f"+{ending}" in invisible:
+        if f"+{ending}" in stop_words:
             return None
-        if ending in invisible:
+        if ending in stop_words:
             return ending
     return None
 
@@ -156,7 +156,7 @@ class PhraseParser:
         batch_size: captions that spaCy analyses at once.
         workers: processes; 1 parses in this one. A script that asks for more needs the usual
             `if __name__ == "__main__":` guard, since the processes are spawned.
-        invisible: what to drop, as a file or a set; "" is the list that comes with us.
+        stop_words: what to drop, as a file or a set; "" is the list that comes with us.
         names: names of several words that must not be torn apart, besides COCO's: the small English model
             takes "fire hydrant" for a "fire" every second time.
         memory: what was parsed before, by a parser of the same `fingerprint`; None remembers recent captions.
@@ -167,7 +167,7 @@ class PhraseParser:
         language: str = "",
         batch_size: int = 256,
         workers: int = 1,
-        invisible: str | frozenset[str] = "",
+        stop_words: str | frozenset[str] = "",
         names: Iterable[str] = (),
         memory: PhraseCache | None = None,
     ) -> None:
@@ -175,7 +175,7 @@ class PhraseParser:
         if batch_size < 1 or workers < 1:
             raise InputError(f"batch_size and workers must be at least 1, got {batch_size} and {workers}")
         self.model = model_name(language)
-        self.invisible = read_invisible(invisible) if isinstance(invisible, str) else invisible
+        self.stop_words = read_stop_words(stop_words) if isinstance(stop_words, str) else stop_words
         self.compounds = compounds_of([*parse_names("coco80"), *names])
         self.memory: PhraseCache = LRUPhraseCache() if memory is None else memory
         self._language, self._batch_size, self._workers = language, batch_size, workers
@@ -199,7 +199,7 @@ class PhraseParser:
         tasks = _chunks(captions, _TASK)
         for task, found in self._parse_here(tasks) if self._workers == 1 else self._parse_elsewhere(tasks):
             for caption in task:
-                yield [phrase for phrase in found[caption] if hidden_by(phrase, self.invisible) is None]
+                yield [phrase for phrase in found[caption] if hidden_by(phrase, self.stop_words) is None]
 
     def _parse_here(self, tasks: Iterable[list[str]]) -> Iterator[tuple[list[str], Found]]:
         for task in tasks:
@@ -250,7 +250,7 @@ class _Worker:
 
 
 def parse_batch(nlp: Language, captions: list[str], compounds: Compounds, batch_size: int) -> Found:
-    """Returns the phrases of each distinct caption, invisible things among them."""
+    """Returns the phrases of each distinct caption, stop words among them."""
     # A full stop tells the model that a sentence ends here; without one it errs more ("a red fire hydrant").
     distinct = list(dict.fromkeys(captions))
     found: Found = {}

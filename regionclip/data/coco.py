@@ -196,7 +196,7 @@ def numbered_by(
     new_ids = [known.get(name.replace("_", " ")) for name in names]
     if not any(category is not None for category in new_ids):
         raise InputError(
-            f"result_classes: none of its {len(names)} names, such as {names[0]!r}, is a category of the "
+            f"results_categories: none of its {len(names)} names, such as {names[0]!r}, is a category of the "
             f"annotations; {did_you_mean(names[0], list(ids))}"
         )
     renumbered = []
@@ -205,7 +205,7 @@ def numbered_by(
         if not 0 <= place < len(names):
             raise InputError(
                 f"results: category id {entry['category_id']} does not count {len(names)} classes from "
-                f"{first} on; give another result_classes= or result_first={1 - first}"
+                f"{first} on; give another results_categories= or results_first_id={1 - first}"
             )
         if new_ids[place] is not None:
             renumbered.append({**entry, "category_id": new_ids[place]})

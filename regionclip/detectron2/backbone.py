@@ -38,7 +38,11 @@ PLACES = {
 
 
 def read_detector(
-    weights: str, config: DetectorConfig, trained: bool = True, boxes: str = "embedding", text: str = ""
+    weights: str,
+    config: DetectorConfig,
+    trained: bool = True,
+    box_head: str = "embedding",
+    text_weights: str = "",
 ) -> Detector:
     """Reads a detector, or makes one of a CLIP.
 
@@ -46,22 +50,22 @@ def read_detector(
         weights: a detector or a CLIP in any form that `regionclip evaluate weights=` takes.
         config: scores and suppression.
         trained: whether a CLIP gets a box head and a background, to be trained; a detector has them.
-        boxes: what a new box head reads.
-        text: a CLIP whose text tower embeds names, for published detectors, which have none.
+        box_head: what a new box head reads.
+        text_weights: a CLIP whose text tower embeds names, for published detectors, which have none.
 
     Raises:
         InputError: the file is missing, damaged, of no known form, or its vision tower is no ResNet.
     """
     if not weights:
         raise InputError("MODEL.REGIONCLIP.WEIGHTS is empty; give a CLIP or a detector")
-    detector = load_detector(weights, config, own_settings=False, text=text)
+    detector = load_detector(weights, config, use_checkpoint_config=False, text_weights=text_weights)
     if not isinstance(detector.clip.visual, ModifiedResNet):
         raise InputError(
             f"{weights}: detectron2's parts need a ResNet tower, which can be cut between trunk and head; "
             "this one is a ViT"
         )
     if trained and not detector.trained:
-        return Detector(detector.clip, config, trained=True, boxes=boxes).eval()
+        return Detector(detector.clip, config, trained=True, boxes=box_head).eval()
     return detector
 
 

@@ -20,36 +20,36 @@ from regionclip.training.train_detector import TrainDetectorConfig
 OWN = "MODEL.REGIONCLIP."
 # Our option: its key.
 DETECTOR_KEYS = {
-    "proposals": "MODEL.RPN.POST_NMS_TOPK_TEST",
+    "max_proposals": "MODEL.RPN.POST_NMS_TOPK_TEST",
     "proposal_nms": "MODEL.RPN.NMS_THRESH",
     "min_score": "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
     "nms": "MODEL.ROI_HEADS.NMS_THRESH_TEST",
-    "detections": "TEST.DETECTIONS_PER_IMAGE",
+    "max_detections": "TEST.DETECTIONS_PER_IMAGE",
     "temperature": f"{OWN}TEMPERATURE",
-    "background": f"{OWN}ZERO_SHOT_BACKGROUND",
+    "allow_background": f"{OWN}ALLOW_BACKGROUND",
     "fusion": f"{OWN}FUSION",
     "alpha_base": f"{OWN}ALPHA_BASE",
     "alpha_novel": f"{OWN}ALPHA_NOVEL",
-    "suppression": f"{OWN}SUPPRESSION",
-    "sigma": f"{OWN}SIGMA",
-    "prune": f"{OWN}PRUNE",
+    "nms_type": f"{OWN}NMS_TYPE",
+    "soft_nms_sigma": f"{OWN}SOFT_NMS_SIGMA",
+    "soft_nms_min_score": f"{OWN}SOFT_NMS_MIN_SCORE",
 }
 TRAINING_KEYS = {
-    "proposals": "MODEL.RPN.POST_NMS_TOPK_TRAIN",
-    "rois": "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
-    "positive_share": "MODEL.ROI_HEADS.POSITIVE_FRACTION",
+    "max_proposals": "MODEL.RPN.POST_NMS_TOPK_TRAIN",
+    "rois_per_image": "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
+    "positive_fraction": "MODEL.ROI_HEADS.POSITIVE_FRACTION",
     "box_weight": "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT",
     "smooth_l1_beta": "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA",
     "templates": f"{OWN}TEMPLATES",
     "background_weight": f"{OWN}BACKGROUND_WEIGHT",
-    "focal": f"{OWN}FOCAL",
-    "boxes": f"{OWN}BOXES",
-    "background": f"{OWN}BACKGROUND",
+    "focal_gamma": f"{OWN}FOCAL_GAMMA",
+    "box_head": f"{OWN}BOX_HEAD",
+    "background_embedding": f"{OWN}BACKGROUND_EMBEDDING",
 }
 
 NETWORK_KEYS = {
     "samples": "MODEL.RPN.BATCH_SIZE_PER_IMAGE",
-    "positive_share": "MODEL.RPN.POSITIVE_FRACTION",
+    "positive_fraction": "MODEL.RPN.POSITIVE_FRACTION",
     "smooth_l1_beta": "MODEL.RPN.SMOOTH_L1_BETA",
     "pre_nms": "MODEL.RPN.PRE_NMS_TOPK_TEST",
     "min_size": "MODEL.PROPOSAL_GENERATOR.MIN_SIZE",
@@ -100,13 +100,14 @@ def add_regionclip_config(cfg: CfgNode) -> None:
 
     MODEL.REGIONCLIP.WEIGHTS: a CLIP or a detector, in any form that is known here; gives all sizes and the
     first weights. MODEL.WEIGHTS may name a checkpoint of detectron2's that is loaded over them.
-    MODEL.REGIONCLIP.TEXT: a CLIP whose text tower embeds names, for published detectors, which have none.
+    MODEL.REGIONCLIP.TEXT_WEIGHTS: a CLIP whose text tower embeds names, for published detectors, which have
+    none.
     MODEL.REGIONCLIP.RPN: the proposal network; empty: the detector's own.
     MODEL.REGIONCLIP.TRAINED: whether there are a box head and a background; False: zero-shot.
     DATASETS.OPEN_VOCABULARY: datasets to register, NAME: {ANNOTATIONS, IMAGES, SPLIT, PART}; see
     `regionclip.detectron2.register_dataset`.
     """
-    own = CfgNode({"WEIGHTS": "", "TEXT": "", "RPN": "", "TRAINED": True})
+    own = CfgNode({"WEIGHTS": "", "TEXT_WEIGHTS": "", "RPN": "", "TRAINED": True})
     for defaults, keys in ((DetectorConfig(), DETECTOR_KEYS), (TrainDetectorConfig(), TRAINING_KEYS)):
         for name, key in keys.items():
             if key.startswith(OWN):

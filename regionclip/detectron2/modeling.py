@@ -118,7 +118,7 @@ class OpenVocabularyROIHeads(nn.Module):
             trained.
         train_dataset: whose classes are trained.
         test_dataset: whose classes are detected, until `set_vocabulary` is called.
-        text: a CLIP whose text tower embeds names, for published detectors, which have none.
+        text_weights: a CLIP whose text tower embeds names, for published detectors, which have none.
         feature: name of the map that regions are cut from.
         said: what a config says of things that are fixed here; an InputError where it is something else.
     """
@@ -132,17 +132,18 @@ class OpenVocabularyROIHeads(nn.Module):
         trained: bool = True,
         train_dataset: str = "",
         test_dataset: str = "",
-        text: str = "",
+        text_weights: str = "",
         feature: str = "res4",
         said: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        whole = read_detector(weights, detector, trained, training.boxes, text)
+        whole = read_detector(weights, detector, trained, training.box_head, text_weights)
         own = {**ROI_VALUES, POOLER_RESOLUTION: whole.clip.visual.region_size}
         require(said or {}, own, "OpenVocabularyROIHeads")
         if not hasattr(whole.clip, "text"):
             raise InputError(
-                f"{weights} brings no text tower; set MODEL.REGIONCLIP.TEXT to the CLIP that it was made from"
+                f"{weights} brings no text tower; set MODEL.REGIONCLIP.TEXT_WEIGHTS to the CLIP that it was "
+                "made from"
             )
         if whole.trained and not trained:
             raise InputError(f"{weights} is a trained detector; set MODEL.REGIONCLIP.TRAINED to True")
@@ -168,7 +169,7 @@ class OpenVocabularyROIHeads(nn.Module):
             "trained": own.TRAINED,
             "train_dataset": next(iter(cfg.DATASETS.TRAIN), ""),
             "test_dataset": next(iter(cfg.DATASETS.TEST), ""),
-            "text": own.TEXT,
+            "text_weights": own.TEXT_WEIGHTS,
             "said": stated(cfg, [*ROI_VALUES, POOLER_RESOLUTION]),
         }
 
@@ -215,7 +216,7 @@ class OpenVocabularyROIHeads(nn.Module):
         if detector.vocabulary is not vocabulary:
             detector.set_vocabulary(vocabulary)
         batch = from_images(images)
-        background = detector.trained or detector.config.background
+        background = detector.trained or detector.config.allow_background
         probabilities, boxes = detector.classify(batch, regions, background, [features[self.feature]])
         scores = score(regions, probabilities, detector.alpha, detector.config.fusion)
         found = []

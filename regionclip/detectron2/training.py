@@ -68,7 +68,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):  # type: ignore[misc]
             Path(self.out).mkdir(parents=True, exist_ok=True)
             write_json(Path(self.out) / "results.json", entries)
         metadata = MetadataCatalog.get(self.dataset)
-        protocol = Protocol(max_detections=self.max_detections, compete=getattr(metadata, "part", "all"))
+        protocol = Protocol(max_detections=self.max_detections, label_set=getattr(metadata, "part", "all"))
         found = evaluate_detections(metadata.json_file, entries, getattr(metadata, "split", None), protocol)
         return {"bbox": {key: 100 * value if value >= 0 else value for key, value in found.metrics.items()}}
 

@@ -47,21 +47,23 @@ class EvaluateConfig:
         REQUIRED, "folder for metrics.json, per_class.csv, results.json and report.html", runtime_only=True
     )
     results: str = option("", "a results file in COCO's form to evaluate; then no weights are needed")
-    result_classes: str = option(
+    results_categories: str = option(
         "",
         "class list that the results' category ids count, such as coco65 or a file with a name a line; "
         "empty: they are the annotations' own ids",
+        renamed_from="result_classes",
     )
-    result_first: int = option(0, "category id of that list's first class")
+    results_first_id: int = option(0, "category id of that list's first class", renamed_from="result_first")
     split: str = option(
         "",
         "coco, lvis, a JSON file with base and novel names, or class lists BASE.txt,NOVEL.txt; "
         "empty: all categories, none novel",
     )
-    compete: str = option(
+    label_set: str = option(
         "all",
         "names that compete: all (the generalised setting), or only the split's base or novel ones",
         choices=("all", "base", "novel"),
+        renamed_from="compete",
     )
     images: str = option(
         "", "folder that the annotations' file names are relative to; with results= for the page's pictures"
@@ -76,17 +78,25 @@ class EvaluateConfig:
         PROPOSERS, "none", "for a CLIP: where regions come from; none: a detector's own network"
     )
     detector: DetectorConfig = option(
-        DetectorConfig(), "scores and suppression, for a CLIP or with own_settings=false"
+        DetectorConfig(), "scores and suppression, for a CLIP or with use_checkpoint_config=false"
     )
-    own_settings: bool = option(
-        True, "a detector sees and scores as it was trained to, not as `resize` and `detector` say"
+    use_checkpoint_config: bool = option(
+        True,
+        "a detector sees and scores as it was trained to, not as `resize` and `detector` say",
+        renamed_from="own_settings",
     )
     templates: list[str] = option(list(DEFAULT_TEMPLATES), "prompts, averaged; {} is the class name")
     embeddings: str = option(
         "", "file of the class names' embeddings, such as RegionCLIP's .pth; empty: names are embedded"
     )
-    text: str = option("", "CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none")
-    resize: ResizeConfig = option(ResizeConfig(), "size of the images, for a CLIP or with own_settings=false")
+    text_weights: str = option(
+        "",
+        "CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none",
+        renamed_from="text",
+    )
+    resize: ResizeConfig = option(
+        ResizeConfig(), "size of the images, for a CLIP or with use_checkpoint_config=false"
+    )
     protocol: str = option(
         "auto",
         "coco; lvis, the federated one; auto takes lvis when the annotations tell what was looked for",
@@ -115,15 +125,15 @@ class EvaluateConfig:
             )
         if self.weights and not self.images:
             raise InputError("weights= needs images=DIR, the folder of the annotated images")
-        if self.compete != "all" and not self.split:
+        if self.label_set != "all" and not self.split:
             raise InputError(
-                f"compete={self.compete} needs split=, which says which names are {self.compete}"
+                f"label_set={self.label_set} needs split=, which says which names are {self.label_set}"
             )
-        if self.result_classes and not self.results:
-            raise InputError("result_classes= tells how results= are numbered; give results=FILE too")
-        if self.result_first not in (0, 1) or self.max_detections < 0:
+        if self.results_categories and not self.results:
+            raise InputError("results_categories= tells how results= are numbered; give results=FILE too")
+        if self.results_first_id not in (0, 1) or self.max_detections < 0:
             raise InputError(
-                f"result_first={self.result_first} must be 0 or 1, "
+                f"results_first_id={self.results_first_id} must be 0 or 1, "
                 f"max_detections={self.max_detections} not negative"
             )
 
@@ -150,19 +160,21 @@ def _measure(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
             f"annotations file {config.annotations} lists no categories, so that nothing is named"
         )
     split = load_split(config.split, truth.categories, truth.frequencies) if config.split else None
-    names = truth.categories if split is None else split.competing(config.compete)
+    names = truth.categories if split is None else split.competing(config.label_set)
     if not names:
-        raise InputError(f"compete={config.compete}: split {config.split} has no {config.compete} categories")
+        raise InputError(
+            f"label_set={config.label_set}: split {config.split} has no {config.label_set} categories"
+        )
     results: str | list[dict[str, Any]] = config.results
     if config.weights:
         results = str(run.path / "results.json")
         metrics |= _detect(config, split, names, Path(results))
-    elif config.result_classes:
+    elif config.results_categories:
         ids = dict(zip(truth.categories, truth.category_ids, strict=True))
         shown = {record.image_id for record in truth}
         entries = read_results(config.results, shown, config.annotations)
-        results = numbered_by(entries, parse_names(config.result_classes), config.result_first, ids)
-    protocol = Protocol(config.protocol, config.evaluator, config.max_detections, config.compete)
+        results = numbered_by(entries, parse_names(config.results_categories), config.results_first_id, ids)
+    protocol = Protocol(config.protocol, config.evaluator, config.max_detections, config.label_set)
     evaluation = evaluate_detections(config.annotations, results, split, protocol)
     _write_per_class(run.path / "per_class.csv", evaluation.per_class)
     if evaluation.ignored:
@@ -182,8 +194,8 @@ DOUBTFUL = 0.02
 
 
 _RENUMBER = (
-    "if its category ids count a class list, say which: result_classes=coco, coco65 or a file, "
-    "result_first=1 when they count from 1"
+    "if its category ids count a class list, say which: results_categories=coco, coco65 or a file, "
+    "results_first_id=1 when they count from 1"
 )
 
 
@@ -202,7 +214,9 @@ def _detect(
     whole = CocoDetection(config.annotations, config.images)
     dataset = whole.restrict(names)
     device = pick_device(config.device)
-    detector = load_detector(config.weights, config.detector, config.own_settings, config.text).to(device)
+    detector = load_detector(
+        config.weights, config.detector, config.use_checkpoint_config, config.text_weights
+    ).to(device)
     proposer: Proposer | None = None
     if config.proposer["name"] != "none":
         proposer = build_proposer(config.proposer, device)

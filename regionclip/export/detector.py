@@ -55,16 +55,22 @@ class ExportDetectorConfig(DetectorSource):
     out: str = option(
         REQUIRED, "folder for detector.onnx, detector.json and what belongs to them", runtime_only=True
     )
-    forms: list[str] = option(["onnx"], "onnx, torch (a .pt2 of torch.export), or both")
-    exchangeable: bool = option(
-        False, "names can be changed later: their embeddings are inputs, and the text tower goes along"
+    formats: list[str] = option(
+        ["onnx"], "onnx, torch (a .pt2 of torch.export), or both", renamed_from="forms"
+    )
+    dynamic_vocabulary: bool = option(
+        False,
+        "names can be changed later: their embeddings are inputs, and the text tower goes along",
+        renamed_from="exchangeable",
     )
     size: list[int] = option([], "fixed height and width of the picture in pixels; empty: any")
     suppress: bool = option(
         True, "false: the graph ends at boxes [P, 4] and scores [P, C], before overlapping boxes are dropped"
     )
     network: str = option("", "proposal network's file, for a CLIP or a detector without one")
-    pictures: list[str] = option([], "pictures, or folders of them, to compare on; empty: painted blots")
+    images: list[str] = option(
+        [], "pictures, or folders of them, to compare on; empty: painted blots", renamed_from="pictures"
+    )
 
     def __post_init__(self) -> None:
         """Checks the size."""
@@ -74,7 +80,7 @@ class ExportDetectorConfig(DetectorSource):
 
 def export_detector(config: ExportDetectorConfig) -> None:
     """Writes a detector as an ONNX file that runs without PyTorch, checked in onnxruntime."""
-    graphs.check_forms(config.forms)
+    graphs.check_formats(config.formats)
     if torch.__version__ < LEAST_TORCH:
         raise InputError(
             f"exporting a detector needs PyTorch {LEAST_TORCH} or newer, found {torch.__version__}; "
@@ -90,13 +96,13 @@ def export_detector(config: ExportDetectorConfig) -> None:
         vocabulary_for(detector, names, names, config.templates, embeddings=config.embeddings), config.weights
     )
     pictures = sample_pictures(config, detector)
-    graph = graph_of(detector, config.exchangeable, config.size, config.suppress)
+    graph = graph_of(detector, config.dynamic_vocabulary, config.size, config.suppress)
     compare = comparison(detector, graph, pictures) if config.suppress else raw_comparison(graph, pictures)
-    differences = graphs.write_graph(graph, run.path, "detector", config.forms, compare)
-    if config.exchangeable:
+    differences = graphs.write_graph(graph, run.path, "detector", config.formats, compare)
+    if config.dynamic_vocabulary:
         write_vocabulary(detector, graph, run.path / "vocabulary.npz")
         if hasattr(detector.clip, "text"):
-            differences |= write_text_tower(detector.clip, run.path, config.forms)
+            differences |= write_text_tower(detector.clip, run.path, config.formats)
     write_json(run.path / "detector.json", about(detector, graph, config), indent=2)
     run.finish({"differences": differences, "pictures": len(pictures)})
     for name, difference in differences.items():
@@ -119,12 +125,14 @@ def load(config: ExportDetectorConfig) -> Detector:
     return detector.float().eval()
 
 
-def graph_of(detector: Detector, exchangeable: bool, size: Sequence[int], suppress: bool) -> graphs.Graph:
+def graph_of(
+    detector: Detector, dynamic_vocabulary: bool, size: Sequence[int], suppress: bool
+) -> graphs.Graph:
     """Returns what to write of a detector with a vocabulary.
 
     Args:
         detector: with a proposal network.
-        exchangeable: whether the names' embeddings are inputs.
+        dynamic_vocabulary: whether the names' embeddings are inputs.
         size: height and width of the picture; empty: any.
         suppress: see `DetectorGraph`.
     """
@@ -136,7 +144,7 @@ def graph_of(detector: Detector, exchangeable: bool, size: Sequence[int], suppre
     dynamic: dict[str, dict[int, Dim]] = {}
     if not size:
         dynamic["image"] = {0: Dim("height", min=least), 1: Dim("width", min=least)}
-    if exchangeable:
+    if dynamic_vocabulary:
         # Traced with several names, so that it is no graph of one.
         rows = torch.nn.functional.normalize(torch.ones(3, module.embeddings.shape[1]), dim=1)
         names = Dim("names")
@@ -148,7 +156,7 @@ def graph_of(detector: Detector, exchangeable: bool, size: Sequence[int], suppre
 
 
 def vocabulary_inputs(detector: Detector, graph: graphs.Graph) -> dict[str, Tensor]:
-    """Returns the inputs of an exchangeable graph that stand for a detector's vocabulary; else none."""
+    """Returns the inputs of a dynamic graph that stand for a detector's vocabulary; else none."""
     module = graph.module
     assert isinstance(module, DetectorGraph)
     values = {"embeddings": detector.classifier, "background": module.background, "alpha": detector.alpha}
@@ -156,7 +164,7 @@ def vocabulary_inputs(detector: Detector, graph: graphs.Graph) -> dict[str, Tens
 
 
 def write_vocabulary(detector: Detector, graph: graphs.Graph, path: Path) -> None:
-    """Writes a vocabulary as the inputs of an exchangeable graph, with its `names`, to an `.npz` file."""
+    """Writes a vocabulary as the inputs of a dynamic graph, with its `names`, to an `.npz` file."""
     assert detector.vocabulary is not None
     arrays: dict[str, Any] = {"names": np.array(detector.vocabulary.names)}
     arrays |= {name: value.numpy() for name, value in vocabulary_inputs(detector, graph).items()}
@@ -166,10 +174,10 @@ def write_vocabulary(detector: Detector, graph: graphs.Graph, path: Path) -> Non
 
 def sample_pictures(config: ExportDetectorConfig, detector: Detector) -> list[Pixels]:
     """Returns pictures [H, W, 3] to compare on, at the size at which the detector sees them."""
-    if not config.pictures:
+    if not config.images:
         return [_blots(config.size or size, seed) for seed, size in enumerate(PAINTED)]
     found, sides = [], detector.resize or ResizeConfig()
-    for file in picture_files(config.pictures):
+    for file in picture_files(config.images):
         pixels = read_upright(file)[0]
         if config.size:
             found.append(resize(pixels, config.size[1], config.size[0]))
@@ -218,9 +226,9 @@ def difference(one: Detections, other: Detections, config: DetectorConfig) -> fl
     A detection that the other list lacks counts as if it scored there what a detection has to in order to be
     in it: more than the last of a full list, or the least score of all.
     """
-    largest, floor = 0.0, config.prune if config.suppression == "soft" else config.min_score
+    largest, floor = 0.0, config.soft_nms_min_score if config.nms_type == "soft" else config.min_score
     for mine, theirs in ((one, other), (other, one)):
-        full = len(theirs) >= config.detections
+        full = len(theirs) >= config.max_detections
         least = float(theirs.scores[-1]) if full else floor
         if not len(mine):
             continue

@@ -58,7 +58,7 @@ class DetectorGraph(nn.Module):
         background = None
         if detector.background is not None:
             background = detector.background.detach().clone()
-        elif detector.config.background:
+        elif detector.config.allow_background:
             background = torch.zeros(detector.clip.config.embed_dim)
         self.register_buffer("background", background)
 
@@ -132,7 +132,7 @@ class DetectorGraph(nn.Module):
         if not network.config.merge_levels:
             apart = boxes + (level_of * seen.sizes.sum())[:, None]
         kept = torch.ops.torchvision.nms(apart, logits, config.proposal_nms)
-        kept = F.pad(kept, (0, config.proposals), value=-1)[: config.proposals]  # [P]
+        kept = F.pad(kept, (0, config.max_proposals), value=-1)[: config.max_proposals]  # [P]
         boxes, logits, there = boxes[kept.clamp(min=0)], logits[kept.clamp(min=0)], kept >= 0
         index = torch.zeros_like(kept)
         return Regions(boxes, index, scores=logits.sigmoid(), logits=logits), there & logits.isfinite()
@@ -144,10 +144,12 @@ class DetectorGraph(nn.Module):
         scores only fall and names do not see each other, S steps give the first S of the whole result.
         """
         config, count = self.detector.config, boxes.shape[0]
-        soft = config.suppression == "soft"
-        floor = config.prune if soft else 0.0
+        soft = config.nms_type == "soft"
+        floor = config.soft_nms_min_score if soft else 0.0
         overlaps = iou(boxes, boxes)  # [P, P]
-        decay = (-overlaps.square() / config.sigma).exp() if soft else (overlaps <= config.nms).float()
+        decay = (
+            (-overlaps.square() / config.soft_nms_sigma).exp() if soft else (overlaps <= config.nms).float()
+        )
         places = torch.arange(count)
 
         def step(table: Tensor, _: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -159,7 +161,7 @@ class DetectorGraph(nn.Module):
             return torch.where(names == label, row, table), (value, pair.clone())
 
         table = torch.where(scores < floor, -1.0, scores).T.contiguous()  # [C, P]
-        _, (values, pairs) = scan(step, table, torch.zeros(config.detections, 1))  # [S, 1] each
+        _, (values, pairs) = scan(step, table, torch.zeros(config.max_detections, 1))  # [S, 1] each
         taken = values[:, 0] >= 0
         values, pairs = values[taken, 0], pairs[taken, 0]
         return boxes[pairs % count], values, pairs // count

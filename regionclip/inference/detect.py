@@ -43,35 +43,41 @@ Likely = list[list[tuple[str, float]]]
 class DetectConfig(DetectorOptions):
     """Options of detection in pictures and videos."""
 
-    photos: list[str] = option(
+    images: list[str] = option(
         REQUIRED,
         "pictures, videos, folders of them, or quoted patterns such as 'photos/**/*.jpg'",
         positional=True,
+        renamed_from="photos",
     )
     out: str = option(
         "detections",
         "folder for what is drawn, detections.json (COCO's results form) and detections.csv",
         runtime_only=True,
     )
-    score: float = option(0.3, "boxes that score less are not drawn; the files keep them")
-    top: int = option(
-        0, "so many most probable names of each region, whatever it was found as, in the files and on stdout"
+    score_threshold: float = option(
+        0.3, "boxes that score less are not drawn; the files keep them", renamed_from="score"
+    )
+    top_k: int = option(
+        0,
+        "so many most probable names of each region, whatever it was found as, in the files and on stdout",
+        renamed_from="top",
     )
     draw: bool = option(True, "draw boxes; false: only detections.json and detections.csv")
-    every: int = option(1, "videos: look at every n-th frame, and write these")
-    codec: str = option(
+    frame_stride: int = option(1, "videos: look at every n-th frame, and write these", renamed_from="every")
+    video_codec: str = option(
         "mp4v",
         "videos: mp4v for VLC, QuickTime and Windows; vp09 for browsers too, slow to write; avc1 (H.264) for "
         "all, where OpenCV brings an encoder for it",
         choices=CODECS,
+        renamed_from="codec",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.every < 1 or self.top < 0 or not 0 <= self.score <= 1:
+        if self.frame_stride < 1 or self.top_k < 0 or not 0 <= self.score_threshold <= 1:
             raise InputError(
-                f"every={self.every} must be at least 1, top={self.top} not negative, "
-                f"score={self.score} in [0, 1]"
+                f"frame_stride={self.frame_stride} must be at least 1, top_k={self.top_k} not negative, "
+                f"score_threshold={self.score_threshold} in [0, 1]"
             )
 
 
@@ -94,7 +100,7 @@ def detect(config: DetectConfig) -> None:
     Pictures that could not be read are named in skipped.jsonl, too. Stopped, the same command goes on behind
     the last batch of pictures, or video, that was done. A run that has ended is done anew.
     """
-    files = picture_files(config.photos, IMAGE_SUFFIXES.union(VIDEOS))
+    files = picture_files(config.images, IMAGE_SUFFIXES.union(VIDEOS))
     out = Path(config.out)
     sources = [Source(*pair) for pair in zip(files, targets_of(files, out), strict=True)]
     pictures = [source for source in sources if not source.is_video]
@@ -110,14 +116,14 @@ def detect(config: DetectConfig) -> None:
         before, begun = journal.images, time.monotonic()
         if before:
             print(f"{out}: {before} pictures were done before, going on behind them")
-        total = before + len(pictures) + sum(_frames(video, config.every) for video in videos)
+        total = before + len(pictures) + sum(_frames(video, config.frame_stride) for video in videos)
         with Progress("detecting", total, before) as progress:
             looker = DetectionRunner(config, predictor, journal, progress)
             looker.look_at_pictures(pictures)
             for video in videos:
                 looker.look_at_video(video)
         rate = (journal.images - before) / (time.monotonic() - begun)
-        count = write_detections(out, partial(journal.entries, "found"), config.top)
+        count = write_detections(out, partial(journal.entries, "found"), config.top_k)
         skipped = list(journal.entries("skipped"))
         (out / SKIPPED).unlink(missing_ok=True)
         if skipped:
@@ -187,13 +193,13 @@ class DetectionRunner:
 
     def _picture(self, found: Detections, pixels: Pixels, source: Source, image_id: int) -> None:
         likely = self._note(found, pixels, image_id, {"file_name": str(source.file)})
-        shown = found.with_min_score(self.config.score)
+        shown = found.with_min_score(self.config.score_threshold)
         if self.config.draw:
             save_picture(draw(pixels, shown), source.target)
         print(f"{source.target if self.config.draw else source.file}: {shown!r}")
         for index, ranked in enumerate(likely):
             score = float(found.scores[index])
-            if score >= self.config.score:
+            if score >= self.config.score_threshold:
                 corners = ", ".join(f"{side:.0f}" for side in found.boxes[index].tolist())
                 others = ", ".join(f"{name} {probability:.2f}" for name, probability in ranked)
                 print(f"  {found.names[int(found.labels[index])]} {score:.2f} at ({corners}): {others}")
@@ -201,13 +207,13 @@ class DetectionRunner:
     def look_at_video(self, source: Source) -> None:
         """Looks at a video in batches of frames; one that does not decode, or not to its end, is noted."""
         try:
-            video = Video(source.file, self.config.every)
+            video = Video(source.file, self.config.frame_stride)
         except InputError as error:
             self._skip(source, str(error))
             self.journal.end(0)
             return
         names: Counter[str] = Counter()
-        drawn = writing_video(source.target, video.rate, self.config.codec)
+        drawn = writing_video(source.target, video.rate, self.config.video_codec)
         with video, drawn if self.config.draw else contextlib.nullcontext() as writer:
             stream = video.frames()
             while frames := list(itertools.islice(stream, self.config.batch_size)):
@@ -232,15 +238,15 @@ class DetectionRunner:
             frame = frames[slot]
             where = {"file_name": str(source.file), "frame": frame.number, "time": round(frame.time, 3)}
             self._note(found, frame.pixels, first + slot, where)
-            yield found.with_min_score(self.config.score)
+            yield found.with_min_score(self.config.score_threshold)
 
     def _note(self, found: Detections, pixels: Pixels, image_id: int, where: dict[str, Any]) -> Likely:
-        """Writes detections into the journal; returns the most probable names of each, none with top=0."""
+        """Writes detections into the journal; returns the most probable names of each, none with top_k=0."""
         entries = found.to_coco(image_id, range(1, len(found.names) + 1))
         likely: Likely = []
-        if self.config.top and len(found):
+        if self.config.top_k and len(found):
             features = self.predictor.region_features(pixels, found.resized(pixels.shape[:2]).boxes)
-            likely = self.predictor.classify_embeddings(features, self.config.top)
+            likely = self.predictor.classify_embeddings(features, self.config.top_k)
         for index, entry in enumerate(entries):
             extra: dict[str, Any] = {"category_name": found.names[entry["category_id"] - 1], **where}
             if likely:

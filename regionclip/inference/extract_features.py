@@ -41,7 +41,7 @@ INPUTS, BOXES = ".inputs.json", ".boxes.parquet"
 
 def features(config: FeaturesConfig) -> None:
     """Embeds the regions of many pictures, in batches, into Parquet or npz files; stopped, it goes on."""
-    files = picture_files(config.photos) if config.photos else []
+    files = [] if config.annotations else picture_files(config.images)
     folder = RunFolder(config.out, config, "region-features")
     inputs = _inputs(config, files)
     record = folder.path / INPUTS
@@ -53,7 +53,7 @@ def features(config: FeaturesConfig) -> None:
         return
     count = len(files)
     if not files:
-        dataset = CocoDetection(config.annotations, config.images)
+        dataset = CocoDetection(config.annotations, config.image_folder)
         print(dataset.report())
         count = len(dataset)
     boxes = _boxes(config, files, folder.path)
@@ -139,8 +139,8 @@ def _boxes(config: FeaturesConfig, files: Sequence[Path], out: Path) -> str:
     path = existing(config.boxes_file, "boxes file")
     if path.suffix != ".json":
         raise InputError(
-            f"boxes={path} knows images by their ids, which pictures in folders have not; give annotations=, "
-            "or a .json file of boxes with file_name"
+            f"regions_from={path} knows images by their ids, which pictures in folders have not; give "
+            "annotations=, or a .json file of boxes with file_name"
         )
     by_path = {str(file): number for number, file in enumerate(files, 1)}
     by_name: dict[str, int] = {}

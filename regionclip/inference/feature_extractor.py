@@ -86,17 +86,17 @@ class RegionFeatureExtractor:
 
     def __init__(self, config: FeaturesConfig, files: Sequence[Path], boxes: str) -> None:
         self.config = config
-        self.predictor = config.predictor(proposes=config.boxes == "proposals")
+        self.predictor = config.predictor(proposes=config.regions_from == "proposals")
         if config.vocabulary:
             self.predictor.set_vocabulary(config.vocabulary, config.embeddings)
         self.detector, self.device = self.predictor.detector, self.predictor.device
-        dataset = CocoDetection(config.annotations, config.images) if config.annotations else None
+        dataset = CocoDetection(config.annotations, config.image_folder) if config.annotations else None
         self.records: Sequence[ImageAnnotations] = FolderPictures(files) if dataset is None else dataset
         self.categories = () if dataset is None else dataset.categories
         if boxes:
-            spec = {"name": "precomputed", "file": boxes, "limit": config.regions}
+            spec = {"name": "precomputed", "file": boxes, "limit": config.max_regions}
             self.predictor.proposer = build_proposer(spec, self.device)
-        elif config.boxes == "truth":
+        elif config.regions_from == "truth":
             self.predictor.proposer = TruthProposer(self.records)
         self.names = list(unique_names((record.path, ".npz") for record in self.records))
 
@@ -164,7 +164,7 @@ class RegionFeatureExtractor:
             return 0.0
 
     def _name(self, record: ImageAnnotations) -> str:
-        folder = self.config.images
+        folder = self.config.image_folder
         return str(record.path.relative_to(folder) if folder else record.path)
 
     def describe(
@@ -185,7 +185,7 @@ class RegionFeatureExtractor:
         regions, features = regions.to("cpu"), embeddings.cpu()
         ranked: list[list[tuple[str, float]]] = []
         if self.config.vocabulary:
-            ranked = self.predictor.classify_embeddings(features, self.config.top)
+            ranked = self.predictor.classify_embeddings(features, self.config.top_k)
         whole = len(images) if self.config.whole_image else 0
         found = []
         for slot, (record, frame) in enumerate(zip(records, frames, strict=True)):
@@ -208,20 +208,20 @@ class RegionFeatureExtractor:
         return found
 
     def _categories(self, record: ImageAnnotations) -> list[str | None]:
-        if self.config.boxes != "truth":
+        if self.config.regions_from != "truth":
             return []
         names = [self.categories[label] for label in record.without_crowds().labels.tolist()]
         return [None, *names] if self.config.whole_image else [*names]
 
     def _embedded(self, images: ImageBatch, keys: Sequence[ImageInfo]) -> tuple[Regions, Tensor]:
         """Returns the regions of a batch, whole images first, and their [N, D] unit-length embeddings."""
-        detector, limit = self.detector, self.config.regions
+        detector, limit = self.detector, self.config.max_regions
         stages = None
-        if self.config.boxes == "none":
+        if self.config.regions_from == "none":
             regions = Regions.cat([]).to(self.device)
         elif self.predictor.proposer is not None:
             regions = self.predictor.proposer(images, keys)
-            if self.config.boxes != "truth":
+            if self.config.regions_from != "truth":
                 regions = _best(regions, len(images), limit)
         else:
             stages = detector.stages(images) if detector.shares_trunk else None
@@ -252,10 +252,12 @@ def _best(regions: Regions, images: int, limit: int) -> Regions:
 class FeaturesConfig(DetectorOptions):
     """Options of describing regions."""
 
-    photos: list[str] = option(
+    images: list[str] = option(
         [],
-        "pictures, folders of them, or quoted patterns such as 'photos/**/*.jpg'; or give annotations=",
+        "images, folders of them, or quoted patterns such as 'photos/**/*.jpg'; with annotations=: the "
+        "folder that its file names are relative to",
         positional=True,
+        renamed_from="photos",
     )
     vocabulary: str = option(
         "",
@@ -263,15 +265,19 @@ class FeaturesConfig(DetectorOptions):
         "coco65, lvis; empty: none",
     )
     annotations: str = option("", "instances_*.json in COCO's form: which images, and their true boxes")
-    images: str = option("", "folder that the annotations' file names are relative to")
-    boxes: str = option(
+    regions_from: str = option(
         "proposals",
         "which regions: proposals; truth, the annotations' boxes; none; or a file of boxes in COCO's results "
         "form, matched by image_id with annotations=, else by file_name",
+        renamed_from="boxes",
     )
-    regions: int = option(100, "most regions an image, the best scored (boxes=truth: all)")
+    max_regions: int = option(
+        100, "most regions an image, the best scored (regions_from=truth: all)", renamed_from="regions"
+    )
     whole_image: bool = option(False, "the image as a whole as well, as a row of its own before its regions")
-    top: int = option(5, "with vocabulary=: so many names a region, most probable first")
+    top_k: int = option(
+        5, "with vocabulary=: so many names a region, most probable first", renamed_from="top"
+    )
     out: str = option("features", "folder for the files and manifest.json", runtime_only=True)
     format: str = option(
         "parquet",
@@ -288,22 +294,31 @@ class FeaturesConfig(DetectorOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if bool(self.photos) == bool(self.annotations):
-            raise InputError("give either pictures (folders, patterns) or annotations=FILE images=DIR")
-        if bool(self.annotations) != bool(self.images):
-            raise InputError("annotations=FILE and images=DIR, the folder of its images, go together")
-        if self.boxes == "truth" and not self.annotations:
-            raise InputError("boxes=truth needs annotations=FILE images=DIR")
-        if self.boxes == "none" and not self.whole_image:
-            raise InputError("boxes=none leaves nothing to describe; give whole_image=true with it")
-        if self.boxes != "proposals" and self.proposer["name"] != "none":
+        if not self.images:
+            raise InputError("give images (files, folders, patterns), or annotations=FILE images=DIR")
+        if self.annotations and len(self.images) > 1:
             raise InputError(
-                f"boxes={self.boxes} and proposer.name={self.proposer['name']}: give one of them"
+                "annotations=FILE goes with the one folder that its file names are relative to: images=DIR; "
+                f"found {len(self.images)} images or folders"
             )
-        if min(self.regions, self.shard_images, self.top) < 1 or self.workers < 0:
-            raise InputError("regions, shard_images and top must be at least 1, workers not negative")
+        if self.regions_from == "truth" and not self.annotations:
+            raise InputError("regions_from=truth needs annotations=FILE images=DIR")
+        if self.regions_from == "none" and not self.whole_image:
+            raise InputError("regions_from=none leaves nothing to describe; give whole_image=true with it")
+        if self.regions_from != "proposals" and self.proposer["name"] != "none":
+            raise InputError(
+                f"regions_from={self.regions_from} and proposer.name={self.proposer['name']}: "
+                "give one of them"
+            )
+        if min(self.max_regions, self.shard_images, self.top_k) < 1 or self.workers < 0:
+            raise InputError("max_regions, shard_images and top_k must be at least 1, workers not negative")
+
+    @property
+    def image_folder(self) -> str:
+        """The folder that the annotations' file names are relative to; "" without annotations."""
+        return self.images[0] if self.annotations else ""
 
     @property
     def boxes_file(self) -> str:
         """The file of boxes; "" when they come from elsewhere."""
-        return "" if self.boxes in ("proposals", "truth", "none") else self.boxes
+        return "" if self.regions_from in ("proposals", "truth", "none") else self.regions_from

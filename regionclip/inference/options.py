@@ -23,8 +23,11 @@ from regionclip.structures.transforms import ResizeConfig
 class PhotoOptions:
     """What to look at."""
 
-    photos: list[str] = option(
-        REQUIRED, "pictures, folders of them, or quoted patterns such as 'photos/**/*.jpg'", positional=True
+    images: list[str] = option(
+        REQUIRED,
+        "pictures, folders of them, or quoted patterns such as 'photos/**/*.jpg'",
+        positional=True,
+        renamed_from="photos",
     )
 
 
@@ -37,18 +40,24 @@ class DetectorSource:
         REQUIRED, 'names to look for: "cat, dog", a file with one a line, coco, coco65, lvis'
     )
     detector: DetectorConfig = option(
-        DetectorConfig(), "scores and suppression, for a CLIP or with own_settings=false"
+        DetectorConfig(), "scores and suppression, for a CLIP or with use_checkpoint_config=false"
     )
-    own_settings: bool = option(
-        True, "a detector sees and scores as it was trained to, not as `resize` and `detector` say"
+    use_checkpoint_config: bool = option(
+        True,
+        "a detector sees and scores as it was trained to, not as `resize` and `detector` say",
+        renamed_from="own_settings",
     )
     templates: list[str] = option(list(DEFAULT_TEMPLATES), "prompts, averaged; {} is the name")
     embeddings: str = option(
         "", "file of the names' embeddings, such as RegionCLIP's .pth; empty: names are embedded"
     )
-    text: str = option("", "CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none")
+    text_weights: str = option(
+        "",
+        "CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none",
+        renamed_from="text",
+    )
     resize: ResizeConfig = option(
-        ResizeConfig(), "size of the pictures, for a CLIP or with own_settings=false"
+        ResizeConfig(), "size of the pictures, for a CLIP or with use_checkpoint_config=false"
     )
 
     def load(self) -> Detector:
@@ -57,7 +66,7 @@ class DetectorSource:
         Raises:
             InputError: a file is missing, damaged or does not fit.
         """
-        return load_detector(self.weights, self.detector, self.own_settings, self.text)
+        return load_detector(self.weights, self.detector, self.use_checkpoint_config, self.text_weights)
 
 
 @dataclass

@@ -52,7 +52,7 @@ def load(
     config: DetectorConfig | None = None,
     templates: Sequence[str] = DEFAULT_TEMPLATES,
     embeddings: str = "",
-    text: str = "",
+    text_weights: str = "",
 ) -> Predictor:
     """Loads a detector, or a CLIP to detect with, ready for pictures.
 
@@ -68,14 +68,16 @@ def load(
         config: how regions become detections; None: as the detector was trained, else the defaults.
         templates: prompts for the text tower, averaged; `{}` is the name, `{article}` "a" or "an".
         embeddings: file of the names' embeddings, such as RegionCLIP's `.pth`; "": names are embedded.
-        text: CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none.
+        text_weights: CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none.
 
     Raises:
         InputError: a file is missing, damaged or does not fit; there is no such device or precision, or no
             way to the names' embeddings.
     """
     place_ = pick_device(str(device))
-    detector = load_detector(str(weights), config or DetectorConfig(), config is None, text).to(place_)
+    detector = load_detector(str(weights), config or DetectorConfig(), config is None, text_weights).to(
+        place_
+    )
     source: Proposer | None = None
     if proposer is not None:
         spec = proposer if isinstance(proposer, dict) else {"name": "rpn", "weights": str(proposer)}

@@ -67,14 +67,14 @@ class Protocol:
             "fast".
         max_detections: best scored detections that count: COCO's of an image and category, LVIS's of an
             image. 0: 100 and 300.
-        compete: "all": base and novel names, the "generalised" setting of arXiv 2112.09106, section 4.1;
+        label_set: "all": base and novel names, the "generalised" setting of arXiv 2112.09106, section 4.1;
             "base" or "novel": only those.
     """
 
     kind: str = "auto"
     evaluator: str = "pycocotools"
     max_detections: int = 0
-    compete: str = "all"
+    label_set: str = "all"
 
 
 def evaluate_detections(
@@ -110,7 +110,7 @@ def evaluate_detections(
             raise InputError(
                 f"{where}: no category {absent[0]!r} ({len(absent)} of the split's names are missing)"
             )
-        chosen = set(split.competing(protocol.compete))
+        chosen = set(split.competing(protocol.label_set))
         ids = {name: category for name, category in ids.items() if name in chosen}
     federated = protocol.kind == "lvis" or (protocol.kind == "auto" and lvis.is_federated(content))
     entries = read_results(results, {entry["id"] for entry in content["images"]}, where)

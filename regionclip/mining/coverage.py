@@ -93,7 +93,7 @@ def cover(
     pool: Sequence[str],
     rows: dict[str, int],
     parse: Callable[[Sequence[str]], Iterable[list[Phrase]]],
-    invisible: Collection[str] = (),
+    stop_words: Collection[str] = (),
 ) -> Coverage:
     """Measures what mining covered.
 
@@ -107,7 +107,7 @@ def cover(
         pool: the concepts that mining knew.
         rows: form in a caption -> place in the pool (`regionclip.mining.miner.rows_of`).
         parse: turns captions into the phrases of each, in their order.
-        invisible: heads and phrases that no picture shows; outside the pool they are not missed.
+        stop_words: heads and phrases that no picture shows; outside the pool they are not missed.
     """
     ids = list(images)
     found: dict[int, Counter[str]] = {key: Counter() for key in ids}
@@ -116,7 +116,7 @@ def cover(
         found.setdefault(region.image_id, Counter())[region.concept] += 1
         probabilities.setdefault(region.concept, []).append(region.concept_probs[0])
     uses = {name: ConceptUse(name, True) for name in pool}
-    unseen = frozenset(invisible)
+    unseen = frozenset(stop_words)
     owners = [key for key in ids for _ in captions.get(key, ())]
     texts = [text for key in ids for text in captions.get(key, ())]
     seen: set[tuple[int, str]] = set()

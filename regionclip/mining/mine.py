@@ -1,7 +1,7 @@
 """From captioned images to region-phrase pairs: proposals, a frozen teacher, a matcher; restartable.
 
 Images are mined in shards, in the order of their ids. A shard depends on the options and on its images alone,
-so that engines, numbers of processes and interruptions change nothing about the result.
+so that executors, numbers of processes and interruptions change nothing about the result.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def mine(config: MineConfig) -> None:
     missing = sum(not shard_path(folder.path, number).exists() for number in range(shards))
     if missing:
         print(
-            f"{folder.path}: share {config.share} is mined; {missing} of {shards} shards are others' to mine"
+            f"{folder.path}: share {config.shard} is mined; {missing} of {shards} shards are others' to mine"
         )
         return
     manifest = _finish(folder, config, vocabulary, shards, len(images), inputs)
@@ -88,8 +88,8 @@ def _mine_shards(config: MineConfig, listed: Path, parts: Sequence[ImageRange]) 
 
         start = functools.partial(Miner, _anywhere(config), listed.absolute())
         gpus = torch.cuda.device_count() if pick_device(config.device).type == "cuda" else 0
-        for one, regions in run(config.engine, start, missing, config.workers, watch, gpus):
-            # Those that did not decode, or that an engine without reports mined.
+        for one, regions in run(config.executor, start, missing, config.workers, watch, gpus):
+            # Those that did not decode, or that an executor without reports mined.
             progress.advance(one.count - seen.pop(one.number, 0), f"{regions} regions in shard {one.number}")
 
 

@@ -22,7 +22,7 @@ from clip_base.jobs.config import REQUIRED, Plugin, build_plugin, option, plugin
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing
 from clip_base.runtime.precision import autocast, pick_device
-from clip_base.runtime.workers import ENGINES, Report
+from clip_base.runtime.workers import EXECUTORS, Report
 from clip_base.weights.load import load_clip
 from regionclip.concepts.phrase_cache import StoredPhrases, phrases_file
 from regionclip.concepts.phrases import Phrase, PhraseParser
@@ -260,7 +260,7 @@ def mining_parser(path: str, pool: Sequence[Concept], language: str, workers: in
     # The concepts job keeps given names of several words whole, so this one must too.
     names = [name for entry in _given(pool) for name in entry]
     parser = PhraseParser(
-        language or pool_language(path), workers=workers, invisible=frozenset(), names=names
+        language or pool_language(path), workers=workers, stop_words=frozenset(), names=names
     )
     kept = phrases_file(path)
     if kept.exists():
@@ -300,23 +300,25 @@ class MineConfig:
         "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
     )
     device: str = option("auto", "auto takes a GPU when there is one", runtime_only=True)
-    engine: str = option(
+    executor: str = option(
         "local",
         "where the processes are: local, on this machine; ray, on the Ray cluster that RAY_ADDRESS names or "
         "that runs here (its machines see the same files at the same paths)",
         runtime_only=True,
-        choices=ENGINES,
+        choices=EXECUTORS,
+        renamed_from="engine",
     )
     workers: int = option(
         1,
         "processes that mine shards beside each other; 0: one a core (ray: or one a GPU)",
         runtime_only=True,
     )
-    share: str = option(
+    shard: str = option(
         "1/1",
         "K/N mines only the K-th of N shares of the shards, into the same folder: each machine another, and "
         "the one that ends last writes the manifest",
         runtime_only=True,
+        renamed_from="share",
     )
 
     def __post_init__(self) -> None:
@@ -327,10 +329,10 @@ class MineConfig:
             raise InputError(f"workers must be at least 0, got {self.workers}")
         first, count = self.shares
         if not 1 <= first <= count:
-            raise InputError(f"share={self.share} must be K/N with K from 1 to N, such as 2/8")
+            raise InputError(f"shard={self.shard} must be K/N with K from 1 to N, such as 2/8")
 
     @property
     def shares(self) -> tuple[int, int]:
         """K and N of `share`; (0, 0) when it is of another form."""
-        found = re.fullmatch(r"(\d+)/(\d+)", self.share)
+        found = re.fullmatch(r"(\d+)/(\d+)", self.shard)
         return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -16,7 +16,7 @@ from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import read_json_lines, write_text
 from clip_base.runtime.progress import track
-from regionclip.concepts.phrases import Phrase, read_invisible
+from regionclip.concepts.phrases import Phrase, read_stop_words
 from regionclip.concepts.pool import read_concepts
 from regionclip.data.annotations import CocoDetection
 from regionclip.data.captions import cleaned
@@ -43,20 +43,22 @@ class ReportConfig:
     captions: str = option("", "the captions that were mined, if they are no longer where they were")
     images: str = option("", "the images that were mined, if they are no longer where they were")
     pool: str = option("", "the concept pool that was mined with, if it is no longer where it was")
-    regions: int = option(36, "regions shown over all scores")
+    max_regions: int = option(36, "regions shown over all scores", renamed_from="regions")
     concepts: int = option(24, "concepts shown, half of them the most frequent ones")
     examples: int = option(6, "regions shown a concept")
-    megabytes: float = option(6.0, "pictures that would make the page larger are left out")
-    listed: int = option(40, "rows of a table on the page; the files hold all")
+    max_report_mb: float = option(
+        6.0, "pictures that would make the page larger are left out", renamed_from="megabytes"
+    )
+    table_rows: int = option(40, "rows of a table on the page; the files hold all", renamed_from="listed")
     workers: int = option(1, "processes that parse captions", runtime_only=True)
 
     def __post_init__(self) -> None:
-        if min(self.regions, self.concepts, self.examples) < 0 or self.listed < 1 or self.workers < 1:
+        if min(self.max_regions, self.concepts, self.examples) < 0 or self.table_rows < 1 or self.workers < 1:
             raise InputError(
-                "regions, concepts and examples must not be below 0, listed and workers not below 1"
+                "max_regions, concepts and examples must not be below 0, table_rows and workers not below 1"
             )
-        if self.megabytes < 0:
-            raise InputError(f"megabytes must not be below 0, got {self.megabytes}")
+        if self.max_report_mb < 0:
+            raise InputError(f"max_report_mb must not be below 0, got {self.max_report_mb}")
         if self.split and not self.annotations:
             raise InputError("split= needs annotations=FILE: without true boxes there is nothing to split")
 
@@ -65,7 +67,9 @@ def report(config: ReportConfig) -> None:
     """Shows mined pairs on one HTML page: gallery, scores, coverage and, with true boxes, their precision."""
     data = read_data(config)
     run = RunFolder(config.out, config, "region-report")
-    limits = ReportLimits(config.regions, config.concepts, config.examples, config.megabytes, config.listed)
+    limits = ReportLimits(
+        config.max_regions, config.concepts, config.examples, config.max_report_mb, config.table_rows
+    )
     write_text(run.path / "report.html", make_page(data, limits))
     _write_tables(run.path, data)
     metrics = _metrics(data)
@@ -106,7 +110,7 @@ def read_data(config: ReportConfig) -> ReportData:
         return track(parser.parse(texts), "phrases", len(texts))
 
     concepts = [concept.concept for concept in pool]
-    coverage = cover(regions, captions, names, concepts, rows_of(pool), parse, read_invisible())
+    coverage = cover(regions, captions, names, concepts, rows_of(pool), parse, read_stop_words())
     return ReportData(manifest, folder, regions, coverage, _skipped(Path(config.mined)), matches)
 
 

@@ -150,7 +150,7 @@ class Detector(nn.Module):
         if self.network is None:
             raise ValueError("this detector has no proposal network; give it a proposer")
         maps = stages if self.shares_trunk else None
-        limit = limit or self.config.proposals
+        limit = limit or self.config.max_proposals
         return self.network.propose(images, limit, self.config.proposal_nms, maps=maps)
 
     def heads(self, feature_map: Tensor, regions: Regions) -> tuple[Tensor, Tensor | None]:
@@ -219,7 +219,7 @@ class Detector(nn.Module):
             raise ValueError("no vocabulary is set; call set_vocabulary first")
         stages = self.stages(images) if isinstance(self.clip.visual, ModifiedResNet) else None
         regions = self.propose(images, stages) if proposer is None else proposer(images, keys)
-        background = self.trained or self.config.background
+        background = self.trained or self.config.allow_background
         probabilities, boxes = self.classify(images, regions, background, stages)
         scores = score(regions, probabilities, self.alpha, self.config.fusion)
         return [

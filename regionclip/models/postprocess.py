@@ -24,11 +24,15 @@ FIRST_LOOK = 10
 class DetectorConfig:
     """How regions become detections. The thresholds and the suppression are the published ones for COCO."""
 
-    proposals: int = option(100, "regions an image from the detector's own proposal network")
+    max_proposals: int = option(
+        100, "regions an image from the detector's own proposal network", renamed_from="proposals"
+    )
     proposal_nms: float = option(0.7, "IoU above which the lower scored of two proposals is dropped")
     temperature: float = option(0.0, "what cosines are divided by; 0: the tower's own, 1 / exp(logit scale)")
-    background: bool = option(
-        False, "zero-shot: a region may be none of the names, as a trained detector's always may"
+    allow_background: bool = option(
+        False,
+        "zero-shot: a region may be none of the names, as a trained detector's always may",
+        renamed_from="background",
     )
     fusion: str = option(
         "geometric",
@@ -39,27 +43,32 @@ class DetectorConfig:
     alpha_base: float = option(0.5, "exponent of objectness in the score of base names, in [0, 1]")
     alpha_novel: float = option(0.5, "exponent of objectness in the score of novel names, in [0, 1]")
     min_score: float = option(0.001, "pairs of a region and a name that score less are left out")
-    suppression: str = option(
-        "soft", "nms drops overlapping boxes, soft lowers their scores", choices=("soft", "nms")
+    nms_type: str = option(
+        "soft",
+        "nms drops overlapping boxes, soft lowers their scores",
+        choices=("soft", "nms"),
+        renamed_from="suppression",
     )
     nms: float = option(
-        0.5, "suppression=nms: IoU above which the lower scored of two boxes of a name is dropped"
+        0.5, "nms_type=nms: IoU above which the lower scored of two boxes of a name is dropped"
     )
-    sigma: float = option(0.5, "suppression=soft: width of the Gaussian")
-    prune: float = option(0.001, "suppression=soft: boxes whose score is lowered below this are dropped")
-    detections: int = option(100, "most detections an image")
+    soft_nms_sigma: float = option(0.5, "suppression=soft: width of the Gaussian", renamed_from="sigma")
+    soft_nms_min_score: float = option(
+        0.001, "suppression=soft: boxes whose score is lowered below this are dropped", renamed_from="prune"
+    )
+    max_detections: int = option(100, "most detections an image", renamed_from="detections")
 
     def __post_init__(self) -> None:
         for name in ("alpha_base", "alpha_novel"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie in [0, 1], found {getattr(self, name)}")
-        for name in ("proposals", "detections"):
+        for name in ("max_proposals", "max_detections"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1 an image, found {getattr(self, name)}")
-        if self.temperature < 0 or self.sigma <= 0 or self.prune < 0:
+        if self.temperature < 0 or self.soft_nms_sigma <= 0 or self.soft_nms_min_score < 0:
             raise InputError(
-                f"temperature={self.temperature:g} and prune={self.prune:g} must not be below 0, "
-                f"sigma={self.sigma:g} must be above it"
+                f"temperature={self.temperature:g} and soft_nms_min_score={self.soft_nms_min_score:g} must "
+                f"not be below 0, soft_nms_sigma={self.soft_nms_sigma:g} must be above it"
             )
 
 
@@ -130,7 +139,7 @@ def postprocess(boxes: Tensor, scores: Tensor, config: DetectorConfig) -> tuple[
     """
     usable = valid_boxes(boxes) & scores.amax(1).isfinite()  # a NaN anywhere is the largest of its row
     flat = scores.float().masked_fill(~usable[:, None], -1.0).flatten()
-    look = FIRST_LOOK * config.detections
+    look = FIRST_LOOK * config.max_detections
     while True:
         values, pairs = flat.topk(min(look, len(flat)))
         pairs = pairs[values >= config.min_score]
@@ -139,14 +148,16 @@ def postprocess(boxes: Tensor, scores: Tensor, config: DetectorConfig) -> tuple[
         candidates = boxes[pairs // scores.shape[1]].float().cpu()
         kept, final = _suppress(candidates, values, labels, config)
         whole = look > len(pairs) or look >= len(flat)
-        if whole or (len(kept) == config.detections and final[-1] >= values[-1]):
+        if whole or (len(kept) == config.max_detections and final[-1] >= values[-1]):
             return candidates[kept], final, labels[kept]
         look *= 4
 
 
 def _suppress(boxes: Tensor, scores: Tensor, labels: Tensor, config: DetectorConfig) -> tuple[Tensor, Tensor]:
     """Returns the indices and final scores of the best pairs that are left."""
-    if config.suppression == "soft":
-        return soft_nms(boxes, scores, labels, config.sigma, config.prune, config.detections)
-    kept = nms(boxes, scores, labels, config.nms)[: config.detections]
+    if config.nms_type == "soft":
+        return soft_nms(
+            boxes, scores, labels, config.soft_nms_sigma, config.soft_nms_min_score, config.max_detections
+        )
+    kept = nms(boxes, scores, labels, config.nms)[: config.max_detections]
     return kept, scores[kept]

@@ -34,23 +34,31 @@ class ServeConfig:
     )
     lists: list[str] = option(["coco", "lvis"], "lists of names for a clicked region: coco, lvis, files")
     examples: str = option("", "folder of images to begin with; empty: generated scenes")
-    score: float = option(0.3, "minimum score of a box at first, 0 to 1")
+    score_threshold: float = option(0.3, "minimum score of a box at first, 0 to 1", renamed_from="score")
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: other machines reach the page too")
     port: int = option(7860, "port to listen on; 0: a free one")
-    megabytes: float = option(20.0, "largest file that can be uploaded, in MB (1,000,000 bytes)")
+    max_upload_mb: float = option(
+        20.0, "largest file that can be uploaded, in MB (1,000,000 bytes)", renamed_from="megabytes"
+    )
     megapixels: float = option(25.0, "largest image, in millions of pixels")
     proposer: Plugin = plugin(
         PROPOSERS, "none", "where regions come from for weights without a proposal network"
     )
-    text: str = option("", "CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none")
+    text_weights: str = option(
+        "",
+        "CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none",
+        renamed_from="text",
+    )
     precision: str = option("auto", "auto: bf16 where the processor has it", choices=("auto", "fp32", "bf16"))
     device: str = option("auto", "auto takes a GPU when there is one")
 
     def __post_init__(self) -> None:
         """Checks the numbers."""
-        if not (0 <= self.score <= 1 and 0 <= self.port <= 65535):
-            raise InputError(f"score={self.score:g} must be in [0, 1], port={self.port} in 0…65535")
-        for name in ("megabytes", "megapixels"):
+        if not (0 <= self.score_threshold <= 1 and 0 <= self.port <= 65535):
+            raise InputError(
+                f"score_threshold={self.score_threshold:g} must be in [0, 1], port={self.port} in 0…65535"
+            )
+        for name in ("max_upload_mb", "megapixels"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name}={getattr(self, name):g} must be above 0")
 
@@ -82,14 +90,16 @@ def make_server(config: ServeConfig, folder: Path) -> Any:
     names = parse_names(config.vocabulary) if config.vocabulary else generated
     models = [load_model(file, config) for file in (config.weights, config.compare) if file]
     session = DemoSession(models, lists, config.megapixels)
-    blocks = page.build(session, folder, example_images(config.examples, folder), names, config.score)
-    return server.make(blocks, page.theme(), folder, config.host, config.megabytes)
+    blocks = page.build(
+        session, folder, example_images(config.examples, folder), names, config.score_threshold
+    )
+    return server.make(blocks, page.theme(), folder, config.host, config.max_upload_mb)
 
 
 def load_model(file: str, config: ServeConfig) -> LoadedModel:
     """Loads one of the models; its title has the file's folder, as many share a name."""
     print(f"loading {file}", flush=True)
-    predictor = load(file, text=config.text, precision=config.precision, device=config.device)
+    predictor = load(file, text_weights=config.text_weights, precision=config.precision, device=config.device)
     if predictor.detector.network is None:
         if config.proposer["name"] == "none":
             raise InputError(f"{file} has no proposal network; give proposer.name=grid, for example")

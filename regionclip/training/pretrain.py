@@ -65,17 +65,20 @@ def picture_samples(folder: str) -> list[Sample]:
     return [Sample(path, torch.zeros(0, 4)) for path in list_images(folder)]
 
 
-def scaled(train: TrainConfig, lr_batch: int) -> TrainConfig:
+def scaled(train: TrainConfig, lr_reference_batch_size: int) -> TrainConfig:
     """Returns the training with the learning rate in proportion to its batch, and says so.
 
     Args:
-        train: its lr is for batches of `lr_batch`.
-        lr_batch: 0 leaves the learning rate as it is.
+        train: its lr is for batches of `lr_reference_batch_size`.
+        lr_reference_batch_size: 0 leaves the learning rate as it is.
     """
-    if lr_batch in (0, train.batch_size):
+    if lr_reference_batch_size in (0, train.batch_size):
         return train
-    lr = train.lr * train.batch_size / lr_batch
-    print(f"learning rate {lr:g}: {train.lr:g} is for a batch of {lr_batch}, this one is {train.batch_size}")
+    lr = train.lr * train.batch_size / lr_reference_batch_size
+    print(
+        f"learning rate {lr:g}: {train.lr:g} is for a batch of {lr_reference_batch_size}, "
+        f"this one is {train.batch_size}"
+    )
     return replace(train, lr=lr)
 
 
@@ -89,7 +92,7 @@ def pretrain(config: RegionPretrainConfig) -> None:
     model = load_clip(config.weights)
     torch.manual_seed(config.train.seed)
     task, data = _on_shards(config, model) if config.mined else _on_pictures(config, model)
-    steps = fit_on(data, task, scaled(config.train, config.lr_batch), run)
+    steps = fit_on(data, task, scaled(config.train, config.lr_reference_batch_size), run)
     save_clip(model, run.path / "model.safetensors")
     regions = sum(len(sample.boxes) for sample in data.samples)
     loss = last_loss(run.log_path)
@@ -106,10 +109,10 @@ def _on_shards(config: RegionPretrainConfig, model: CLIP) -> tuple[RegionTextTas
     teacher = Teacher.from_manifest(config.teacher, manifest) if config.teacher else None
     task = RegionTextTask(model, vocabulary, config, teacher, synonym_sets(manifest, config.synonyms))
     tokenizer = Tokenizer(model.config.text.context_length)
-    return task, RegionDataset(samples, config.resize, config.regions, tokenizer, config.cache)
+    return task, RegionDataset(samples, config.resize, config.max_regions, tokenizer, config.cache)
 
 
 def _on_pictures(config: RegionPretrainConfig, model: CLIP) -> tuple[RegionTextTask, RegionDataset]:
     samples = picture_samples(config.images)
-    data = GridPatchDataset(samples, config.cells, config.resize, config.regions, cache=config.cache)
+    data = GridPatchDataset(samples, config.max_grid, config.resize, config.max_regions, cache=config.cache)
     return RegionTextTask(model, None, config), data

@@ -126,7 +126,11 @@ class RegionTextTask(nn.Module):
         super().__init__()
         self.model, self.config, self.teacher = model, config, teacher
         # Neither is part of this module: they are not trained, and no checkpoint holds them.
-        self.crops = RegionEncoder(frozen(copy.deepcopy(model.visual)), "crop", 1.0) if config.crops else None
+        self.crops = (
+            RegionEncoder(frozen(copy.deepcopy(model.visual)), "crop", 1.0)
+            if config.crop_distillation
+            else None
+        )
         self.encoder = RegionEncoder(
             model.visual, "roi_align" if isinstance(model.visual, ModifiedResNet) else "dense"
         )
@@ -171,7 +175,7 @@ class RegionTextTask(nn.Module):
             losses["image_text"] = config.image_text * self._image_text(pictures, batch.tokens)
         if self.crops is not None:
             targets = _seen_by(self.crops, images, regions)
-            losses["crops"] = config.crops * per_region * cosine_distance(embeddings, targets)
+            losses["crops"] = config.crop_distillation * per_region * cosine_distance(embeddings, targets)
         return losses
 
     def scale(self) -> Tensor:
@@ -270,13 +274,19 @@ class RegionPretrainConfig:
     images: str = option("", "folder of the images; empty: the one the shards were mined from")
     out: str = option(REQUIRED, "folder for weights, log and metrics", runtime_only=True)
     resize: ResizeConfig = option(ResizeConfig(), "size of the training images")
-    regions: int = option(100, "most regions an image and step; more are sampled")
-    cells: int = option(6, "without mined=: an image is cut into m by n patches, both drawn from 1 to this")
+    max_regions: int = option(100, "most regions an image and step; more are sampled", renamed_from="regions")
+    max_grid: int = option(
+        6,
+        "without mined=: an image is cut into m by n patches, both drawn from 1 to this",
+        renamed_from="cells",
+    )
     distillation: float = option(1.0, "weight of the divergence from the teacher's concepts")
     contrastive: float = option(1.0, "weight of the region-text contrastive loss")
     image_text: float = option(1.0, "weight of the image-text contrastive loss")
-    crops: float = option(
-        0.0, "weight of the cosine distance to what the tower, as it was, makes of the regions' crops"
+    crop_distillation: float = option(
+        0.0,
+        "weight of the cosine distance to what the tower, as it was, makes of the regions' crops",
+        renamed_from="crops",
     )
     region_text: Plugin = plugin(REGION_TEXT, "softmax", "form of the region-text contrastive loss")
     memory: int = option(0, "regions of earlier steps kept as further negatives of the contrastive loss")
@@ -296,8 +306,10 @@ class RegionPretrainConfig:
     )
     freeze_batch_norm: bool = option(True, "keep the statistics and gains of batch norms as they are")
     cache: bool = option(False, "keep decoded images in memory (for small data sets)", runtime_only=True)
-    lr_batch: int = option(
-        0, "batch that train.lr is meant for; for another it is scaled in proportion; 0: taken as it is"
+    lr_reference_batch_size: int = option(
+        0,
+        "batch that train.lr is meant for; for another it is scaled in proportion; 0: taken as it is",
+        renamed_from="lr_batch",
     )
     train: TrainConfig = option(
         TrainConfig(
@@ -317,10 +329,10 @@ class RegionPretrainConfig:
         paired = max(self.distillation, self.contrastive, self.image_text)
         softmax = self.contrastive > 0 and self.region_text["name"] != "sigmoid"
         faults = {
-            "all losses have weight 0: give distillation, contrastive, image_text or crops a weight": (
-                max(paired, self.crops) <= 0
+            "all losses have weight 0: give distillation, contrastive, image_text or crop_distillation one": (
+                max(paired, self.crop_distillation) <= 0
             ),
-            "give mined=, what `regionclip mine` made, or images= with crops as the only weighted loss": (
+            "give mined=, what `regionclip mine` made, or images= with crop_distillation as the only loss": (
                 not self.mined and (paired > 0 or not self.images)
             ),
             "the pool's embeddings are of the frozen text tower: set distillation=0 or train_text=false": (
@@ -338,9 +350,10 @@ class RegionPretrainConfig:
             "teacher is for the distillation: give distillation a weight or leave teacher empty": (
                 bool(self.teacher) and self.distillation <= 0
             ),
-            f"memory, lr_batch and temperature must be at least 0, cells at least 1; found {self.memory}, "
-            f"{self.lr_batch}, {self.temperature:g} and {self.cells}": (
-                min(self.memory, self.lr_batch, self.temperature) < 0 or self.cells < 1
+            f"memory, lr_reference_batch_size and temperature must be at least 0, max_grid at "
+            f"least 1; found {self.memory}, {self.lr_reference_batch_size}, {self.temperature:g} and "
+            f"{self.max_grid}": (
+                min(self.memory, self.lr_reference_batch_size, self.temperature) < 0 or self.max_grid < 1
             ),
         }
         for message, holds in faults.items():

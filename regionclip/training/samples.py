@@ -112,25 +112,25 @@ class GridPatchDataset(RegionDataset):
 
     Args:
         samples: the images; what boxes they have are not used.
-        cells: m and n are drawn from 1 to this.
+        max_grid: m and n are drawn from 1 to this.
         resize: see `RegionSamples`, as are the rest.
     """
 
     def __init__(
         self,
         samples: Sequence[Sample],
-        cells: int,
+        max_grid: int,
         resize: ResizeConfig,
         max_boxes: int = 0,
         cache: bool = False,
     ) -> None:
         super().__init__(samples, resize, max_boxes, cache=cache)
-        self.cells = cells
+        self.max_grid = max_grid
 
     def item(self, index: int, generator: torch.Generator) -> tuple[Pixels, Regions, str]:
         """Returns the image in its frame and its patches there (image_index 0), without a caption."""
         pixels, _, _ = super().item(index, generator)
-        rows, columns = torch.randint(1, self.cells + 1, (2,), generator=generator).tolist()
+        rows, columns = torch.randint(1, self.max_grid + 1, (2,), generator=generator).tolist()
         height, width = pixels.shape[:2]
         boxes = patches(height, width, rows, columns)
         if self.max_boxes:

@@ -41,7 +41,7 @@ from regionclip.training.samples import RegionDataset, Sample, base_records, fit
 
 @dataclass
 class TrainDetectorConfig:
-    """Options of the detector's training. The defaults are the published recipe for COCO but for `boxes`."""
+    """Options of the detector's training. The defaults are the published COCO recipe but for `box_head`."""
 
     annotations: str = option(
         REQUIRED, "instances_*.json in COCO's form; only boxes of base classes are read"
@@ -62,13 +62,19 @@ class TrainDetectorConfig:
     resize: ResizeConfig = option(ResizeConfig(), "size of the training images")
     templates: list[str] = option(list(DEFAULT_TEMPLATES), "prompts, averaged; {} is the class name")
     keep_empty: bool = option(False, "train on images without base boxes too")
-    proposals: int = option(1000, "proposals an image from which regions are sampled")
-    rois: int = option(512, "regions an image in the loss")
-    positive_share: float = option(0.25, "largest share of objects among them")
+    max_proposals: int = option(
+        1000, "proposals an image from which regions are sampled", renamed_from="proposals"
+    )
+    rois_per_image: int = option(512, "regions an image in the loss", renamed_from="rois")
+    positive_fraction: float = option(
+        0.25, "largest share of objects among them", renamed_from="positive_share"
+    )
     positive_iou: float = option(0.5, "a proposal that overlaps a box so much is an object")
     background_weight: float = option(0.2, "weight of background regions in the classification loss")
-    focal: float = option(
-        0.5, "exponent of (1 - p) that favours hard regions; 0: none, and the mean is weighted"
+    focal_gamma: float = option(
+        0.5,
+        "exponent of (1 - p) that favours hard regions; 0: none, and the mean is weighted",
+        renamed_from="focal",
     )
     box_weight: float = option(1.0, "weight of the box regression loss")
     smooth_l1_beta: float = option(
@@ -76,13 +82,17 @@ class TrainDetectorConfig:
     )
     objectness_weight: float = option(1.0, "shared trunk: weight of the proposals' objectness loss")
     proposal_weight: float = option(1.0, "shared trunk: weight of the proposals' box regression loss")
-    boxes: str = option(
+    box_head: str = option(
         "map",
         "what the box head reads: map (layer4's map of the region) or embedding (as published)",
         choices=BOX_HEADS,
+        renamed_from="boxes",
     )
-    background: str = option(
-        "zero", "embedding of the background: zero (as published) or learnt", choices=("zero", "learnt")
+    background_embedding: str = option(
+        "zero",
+        "embedding of the background: zero (as published) or learnt",
+        choices=("zero", "learnt"),
+        renamed_from="background",
     )
     repeat_threshold: float = option(
         0.0, "images are repeated for categories that fewer than this share of images hold (LVIS: 0.001)"
@@ -107,9 +117,10 @@ class TrainDetectorConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.rois < 1 or not 0 < self.positive_share <= 1:
+        if self.rois_per_image < 1 or not 0 < self.positive_fraction <= 1:
             raise InputError(
-                f"rois={self.rois} must be at least 1, positive_share={self.positive_share} in (0, 1]"
+                f"rois_per_image={self.rois_per_image} must be at least 1, "
+                f"positive_fraction={self.positive_fraction} in (0, 1]"
             )
         if self.smooth_l1_beta < 0:
             raise InputError(f"smooth_l1_beta must not be below 0, found {self.smooth_l1_beta}")
@@ -132,7 +143,7 @@ class DetectorTask(nn.Module):
         assert detector.background is not None
         if detector.network is not None:
             detector.network.requires_grad_(detector.shares_trunk)
-        detector.background.requires_grad_(config.background == "learnt")
+        detector.background.requires_grad_(config.background_embedding == "learnt")
         detector.clip.text.requires_grad_(False)
         detector.clip.logit_scale.requires_grad_(False)
         freeze(detector.clip.visual, config.freeze_stages, config.freeze_batch_norm)
@@ -155,7 +166,7 @@ class DetectorTask(nn.Module):
             found = detector.network.losses(batch, stages)
             losses["objectness"] = config.objectness_weight * found["objectness"]
             losses["proposal"] = config.proposal_weight * found["box"]
-        proposals = detector.propose(batch.images, stages, config.proposals)
+        proposals = detector.propose(batch.images, stages, config.max_proposals)
         return losses | self.region_losses(stages[-1], proposals, batch.regions)
 
     def region_losses(self, feature_map: Tensor, proposals: Regions, truth: Regions) -> dict[str, Tensor]:
@@ -188,10 +199,10 @@ class DetectorTask(nn.Module):
         """
         losses = F.cross_entropy(logits, labels, reduction="none")
         weights = torch.where(labels == len(self.classifier), self.config.background_weight, 1.0)
-        if not self.config.focal:
+        if not self.config.focal_gamma:
             return (weights * losses).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
         # Away from 0, where the gradient of a root is not finite.
-        scaling = (-torch.expm1(-losses)).clamp(min=1e-7) ** self.config.focal  # (1 - p)^γ
+        scaling = (-torch.expm1(-losses)).clamp(min=1e-7) ** self.config.focal_gamma  # (1 - p)^γ
         return (weights * scaling * losses).sum() / max(len(labels), 1)
 
 
@@ -226,8 +237,8 @@ def sample_regions(
     order = torch.randperm(len(boxes), device=boxes.device)
     for image in torch.unique(index).tolist():
         mine = order[index[order] == image]
-        objects = mine[positive[mine]][: round(config.rois * config.positive_share)]
-        chosen += [objects, mine[~positive[mine]][: config.rois - len(objects)]]
+        objects = mine[positive[mine]][: round(config.rois_per_image * config.positive_fraction)]
+        chosen += [objects, mine[~positive[mine]][: config.rois_per_image - len(objects)]]
     picked = torch.cat(chosen) if chosen else order
     return Regions(boxes[picked], index[picked], labels=labels[picked]), targets[picked]
 
@@ -272,7 +283,7 @@ def train_detector(config: TrainDetectorConfig) -> None:
     clip = load_clip(config.weights)
     torch.manual_seed(config.train.seed)
     network = proposal_network(config, clip)
-    detector = Detector(clip, config.detector, network, trained=True, boxes=config.boxes)
+    detector = Detector(clip, config.detector, network, trained=True, boxes=config.box_head)
     detector.resize = config.resize
     tokenizer = Tokenizer(clip.config.text.context_length)
     classifier = embed(clip, tokenizer, split.base, config.templates).embeddings

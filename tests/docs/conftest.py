@@ -168,7 +168,7 @@ def _quickstart(folder: Path) -> None:
     (folder / "quickstart").mkdir()
     (folder / "quickstart" / "world").symlink_to(folder / "world")
     network = ProposalNetwork(ProposalNetworkConfig(vision=RESNET, channels=16))
-    detector = Detector(_clip(RESNET), DetectorConfig(proposals=16), network, trained=True)
+    detector = Detector(_clip(RESNET), DetectorConfig(max_proposals=16), network, trained=True)
     detector.resize = ResizeConfig(short=[SIDE], long=SIDE)
     path = folder / "quickstart" / "detector-regionclip" / "model.safetensors"
     save_detector(detector, path, ["cup"])

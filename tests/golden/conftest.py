@@ -150,7 +150,7 @@ def pretrained(
     mine: Callable[[str], Path], clip_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Twenty steps of region-text pretraining with its three losses and the memory of negatives."""
-    options: Options = {"mined": mine("caption"), "weights": clip_file, "regions": 6, "memory": 8}
+    options: Options = {"mined": mine("caption"), "weights": clip_file, "max_regions": 6, "memory": 8}
     return _region_job("pretrain", tmp_path_factory.mktemp("golden") / "pretrained", options, SIZE, TRAIN)
 
 
@@ -168,7 +168,7 @@ def train_detector(
 ) -> Callable[..., Path]:
     """Trains the detector: train_detector(name, options of training) returns the run's folder."""
     options: Options = {"weights": clip_file, "rpn": proposal_network / "model.safetensors"}
-    options |= {"proposals": 30, "rois": 16, "detector.proposals": 20}
+    options |= {"max_proposals": 30, "rois_per_image": 16, "detector.max_proposals": 20}
     folder = tmp_path_factory.mktemp("golden")
 
     def run(name: str, training: Options) -> Path:
@@ -197,7 +197,7 @@ def detected(
     """The entries of detections.json over the validation images."""
     out = tmp_path_factory.mktemp("golden") / "detected"
     options: Options = {
-        "photos": f"[{world / 'images' / 'val'}]",
+        "images": f"[{world / 'images' / 'val'}]",
         "weights": detector_file,
     }
     names = [name for part in json.loads((world / "split.json").read_text()).values() for name in part]

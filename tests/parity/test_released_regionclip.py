@@ -320,7 +320,7 @@ def test_a_coco_detectors_detections_are_the_released_codes(tmp_path: Path, phot
         photographs, tmp_path / "out", "published_coco_rn50", f"weights={weights}",
         f"proposer.weights={rpn}", f"proposer.limit={PROPOSALS}",
         f"embeddings={tmp_path / 'coco_65_cls_emb.pth'}",
-        "detector.detections=3000",
+        "detector.max_detections=3000",
     )  # fmt: skip
     assert_same_detections(found, expected(released, photographs))
 

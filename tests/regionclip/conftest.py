@@ -169,7 +169,7 @@ def make_detector(make_network: Callable[[], ProposalNetwork]) -> Callable[..., 
     """Makes a tiny trained-like detector: make_detector(**options of DetectorConfig)."""
 
     def make(**options: object) -> Detector:
-        settings = DetectorConfig(**{"proposals": 20, **options})  # type: ignore[arg-type]
+        settings = DetectorConfig(**{"max_proposals": 20, **options})  # type: ignore[arg-type]
         return Detector(_make_clip(), settings, make_network(), trained=True).eval()
 
     return make

@@ -63,7 +63,7 @@ def test_every_shipped_config_fits_its_job(file: Path) -> None:
     if file.parent.name == "region-evaluate":  # it takes either results or weights with images
         placeholders += ["weights=placeholder", "images=placeholder"]
     if file.parent.name == "region-features":  # it takes either pictures or annotations
-        placeholders.append("photos=[placeholder]")
+        placeholders.append("images=[placeholder]")
     if file.parent.name == "region-pretrain":  # it takes either mined pairs or images alone
         placeholders += ["mined=placeholder", "images=placeholder"]
     resolved: Any = configs.resolve(schema, file, [*placeholders, *parts_of(file, schema)])
@@ -126,13 +126,13 @@ WRONG_TYPES = {
     "export": "labels=many",
     "export-detector": "suppress=often",
     "report": "examples=some",
-    "pretrain": "regions=[1,2]",
-    "train-detector": "rois=half",
+    "pretrain": "max_regions=[1,2]",
+    "train-detector": "rois_per_image=half",
     "train-rpn": "train.lr=fast",
     "propose": "batch_size=x",
     "evaluate": "max_detections=all",
-    "detect": "score=high",
-    "features": "regions=many",
+    "detect": "score_threshold=high",
+    "features": "max_regions=many",
     "concepts": "min_count=few",
     "quickstart": "seed=lucky",
     "interpolate": "alpha=[half]",
@@ -161,7 +161,7 @@ def good(job: str, world: Path, files: dict[str, Path]) -> dict[str, object]:
     once = {"train.steps": 1, "train.batch_size": 2, **small}
     captions = world / "captions_train.json"
     clip = {"weights": files["clip"]}
-    looking = {"photos": f"[{images / 'val'}]", "vocabulary": "cup"}
+    looking = {"images": f"[{images / 'val'}]", "vocabulary": "cup"}
     mining = {"captions": captions, "concepts": files["concepts"], "proposer.name": "grid"}
     options: dict[str, dict[str, object]] = {
         "concepts": {"captions": captions, "min_count": 1},
@@ -170,11 +170,18 @@ def good(job: str, world: Path, files: dict[str, Path]) -> dict[str, object]:
         "export": {"mined": files["mined"]},
         "pretrain": {"mined": files["mined"], **clip, **once},
         "train-rpn": {**train, "network.backbone_weights": files["clip"], "network.channels": 16, **once},
-        "train-detector": {**train, "rpn": files["rpn"], "proposals": 20, "rois": 8, **clip, **once},
+        "train-detector": {
+            **train,
+            "rpn": files["rpn"],
+            "max_proposals": 20,
+            "rois_per_image": 8,
+            **clip,
+            **once,
+        },
         "propose": {**val, "proposer.name": "rpn", "proposer.weights": files["rpn"]},
         "evaluate": {**val, "weights": files["detector"]},
         "detect": {**looking, "weights": files["detector"], **small},
-        "features": {**looking, "weights": files["detector"], "regions": 5, **small},
+        "features": {**looking, "weights": files["detector"], "max_regions": 5, **small},
     }
     return options[job]
 
@@ -222,13 +229,13 @@ PATHS = [
     ("evaluate", "images"),
     ("evaluate", "split"),
     ("evaluate", "weights"),
-    ("detect", "photos"),
+    ("detect", "images"),
     ("detect", "weights"),
-    ("features", "photos"),
+    ("features", "images"),
     ("features", "weights"),
-    ("features", "boxes"),
+    ("features", "regions_from"),
 ]
-FOLDERS = ("images", "mined", "photos")
+FOLDERS = ("images", "mined")
 
 
 def call(regionclip: Command, job: str, options: dict[str, object], out: Path) -> tuple[int, str]:
@@ -240,7 +247,8 @@ def test_a_path_that_does_not_exist_is_named(
     job: str, key: str, world: Path, files: dict[str, Path], regionclip: Command, tmp_path: Path
 ) -> None:
     missing = tmp_path / "nowhere.json"
-    given = f"[{missing}]" if key == "photos" else missing
+    is_list = key == "images" and job in ("detect", "features")
+    given = f"[{missing}]" if is_list else missing
     code, told = call(regionclip, job, {**good(job, world, files), key: given}, tmp_path / "out")
     assert code == 2, told
     assert one_line(told)

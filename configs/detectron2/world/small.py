@@ -51,8 +51,8 @@ model = L(OpenVocabularyRCNN)(
     ),
     roi_heads=L(OpenVocabularyROIHeads)(
         weights="${sources.weights}",
-        detector=L(DetectorConfig)(proposals=30),
-        training=L(TrainDetectorConfig)(proposals=30, rois=16, freeze_stages=0),
+        detector=L(DetectorConfig)(max_proposals=30),
+        training=L(TrainDetectorConfig)(max_proposals=30, rois_per_image=16, freeze_stages=0),
         train_dataset="world_b_train",
         test_dataset="world_all_test",
     ),

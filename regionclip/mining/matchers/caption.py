@@ -20,7 +20,9 @@ from regionclip.mining.matchers.base import Matches, MatchInputs, check_ranges, 
 class CaptionConfig:
     """Options of the caption matcher."""
 
-    trust: float = option(0.9, "prior probability that a region shows something the image's captions name")
+    caption_prior: float = option(
+        0.9, "prior probability that a region shows something the image's captions name", renamed_from="trust"
+    )
     min_probability: float = option(0.5, "regions whose best own concept is less probable stay unmatched")
     min_phrase: float = option(
         0.2, "a phrase's best region is kept, though unsure, when it is at least this probable; 1: never"
@@ -34,17 +36,17 @@ class CaptionConfig:
     def __post_init__(self) -> None:
         """Checks the ranges."""
         check_ranges(self)
-        if not 0 < self.trust < 1:
-            raise InputError(f"matcher.trust must lie between 0 and 1, found {self.trust}")
+        if not 0 < self.caption_prior < 1:
+            raise InputError(f"matcher.caption_prior must lie between 0 and 1, found {self.caption_prior}")
 
 
 class CaptionMatcher:
     """Bayes' rule with the captions as prior.
 
-    A region shows one of the P own concepts with prior `trust`, evenly spread, or any other concept of the
-    pool with prior 1 - trust; the likelihood is exp(cosine / temperature). What falls to the others is the
-    unmatched slot. Concepts of an own concept's family ("red umbrella" of "umbrella") are neither own nor
-    others.
+    A region shows one of the P own concepts with prior `caption_prior`, evenly spread, or any other
+    concept of the pool with prior 1 - caption_prior; the likelihood is exp(cosine / temperature). What falls
+    to the others is the unmatched slot. Concepts of an own concept's family ("red umbrella" of "umbrella")
+    are neither own nor others.
     """
 
     def __init__(self, config: CaptionConfig, names: Sequence[str]) -> None:
@@ -72,8 +74,10 @@ class CaptionMatcher:
         related = torch.isin(self.family, self.family[own])
         others = logits.masked_fill(related, -math.inf)
         num_others = max(int((~related).sum()), 1)
-        mine = logits[:, own] + math.log(self.config.trust / len(own))  # [n, P]
-        rest = others.logsumexp(1, keepdim=True) + math.log((1 - self.config.trust) / num_others)  # [n, 1]
+        mine = logits[:, own] + math.log(self.config.caption_prior / len(own))  # [n, P]
+        rest = others.logsumexp(1, keepdim=True) + math.log(
+            (1 - self.config.caption_prior) / num_others
+        )  # [n, 1]
         return torch.cat([mine, rest], 1).softmax(1)[:, :-1]
 
 

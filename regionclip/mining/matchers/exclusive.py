@@ -20,7 +20,9 @@ from regionclip.structures.boxes import area, intersection
 class ExclusiveConfig:
     """Options of the exclusive matcher. Score: the probability of a concept times the objectness."""
 
-    trust: float = option(0.9, "prior probability that a region shows something the image's captions name")
+    caption_prior: float = option(
+        0.9, "prior probability that a region shows something the image's captions name", renamed_from="trust"
+    )
     min_first: float = option(0.1, "a concept's best region is kept when it scores at least this")
     min_score: float = option(0.5, "further regions of a concept are kept when they score at least this")
     overlap: float = option(
@@ -31,8 +33,8 @@ class ExclusiveConfig:
     def __post_init__(self) -> None:
         """Checks the ranges."""
         check_ranges(self)
-        if not 0 < self.trust < 1:
-            raise InputError(f"matcher.trust must lie between 0 and 1, found {self.trust}")
+        if not 0 < self.caption_prior < 1:
+            raise InputError(f"matcher.caption_prior must lie between 0 and 1, found {self.caption_prior}")
         if not 0 <= self.overlap <= 1:
             raise InputError(f"matcher.overlap must lie in 0…1, found {self.overlap}")
 
@@ -48,7 +50,7 @@ class ExclusiveMatcher:
 
     def __init__(self, config: ExclusiveConfig, names: Sequence[str]) -> None:
         self.config = config
-        self.caption = CaptionMatcher(CaptionConfig(trust=config.trust, k=config.k), names)
+        self.caption = CaptionMatcher(CaptionConfig(caption_prior=config.caption_prior, k=config.k), names)
 
     def __call__(self, evidence: MatchInputs) -> Matches:
         """Returns the regions kept, in their order."""

@@ -78,7 +78,9 @@ class ProposalNetworkConfig:
     positive_iou: float = option(0.7, "anchors that overlap a box at least so much are objects")
     negative_iou: float = option(0.3, "anchors that overlap every box less are background; between: not used")
     samples: int = option(256, "anchors per image in the loss; what the sum of their losses is divided by")
-    positive_share: float = option(0.5, "largest share of objects among the sampled anchors")
+    positive_fraction: float = option(
+        0.5, "largest share of objects among the sampled anchors", renamed_from="positive_share"
+    )
     smooth_l1_beta: float = option(
         0.0, "box loss: deltas off by less than this are squared; 0: L1, as in detectron2; torchvision: 1/9"
     )
@@ -133,7 +135,7 @@ class ProposalNetworkConfig:
         )
         _require(self.head_convs > 0, f"head_convs must be at least 1, got {self.head_convs}")
         _require(self.design == "fpn" or not self.pyramid_norm, "pyramid_norm=true needs design=fpn")
-        for name in ("positive_share", "nms"):
+        for name in ("positive_fraction", "nms"):
             _require(
                 0 < getattr(self, name) <= 1,
                 f"{name} must be above 0 and at most 1, got {getattr(self, name)}",
@@ -200,7 +202,7 @@ class ProposalNetwork(nn.Module):
             fg_iou_thresh=config.positive_iou,
             bg_iou_thresh=config.negative_iou,
             batch_size_per_image=config.samples,
-            positive_fraction=config.positive_share,
+            positive_fraction=config.positive_fraction,
             pre_nms_top_n={},
             post_nms_top_n={},
             nms_thresh=config.nms,

@@ -33,7 +33,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, make: Any) -> dict[str, t
         folder = tmp_path_factory.mktemp(kind)
         model = make(kind)
         save_clip(model, folder / "model.safetensors")
-        arguments = [f"{folder / 'model.safetensors'}", f"out={folder / 'out'}", f"forms={forms}"]
+        arguments = [f"{folder / 'model.safetensors'}", f"out={folder / 'out'}", f"formats={forms}"]
         assert main(["export", *arguments]) == 0
         found[kind] = (model, folder / "out")
     return found
@@ -114,7 +114,7 @@ def test_without_onnx_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"), [("forms=tflite", "found tflite"), ("towers=[]", "found none")]
+    ("wrong", "message"), [("formats=tflite", "found tflite"), ("towers=[]", "found none")]
 )
 def test_unknown_forms_and_no_tower_are_refused(
     wrong: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

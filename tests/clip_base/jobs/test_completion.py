@@ -183,7 +183,7 @@ BASH = {
     "regionclip mine teac": ["teacher=", "teacher_scale="],
     "regionclip mine --precision f": ["fp32 "],
     "regionclip train-detector train.opt": ["train.optimizer="],
-    "regionclip detect photo": ["photos=", "photo one.jpg ", "photos/"],
+    "regionclip detect photo": ["images=", "photo one.jpg ", "photos/"],
     "regionclip detect weights = ph": [],  # readline's own completion of files
 }
 

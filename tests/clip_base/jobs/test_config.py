@@ -194,3 +194,32 @@ def test_checked_plain_values_name_where_they_come_from() -> None:
     with pytest.raises(InputError, match=r"^sizes in file: option 'schedule'"):
         configs.check(Loop, {"schedule": "none"}, "sizes in file")
     assert configs.check(Loop, {"steps": 3}, "sizes in file") == Loop(steps=3)
+
+
+@dataclass
+class Inner:
+    step_size: float = option(0.1, "step", renamed_from="eta")
+
+
+@dataclass
+class Outer:
+    file_name: str = option("", "file", renamed_from="path")
+    inner: Inner = option(Inner(), "the inner part")
+
+
+@pytest.mark.parametrize(
+    ("override", "line", "now"),
+    [
+        ("path=a", "path: a", "'path'; it is called file_name now"),
+        ("inner.eta=1", "inner: {eta: 1}", "'inner.eta'; it is called inner.step_size now"),
+    ],
+)
+def test_a_renamed_option_is_an_error_that_names_the_new_one(
+    override: str, line: str, now: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=now):
+        resolve(Outer, overrides=[override])
+    file = tmp_path / "old.yaml"
+    file.write_text(line + "\n")
+    with pytest.raises(InputError, match=now):
+        resolve(Outer, file)

@@ -196,8 +196,8 @@ def test_a_finetuned_file_is_a_detector_that_scores_as_its_authors_tested_it(
     assert not detector.background.any()
     assert (detector.config, detector.resize) == (SETTINGS[48], RESIZE)
     assert detector.scale == 100
-    other = DetectorConfig(detections=7)
-    assert load_detector(str(finetuned), other, own_settings=False).config == other
+    other = DetectorConfig(max_detections=7)
+    assert load_detector(str(finetuned), other, use_checkpoint_config=False).config == other
     text = shown(finetuned, capsys)
     for part in (
         "a RegionCLIP detector",
@@ -216,10 +216,10 @@ def test_what_no_published_detector_has_is_said(model: CLIP, tmp_path: Path) -> 
         load_detector(str(save(state, tmp_path / "a.pth")), DetectorConfig())
     state[f"{BOX}bbox_pred.weight"] = torch.randn(48, width)
     with pytest.raises(InputError, match="for each of its classes apart"):
-        load_detector(str(save(state, tmp_path / "b.pth")), DetectorConfig(), own_settings=False)
+        load_detector(str(save(state, tmp_path / "b.pth")), DetectorConfig(), use_checkpoint_config=False)
     del state[f"{BOX}cls_bg_score.weight"]
     with pytest.raises(InputError, match="cls_bg_score"):
-        load_detector(str(save(state, tmp_path / "c.pth")), DetectorConfig(), own_settings=False)
+        load_detector(str(save(state, tmp_path / "c.pth")), DetectorConfig(), use_checkpoint_config=False)
 
 
 def test_names_are_embedded_by_the_file_then_by_a_text_tower_that_is_given(
@@ -232,24 +232,24 @@ def test_names_are_embedded_by_the_file_then_by_a_text_tower_that_is_given(
     torch.testing.assert_close(found.embeddings, rows[[COCO65.index(name) for name in asked]])
     assert found.novel is not None
     assert found.novel.tolist() == [True, False]
-    with pytest.raises(InputError, match="give text=FILE"):
+    with pytest.raises(InputError, match="give text_weights=FILE"):
         vocabulary_for(detector, ["sloth"], ["sloth"], ["{}"])
-    worded = load_detector(str(finetuned), DetectorConfig(), text=str(clip_file))
+    worded = load_detector(str(finetuned), DetectorConfig(), text_weights=str(clip_file))
     sloth = vocabulary_for(worded, ["sloth"], ["sloth"], ["{}"])
     mine = vocabulary_for(Detector(model, DetectorConfig()), ["sloth"], ["sloth"], ["{}"])
     torch.testing.assert_close(sloth.embeddings, mine.embeddings)
     save_clip(make_clip(embed_dim=16), tmp_path / "narrow.safetensors")
     with pytest.raises(InputError, match="embeds names in 16 numbers"):
-        load_detector(str(finetuned), DetectorConfig(), text=str(tmp_path / "narrow.safetensors"))
+        load_detector(str(finetuned), DetectorConfig(), text_weights=str(tmp_path / "narrow.safetensors"))
     with pytest.raises(InputError, match="has a text tower of its own"):
-        load_detector(str(clip_file), DetectorConfig(), text=str(clip_file))
+        load_detector(str(clip_file), DetectorConfig(), text_weights=str(clip_file))
 
 
 def test_the_detect_job_takes_a_finetuned_file_alone(
     finetuned: Path, world: Path, tmp_path: Path, regionclip: Callable[..., tuple[int, str]]
 ) -> None:
     photo = min((world / "images").iterdir())
-    sizes = ("own_settings=false", "resize.short=[64]", "resize.long=64", "detector.min_score=0.0")
+    sizes = ("use_checkpoint_config=false", "resize.short=[64]", "resize.long=64", "detector.min_score=0.0")
     names = f"vocabulary={', '.join(COCO65[:3])}"
     given = (photo, f"weights={finetuned}", names, f"out={tmp_path / 'seen'}", "precision=fp32", *sizes)
     code, told = regionclip("detect", *given)
@@ -259,7 +259,7 @@ def test_the_detect_job_takes_a_finetuned_file_alone(
     assert found
     code, told = regionclip("detect", *given[:2], "vocabulary=sloth", *given[3:])
     assert code == 2
-    assert "these weights bring no text tower to embed names with: give text=FILE" in told
+    assert "these weights bring no text tower to embed names with: give text_weights=FILE" in told
 
 
 def test_true_boxes_can_take_the_place_of_proposals(world: Path) -> None:
@@ -343,7 +343,7 @@ def test_what_regionclips_form_has_no_place_for_is_refused(
     with pytest.raises(InputError, match="heads of 32 channels"):
         to("regionclip", clip_file, tmp_path / "r.pth")
     with pytest.raises(InputError, match="is for to=native"):
-        to("regionclip", own_file, tmp_path / "r.pth", text=str(clip_file))
+        to("regionclip", own_file, tmp_path / "r.pth", text_weights=str(clip_file))
 
 
 def test_a_detector_goes_to_regionclips_form_and_back(
@@ -364,11 +364,11 @@ def test_a_detector_goes_to_regionclips_form_and_back(
 def test_a_finetuned_file_becomes_ours_with_a_text_tower(
     finetuned: Path, clip_file: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="give text=FILE"):
+    with pytest.raises(InputError, match="give text_weights=FILE"):
         to("native", finetuned, tmp_path / "d.safetensors")
-    path = to("native", finetuned, tmp_path / "d.safetensors", text=str(clip_file))
+    path = to("native", finetuned, tmp_path / "d.safetensors", text_weights=str(clip_file))
     detector, base = read_detector_file(path)
-    theirs = load_detector(str(finetuned), DetectorConfig(), text=str(clip_file))
+    theirs = load_detector(str(finetuned), DetectorConfig(), text_weights=str(clip_file))
     assert_equal(detector.state_dict(), theirs.state_dict())
     assert (detector.resize, base) == (RESIZE, tuple(parse_names("coco_base")))
 

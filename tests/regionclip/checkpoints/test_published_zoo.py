@@ -79,9 +79,13 @@ def test_published_rows_name_published_files_and_the_authors_settings(file: Path
     assert (resize.short, resize.long, resize.filter, resize.multiple) == ([800], 1333, "bilinear", 1)
     assert (row["batch_size"], row["precision"], proposer["limit"]) == (1, "fp32", 1000)
     if "truth" in file.stem:
-        assert (settings.background, settings.suppression, row["boxes"]) == (True, "nms", "truth_suppressed")
+        assert (settings.allow_background, settings.nms_type, row["boxes"]) == (
+            True,
+            "nms",
+            "truth_suppressed",
+        )
     elif "zeroshot" in file.stem:
-        assert (settings.background, settings.suppression, row["proposer"]["nms"]) == (True, "nms", 0.9)
+        assert (settings.allow_background, settings.nms_type, row["proposer"]["nms"]) == (True, "nms", 0.9)
     else:
         wanted = SETTINGS[48 if "coco" in file.stem else 866]
         for name in (

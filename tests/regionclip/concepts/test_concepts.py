@@ -181,8 +181,8 @@ def test_several_processes_write_the_same_bytes(config: ConceptsConfig, tmp_path
         ("two red umbrellas", "in the pool as 'red umbrella': a full phrase, named by 3 captions"),
         ("umbrella", "in the pool: the head noun of phrases, named by 4 captions"),
         ("skis", "1 captions name it, min_count=2"),
-        ("front", "'front' is dropped as invisible"),
-        ("blotchy background", "'background' is dropped as invisible"),
+        ("front", "'front' is dropped as a stop word"),
+        ("blotchy background", "'background' is dropped as a stop word"),
         ("zebra", "no caption names it"),
     ],
 )

@@ -10,7 +10,7 @@ from clip_base.runtime.errors import InputError
 from regionclip.concepts import phrases as module
 from regionclip.concepts import spacy_models as languages
 from regionclip.concepts.phrase_cache import PhraseStore, StoredPhrases
-from regionclip.concepts.phrases import Phrase, PhraseParser, hidden_by, parse_batch, read_invisible
+from regionclip.concepts.phrases import Phrase, PhraseParser, hidden_by, parse_batch, read_stop_words
 from regionclip.concepts.spacy_models import load_language, model_name
 
 
@@ -97,17 +97,17 @@ def test_several_processes_find_the_same(parser: PhraseParser, monkeypatch: pyte
 
 
 def test_an_edited_list_decides_what_is_invisible(tmp_path: Path):
-    file = tmp_path / "invisible.txt"
+    file = tmp_path / "stop_words.txt"
     file.write_text("# mine\nfluffy cat\ndog  # heads too\n")
-    parser = PhraseParser(invisible=str(file))
+    parser = PhraseParser(stop_words=str(file))
     assert texts(parser, "a fluffy cat, a black cat and a big dog in front") == ["black cat", "front"]
 
 
 def test_the_list_that_comes_with_us_holds_no_class_of_coco():
     from regionclip.data.categories import parse_names
 
-    assert not read_invisible() & set(parse_names("coco"))
-    assert {"front", "photo", "picture", "lot", "day", "background", "middle", "side"} <= read_invisible()
+    assert not read_stop_words() & set(parse_names("coco"))
+    assert {"front", "photo", "picture", "lot", "day", "background", "middle", "side"} <= read_stop_words()
 
 
 def test_leaving_out_entity_recognition_changes_no_phrase():
@@ -146,9 +146,9 @@ def test_a_model_without_a_parser_is_refused(tmp_path: Path):
         load_language(str(tmp_path / "blank"))
 
 
-def test_a_missing_invisible_list_is_an_input_error(tmp_path: Path):
+def test_a_missing_list_of_stop_words_is_an_input_error(tmp_path: Path):
     with pytest.raises(InputError, match="does not exist"):
-        read_invisible(str(tmp_path / "none.txt"))
+        read_stop_words(str(tmp_path / "none.txt"))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_the_last_word_of_a_head_hides_it_unless_the_compound_is_kept(text: str,
 
 
 def test_the_list_that_comes_with_us_keeps_only_what_it_would_drop():
-    listed = read_invisible()
+    listed = read_stop_words()
     kept = [entry[1:] for entry in listed if entry.startswith("+")]
     assert "parking lot" in kept
     assert all(name.rpartition(" ")[2] in listed for name in kept)
@@ -182,7 +182,7 @@ def test_what_was_parsed_is_not_parsed_again_whatever_is_invisible_then(tmp_path
     found = list(first.parse(captions))
     assert len(store) == 3
     store.close()
-    second = PhraseParser(names=["yellow dog star"], invisible=frozenset({"cat"}))
+    second = PhraseParser(names=["yellow dog star"], stop_words=frozenset({"cat"}))
     second.memory = StoredPhrases(tmp_path / "a.db", second.fingerprint)
     again = list(second.parse(captions))
     assert "nlp" not in vars(second)  # no model was loaded

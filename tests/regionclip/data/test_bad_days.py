@@ -57,15 +57,15 @@ def options_for(
             "train.batch_size": 2,
             "train.lr": 0.001,
         }
-        rois = {"proposals": 20, "rois": 8}
-        detector: Options = {"weights": detector_file, "own_settings": "false", "precision": "fp32"}
+        rois = {"max_proposals": 20, "rois_per_image": 8}
+        detector: Options = {"weights": detector_file, "use_checkpoint_config": "false", "precision": "fp32"}
         found: dict[str, Options] = {
             "train-rpn": {**training, "network.channels": 16, "network.backbone_weights": clip_file},
             "train-detector": {**training, "weights": clip_file, "rpn": rpn_file, **rois},
             "propose": {**annotated, "proposer.name": "rpn", "proposer.weights": rpn_file},
             "evaluate": {**annotated, **detector, "report": "false"},
-            "features": {**annotated, **detector, "boxes": "truth"},
-            "detect": {**SMALL, **detector, "photos": f"[{images / 'train'}]", "vocabulary": "cup, star"},
+            "features": {**annotated, **detector, "regions_from": "truth"},
+            "detect": {**SMALL, **detector, "images": f"[{images / 'train'}]", "vocabulary": "cup, star"},
         }
         return found[job]
 
@@ -256,7 +256,7 @@ def test_duplicates_in_vocabulary_result_classes_and_pool_are_named(
     code, _, told = call("features", described, tmp_path / "features")
     assert (code, one_line(told), "'cup' stands there more than once" in told) == (2, True, True), told
     write_json(tmp_path / "results.json", [])
-    results: Options = {"results": tmp_path / "results.json", "result_classes": "cup, star, cup"}
+    results: Options = {"results": tmp_path / "results.json", "results_categories": "cup, star, cup"}
     results |= {"annotations": world / "instances_train.json"}
     code, _, told = call("evaluate", results, tmp_path / "evaluation")
     assert (code, one_line(told), "'cup' stands there more than once" in told) == (2, True, True), told

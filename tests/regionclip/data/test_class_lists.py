@@ -1,6 +1,6 @@
 """Lists of classes in every kind of file give the same names in the same order, or are refused.
 
-Covered: `vocabulary=`, `classes=`, `split=A,B`, `result_classes=` and the like, which share `read_classes`;
+Covered: `vocabulary=`, `classes=`, `split=A,B`, `results_categories=`: all use `read_classes`;
 `names=` of zero-shot classification.
 """
 

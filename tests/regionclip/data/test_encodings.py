@@ -25,7 +25,7 @@ from clip_base.jobs import config
 from clip_base.jobs.config import build_plugin
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import read_text
-from regionclip.concepts.phrases import read_invisible
+from regionclip.concepts.phrases import read_stop_words
 from regionclip.concepts.pool import read_concepts
 from regionclip.data.caption_index import CaptionIndex, write_caption_index
 from regionclip.data.captions import read_texts
@@ -109,7 +109,7 @@ UTF8_ONLY: dict[str, tuple[str, str, Callable[..., Any], Any]] = {
     "class list in json": ("a.json", '["café", "dog"]', parse_names, ["café", "dog"]),
     "class names": ("a.txt", "café\ndog\n", lambda path: class_names([path], ["a", "b"]), ["café", "dog"]),
     "templates": ("a.txt", "{} café\n", read_templates, ["{} café"]),
-    "stop words": ("a.txt", "café\n", read_invisible, frozenset({"café"})),
+    "stop words": ("a.txt", "café\n", read_stop_words, frozenset({"café"})),
     "concept pool": ("a.jsonl", CONCEPT, lambda path: read_concepts(path)[0].concept, "café"),
     "split": (
         "a.json",

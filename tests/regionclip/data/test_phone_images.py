@@ -98,7 +98,14 @@ def test_features_of_annotated_and_of_plain_folders(
                 [str(folder / "images" / "train")] if kind == "plain" else [*annotated(folder), "boxes=truth"]
             )
             out = tmp_path / f"{kind}-{name}"
-            run("features", *images, *small(), "own_settings=false", f"weights={detector_file}", f"out={out}")
+            run(
+                "features",
+                *images,
+                *small(),
+                "use_checkpoint_config=false",
+                f"weights={detector_file}",
+                f"out={out}",
+            )
             (shard,) = out.glob("*.parquet")
             found.append(pq.read_table(shard).drop_columns("file_name").to_pylist())
         assert len(found[0]) > 5
@@ -120,7 +127,12 @@ def test_evaluation(orientation: int, ending: str, phone: Phone, clip_file: Path
 def test_detection(orientation: int, ending: str, phone: Phone, detector_file: Path, tmp_path: Path) -> None:
     found: list[list[dict[str, Any]]] = []
     for name, folder in (("upright", phone(1, ending)), ("phone", phone(orientation, ending))):
-        options = ["vocabulary=cup, star", "own_settings=false", "draw=false", f"weights={detector_file}"]
+        options = [
+            "vocabulary=cup, star",
+            "use_checkpoint_config=false",
+            "draw=false",
+            f"weights={detector_file}",
+        ]
         run("detect", str(folder / "images" / "train"), *small(), *options, f"out={tmp_path / name}")
         entries = read_json(tmp_path / name / "detections.json")
         found.append([{**entry, "file_name": Path(entry["file_name"]).name} for entry in entries])

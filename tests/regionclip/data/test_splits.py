@@ -134,7 +134,7 @@ def test_no_box_of_a_rare_category_reaches_training_on_lvis(
     options += ["resize.short=[64]", "resize.long=64", "resize.flip=false"]
     options += ["train.steps=6", "train.batch_size=4", "train.warmup_steps=0", "train.precision=fp32"]
     own = {
-        "train-detector": [f"weights={clip_file}", f"rpn={rpn_file}", "proposals=20", "rois=8"],
+        "train-detector": [f"weights={clip_file}", f"rpn={rpn_file}", "max_proposals=20", "rois_per_image=8"],
         "train-rpn": [f"network.backbone_weights={clip_file}", "network.channels=16"],
     }
     assert main_regionclip([job, *options, *own[job]]) == 0

@@ -58,4 +58,9 @@ def make_cfg(datasets: Path) -> MakeCfg:
 @pytest.fixture
 def settings() -> dict[str, Any]:
     """What the shipped config of the world makes of detectron2's keys."""
-    return {"proposals": 20, "proposal_nms": 0.7, "min_score": DetectorConfig().min_score, "detections": 100}
+    return {
+        "max_proposals": 20,
+        "proposal_nms": 0.7,
+        "min_score": DetectorConfig().min_score,
+        "max_detections": 100,
+    }

@@ -85,7 +85,7 @@ def test_what_is_read_reaches_the_parts(detector_file: Path, make_cfg: MakeCfg) 
     model = build_model(make_cfg(detector_file, changes))
     proposals, (task,) = model.proposal_generator, model.roi_heads._task
     found = proposals.network.config
-    assert (found.samples, found.positive_share, found.negative_iou, found.positive_iou) == (
+    assert (found.samples, found.positive_fraction, found.negative_iou, found.positive_iou) == (
         64,
         0.25,
         0.2,

@@ -67,7 +67,7 @@ def shared_file(make_clip: Callable[..., CLIP], tmp_path: Path) -> Path:
     torch.manual_seed(1)
     sizes = ProposalNetworkConfig(vision=clip.config.vision, channels=16, share_trunk=True)
     network = ProposalNetwork(sizes, clip.visual).eval()
-    detector = Detector(clip, DetectorConfig(proposals=20), network, trained=True).eval()
+    detector = Detector(clip, DetectorConfig(max_proposals=20), network, trained=True).eval()
     return save(detector, tmp_path / "shared.safetensors")
 
 
@@ -90,7 +90,7 @@ def ours(file: Path, world: Path, config: DetectorConfig) -> dict[int, Detection
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"suppression": "nms"}, {"fusion": "legacy_logit"}, {"alpha_novel": 0.2, "temperature": 0.02}],
+    [{}, {"nms_type": "nms"}, {"fusion": "legacy_logit"}, {"alpha_novel": 0.2, "temperature": 0.02}],
     ids=str,
 )
 def test_detections_are_those_of_our_detector(
@@ -151,7 +151,7 @@ def test_a_step_has_the_losses_of_our_training(
     dataset = CocoDetection(world / "instances_train.json", world / "images")
     names = load_split(str(world / "split.json"), dataset.categories).base
     dataset = dataset.restrict(names, keep_empty=False)
-    config = TrainDetectorConfig(proposals=20, rois=16)
+    config = TrainDetectorConfig(max_proposals=20, rois_per_image=16)
     tokenizer = Tokenizer(detector.clip.config.text.context_length)
     classifier = embed(detector.clip, tokenizer, names, config.templates).embeddings
     task = DetectorTask(detector, classifier, config).train()

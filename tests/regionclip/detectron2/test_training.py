@@ -129,8 +129,8 @@ def test_every_shipped_yaml_is_a_config(file: Path) -> None:
     add_regionclip_config(cfg)
     cfg.merge_from_file(str(file))
     assert cfg.MODEL.META_ARCHITECTURE == "OpenVocabularyRCNN"
-    assert detector_config(cfg).proposals == cfg.MODEL.RPN.POST_NMS_TOPK_TEST
-    assert training_config(cfg).rois == cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
+    assert detector_config(cfg).max_proposals == cfg.MODEL.RPN.POST_NMS_TOPK_TEST
+    assert training_config(cfg).rois_per_image == cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
 
 
 def test_the_shipped_lazy_config_trains_and_evaluates(
@@ -151,7 +151,7 @@ def test_the_shipped_lazy_config_trains_and_evaluates(
     line = ["--config-file", str(CONFIGS / "world" / "small.py"), *options]
     training.main(default_argument_parser().parse_args(line))
     detector, _ = read_detector_file(out / "model.safetensors")
-    assert detector.config.proposals == 30
+    assert detector.config.max_proposals == 30
     assert read_json(out / "inference" / "results.json")
     found = training.main(default_argument_parser().parse_args(["--eval-only", "--resume", *line]))
     assert found["bbox"]["AP50_all"] >= 0

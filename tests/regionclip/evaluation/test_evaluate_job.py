@@ -45,7 +45,7 @@ def options(world: Path) -> list[str]:
 def measured(options: list[str], clip_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP's names for a grid of boxes."""
     out = tmp_path_factory.mktemp("evaluation") / "out"
-    command = ["evaluate", *options, f"weights={clip_file}", "proposer.name=grid", "detector.suppression=nms"]
+    command = ["evaluate", *options, f"weights={clip_file}", "proposer.name=grid", "detector.nms_type=nms"]
     assert main_regionclip([*command, f"out={out}"]) == 0
     return out
 
@@ -194,7 +194,7 @@ def test_a_second_call_measures_nothing_anew(
     measured: Path, options: list[str], clip_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("regionclip.evaluation.evaluate._measure", None)
-    command = ["evaluate", *options, f"weights={clip_file}", "proposer.name=grid", "detector.suppression=nms"]
+    command = ["evaluate", *options, f"weights={clip_file}", "proposer.name=grid", "detector.nms_type=nms"]
     assert main_regionclip([*command, f"out={measured}"]) == 0
 
 
@@ -241,9 +241,9 @@ def test_proposals_go_through_a_file_unchanged(options: list[str], tmp_path: Pat
         ([], "give either results=FILE"),
         (["results=a.json", "weights=b"], "give either results=FILE"),
         (["weights=b"], "weights= needs images=DIR"),
-        (["results=a.json", "compete=novel"], "compete=novel needs split="),
-        (["weights=b", "images=c", "result_classes=coco"], "give results=FILE too"),
-        (["results=a.json", "result_first=2"], "result_first=2 must be 0 or 1"),
+        (["results=a.json", "label_set=novel"], "label_set=novel needs split="),
+        (["weights=b", "images=c", "results_categories=coco"], "give results=FILE too"),
+        (["results=a.json", "results_first_id=2"], "results_first_id=2 must be 0 or 1"),
         (["results=a.json", "max_detections=-1"], "max_detections=-1 not negative"),
     ],
 )
@@ -267,7 +267,13 @@ def test_a_clip_without_a_proposer_is_refused(
 def test_only_the_names_that_compete_are_looked_for(
     part: str, options: list[str], world: Path, detector_file: Path, tmp_path: Path
 ) -> None:
-    command = ["evaluate", *options, f"weights={detector_file}", f"compete={part}", f"out={tmp_path / 'out'}"]
+    command = [
+        "evaluate",
+        *options,
+        f"weights={detector_file}",
+        f"label_set={part}",
+        f"out={tmp_path / 'out'}",
+    ]
     assert main_regionclip(command) == 0
     content, split = read_json(world / "instances_val.json"), read_json(world / "split.json")
     ids = {entry["id"] for entry in content["categories"] if entry["name"] in split[part]}
@@ -314,7 +320,7 @@ def test_lvis_is_measured_by_its_own_protocol_and_its_results_file_gives_the_sam
 ) -> None:
     annotations = as_lvis(world, tmp_path)
     others = [one for one in options if not one.startswith(("annotations=", "split="))]
-    detect = [f"weights={clip_file}", "proposer.name=grid", "detector.detections=300", *others]
+    detect = [f"weights={clip_file}", "proposer.name=grid", "detector.max_detections=300", *others]
     common = ["evaluate", f"annotations={annotations}", "split=lvis"]
     assert main_regionclip([*common, *detect, f"out={tmp_path / 'first'}"]) == 0
     metrics = read_json(tmp_path / "first" / "metrics.json")

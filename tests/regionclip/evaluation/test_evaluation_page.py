@@ -170,7 +170,7 @@ def test_results_whose_numbers_mean_other_names_are_noticed_and_mended(
     assert main_regionclip([*command, given, f"out={tmp_path / 'a'}"]) == 0
     assert "the names hardly ever do; if its category ids count a class list" in capsys.readouterr().out
     assert main_regionclip([*command, f"results={results}", f"out={tmp_path / 'b'}"]) == 0
-    mended = f"result_classes={tmp_path / 'names.txt'}"
+    mended = f"results_categories={tmp_path / 'names.txt'}"
     assert main_regionclip([*command, given, mended, f"out={tmp_path / 'c'}"]) == 0
     assert "hardly ever" not in capsys.readouterr().out
     assert read_json(tmp_path / "c" / "metrics.json") == read_json(tmp_path / "b" / "metrics.json")

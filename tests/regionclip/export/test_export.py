@@ -188,8 +188,8 @@ def test_a_detector_trains_on_what_was_mined(
         "train.batch_size=2",
         "resize.short=[64]",
         "resize.long=64",
-        "proposals=20",
-        "rois=8",
+        "max_proposals=20",
+        "rois_per_image=8",
     ]
     options += [f"annotations={out}", f"images={world / 'images'}", f"split={tmp_path / 'split.json'}"]
     options += [f"weights={clip_file}", f"rpn={rpn_file}", f"out={tmp_path / 'detector'}"]

@@ -53,7 +53,7 @@ def vocabulary(count: int, seed: int = 4, novel: bool = False) -> Vocabulary:
 
 def written(detector: Detector, folder: Path, forms: list[str], **options: Any) -> tuple[graphs.Graph, Any]:
     """Writes a detector's graph and returns it with the differences of each file."""
-    options = {"exchangeable": False, "size": [], "suppress": True, **options}
+    options = {"dynamic_vocabulary": False, "size": [], "suppress": True, **options}
     graph = graph_of(detector, **options)
     config = ExportDetectorConfig(weights="", vocabulary="", out="", size=options["size"])
     pictures = sample_pictures(config, detector)
@@ -64,7 +64,7 @@ def written(detector: Detector, folder: Path, forms: list[str], **options: Any) 
 
 
 @pytest.fixture(scope="module")
-def exchangeable(
+def dynamic(
     make_detector: MakeDetector, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Detector, graphs.Graph, dict[str, float], Path]:
     """A trained-like detector with soft suppression, written in both forms, its names' embeddings inputs."""
@@ -73,15 +73,15 @@ def exchangeable(
         assert detector.background is not None
         detector.background += 0.1
     detector.set_vocabulary(vocabulary(4, novel=True))
-    folder = tmp_path_factory.mktemp("exchangeable")
-    graph, differences = written(detector, folder, ["onnx", "torch"], exchangeable=True)
+    folder = tmp_path_factory.mktemp("dynamic")
+    graph, differences = written(detector, folder, ["onnx", "torch"], dynamic_vocabulary=True)
     return detector, graph, differences, folder
 
 
 @pytest.fixture(scope="module")
-def runs(exchangeable: Any) -> list[graphs.Run]:
+def runs(dynamic: Any) -> list[graphs.Run]:
     """The two files, loaded once."""
-    folder = exchangeable[-1]
+    folder = dynamic[-1]
     return [
         graphs.onnx_run(folder / "detector.onnx", DETECTIONS),
         graphs.program_run(folder / "detector.pt2"),
@@ -89,8 +89,8 @@ def runs(exchangeable: Any) -> list[graphs.Run]:
 
 
 @pytest.mark.slow
-def test_both_files_find_what_the_detector_finds(exchangeable: Any) -> None:
-    _, _, differences, folder = exchangeable
+def test_both_files_find_what_the_detector_finds(dynamic: Any) -> None:
+    _, _, differences, folder = dynamic
     assert set(differences) == {"detector.onnx", "detector.pt2"}
     assert max(differences.values()) < graphs.TOLERANCE
     assert {path.name for path in folder.iterdir()} == set(differences)
@@ -100,9 +100,9 @@ def test_both_files_find_what_the_detector_finds(exchangeable: Any) -> None:
 @pytest.mark.parametrize("count", [1, 7])
 @pytest.mark.parametrize("size", [(65, 90), (129, 64)])
 def test_other_names_and_sizes_can_be_given_later(
-    exchangeable: Any, runs: list[graphs.Run], count: int, size: tuple[int, int]
+    dynamic: Any, runs: list[graphs.Run], count: int, size: tuple[int, int]
 ) -> None:
-    detector, graph, _, _ = exchangeable
+    detector, graph, _, _ = dynamic
     before = detector.vocabulary
     detector.set_vocabulary(vocabulary(count, seed=9))
     pixels = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
@@ -135,7 +135,7 @@ def test_a_detector_of_two_backbones_finds_the_same(
     make_clip: Callable[..., CLIP], tmp_path: Path, design: str
 ) -> None:
     settings = DetectorConfig(
-        proposals=12, suppression="nms", fusion="legacy_logit", temperature=0.05, detections=20
+        max_proposals=12, nms_type="nms", fusion="legacy_logit", temperature=0.05, max_detections=20
     )
     detector = Detector(make_clip(), settings, own_network("resnet50", design), trained=True).eval()
     detector.resize = ResizeConfig(multiple=1)
@@ -148,7 +148,9 @@ def test_a_detector_of_two_backbones_finds_the_same(
 def test_a_clip_with_a_proposal_network_of_a_fixed_size_finds_the_same(
     make_clip: Callable[..., CLIP], make_network: Callable[[], ProposalNetwork], tmp_path: Path
 ) -> None:
-    settings = DetectorConfig(proposals=10, detections=15, suppression="nms", nms=0.4, background=True)
+    settings = DetectorConfig(
+        max_proposals=10, max_detections=15, nms_type="nms", nms=0.4, allow_background=True
+    )
     detector = Detector(make_clip("vit"), settings, make_network()).eval()
     detector.set_vocabulary(vocabulary(3))
     _, differences = written(detector, tmp_path, ["onnx"], size=[64, 96])
@@ -191,13 +193,13 @@ def detections(scores: list[float], labels: list[int], shift: float = 0.0) -> De
 )
 def test_the_difference_is_that_of_the_scores_of_the_same_things(other: Detections, wanted: float) -> None:
     one = detections([0.8, 0.5], [0, 1])
-    found = difference(one, other, DetectorConfig(prune=0.0, detections=10))
+    found = difference(one, other, DetectorConfig(soft_nms_min_score=0.0, max_detections=10))
     assert found == pytest.approx(wanted)
 
 
 def test_what_a_full_list_has_no_room_for_differs_by_what_it_exceeds_the_last() -> None:
     one, other = detections([0.8, 0.5], [0, 1]), detections([0.8, 0.45], [0, 2])
-    assert difference(one, other, DetectorConfig(detections=2)) == pytest.approx(0.05)
+    assert difference(one, other, DetectorConfig(max_detections=2)) == pytest.approx(0.05)
 
 
 def test_a_graph_that_differs_is_noticed(make_detector: MakeDetector) -> None:

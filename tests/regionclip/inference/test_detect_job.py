@@ -39,7 +39,7 @@ def options(detector_file: Path, tmp_path: Path) -> list[str]:
 def test_pictures_are_drawn_and_results_written(
     photos: Path, options: list[str], tmp_path: Path, regionclip: Command
 ) -> None:
-    code, _ = regionclip("detect", photos, *options, "score=0.0")
+    code, _ = regionclip("detect", photos, *options, "score_threshold=0.0")
     assert code == 0
     files = sorted(photos.iterdir())
     found = tmp_path / "found"
@@ -117,7 +117,7 @@ def test_large_pictures_are_read_reduced_and_keep_their_own_frame(
         assert reduced.shape[0] * reduced.shape[1] <= 20_000
         assert reduced.shape[0] / reduced.shape[1] == pytest.approx(size[0] / size[1], rel=0.05)
         out = tmp_path / "found"
-        assert regionclip("detect", file, *options, "own_settings=false")[0] == 0
+        assert regionclip("detect", file, *options, "use_checkpoint_config=false")[0] == 0
         entries = read_json(out / "detections.json")
         assert max(entry["bbox"][0] + entry["bbox"][2] for entry in entries) > size[1] / 2
         assert max(entry["bbox"][1] + entry["bbox"][3] for entry in entries) <= size[0] + 0.01
@@ -244,7 +244,7 @@ def test_vocabularies_are_lists_by_name_or_files(
     others = [option for option in options if not option.startswith("vocabulary=")]
     value = str(names) if given == "file" else given
     photo = sorted(photos.iterdir())[0]
-    assert regionclip("detect", photo, *others, "--vocabulary", value, "--top", count)[0] == 0
+    assert regionclip("detect", photo, *others, "--vocabulary", value, "--top-k", count)[0] == 0
     entry = read_json(tmp_path / "found" / "detections.json")[0]
     found = {one["name"] for one in entry["top"]}
     assert len(found) == count
@@ -256,7 +256,7 @@ def test_the_most_probable_names_are_those_that_the_predictor_gives(
     photos: Path, options: list[str], tmp_path: Path, regionclip: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photo = sorted(photos.iterdir())[0]
-    arguments = [*options, "vocabulary=cup, star, dog", "top=2", "score=0.0", "precision=fp32"]
+    arguments = [*options, "vocabulary=cup, star, dog", "top_k=2", "score_threshold=0.0", "precision=fp32"]
     assert regionclip("detect", photo, *arguments)[0] == 0
     entries = read_json(tmp_path / "found" / "detections.json")
     weights = options[0].removeprefix("weights=")
@@ -271,7 +271,7 @@ def test_the_most_probable_names_are_those_that_the_predictor_gives(
 def test_the_table_says_what_the_json_says(
     photos: Path, options: list[str], tmp_path: Path, regionclip: Command
 ) -> None:
-    assert regionclip("detect", photos, *options, "top=2")[0] == 0
+    assert regionclip("detect", photos, *options, "top_k=2")[0] == 0
     entries = read_json(tmp_path / "found" / "detections.json")
     with (tmp_path / "found" / "detections.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -317,7 +317,7 @@ def test_videos_are_looked_at_frame_by_frame(
     photos: Path, clip: Path, options: list[str], tmp_path: Path, regionclip: Command
 ) -> None:
     found = tmp_path / "found"
-    arguments = ["detect", clip, photos, *options, "batch_size=3", "score=0.0"]
+    arguments = ["detect", clip, photos, *options, "batch_size=3", "score_threshold=0.0"]
     assert regionclip(*arguments)[0] == 0
     entries = read_json(found / "detections.json")
     frames = {(e["frame"], e["time"], e["image_id"]) for e in entries if e["file_name"] == str(clip)}
@@ -329,7 +329,10 @@ def test_videos_are_looked_at_frame_by_frame(
             assert one.pixels.shape == (384, 384, 3)  # small ones are enlarged, so that names can be read
             small = np.asarray(Image.fromarray(one.pixels).resize((64, 64)), dtype=float)
             assert np.abs(small - other.pixels).mean() > 3
-    assert regionclip(*arguments[:2], *options, "every=4", "draw=false", f"out={tmp_path / 'some'}")[0] == 0
+    assert (
+        regionclip(*arguments[:2], *options, "frame_stride=4", "draw=false", f"out={tmp_path / 'some'}")[0]
+        == 0
+    )
     some = read_json(tmp_path / "some" / "detections.json")
     assert {(entry["frame"], entry["image_id"]) for entry in some} == {(0, 1), (4, 2), (8, 3)}
     assert not (tmp_path / "some" / "clip.mp4").exists()
@@ -371,7 +374,7 @@ def test_a_stopped_run_goes_on_and_ends_as_an_undisturbed_one(
 ) -> None:
     """Four pictures in two batches, then a video in five; stopped in the second batch, then in the video."""
     sorted(photos.iterdir())[0].write_bytes(b"no picture")
-    arguments = ["detect", photos, clip, *options[:-1], "batch_size=2", "top=1", "score=0.1"]
+    arguments = ["detect", photos, clip, *options[:-1], "batch_size=2", "top_k=1", "score_threshold=0.1"]
     found, undisturbed = tmp_path / "found", tmp_path / "undisturbed"
     assert regionclip(*arguments, f"out={undisturbed}")[0] == 2
     for after in (1, 3):
@@ -397,7 +400,7 @@ def test_another_command_does_not_take_a_stopped_run_away(
     assert regionclip(*arguments)[0] == 130
     monkeypatch.undo()
     journal = (tmp_path / "found" / job.JOURNAL).read_bytes()
-    for other in (["vocabulary=cup"], ["score=0.5", "top=1"]):
+    for other in (["vocabulary=cup"], ["score_threshold=0.5", "top_k=1"]):
         code, told = regionclip(*arguments, *other)
         assert code == 2
         assert other[0].partition("=")[0] in told

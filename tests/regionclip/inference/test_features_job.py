@@ -40,7 +40,13 @@ def photos(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def options(detector_file: Path, tmp_path: Path) -> list[str]:
     sizes = ["resize.short=[64]", "resize.long=96", "batch_size=3", "shard_images=5", "precision=fp32"]
-    return [f"weights={detector_file}", *sizes, "own_settings=false", "regions=7", f"out={tmp_path / 'out'}"]
+    return [
+        f"weights={detector_file}",
+        *sizes,
+        "use_checkpoint_config=false",
+        "max_regions=7",
+        f"out={tmp_path / 'out'}",
+    ]
 
 
 def table_of(out: Path) -> Table:
@@ -59,7 +65,7 @@ def content(out: Path) -> dict[str, bytes]:
 def test_rows_are_what_one_picture_at_a_time_gives(
     photos: Path, options: list[str], tmp_path: Path, regionclip: Command
 ) -> None:
-    arguments = ["vocabulary=cup, star, dog", "top=2", "dtype=float32", "whole_image=true"]
+    arguments = ["vocabulary=cup, star, dog", "top_k=2", "dtype=float32", "whole_image=true"]
     assert regionclip("features", photos, *options, *arguments)[0] == 0
     table, files = table_of(tmp_path / "out"), sorted(photos.iterdir())
     assert list(dict.fromkeys(table["file_name"])) == [str(file) for file in files]
@@ -118,7 +124,7 @@ def test_the_documented_lines_read_the_files_back(
 def test_npz_holds_what_parquet_holds(
     photos: Path, options: list[str], tmp_path: Path, regionclip: Command
 ) -> None:
-    arguments = ["features", photos, *options[:-1], "vocabulary=cup, star", "top=1"]
+    arguments = ["features", photos, *options[:-1], "vocabulary=cup, star", "top_k=1"]
     assert regionclip(*arguments, f"out={tmp_path / 'out'}")[0] == 0
     assert regionclip(*arguments, f"out={tmp_path / 'npz'}", "format=npz")[0] == 0
     table = table_of(tmp_path / "out")
@@ -135,7 +141,7 @@ def test_true_boxes_carry_their_categories(
     world: Path, options: list[str], tmp_path: Path, regionclip: Command
 ) -> None:
     annotations = world / "instances_train.json"
-    arguments = [*options, f"annotations={annotations}", f"images={world / 'images'}", "boxes=truth"]
+    arguments = [*options, f"annotations={annotations}", f"images={world / 'images'}", "regions_from=truth"]
     assert regionclip("features", *arguments, "whole_image=true")[0] == 0
     table, truth = table_of(tmp_path / "out"), read_json(annotations)
     names = {entry["id"]: entry["name"] for entry in truth["categories"]}
@@ -162,7 +168,7 @@ def test_boxes_come_from_a_file_by_name_or_by_id(
     found, files = tmp_path / "found", sorted(photos.iterdir())
     some = files[2:5]
     assert regionclip("detect", *some, options[0], "vocabulary=cup", f"out={found}", "draw=false")[0] == 0
-    arguments = [f"boxes={found / 'detections.json'}", "regions=2"]
+    arguments = [f"regions_from={found / 'detections.json'}", "max_regions=2"]
     assert regionclip("features", photos, *options, *arguments)[0] == 0
     table, entries = table_of(tmp_path / "out"), read_json(found / "detections.json")
     assert set(table["file_name"]) == {str(file) for file in some}
@@ -175,7 +181,7 @@ def test_boxes_come_from_a_file_by_name_or_by_id(
     boxes = [{"image_id": image, "bbox": [1, 2, 30, 40], "score": 0.5}]
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     named = [f"annotations={world / 'instances_train.json'}", f"images={world / 'images'}"]
-    by_id = [*options[:-1], f"out={tmp_path / 'ids'}", *named, f"boxes={tmp_path / 'boxes.json'}"]
+    by_id = [*options[:-1], f"out={tmp_path / 'ids'}", *named, f"regions_from={tmp_path / 'boxes.json'}"]
     assert regionclip("features", *by_id)[0] == 0
     assert (table_of(tmp_path / "ids")["image_id"], table_of(tmp_path / "ids")["objectness"]) == (
         [image],
@@ -195,7 +201,7 @@ def test_any_proposer_serves_a_clip_and_whole_images_need_none(
     assert "give proposer.name=grid" in told
     assert regionclip("features", photos, *clip, "proposer.name=grid")[0] == 0
     assert table_of(tmp_path / "out")["image_id"].count(1) == 7
-    whole = [*clip[:-1], f"out={tmp_path / 'whole'}", "boxes=none"]
+    whole = [*clip[:-1], f"out={tmp_path / 'whole'}", "regions_from=none"]
     code, told = regionclip("features", photos, *whole)
     assert code == 2
     assert "whole_image=true" in told
@@ -283,9 +289,9 @@ def test_a_finished_folder_is_left_alone_and_another_run_refused(
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
     assert regionclip("features", folder, *options)[0] == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    code, told = regionclip("features", folder, *options, "regions=3")
+    code, told = regionclip("features", folder, *options, "max_regions=3")
     assert code == 2
-    assert "regions=7 there, 3 here" in told
+    assert "max_regions=7 there, 3 here" in told
     (folder / "one_more.jpg").write_bytes(sorted(folder.iterdir())[0].read_bytes())
     code, told = regionclip("features", folder, *options)
     assert code == 2
@@ -295,12 +301,12 @@ def test_a_finished_folder_is_left_alone_and_another_run_refused(
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (["boxes=truth"], "boxes=truth needs annotations"),
-        (["annotations=a.json"], "either pictures"),
-        (["boxes=none"], "nothing to describe"),
-        (["boxes=b.json", "proposer.name=grid"], "give one of them"),
-        (["boxes=b.parquet"], "does not exist"),
-        (["regions=0"], "at least 1"),
+        (["regions_from=truth"], "regions_from=truth needs annotations"),
+        (["annotations=a.json", "other.jpg"], "the one folder"),
+        (["regions_from=none"], "nothing to describe"),
+        (["regions_from=b.json", "proposer.name=grid"], "give one of them"),
+        (["regions_from=b.parquet"], "does not exist"),
+        (["max_regions=0"], "at least 1"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(

@@ -137,7 +137,7 @@ def test_results_that_count_classes_are_evaluated_with_their_list(truth: Entry, 
         counted = [entry | {"category_id": places[entry["category_id"]] + first} for entry in right]
         counted.append(right[0] | {"category_id": 1 + first})  # a zebra, which the annotations do not have
         assert numbered_by(counted, listed, first, NAMES) == right
-        with pytest.raises(InputError, match=f"result_first={1 - first}"):
+        with pytest.raises(InputError, match=f"results_first_id={1 - first}"):
             numbered_by([right[0] | {"category_id": 4 if not first else 0}], listed, first, NAMES)
     with pytest.raises(InputError, match="none of its 2 names, such as 'cupp', is a category"):
         numbered_by(right, ["cupp", "zebra"], 0, NAMES)
@@ -172,7 +172,7 @@ def test_results_of_categories_that_are_not_evaluated_are_counted(truth: Entry, 
 def test_base_or_novel_names_may_compete_alone(
     compete: str, names: list[str], truth: Entry, right: list[Entry]
 ):
-    found = evaluate_detections(truth, right, SPLIT, Protocol(compete=compete))
+    found = evaluate_detections(truth, right, SPLIT, Protocol(label_set=compete))
     assert [row["name"] for row in found.per_class] == names
     assert found.ignored == 3 - len(names)
     assert found.metrics[f"AP50_{compete}"] == found.metrics["AP50_all"] == pytest.approx(1)

@@ -94,7 +94,7 @@ def test_pool_keeps_no_more_concepts_than_there_are() -> None:
 
 @pytest.mark.parametrize("own", [(1, 4), (0,), (2,), (3, 5, 6), (1, 2)])
 def test_caption_posterior_is_bayes_rule(own: tuple[int, ...]) -> None:
-    matcher = CaptionMatcher(CaptionConfig(trust=0.8), NAMES)
+    matcher = CaptionMatcher(CaptionConfig(caption_prior=0.8), NAMES)
     case = evidence(own=own)
     found = matcher.posterior(case)
     for row in range(9):
@@ -138,7 +138,7 @@ def test_relatives_of_an_own_concept_are_neither_own_nor_others() -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_caption_keeps_sure_regions_and_every_phrases_best_one(seed: int) -> None:
     case = evidence(seed=seed, own=(1, 4, 6))
-    config = CaptionConfig(trust=0.5, min_probability=0.9, min_phrase=0.05, min_objectness=0.2, k=2)
+    config = CaptionConfig(caption_prior=0.5, min_probability=0.9, min_phrase=0.05, min_objectness=0.2, k=2)
     match = CaptionMatcher(config, NAMES)(case)
     objects = [row for row in range(9) if case.objectness[row] >= 0.2]
     posterior = {row: naive_posterior(case, row, 0.5) for row in objects}
@@ -155,7 +155,7 @@ def test_caption_keeps_sure_regions_and_every_phrases_best_one(seed: int) -> Non
 
 
 def test_a_phrases_best_region_below_min_phrase_is_left_out() -> None:
-    config = CaptionConfig(trust=0.01, min_probability=1.0, min_phrase=0.9)
+    config = CaptionConfig(caption_prior=0.01, min_probability=1.0, min_phrase=0.9)
     assert not len(CaptionMatcher(config, NAMES)(evidence()).kept)
 
 
@@ -170,7 +170,7 @@ def test_nothing_to_match_keeps_nothing(case: MatchInputs) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_hybrid_is_caption_then_pool(seed: int) -> None:
     case = evidence(seed=seed)
-    config = HybridConfig(trust=0.3, min_probability=0.6, min_pool_probability=0.3, k=3)
+    config = HybridConfig(caption_prior=0.3, min_probability=0.6, min_pool_probability=0.3, k=3)
     hybrid = as_rows(HybridMatcher(config, NAMES)(case))
     caption = as_rows(CaptionMatcher(config, NAMES)(case))
     pool = as_rows(PoolMatcher(PoolConfig(0.3, keep_all_if_none=False, k=3), NAMES)(case))
@@ -239,7 +239,7 @@ def test_help_tells_what_every_threshold_of_a_matcher_means(
 
 def test_trust_outside_its_range_is_refused() -> None:
     with pytest.raises(InputError, match=r"matcher\.trust"):
-        CaptionConfig(trust=1.0)
+        CaptionConfig(caption_prior=1.0)
 
 
 def naive_exclusive(case: MatchInputs, config: ExclusiveConfig) -> set[int]:
@@ -247,7 +247,7 @@ def naive_exclusive(case: MatchInputs, config: ExclusiveConfig) -> set[int]:
     own = case.own.tolist()
     found = []
     for row in range(len(case.objectness)):
-        posterior = naive_posterior(case, row, config.trust)
+        posterior = naive_posterior(case, row, config.caption_prior)
         concept = max(own, key=lambda one: posterior[one])
         found.append((posterior[concept] * float(case.objectness[row]), row, concept))
     kept: list[tuple[int, int]] = []

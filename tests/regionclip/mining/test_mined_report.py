@@ -29,7 +29,7 @@ Command = Callable[..., tuple[int, str]]
 def reported(mined: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("reports") / "report"
     call = [f"mined={mined}", f"annotations={world}/instances_train.json", f"split={world}/split.json"]
-    assert main_regionclip(["report", *call, f"out={out}", "concepts=4", "examples=2", "regions=6"]) == 0
+    assert main_regionclip(["report", *call, f"out={out}", "concepts=4", "examples=2", "max_regions=6"]) == 0
     return out
 
 
@@ -97,7 +97,7 @@ def test_a_report_made_again_is_the_same_and_another_set_is_refused(
 ):
     before = (reported / "report.html").read_bytes()
     call = [f"mined={mined}", f"annotations={world}/instances_train.json", f"split={world}/split.json"]
-    call += ["concepts=4", "examples=2", "regions=6", f"out={reported}"]
+    call += ["concepts=4", "examples=2", "max_regions=6", f"out={reported}"]
     assert regionclip("report", *call)[0] == 0
     assert (reported / "report.html").read_bytes() == before
     code, told = regionclip("report", *call, "examples=3")

@@ -53,7 +53,7 @@ miner.write_shard = write
 
 def manifest(folder: Path) -> dict[str, Any]:
     found = read_manifest(folder)
-    for key in ("out", "workers", "engine", "share"):
+    for key in ("out", "workers", "executor", "shard"):
         found["config"].pop(key)
     return found
 
@@ -151,7 +151,7 @@ def test_several_processes_leave_the_same_bytes(
 @pytest.mark.slow
 def test_a_ray_cluster_leaves_the_same_bytes(mined: Path, mining_options: list[str], tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    command = ["mine", *mining_options, f"out={tmp_path / 'mined'}", "engine=ray", "workers=2"]
+    command = ["mine", *mining_options, f"out={tmp_path / 'mined'}", "executor=ray", "workers=2"]
     done = command_line(*command, RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
     _, told = done.communicate(timeout=300)
     assert done.returncode == 0, told
@@ -162,7 +162,7 @@ def test_without_ray_the_remedy_is_an_install(
     mining_options: list[str], tmp_path: Path, regionclip: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    code, told = regionclip("mine", *mining_options, f"out={tmp_path / 'mined'}", "engine=ray")
+    code, told = regionclip("mine", *mining_options, f"out={tmp_path / 'mined'}", "executor=ray")
     assert code == 2
     assert "pip install 'regionclip[ray]'" in told
 
@@ -171,10 +171,10 @@ def test_shares_of_the_shards_mined_apart_are_one_result(
     mined: Path, mining_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["mine", *mining_options, f"out={tmp_path / 'mined'}"]
-    assert main_regionclip([*command, "share=2/2"]) == 0
+    assert main_regionclip([*command, "shard=2/2"]) == 0
     assert "share 2/2 is mined; 2 of 3 shards are others' to mine" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "mined").glob("*.parquet")} == {"shard-00001.parquet"}
-    assert main_regionclip([*command, "share=1/2"]) == 0
+    assert main_regionclip([*command, "shard=1/2"]) == 0
     assert same_result(tmp_path / "mined", mined)
 
 
@@ -193,7 +193,7 @@ def test_phrases_kept_beside_the_pool_change_nothing_and_spare_the_parsing(
     captions = f"captions={world / 'captions_train.json'}"
     for name, kept in (("with", "true"), ("without", "false")):
         pool = tmp_path / f"{name}.jsonl"
-        options = [captions, f"out={pool}", "min_count=1", "classes=[cup]", f"keep_phrases={kept}"]
+        options = [captions, f"out={pool}", "min_count=1", "classes=[cup]", f"cache_phrases={kept}"]
         assert main_regionclip(["concepts", *options]) == 0
         assert phrases_file(pool).exists() == (kept == "true")
         if kept == "true":

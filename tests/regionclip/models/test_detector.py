@@ -59,7 +59,7 @@ def test_novel_names_have_an_exponent_of_their_own(make_detector: MakeDetector) 
 
 
 def test_no_proposal_is_dropped_when_everything_may_stay(make_detector: MakeDetector, scene: Scene) -> None:
-    detector = make_detector(min_score=0.0, suppression="nms", nms=1.0, detections=1000, proposals=10)
+    detector = make_detector(min_score=0.0, nms_type="nms", nms=1.0, max_detections=1000, max_proposals=10)
     found = detect(detector, scene)
     regions = detector.propose(scene[0])
     for slot in range(2):
@@ -70,7 +70,7 @@ def test_no_proposal_is_dropped_when_everything_may_stay(make_detector: MakeDete
 def test_detections_lie_in_the_original_image_best_first(
     make_detector: MakeDetector, scene: Scene, suppression: str
 ) -> None:
-    for found, frame in zip(detect(make_detector(suppression=suppression), scene), scene[1], strict=True):
+    for found, frame in zip(detect(make_detector(nms_type=suppression), scene), scene[1], strict=True):
         assert len(found)
         height, width = frame.original
         assert found.size == frame.original
@@ -82,7 +82,7 @@ def test_detections_lie_in_the_original_image_best_first(
 
 
 def test_hard_suppression_leaves_no_overlap_within_a_name(make_detector: MakeDetector, scene: Scene) -> None:
-    for found in detect(make_detector(suppression="nms", nms=0.4), scene):
+    for found in detect(make_detector(nms_type="nms", nms=0.4), scene):
         for label in range(len(NAMES)):
             boxes = found.boxes[found.labels == label]
             assert float((iou(boxes, boxes) - torch.eye(len(boxes))).clamp(min=0).max()) <= 0.4 + 1e-3
@@ -156,10 +156,13 @@ def test_a_saved_detector_finds_the_same(make_detector: MakeDetector, scene: Sce
 
 def test_other_settings_can_be_given_at_load(make_detector: MakeDetector, tmp_path: Path) -> None:
     save_detector(make_detector(), tmp_path / "model.safetensors", [])
-    wanted = DetectorConfig(detections=3)
+    wanted = DetectorConfig(max_detections=3)
     assert read_detector_file(tmp_path / "model.safetensors", wanted)[0].config == wanted
-    assert load_detector(str(tmp_path / "model.safetensors"), wanted).config.proposals == 20
-    assert load_detector(str(tmp_path / "model.safetensors"), wanted, own_settings=False).config == wanted
+    assert load_detector(str(tmp_path / "model.safetensors"), wanted).config.max_proposals == 20
+    assert (
+        load_detector(str(tmp_path / "model.safetensors"), wanted, use_checkpoint_config=False).config
+        == wanted
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])

@@ -38,7 +38,7 @@ def proposals_and_truth() -> tuple[Regions, Regions]:
 
 def test_regions_are_sampled_in_the_shares_asked_for() -> None:
     proposals, truth = proposals_and_truth()
-    regions, targets = sample_regions(proposals, truth, 9, config(rois=16, positive_share=0.25))
+    regions, targets = sample_regions(proposals, truth, 9, config(rois_per_image=16, positive_fraction=0.25))
     assert len(targets) == len(regions)
     assert regions.labels is not None
     for image in range(2):
@@ -50,7 +50,7 @@ def test_regions_are_sampled_in_the_shares_asked_for() -> None:
 
 def test_background_fills_up_what_objects_leave() -> None:
     proposals, truth = proposals_and_truth()
-    regions, _ = sample_regions(proposals, truth, 9, config(rois=40, positive_share=0.9))
+    regions, _ = sample_regions(proposals, truth, 9, config(rois_per_image=40, positive_fraction=0.9))
     assert regions.labels is not None
     for image in range(2):
         labels = regions.labels[regions.image_index == image]
@@ -60,7 +60,7 @@ def test_background_fills_up_what_objects_leave() -> None:
 
 def test_labels_and_targets_are_those_of_the_box_that_overlaps_most() -> None:
     proposals, truth = proposals_and_truth()
-    regions, targets = sample_regions(proposals, truth, 9, config(rois=1000, positive_share=1.0))
+    regions, targets = sample_regions(proposals, truth, 9, config(rois_per_image=1000, positive_fraction=1.0))
     assert regions.labels is not None
     assert truth.labels is not None
     for row in range(len(regions)):
@@ -79,7 +79,7 @@ def test_labels_and_targets_are_those_of_the_box_that_overlaps_most() -> None:
 def test_a_box_of_another_image_is_no_object_here() -> None:
     proposals = Regions(torch.tensor([[0.0, 0, 20, 20]]), torch.tensor([1]))
     truth = Regions(torch.tensor([[0.0, 0, 20, 20]]), torch.tensor([0]), labels=torch.tensor([5]))
-    regions, _ = sample_regions(proposals, truth, 9, config(rois=4))
+    regions, _ = sample_regions(proposals, truth, 9, config(rois_per_image=4))
     assert regions.labels is not None
     assert sorted(zip(regions.image_index.tolist(), regions.labels.tolist(), strict=True)) == [(0, 5), (1, 9)]
 
@@ -89,7 +89,7 @@ def test_images_without_boxes_give_background_only() -> None:
     none = Regions(
         torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), labels=torch.zeros(0, dtype=torch.int64)
     )
-    regions, _ = sample_regions(proposals, none, 9, config(rois=16))
+    regions, _ = sample_regions(proposals, none, 9, config(rois_per_image=16))
     assert regions.labels is not None
     assert set(regions.labels.tolist()) == {9}
     assert len(regions) == 32
@@ -115,13 +115,13 @@ def task_of(detector: Detector, **options: object) -> DetectorTask:
 
 
 def test_the_classification_loss_is_the_naive_sum(make_detector: Callable[..., Detector]) -> None:
-    task = task_of(make_detector(), background_weight=0.2, focal=0.5)
+    task = task_of(make_detector(), background_weight=0.2, focal_gamma=0.5)
     total, _ = naive_classification(LOGITS, LABELS, 0.2, 0.5)
     assert float(task._classification(LOGITS, LABELS)) == pytest.approx(total / 6, rel=1e-4)
 
 
 def test_without_focal_scaling_the_mean_is_weighted(make_detector: Callable[..., Detector]) -> None:
-    task = task_of(make_detector(), background_weight=0.8, focal=0.0)
+    task = task_of(make_detector(), background_weight=0.8, focal_gamma=0.0)
     total, weights = naive_classification(LOGITS, LABELS, 0.8, 0.0)
     assert float(task._classification(LOGITS, LABELS)) == pytest.approx(total / weights, rel=1e-5)
     wanted = F.cross_entropy(LOGITS, LABELS, weight=torch.tensor([1, 1, 1, 0.8]))
@@ -130,7 +130,7 @@ def test_without_focal_scaling_the_mean_is_weighted(make_detector: Callable[...,
 
 def test_regions_that_are_surely_right_give_finite_gradients(make_detector: Callable[..., Detector]) -> None:
     logits = torch.tensor([[90.0, 0, 0, 0], [0, 0, 0, 90], [0, 90, 0, 0]], requires_grad=True)
-    task_of(make_detector(), focal=0.5)._classification(logits, torch.tensor([0, 3, 2])).backward()
+    task_of(make_detector(), focal_gamma=0.5)._classification(logits, torch.tensor([0, 3, 2])).backward()
     assert logits.grad is not None
     assert bool(logits.grad.isfinite().all())
     assert bool(logits.grad[2].abs().sum() > 0)
@@ -141,7 +141,7 @@ def test_boxes_are_regressed_by_absolute_differences_of_objects_alone(
 ) -> None:
     proposals, truth = proposals_and_truth()
     detector = make_detector()
-    task = task_of(detector, rois=16, box_weight=2.0)
+    task = task_of(detector, rois_per_image=16, box_weight=2.0)
     sampled: list[tuple[Regions, Tensor]] = []
 
     def sample(*given: Any) -> tuple[Regions, Tensor]:

@@ -42,8 +42,10 @@ def whole_result(boxes: Tensor, scores: Tensor, config: DetectorConfig) -> tuple
     for label in range(scores.shape[1]):
         rows = (scores[:, label] >= config.min_score).nonzero()[:, 0]
         mine, same = scores[rows, label], torch.zeros(len(rows), dtype=torch.int64)
-        if config.suppression == "soft":
-            kept, values = B.soft_nms(boxes[rows], mine, same, config.sigma, config.prune)
+        if config.nms_type == "soft":
+            kept, values = B.soft_nms(
+                boxes[rows], mine, same, config.soft_nms_sigma, config.soft_nms_min_score
+            )
         else:
             kept = B.nms(boxes[rows], mine, same, config.nms)
             values = mine[kept]
@@ -51,7 +53,7 @@ def whole_result(boxes: Tensor, scores: Tensor, config: DetectorConfig) -> tuple
             (float(v), label, tuple(boxes[rows[k]].tolist())) for v, k in zip(values, kept, strict=True)
         ]
     found.sort(key=lambda one: -one[0])
-    found = found[: config.detections]
+    found = found[: config.max_detections]
     return (
         torch.tensor([box for _, _, box in found]).reshape(-1, 4),
         torch.tensor([value for value, _, _ in found]),
@@ -152,7 +154,11 @@ def test_looking_at_the_best_pairs_gives_what_all_pairs_give(
     boxes = boxes + torch.rand(regions, 4, generator=generator)
     scores = torch.rand(regions, names, generator=generator) ** 2
     config = DetectorConfig(
-        suppression=suppression, detections=detections, min_score=min_score, prune=0.001, nms=0.4
+        nms_type=suppression,
+        max_detections=detections,
+        min_score=min_score,
+        soft_nms_min_score=0.001,
+        nms=0.4,
     )
     found, values, labels = postprocess(boxes, scores, config)
     wanted_boxes, wanted_values, wanted_labels = whole_result(boxes, scores, config)
@@ -174,7 +180,7 @@ def test_a_crowd_of_better_pairs_hides_no_other_object(suppression: str) -> None
     crowd = torch.tensor([[0.0, 0, 50, 50]]) + torch.linspace(0, 0.5, 400)[:, None]
     boxes = torch.cat([crowd, torch.tensor([[60.0, 60, 90, 90]])])
     scores = torch.cat([torch.linspace(0.9, 0.8, 400), torch.tensor([0.7])])[:, None]
-    found, values, _ = postprocess(boxes, scores, DetectorConfig(suppression=suppression, detections=2))
+    found, values, _ = postprocess(boxes, scores, DetectorConfig(nms_type=suppression, max_detections=2))
     assert found[:2].tolist() == [[0, 0, 50, 50], [60, 60, 90, 90]]
     assert values[:2].tolist() == pytest.approx([0.9, 0.7])
 
@@ -183,7 +189,7 @@ def test_a_thousand_proposals_in_1203_classes_take_little_time() -> None:
     generator = torch.Generator().manual_seed(0)
     boxes = random_boxes(1000, 600)
     scores = (torch.randn(1000, 1203, generator=generator) * 3).softmax(1).sqrt()
-    config = DetectorConfig(detections=300)
+    config = DetectorConfig(max_detections=300)
     postprocess(boxes, scores, config)
     start = time.perf_counter()
     postprocess(boxes, scores, config)
@@ -195,6 +201,6 @@ def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(InputError, match=r"alpha_novel must lie in \[0, 1\], found 1\.5"):
         DetectorConfig(alpha_novel=1.5)
     with pytest.raises(InputError, match="detections must be at least 1 an image, found 0"):
-        DetectorConfig(detections=0)
-    with pytest.raises(InputError, match="sigma=0 must be above it"):
-        DetectorConfig(sigma=0.0)
+        DetectorConfig(max_detections=0)
+    with pytest.raises(InputError, match="soft_nms_sigma=0 must be above it"):
+        DetectorConfig(soft_nms_sigma=0.0)

@@ -59,10 +59,10 @@ def served(
         f"weights={detector_file}",
         f"compare={other}",
         "precision=fp32",
-        "megabytes=0.5",
+        "max_upload_mb=0.5",
         "lists=[coco]",
         f"vocabulary={NAMES}",
-        "score=0",
+        "score_threshold=0",
     ]
     config = resolve(ServeConfig, None, options)
     listener, url = server.listen(config.host, 0)

@@ -41,10 +41,10 @@ def test_a_clip_needs_a_proposer_and_a_detector_does_not(detector_file: Path, cl
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ("score=1.5", r"score=1\.5 must be in \[0, 1\]"),
+        ("score_threshold=1.5", r"score_threshold=1\.5 must be in \[0, 1\]"),
         ("port=70000", "port=70000 in 0…65535"),
         ("megapixels=0", "megapixels=0 must be above 0"),
-        ("megabytes=-1", "megabytes=-1 must be above 0"),
+        ("max_upload_mb=-1", "max_upload_mb=-1 must be above 0"),
     ],
 )
 def test_impossible_options_are_refused(change: str, told: str) -> None:

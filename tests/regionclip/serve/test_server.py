@@ -32,7 +32,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def config(detector_file: Path) -> ServeConfig:
-    options = [f"weights={detector_file}", "precision=fp32", "lists=[]", "megabytes=0.01"]
+    options = [f"weights={detector_file}", "precision=fp32", "lists=[]", "max_upload_mb=0.01"]
     return resolve(ServeConfig, None, options)
 
 

@@ -34,10 +34,17 @@ OPTIONS = [
     "train.save_every=0",
 ]
 SIGMOID = ["region_text.name=sigmoid", "region_text.scale=5", "region_text.bias=-1"]
-SELF = ["distillation=0", "contrastive=0", "image_text=0", "crops=1", "cells=4", "freeze_stages=0"]
+SELF = [
+    "distillation=0",
+    "contrastive=0",
+    "image_text=0",
+    "crop_distillation=1",
+    "max_grid=4",
+    "freeze_stages=0",
+]
 RUNS = {
     "published": [],
-    "sigmoid": ["memory=30", *SIGMOID, "crops=1"],
+    "sigmoid": ["memory=30", *SIGMOID, "crop_distillation=1"],
     "texts": ["distillation=0", "train_text=true", "learn_temperature=true", "memory=10"],
     "self": SELF,
 }

@@ -35,7 +35,7 @@ CONFIGS = Path(__file__).parents[3] / "configs" / "region-pretrain"
 OPTIONS = [
     "resize.short=[64]",
     "resize.long=64",
-    "regions=6",
+    "max_regions=6",
     "train.steps=12",
     "train.batch_size=6",
     "train.optimizer=adamw",
@@ -86,11 +86,11 @@ WRONG = [
     ({"distillation": 0, "contrastive": 0, "image_text": 0}, "all losses have weight 0"),
     (
         {"mined": ""},
-        "give mined=, what `regionclip mine` made, or images= with crops as the only weighted loss",
+        "give mined=, what `regionclip mine` made, or images= with crop_distillation as the only loss",
     ),
     ({"train_text": True}, "set distillation=0 or train_text=false"),
     (
-        {"train_text": True, "distillation": 0, "contrastive": 0, "image_text": 0, "crops": 1},
+        {"train_text": True, "distillation": 0, "contrastive": 0, "image_text": 0, "crop_distillation": 1},
         "train_text needs a loss that reads texts",
     ),
     (
@@ -100,7 +100,7 @@ WRONG = [
     ({"memory": 8, "contrastive": 0}, "give contrastive a weight or set memory=0"),
     ({"teacher": "clip", "distillation": 0}, "give distillation a weight or leave teacher empty"),
     ({"memory": -1}, "found -1, 0, 0 and 6"),
-    ({"cells": 0}, "cells at least 1"),
+    ({"max_grid": 0}, "max_grid at least 1"),
 ]
 
 
@@ -156,7 +156,7 @@ def test_the_learning_rate_is_scaled_to_the_batch_and_said(
 ) -> None:
     out = tmp_path / "out"
     command = ["pretrain", f"mined={mined}", f"weights={clip_file}", *OPTIONS, "train.steps=1", f"out={out}"]
-    assert main_regionclip([*command, "lr_batch=96"]) == 0
+    assert main_regionclip([*command, "lr_reference_batch_size=96"]) == 0
     assert "learning rate 0.000125: 0.002 is for a batch of 96, this one is 6" in capsys.readouterr().out
     assert json.loads((out / "log.jsonl").read_text())["lr"] == pytest.approx(0.000125)
 
@@ -165,9 +165,9 @@ def test_the_learning_rate_is_scaled_to_the_batch_and_said(
 def test_the_published_recipes_are_the_defaults_for_a_batch_of_96(name: str) -> None:
     given = ["mined=m", "weights=w", "out=o"]
     recipe = resolve(RegionPretrainConfig, CONFIGS / f"{name}.yaml", given)
-    assert recipe.lr_batch == recipe.train.batch_size == 96
+    assert recipe.lr_reference_batch_size == recipe.train.batch_size == 96
     assert recipe.temperature == 0.01
-    expected = resolve(RegionPretrainConfig, None, [*given, "lr_batch=96", "temperature=0.01"])
+    expected = resolve(RegionPretrainConfig, None, [*given, "lr_reference_batch_size=96", "temperature=0.01"])
     expected.train = dataclasses.replace(expected.train, warmup_steps=1000, workers=recipe.train.workers)
     assert recipe == expected
 
@@ -182,7 +182,14 @@ def test_regions_of_the_published_towers_are_as_large_as_published() -> None:
     assert sides == {"RN50": 14, "RN50x4": 18}
 
 
-SELF = ["distillation=0", "contrastive=0", "image_text=0", "crops=1", "freeze_stages=0", "cells=3"]
+SELF = [
+    "distillation=0",
+    "contrastive=0",
+    "image_text=0",
+    "crop_distillation=1",
+    "freeze_stages=0",
+    "max_grid=3",
+]
 
 
 def test_a_vits_dense_map_comes_to_agree_with_its_crops(

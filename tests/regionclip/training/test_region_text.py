@@ -169,7 +169,9 @@ def test_a_frozen_teacher_is_neither_trained_nor_saved(
     vocabulary, batch = Vocabulary.load(mined / "vocabulary.safetensors"), batch_of(mined)
     plain = RegionTextTask(make_clip(), vocabulary, config())
     teacher = Teacher.from_manifest(str(clip_file), read_manifest(mined))
-    task = RegionTextTask(make_clip(), vocabulary, config(crops=1.0, teacher="clip"), teacher).train()
+    task = RegionTextTask(
+        make_clip(), vocabulary, config(crop_distillation=1.0, teacher="clip"), teacher
+    ).train()
     assert task.state_dict().keys() == plain.state_dict().keys()
     assert len(list(task.parameters())) == len(list(plain.parameters()))
     sum(task(batch).values()).backward()  # type: ignore[union-attr]
@@ -239,7 +241,9 @@ def test_synonyms_of_the_mined_classes_and_of_given_lists_are_of_one_family(
 
 def test_crops_can_be_a_loss_of_mined_regions_beside_the_others(mined: Path, make_clip: MakeClip) -> None:
     batch, model = batch_of(mined), make_clip()
-    task = RegionTextTask(model, Vocabulary.load(mined / "vocabulary.safetensors"), config(crops=2.0))
+    task = RegionTextTask(
+        model, Vocabulary.load(mined / "vocabulary.safetensors"), config(crop_distillation=2.0)
+    )
     found = task(batch)["crops"]
     with torch.no_grad():
         a, b = (
@@ -271,7 +275,7 @@ def test_a_batch_without_regions_can_be_trained_on(mined: Path, make_clip: MakeC
         Vocabulary.load(mined / "vocabulary.safetensors"),
         dataclasses.replace(full, regions=none),
     )
-    losses = RegionTextTask(make_clip(), vocabulary, config(crops=1.0)).train()(empty)
+    losses = RegionTextTask(make_clip(), vocabulary, config(crop_distillation=1.0)).train()(empty)
     assert [float(losses[name].detach()) for name in ("distillation", "region_text", "crops")] == [0, 0, 0]
     sum(losses.values()).backward()  # type: ignore[union-attr]
     # Several processes wait for a gradient of everything that is trained.

@@ -60,7 +60,7 @@ def config(network_file: str = "r", **options: object) -> TrainDetectorConfig:
 def options(world: Path, clip_file: Path, rpn_file: Path) -> list[str]:
     data = [f"annotations={world / 'instances_train.json'}", f"images={world / 'images'}"]
     data += [f"split={world / 'split.json'}", f"weights={clip_file}", f"rpn={rpn_file}"]
-    return [*data, "proposals=30", "rois=16", "detector.proposals=20", *TRAINING]
+    return [*data, "max_proposals=30", "rois_per_image=16", "detector.max_proposals=20", *TRAINING]
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_only_what_may_move_moves(trained: Path, clip_file: Path, rpn_file: Path
 def test_the_file_names_the_base_classes(trained: Path, world: Path) -> None:
     detector, base = read_detector_file(trained / "model.safetensors")
     assert base == tuple(read_json(world / "split.json")["base"])
-    assert detector.config.proposals == 20
+    assert detector.config.max_proposals == 20
 
 
 def test_the_proposal_network_stays_in_evaluation_mode(make_detector: Callable[..., Detector]) -> None:
@@ -199,7 +199,10 @@ def test_a_learnt_background_moves_and_a_zero_one_stays(
     options: list[str], trained: Path, tmp_path: Path
 ) -> None:
     assert not read_weights(trained / "model.safetensors")[0]["background"].any()
-    assert main_regionclip(["train-detector", *options, "background=learnt", f"out={tmp_path / 'o'}"]) == 0
+    assert (
+        main_regionclip(["train-detector", *options, "background_embedding=learnt", f"out={tmp_path / 'o'}"])
+        == 0
+    )
     learnt = read_weights(tmp_path / "o" / "model.safetensors")[0]["background"]
     assert float(learnt.norm()) > 0
     detector, _ = read_detector_file(tmp_path / "o" / "model.safetensors")
@@ -211,7 +214,7 @@ def test_a_learnt_background_moves_and_a_zero_one_stays(
 
 
 def test_the_published_head_is_trained_and_comes_back(options: list[str], tmp_path: Path) -> None:
-    assert main_regionclip(["train-detector", *options, "boxes=embedding", f"out={tmp_path / 'o'}"]) == 0
+    assert main_regionclip(["train-detector", *options, "box_head=embedding", f"out={tmp_path / 'o'}"]) == 0
     detector, _ = read_detector_file(tmp_path / "o" / "model.safetensors")
     assert detector.boxes == "embedding"
     images = ImageBatch.whole(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
@@ -259,9 +262,9 @@ def test_the_proposal_loss_reaches_the_shared_trunk(make_clip: Callable[..., CLI
 def shared_task(clip: CLIP) -> DetectorTask:
     sizes = ProposalNetworkConfig(channels=16)
     network = proposal_network(config("shared", network=sizes), clip)
-    detector = Detector(clip, DetectorConfig(proposals=20), network, trained=True)
+    detector = Detector(clip, DetectorConfig(max_proposals=20), network, trained=True)
     embeddings = F.normalize(torch.randn(3, 32), dim=1)
-    return DetectorTask(detector, embeddings, config(rois=16, proposals=20)).train()
+    return DetectorTask(detector, embeddings, config(rois_per_image=16, max_proposals=20)).train()
 
 
 def batch_of_two() -> RegionBatch:
@@ -368,10 +371,10 @@ def test_a_split_that_does_not_fit_is_refused(
 
 
 def test_shares_outside_their_range_are_refused() -> None:
-    with pytest.raises(InputError, match="positive_share=0"):
-        config(positive_share=0.0)
-    with pytest.raises(InputError, match="rois=0"):
-        config(rois=0)
+    with pytest.raises(InputError, match="positive_fraction=0"):
+        config(positive_fraction=0.0)
+    with pytest.raises(InputError, match="rois_per_image=0"):
+        config(rois_per_image=0)
 
 
 def test_the_losses_are_logged_by_name(trained: Path) -> None:

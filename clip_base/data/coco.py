@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from clip_base.jobs import plugins
-from clip_base.runtime.errors import InputError, quote
+from clip_base.runtime.errors import InputError, quote, shortened
 from clip_base.runtime.files import existing, read_json
 
 ANNOTATION_FORMATS = "clip_base.annotation_formats"
@@ -240,7 +240,7 @@ def stated_size(entry: dict[str, Any], where: str) -> tuple[int, int] | None:
 def two_images(where: str, image_id: int, first: object, second: object) -> InputError:
     """Returns the error of an id that belongs to two images."""
     return InputError(
-        f"{where}: image id {image_id} belongs to both {first} and {second}; "
+        f"{where}: image id {image_id} belongs to both {shortened(str(first))} and {shortened(str(second))}; "
         "give every image an id of its own"
     )
 
@@ -251,11 +251,10 @@ def category_name(entry: dict[str, Any], where: str, known: Mapping[int, str]) -
     if not isinstance(name, str) or not name.strip():
         raise InputError(f"{where} needs a 'name', found {_shown(entry)}")
     if entry["id"] in known:
-        raise InputError(
-            f"{where}: category id {entry['id']} belongs to both {known[entry['id']]!r} and {name!r}"
-        )
+        both = f"{quote(known[entry['id']])} and {quote(name)}"
+        raise InputError(f"{where}: category id {entry['id']} belongs to both {both}")
     if name in known.values():
-        raise InputError(f"{where}: two categories are called {name!r}; merge them or rename one")
+        raise InputError(f"{where}: two categories are called {quote(name)}; merge them or rename one")
     return name
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from clip_base.data.sources import Pair, Pairs, grouped
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.runtime.errors import InputError, note
+from clip_base.runtime.errors import InputError, note, shortened
 from clip_base.runtime.files import existing
 
 STATUS, DOWNLOADED = "status", "success"  # img2dataset's column, and its word for an image that it has got
@@ -95,12 +95,15 @@ class ParquetSource:
             names = pq.ParquetDataset(files).schema.names
             for column in wanted:
                 if column not in names:
-                    raise InputError(f"{path} has no column {column!r}; it has {', '.join(names)}")
+                    raise InputError(f"{path} has no column {column!r}; it has {shortened(', '.join(names))}")
             status = [STATUS] if STATUS in names else []
             table = pq.read_table(files, columns=wanted + status)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
-        images, captions = (table.column(name).to_pylist() for name in wanted)
+        try:
+            images, captions = (table.column(name).to_pylist() for name in wanted)
+        except UnicodeDecodeError:
+            raise InputError(f"{path} holds texts that are not UTF-8; write the table again") from None
         kept = _downloaded(table.column(STATUS).to_pylist(), path) if status else range(len(images))
         return [images[row] for row in kept], [captions[row] for row in kept]
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from clip_base.data.coco import read_captions
 from clip_base.images.decode import Stored
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.runtime.errors import InputError, note, quote
+from clip_base.runtime.errors import InputError, note, quote, shortened
 from clip_base.runtime.files import ENCODING_HELP, existing, read_json_lines
 from clip_base.runtime.tables import DELIMITER_HELP, open_table
 
@@ -97,7 +97,7 @@ class TableSource:
         if -1 in places:
             lacking = names[places.index(-1)]
             raise InputError(
-                f"table {path} has no column {lacking!r}; it has {', '.join(table.columns)}; "
+                f"table {path} has no column {lacking!r}; it has {shortened(', '.join(table.columns))}; "
                 "set image_column= and caption_column="
             )
         rows = [(row[places[0]], row[places[1]]) for _, row in itertools.islice(table.rows(), 1, None)]

@@ -17,7 +17,6 @@ import tarfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +26,7 @@ from webdataset.tariterators import base_plus_ext
 from clip_base.data.sources import SPLIT_LINES_HELP, Pair, Pairs, captions_in
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import ENCODING_HELP, decode_text, existing, json_fault, replacing
+from clip_base.runtime.files import ENCODING_HELP, decode_text, existing, parse_json, replacing
 from clip_base.runtime.progress import track
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -308,11 +307,9 @@ def _captions(kind: str, member: Member, config: WebdatasetConfig) -> list[str]:
     text = decode_text(data, f"text {member}", config.encoding)
     if not _in_json(kind):
         return list(captions_in(text, config.split_lines))
-    try:
-        found: Any = json.loads(text).get(kind.removeprefix("json."), [])
-    except AttributeError:
-        raise InputError(f"{member} does not hold captions: it is no JSON object") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{member} is not valid JSON: {json_fault(error)}") from None
+    content = parse_json(text, str(member))
+    if not isinstance(content, dict):
+        raise InputError(f"{member} does not hold captions: it is no JSON object")
+    found = content.get(kind.removeprefix("json."), [])
     texts = found if isinstance(found, list) else [found]
     return [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, quote
 from clip_base.runtime.files import existing, read_text
 from clip_base.runtime.progress import Progress
 
@@ -66,7 +66,7 @@ def read_templates(name: str) -> list[str]:
     templates = [line.replace("{c}", "{}") for line in lines if line and not line.startswith("#")]
     wrong = next((line for line in templates if "{}" not in line), None)
     if wrong is not None:
-        raise InputError(f"template {wrong!r} in {path} has no {{}} where the class name goes")
+        raise InputError(f"template {quote(wrong)} in {path} has no {{}} where the class name goes")
     if not templates:
         raise InputError(f"{path} holds no templates; write one a line, with {{}} for the class name")
     return templates

@@ -32,5 +32,9 @@ def note(message: str, stacklevel: int = 3) -> None:
 
 def quote(value: object, length: int = 80) -> str:
     """Returns `value` as Python writes it, cut to `length` characters, for a message."""
-    text = repr(value)
+    return shortened(repr(value), length)
+
+
+def shortened(text: str, length: int = 80) -> str:
+    """Returns a text cut to `length` characters, for a message."""
     return text if len(text) <= length else f"{text[: length - 1]}…"

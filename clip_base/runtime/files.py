@@ -127,15 +127,7 @@ def read_json(path: str | Path, what: str = "JSON file") -> Any:
     text = decode_text(content, f"{what} {path}")
     if not text.strip():
         raise InputError(f"{what} {path} is empty; write it again or give another path")
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        place = (
-            f" at line {error.lineno}, column {error.colno}"
-            if isinstance(error, json.JSONDecodeError)
-            else ""
-        )
-        raise InputError(f"{what} {path} is not valid JSON: {json_fault(error, place)}") from None
+    return parse_json(text, f"{what} {path}")
 
 
 def read_json_lines(
@@ -150,12 +142,18 @@ def read_json_lines(
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(
-                    f"{what} {path}, line {number} is not valid JSON: {json_fault(error)}"
-                ) from None
+            yield number, parse_json(line, f"{what} {path}, line {number}", one_line=True)
+
+
+def parse_json(text: str, where: str, one_line: bool = False) -> Any:
+    """Returns what a JSON text holds; InputError, with `where` and the place in it, when it is malformed."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        fault = json_fault(error, "" if one_line else f" at line {error.lineno}, column {error.colno}")
+    except (ValueError, RecursionError) as error:
+        fault = json_fault(error)
+    raise InputError(f"{where} is not valid JSON: {fault}")
 
 
 def json_fault(error: ValueError | RecursionError, place: str = "") -> str:
@@ -188,7 +186,8 @@ def _codec(encoding: str | None) -> str:
 
 def _undecodable(file: BinaryIO, where: str, codec: str, encoding: str | None) -> str:
     """Returns a message that names the first bad byte's line and the encoding that the file looks like."""
-    decoder, line, head = codecs.getincrementaldecoder(codec)(), 1, b""
+    # The decoder of utf-8-sig never ends with half a byte order mark.
+    decoder, line, head = codecs.getincrementaldecoder("utf-8" if codec == _UTF8 else codec)(), 1, b""
     while True:
         block = file.read(_BLOCK)
         head = head or block[:4]
@@ -199,6 +198,8 @@ def _undecodable(file: BinaryIO, where: str, codec: str, encoding: str | None) -
             data = error.object[error.object.rfind(b"\n", 0, error.start) + 1 :][:_SAMPLE]
             byte = error.object[error.start]
             break
+        if not block:
+            return f"{where} changed while it was read; try again"
         line += block.count(b"\n")
     used = "UTF-8" if codec == _UTF8 else codec
     return _no_text(where, f"it is not {used}: byte 0x{byte:02X} in line {line}", head, data, encoding)

@@ -58,6 +58,11 @@ class Table:
         with open_text(self.path, self.what, self.encoding) as file:
             yield from _rows(file, self.dialect)
 
+    def records(self) -> Iterator[dict[str, str]]:
+        """Yields each row but the first by the names in the first."""
+        for _, row in itertools.islice(self.rows(), 1, None):
+            yield dict(zip(self.columns, row, strict=True))
+
     def index(self, column: str) -> int:
         """Returns the place of a column that the first row names, -1 when it does not.
 

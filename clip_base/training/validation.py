@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_base.data.sources import SOURCES, Pair
+from clip_base.data.sources import SOURCES, Pair, Pairs
 from clip_base.evaluation.datasets import folder_pictures
 from clip_base.evaluation.prompts import classifier, read_templates
 from clip_base.evaluation.ranking import ranks_of_classes, require_finite
@@ -20,7 +20,7 @@ from clip_base.images.decode import Stored, decode_stored, normalize
 from clip_base.images.preprocess import square_view
 from clip_base.jobs.config import Plugin, build_plugin, option, plugin
 from clip_base.models.clip import CLIP
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, note
 
 _THREADS = 2
 
@@ -55,7 +55,7 @@ class Validation:
         self.pairs: list[Pair] = []
         if config.source["name"] != "none":
             pairs = build_plugin(SOURCES, config.source).pairs()
-            self.pairs = [pairs[index] for index in _spread(len(pairs), config.limit)]
+            self.pairs = _usable(pairs, _spread(len(pairs), config.limit))
         self.names: list[str] = []
         if config.images:
             self.names, pictures = folder_pictures(config.images)
@@ -123,6 +123,23 @@ class Validation:
         if not features:
             raise InputError(f"none of the {len(images)} images to evaluate on decodes; {images[0]}, for one")
         return torch.cat(features), kept
+
+
+def _usable(pairs: Pairs, indices: list[int]) -> list[Pair]:
+    """Returns some of the pairs, without those that have no caption, whose number is noted."""
+    found, reasons = [], []
+    for index in indices:
+        try:
+            found.append(pairs[index])
+        except InputError as error:
+            reasons.append(str(error))
+    if reasons:
+        note(
+            f"{len(reasons):,} of {len(indices):,} pairs to evaluate on are left out, the first: {reasons[0]}"
+        )
+    if not found:
+        raise InputError(f"none of the {len(indices)} pairs to evaluate on can be used")
+    return found
 
 
 def _spread(size: int, limit: int) -> list[int]:

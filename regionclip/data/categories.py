@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from clip_base.jobs.plugins import did_you_mean
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, quote
 from clip_base.runtime.files import existing, is_file, read_json
 from clip_base.runtime.tables import CLASS_FILES, read_class_list
 
@@ -92,7 +92,7 @@ def check_names(names: Sequence[str]) -> None:
         spelled.setdefault(" ".join(name.lower().split()), []).append(name)
     twice = sorted(same for same in spelled.values() if len(same) > 1)
     if twice:
-        ways = [repr(same[0]) if len(set(same)) == 1 else " = ".join(map(repr, same)) for same in twice]
+        ways = [" = ".join(quote(name, 40) for name in dict.fromkeys(same)) for same in twice]
         shown = ", ".join(ways[:5]) + (f" and {len(ways) - 5} more" if len(ways) > 5 else "")
         raise InputError(f"a vocabulary's names must differ, {shown} stands there more than once")
 

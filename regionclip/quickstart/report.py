@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json
+from clip_base.runtime.files import read_json, read_json_lines
 from regionclip.data.annotations import CocoDetection
 from regionclip.data.categories import Split, load_split
 from regionclip.mining.quality import PairQuality, measure_pairs
@@ -142,14 +142,13 @@ def _counts(folder: Path) -> dict[str, int]:
     """Counts what the run worked on."""
     captions = read_json(stage_file(folder, "world/captions_train.json"), "captions")
     validation = read_json(stage_file(folder, "world/instances_val.json"), "annotations")
-    concepts = stage_file(folder, "concepts.jsonl").read_text(encoding="utf-8").splitlines()
     stage_file(folder, f"mined/{MANIFEST}")
     return {
         "train_scenes": len(captions["images"]),
         "val_scenes": len(validation["images"]),
         "captions": len(captions["annotations"]),
         "categories": len(validation["categories"]),
-        "concepts": sum(bool(line.strip()) for line in concepts),
+        "concepts": sum(1 for _ in read_json_lines(stage_file(folder, "concepts.jsonl"), "concepts")),
         "mined_regions": int(read_manifest(folder / "mined")["regions"]),
     }
 

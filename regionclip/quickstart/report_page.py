@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -15,7 +13,8 @@ import numpy as np
 from clip_base.images.decode import decode
 from clip_base.images.orientation import turned_as_annotated
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json, write_text
+from clip_base.runtime.files import read_json, read_json_lines, write_text
+from clip_base.runtime.tables import open_table
 from clip_base.training.loop import NO_LOSS
 from regionclip.data.annotations import CocoDetection, ImageAnnotations
 from regionclip.data.categories import Split
@@ -113,13 +112,7 @@ def _losses(folder: Path, stage: str) -> dict[str, Points]:
     """Reads a training log: loss -> (step, value)."""
     path = stage_file(folder, f"{stage}/log.jsonl")
     losses: dict[str, list[tuple[float, float]]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            raise InputError(
-                f"{path}, line {number}, is not valid JSON; delete {folder / stage} and run again"
-            ) from None
+    for _, entry in read_json_lines(path, "training log"):
         if "lr" in entry:  # other lines are measurements
             for name in entry.keys() - NO_LOSS:
                 losses.setdefault(name.replace("_", "-"), []).append((entry["step"], entry[name]))
@@ -152,8 +145,7 @@ def _per_class(folder: Path, split: Split) -> list[dict[str, Any]]:
     objects: dict[str, int] = {}
     for model in MODELS:
         path = stage_file(folder, f"evaluation/detector-{model}/per_class.csv")
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = list(open_table(path, "table of categories").records())
         aps.append({row["name"]: float(row["AP50"]) for row in rows})
         objects = {row["name"]: int(row["boxes"]) for row in rows}
     if aps[0].keys() != aps[1].keys():

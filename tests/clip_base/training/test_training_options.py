@@ -20,7 +20,7 @@ from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.models.positions import resample_positions
 from clip_base.runtime import progress
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, InputNote
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import Progress
 from clip_base.training.pretrain import ContrastiveTask
@@ -212,6 +212,22 @@ def test_retrieval_and_zeroshot_along_the_way_are_their_definitions(
         "5.png",
         "8.png",
     ]
+
+
+def test_a_pair_without_a_caption_is_not_measured_and_does_not_end_the_run(
+    clairvoyant: Clairvoyant, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").touch()
+    (tmp_path / "a.txt").write_text("0")
+    config = ValidationConfig(source={"name": "folder", "folder": str(tmp_path)})
+    with pytest.warns(
+        InputNote, match="1 of 2 pairs to evaluate on are left out, the first: image .*b.png has"
+    ):
+        assert len(Validation(config, clairvoyant).pairs) == 1
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(InputError, match="none of the 2 pairs"), pytest.warns(InputNote):
+        Validation(config, clairvoyant)
 
 
 def test_figures_along_the_way_stand_in_the_log(options: list[str], tmp_path: Path, pictures: Path) -> None:

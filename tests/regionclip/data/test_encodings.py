@@ -194,6 +194,13 @@ def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
         read_text("x" * 5000)
 
 
+@pytest.mark.parametrize("mark", [b"\xef", b"\xef\xbb"])
+def test_half_a_byte_order_mark_is_no_text(tmp_path: Path, mark: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(mark)
+    with pytest.raises(InputError, match="it is not UTF-8: byte 0xEF in line 1"):
+        read_text(tmp_path / "a.txt")
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

@@ -71,23 +71,17 @@ def schema_of(target: Any) -> type:
     return schema
 
 
-def source(module: str) -> ast.Module:
-    """Returns a module's parsed source; the module itself is not imported, packages above it are.
-
-    Raises:
-        ImportError: there is no such module, or no source of it.
-        SyntaxError: it is not Python.
-    """
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ImportError(f"module {module} is missing")
-    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-
-
 def summary(point: EntryPoint) -> str:
-    """Returns the first docstring line of what `point` names, read from its source without importing it."""
+    """Returns the first docstring line of what `point` names, or why it cannot be imported.
+
+    Only its source is read, so that the list of all jobs is there at once: its module is not imported, the
+    packages above it are.
+    """
     try:
-        tree = source(point.module)
+        spec = importlib.util.find_spec(point.module)
+        if spec is None or spec.origin is None:
+            raise ImportError(f"module {point.module} is missing")
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     except (ImportError, SyntaxError) as error:
         return f"(cannot be imported: {error})"
     for node in tree.body:

@@ -157,6 +157,12 @@ def commands(tmp_path: Path) -> dict[str, str]:
     for name in ("photo one.jpg", "photos/x.jpg", "conf.yaml"):
         (tmp_path / "files" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "files" / name).touch()
+    for job in (
+        "mine",
+        "detect",
+        "train-detector",
+    ):  # the shells' answers have a time limit; the first is slow
+        answer([job, ""])
     return {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SHELL": ""}
 
 

@@ -23,8 +23,9 @@ from regionclip.checkpoints.load import load_detector, vocabulary_for
 from regionclip.data.annotations import CocoDetection
 from regionclip.data.batches import AnnotatedBatch, batches_of, write_skipped
 from regionclip.data.categories import Split, load_split, parse_names
-from regionclip.data.coco import numbered_by, read_results
+from regionclip.data.results import Results, numbered_by, read_results
 from regionclip.evaluation.report_page import write_page
+from regionclip.evaluation.results_checks import Measure, box_note, order_note
 from regionclip.metrics.average_precision import Protocol, classification_accuracy, evaluate_detections
 from regionclip.metrics.matching import match_to_ground_truth
 from regionclip.models.detector import Detector
@@ -83,7 +84,7 @@ class EvaluateConfig:
     use_checkpoint_config: bool = option(
         True,
         "a detector sees and scores as it was trained to, not as `resize` and `detector` say",
-        renamed_from="own_settings",
+        renamed_from="use_checkpoint_config",
     )
     templates: list[str] = option(list(DEFAULT_TEMPLATES), "prompts, averaged; {} is the class name")
     embeddings: str = option(
@@ -165,21 +166,25 @@ def _measure(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
         raise InputError(
             f"label_set={config.label_set}: split {config.split} has no {config.label_set} categories"
         )
-    results: str | list[dict[str, Any]] = config.results
-    if config.weights:
-        results = str(run.path / "results.json")
-        metrics |= _detect(config, split, names, Path(results))
-    elif config.results_categories:
-        ids = dict(zip(truth.categories, truth.category_ids, strict=True))
-        shown = {record.image_id for record in truth}
-        entries = read_results(config.results, shown, config.annotations)
-        results = numbered_by(entries, parse_names(config.results_categories), config.results_first_id, ids)
     protocol = Protocol(config.protocol, config.evaluator, config.max_detections, config.label_set)
-    evaluation = evaluate_detections(config.annotations, results, split, protocol)
+    read, results = None, str(run.path / "results.json")
+    if config.weights:
+        metrics |= _detect(config, split, names, Path(results))
+        evaluation = evaluate_detections(config.annotations, results, split, protocol)
+    else:
+        read = _read(config, truth)
+        entries = _renumbered(read.entries, config, truth)
+        evaluation = evaluate_detections(config.annotations, entries, split, protocol)
     _write_per_class(run.path / "per_class.csv", evaluation.per_class)
-    if evaluation.ignored:
-        metrics["ignored_results"] = evaluation.ignored
+    if evaluation.ignored or (read and read.unknown):
+        metrics["ignored_results"] = evaluation.ignored + (read.unknown if read else 0)
     metrics |= evaluation.metrics
+    if read is not None:
+
+        def measure(entries: list[dict[str, Any]]) -> float:
+            return evaluate_detections(config.annotations, entries, split, protocol).metrics["AP50"]
+
+        _say_doubts(config, truth, read, metrics["AP50"], measure)
     if config.report or (config.results and metrics["AP50"] < DOUBTFUL):
         matches = match_to_ground_truth(truth.restrict(names), evaluation.counted)
         if config.results and metrics["AP50"] < DOUBTFUL and matches.names_do_not_fit():
@@ -188,6 +193,47 @@ def _measure(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
             images = Path(config.images) if config.images else None
             write_page(run.path / "report.html", evaluation, matches, truth, images, metrics)
     return metrics
+
+
+def _read(config: EvaluateConfig, truth: CocoDetection) -> Results:
+    """Reads the results file, and prints what was found by name."""
+    images = {record.image_id: str(record.path) for record in truth}
+    ids = None if config.results_categories else _ids(truth)
+    read = read_results(config.results, images, config.annotations, ids)
+    if config.results_categories and read.named:
+        raise InputError(
+            f"{config.results} states a category_name with each detection: leave results_categories= out"
+        )
+    for note in read.notes:
+        print(f"note: {note}")
+    return read
+
+
+def _ids(truth: CocoDetection) -> dict[str, int]:
+    return dict(zip(truth.categories, truth.category_ids, strict=True))
+
+
+def _renumbered(
+    entries: list[dict[str, Any]], config: EvaluateConfig, truth: CocoDetection
+) -> list[dict[str, Any]]:
+    """Returns results with the annotations' category ids instead of places in a class list."""
+    if not config.results_categories:
+        return entries
+    return numbered_by(entries, parse_names(config.results_categories), config.results_first_id, _ids(truth))
+
+
+def _say_doubts(
+    config: EvaluateConfig, truth: CocoDetection, read: Results, ap50: float, measure: Measure
+) -> None:
+    """Prints in which order a class list was counted, and that boxes seem to be in another form."""
+    sizes = {record.image_id: (record.height, record.width) for record in truth}
+    note = box_note(_renumbered(read.entries, config, truth), sizes, ap50, measure)
+    if note:
+        print(f"note: {config.results}: {note}")
+    if config.results_categories:
+        names = parse_names(config.results_categories)
+        note = order_note(read.entries, names, config.results_first_id, _ids(truth), ap50, measure)
+        print(f"note: results_categories={config.results_categories}: {note}")
 
 
 DOUBTFUL = 0.02

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_base.data.coco import area_of, box_of, check_instances, is_crowd, read_instances
+from clip_base.data.coco import area_of, box_of, check_instances, file_name_of, is_crowd, read_instances
 from clip_base.runtime.errors import InputError
 from regionclip.data.categories import Split
-from regionclip.data.coco import category_ids_by_name, frequencies, read_results
+from regionclip.data.coco import category_ids_by_name, frequencies
+from regionclip.data.results import read_results
 from regionclip.metrics import lvis
 from regionclip.metrics.coco_api import EVALUATORS, Curves, Precision, with_faster_coco_eval
 
@@ -43,8 +44,8 @@ class Evaluation:
             recall with 300 detections only.
         per_class: for each category: name, category_id, novel (None without a split), boxes (true ones that
             count), detections, AP, AP50.
-        ignored: results that do not count: of categories that are not evaluated and, by LVIS's protocol,
-            beyond an image's best ones or of categories that nobody looked for in that image.
+        ignored: results that do not count: of categories that are not evaluated or not annotated and, by
+            LVIS's protocol, beyond an image's best ones or of categories that nobody looked for there.
         counted: the other results; by LVIS's protocol with `forgiven`, see `regionclip.metrics.lvis.counted`.
         precision: [T, R, K, A], the categories in the order of `per_class`; -1: no true box.
     """
@@ -90,7 +91,7 @@ def evaluate_detections(
     Args:
         annotations: a file in COCO's instances form, or its content.
         results: a results file (a list of image_id, category_id, bbox [x, y, width, height], score), or its
-            content.
+            content; see `read_results`.
         split: base and novel categories; None evaluates every category of the annotations.
         protocol: how to measure.
 
@@ -103,6 +104,8 @@ def evaluate_detections(
         check_instances(annotations, where) if isinstance(annotations, dict) else read_instances(annotations)
     )
     ids = category_ids_by_name(content["categories"], where)
+    names = {entry["id"]: _file_name(entry) for entry in content["images"]}
+    read = read_results(results, names, where, ids)
     often = dict(zip(ids, frequencies(content["categories"]), strict=True))
     if split is not None:
         absent = [name for name in split.all if name not in ids]
@@ -113,9 +116,8 @@ def evaluate_detections(
         chosen = set(split.competing(protocol.label_set))
         ids = {name: category for name, category in ids.items() if name in chosen}
     federated = protocol.kind == "lvis" or (protocol.kind == "auto" and lvis.is_federated(content))
-    entries = read_results(results, {entry["id"] for entry in content["images"]}, where)
     evaluated = set(ids.values())
-    counted = [entry for entry in entries if entry["category_id"] in evaluated]
+    counted = [entry for entry in read.entries if entry["category_id"] in evaluated]
     truth = _truth(content, where)
     most, numbers = protocol.max_detections, list(ids.values())
     if not federated:
@@ -130,7 +132,16 @@ def evaluate_detections(
     # The evaluators sort the category ids; `ids` is in that order already.
     metrics = _summary(curves, list(ids), split, often if federated else {})
     rows = _per_class(curves.precision, ids, split, truth, counted)
-    return Evaluation(metrics, rows, len(entries) - len(counted), counted, curves.precision)
+    ignored = len(read.entries) + read.unknown - len(counted)
+    return Evaluation(metrics, rows, ignored, counted, curves.precision)
+
+
+def _file_name(entry: dict[str, Any]) -> str:
+    """Returns an image's file name, "" where it has none: its number will do."""
+    try:
+        return file_name_of(entry, "")
+    except InputError:
+        return ""
 
 
 def _summary(

@@ -20,7 +20,7 @@ from clip_base.evaluation.datasets import coco_pictures
 from clip_base.runtime.errors import InputError
 from regionclip.data.annotations import CocoDetection
 from regionclip.data.caption_index import CaptionIndex, write_caption_index
-from regionclip.data.coco import read_results
+from regionclip.data.results import read_results
 from regionclip.metrics.average_precision import evaluate_detections
 from regionclip.proposals.precomputed import PrecomputedConfig, PrecomputedProposer
 
@@ -193,11 +193,13 @@ def test_an_uncompressed_run_length_code_is_read_as_a_compressed_one() -> None:
     code = mask.encode(pixels)
     entry = {"image_id": 1, "category_id": 3, "score": 0.5}
     forms = ({"size": [40, 60], "counts": counts}, {"size": code["size"], "counts": code["counts"].decode()})
-    boxes = [read_results([{**entry, "segmentation": form}], {1}, "truth")[0]["bbox"] for form in forms]
+    boxes = [
+        read_results([{**entry, "segmentation": form}], {1: ""}, "truth").entries[0]["bbox"] for form in forms
+    ]
     assert boxes == [[1, 2, 10, 12]] * 2
     for wrong in ([5, 5], [-5, 2405], ["a"]):
         with pytest.raises(InputError, match=r"results\[0\] .*no run-length code"):
-            read_results([{**entry, "segmentation": {"size": [40, 60], "counts": wrong}}], {1}, "truth")
+            read_results([{**entry, "segmentation": {"size": [40, 60], "counts": wrong}}], {1: ""}, "truth")
 
 
 def test_text_ids_of_results_are_one_line_that_asks_for_numbers(tmp_path: Path) -> None:
@@ -207,7 +209,7 @@ def test_text_ids_of_results_are_one_line_that_asks_for_numbers(tmp_path: Path) 
         evaluate_detections(write(tmp_path / "a.json", odd), [])
     with pytest.raises(InputError, match=r"results\[0\] .*'img_1' is no whole number"):
         read_results(
-            [{"image_id": "img_1", "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1}], {1}, "truth"
+            [{"image_id": "img_1", "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1}], {1: ""}, "truth"
         )
 
 

@@ -30,7 +30,7 @@ from regionclip.concepts.pool import read_concepts
 from regionclip.data.caption_index import CaptionIndex, write_caption_index
 from regionclip.data.captions import read_texts
 from regionclip.data.categories import load_split, parse_names
-from regionclip.data.coco import read_results
+from regionclip.data.results import read_results
 
 COCO = {
     "images": [{"id": 1, "file_name": "é.jpg"}],
@@ -104,7 +104,7 @@ UTF8_ONLY: dict[str, tuple[str, str, Callable[..., Any], Any]] = {
     "captions to mine": ("a.json", json.dumps(COCO, ensure_ascii=False), listed, ["a café"]),
     "captions in json": ("a.json", '["a café"]', lambda path: list(read_texts(path)), ["a café"]),
     "annotations": ("a.json", json.dumps(COCO, ensure_ascii=False), read_instances, COCO),
-    "results": ("a.json", '[{"é": 1}]', lambda path: read_results(path, set(), "x"), None),
+    "results": ("a.json", '[{"é": 1}]', lambda path: read_results(path, {}, "x"), None),
     "class list": ("a.txt", "café\ndog\n", parse_names, ["café", "dog"]),
     "class list in json": ("a.json", '["café", "dog"]', parse_names, ["café", "dog"]),
     "class names": ("a.txt", "café\ndog\n", lambda path: class_names([path], ["a", "b"]), ["café", "dog"]),

@@ -95,7 +95,9 @@ def test_features_of_annotated_and_of_plain_folders(
         found = []
         for name, folder in (("upright", phone(1, ending)), ("phone", phone(orientation, ending))):
             images = (
-                [str(folder / "images" / "train")] if kind == "plain" else [*annotated(folder), "boxes=truth"]
+                [str(folder / "images" / "train")]
+                if kind == "plain"
+                else [*annotated(folder), "regions_from=truth"]
             )
             out = tmp_path / f"{kind}-{name}"
             run(

@@ -15,7 +15,7 @@ from pycocotools import mask
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import read_json
 from regionclip.data.categories import Split, load_split
-from regionclip.data.coco import numbered_by, read_results
+from regionclip.data.results import numbered_by, read_results
 from regionclip.metrics.average_precision import Protocol, evaluate_detections
 
 NAMES = {"cup": 3, "sports_ball": 7, "dog": 11}
@@ -236,5 +236,5 @@ def test_an_image_without_an_id_is_named(truth: Entry, right: list[Entry]):
 
 
 def test_a_results_files_entries_keep_only_what_counts(right: list[Entry]):
-    read = read_results([entry | {"extra": 1} for entry in right], {1, 2, 3}, "annotations")
-    assert read == right
+    read = read_results([entry | {"extra": 1} for entry in right], {1: "", 2: "", 3: ""}, "annotations")
+    assert read.entries == right

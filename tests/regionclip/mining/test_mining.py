@@ -36,7 +36,7 @@ Swap = Callable[..., list[str]]
 DYING = """
 import os, signal
 from pathlib import Path
-from regionclip import miner, shards
+from regionclip.mining import miner, shards
 
 def write(path, regions, skipped):
     rows = list(regions)

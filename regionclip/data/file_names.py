@@ -1,0 +1,69 @@
+"""Images found by their file names, however much of the path a file states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePath
+
+from clip_base.runtime.errors import InputError
+
+
+class FileNames:
+    """Finds the image that a path means.
+
+    Two paths mean the same image when one is the end of the other: `photos/val/7.jpg`, `val/7.jpg` and
+    `7.jpg`. Of several such images the one that shares the longest end is meant.
+
+    Args:
+        names: file name of each image, by id. Several ids may have one name.
+        where: where the names stand, for messages.
+    """
+
+    def __init__(self, names: Mapping[int, str], where: str) -> None:
+        self.where = where
+        self._by_end: dict[str, list[tuple[tuple[str, ...], int]]] = {}
+        for image_id, name in names.items():
+            parts = _parts(name)
+            self._by_end.setdefault(parts[-1], []).append((parts, image_id))
+
+    def find(self, name: str) -> int | None:
+        """Returns the id of the image that `name` means; None: there is none.
+
+        Raises:
+            InputError: `name` means several images equally well.
+        """
+        wanted = _parts(name)
+        candidates = [
+            (_shared(parts, wanted), parts, image_id)
+            for parts, image_id in self._by_end.get(wanted[-1], ())
+            if _shared(parts, wanted) == min(len(parts), len(wanted))
+        ]
+        if not candidates:
+            return None
+        longest = max(shared for shared, _, _ in candidates)
+        best = [(parts, image_id) for shared, parts, image_id in candidates if shared == longest]
+        exact = [(parts, image_id) for parts, image_id in best if parts == wanted]
+        best = exact or best
+        if len(best) > 1:
+            shown = ", ".join(f"{'/'.join(parts)} (id {image_id})" for parts, image_id in best[:2])
+            raise InputError(
+                f"file_name {name!r} means several images of {self.where}: {shown}; write as much of the "
+                "path as tells them apart"
+            )
+        return best[0][1]
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    """Returns the folders and the name of a path, without root and without `.`; Windows' paths too."""
+    parts = [part for part in PurePath(name.replace("\\", "/")).parts if part not in ("/", "//")]
+    return tuple(parts) or ("",)
+
+
+def _shared(one: tuple[str, ...], other: tuple[str, ...]) -> int:
+    """Returns how many parts at the end are the same."""
+    count = 0
+    for mine, theirs in zip(reversed(one), reversed(other), strict=False):
+        if mine != theirs:
+            break
+        count += 1
+    return count

@@ -20,8 +20,8 @@ from clip_base.runtime.files import existing, write_json, write_text
 from clip_base.runtime.precision import autocast, pick_device
 from clip_base.runtime.progress import Progress
 from regionclip.checkpoints.load import load_detector, vocabulary_for
-from regionclip.data.annotations import CocoDetection
-from regionclip.data.batches import AnnotatedBatch, batches_of, write_skipped
+from regionclip.data.annotations import CocoDetection, ImageAnnotations
+from regionclip.data.batches import LoadedBatch, read_batches, read_record, write_skipped
 from regionclip.data.categories import Split, load_split, parse_names
 from regionclip.data.results import Results, numbered_by, read_results
 from regionclip.evaluation.report_page import write_page
@@ -33,6 +33,7 @@ from regionclip.models.postprocess import DetectorConfig
 from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import Proposer, build_proposer
 from regionclip.proposals.precomputed import TruthProposer
+from regionclip.structures.detections import Detections
 from regionclip.structures.regions import Regions
 from regionclip.structures.transforms import ResizeConfig
 
@@ -280,23 +281,30 @@ def _detect(
     entries: list[dict[str, Any]] = []
     skipped: dict[int, str] = {}
     named: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def detect_batch(batch: LoadedBatch[ImageAnnotations]) -> Sequence[Detections]:
+        return detector.detect_batch(batch.images, batch.transforms, batch.infos, proposer)
+
+    groups = read_batches(
+        dataset,
+        read_record,
+        detector.resize or config.resize,
+        config.batch_size,
+        device,
+        on_skip=lambda record, reason: skipped.update({record.image_id: reason}),
+    )
     with Progress("detecting", len(dataset)) as progress:
-        for batch in batches_of(
-            dataset, detector.resize or config.resize, config.batch_size, device, skipped
-        ):
+        for group in groups:
             with torch.no_grad(), autocast(config.precision, device):
                 if config.boxes == "truth":
-                    found, scores = name_true_boxes(detector, batch, dataset.category_ids)
-                    entries += found
-                    named.append(scores)
+                    for batch in group.batches:
+                        found, scores = name_true_boxes(detector, batch, dataset.category_ids)
+                        entries += found
+                        named.append(scores)
                 else:
-                    for record, one in zip(
-                        batch.records,
-                        detector.detect_batch(batch.images, batch.frames, batch.keys, proposer),
-                        strict=True,
-                    ):
-                        entries += one.to_coco(record.image_id, dataset.category_ids)
-            progress.advance(len(batch.records))
+                    for record, _, detections in group.map(detect_batch):
+                        entries += detections.to_coco(record.image_id, dataset.category_ids)
+            progress.advance(group.count)
     write_skipped(results.with_name("skipped.jsonl"), skipped)
     write_json(results, entries)
     metrics: dict[str, Any] = {"images": len(dataset) - len(skipped), "skipped": len(skipped)}
@@ -313,15 +321,18 @@ def _detect(
 
 
 def name_true_boxes(
-    detector: Detector, batch: AnnotatedBatch, category_ids: tuple[int, ...]
+    detector: Detector, batch: LoadedBatch[ImageAnnotations], category_ids: tuple[int, ...]
 ) -> tuple[list[dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]:
     """Names the true boxes of a batch; crowds are left out.
 
     Returns:
         COCO results, one for each name of a box; and [n, C] probabilities with the [n] true labels.
     """
-    records = [record.without_crowds() for record in batch.records]
-    boxes = [frame.apply_boxes(record.boxes) for record, frame in zip(records, batch.frames, strict=True)]
+    records = [record.without_crowds() for record in batch.items]
+    boxes = [
+        transform.apply_boxes(record.boxes)
+        for record, transform in zip(records, batch.transforms, strict=True)
+    ]
     counts = torch.tensor([len(rows) for rows in boxes])
     index = torch.repeat_interleave(torch.arange(len(boxes)), counts)
     regions = Regions(torch.cat(boxes), index).to(batch.images.pixels.device)

@@ -16,25 +16,22 @@ from typing import Any
 
 from clip_base.images.decode import Pixels
 from clip_base.images.folders import IMAGE_SUFFIXES
-from clip_base.images.inputs import picture_files, read_upright
+from clip_base.images.inputs import picture_files
 from clip_base.images.video import CODECS, VIDEOS, Video, VideoFrame, writing_video
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.resume_log import ResumeLog, fingerprint
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import replacing, write_text
 from clip_base.runtime.progress import Progress
-from clip_base.runtime.workers import in_turn
 from clip_base.weights.load import find
+from regionclip.data.batches import DecodedImage, read_batches, read_upright
 from regionclip.data.categories import parse_names
 from regionclip.inference.options import DetectorOptions
-from regionclip.inference.predictor import READERS, Predictor
+from regionclip.inference.predictor import Predictor
 from regionclip.structures.detections import Detections
 from regionclip.structures.drawing import draw, save_picture
 
 JOURNAL, SKIPPED = ".detections.jsonl", "skipped.jsonl"
-
-Read = tuple[Pixels, tuple[int, int]] | InputError
-
 
 Likely = list[list[tuple[str, float]]]
 
@@ -158,11 +155,8 @@ def _frames(video: Source, every: int) -> int:
         return 0
 
 
-def _read(file: Path) -> Read:
-    try:
-        return read_upright(file)
-    except InputError as error:
-        return error
+def _read(item: tuple[int, Source]) -> DecodedImage:
+    return read_upright(item[1].file, item[0])
 
 
 @dataclass
@@ -176,20 +170,21 @@ class DetectionRunner:
 
     def look_at_pictures(self, sources: Sequence[Source]) -> None:
         """Looks at pictures in batches; one that cannot be read is noted."""
-        stream = in_turn(_read, (source.file for source in sources), READERS)
-        size = self.config.batch_size
-        for start in range(0, len(sources), size):
-            batch, first = sources[start : start + size], self.journal.images + 1
-            reads = list(itertools.islice(stream, size))
-            for place, run in runs(reads):
-                founds = self.predictor.detect_batch(run, first + place)
-                for slot, (found, (pixels, _)) in enumerate(zip(founds, run, strict=True), place):
-                    self._picture(found, pixels, batch[slot], first + slot)
-            for source, read in zip(batch, reads, strict=True):
-                if isinstance(read, InputError):
-                    self._skip(source, str(read))
-            self.journal.end(len(batch))
-            self.progress.advance(len(batch))
+        groups = read_batches(
+            enumerate(sources, self.journal.images + 1),
+            _read,
+            self.predictor.resize,
+            self.config.batch_size,
+            self.predictor.device,
+            on_skip=lambda item, reason: self._skip(item[1], reason),
+            keep_pixels=True,
+        )
+        for group in groups:
+            for (image_id, source), pixels, found in group.map(self.predictor.detect_loaded):
+                assert pixels is not None
+                self._picture(found, pixels, source, image_id)
+            self.journal.end(group.count)
+            self.progress.advance(group.count)
 
     def _picture(self, found: Detections, pixels: Pixels, source: Source, image_id: int) -> None:
         likely = self._note(found, pixels, image_id, {"file_name": str(source.file)})
@@ -258,25 +253,6 @@ class DetectionRunner:
 
     def _skip(self, source: Source, reason: str) -> None:
         self.journal.add("skipped", {"file_name": str(source.file), "reason": reason})
-
-
-def runs(reads: Sequence[Read]) -> Iterator[tuple[int, list[tuple[Pixels, tuple[int, int]]]]]:
-    """Yields (place, pictures) of what is looked at together: pictures that follow each other and lie alike.
-
-    A proposer that looks pictures up counts them, so nothing may be missing in between; upright pictures
-    among those that lie on their side would be padded to squares.
-    """
-    for shape, group in itertools.groupby(enumerate(reads), lambda pair: _shape(pair[1])):
-        places, pictures = zip(*group, strict=True)
-        if shape != "broken":
-            yield places[0], list(pictures)
-
-
-def _shape(read: Read) -> str:
-    if isinstance(read, InputError):
-        return "broken"
-    height, width = read[1]
-    return "upright" if height > width else "wide"
 
 
 COLUMNS = ("file_name", "image_id", "frame", "time", "category_id", "category_name", "score")

@@ -3,8 +3,7 @@
 # B images of a batch, N regions of a batch, n regions of one image, D embedding size
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from clip_base.data.batch import ImageBatch
-from clip_base.images.decode import Pixels, decode
-from clip_base.images.inputs import read_upright
-from clip_base.images.orientation import turned_as_annotated
 from clip_base.jobs.config import option
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import write_json
 from clip_base.runtime.precision import autocast
-from clip_base.runtime.workers import Report, cores, in_turn
+from clip_base.runtime.workers import Report
 from regionclip.data.annotations import CocoDetection, ImageAnnotations
+from regionclip.data.batches import (
+    DecodedImage,
+    LoadedBatch,
+    read_batches,
+    read_record,
+    read_upright,
+)
 from regionclip.inference.detect import unique_names
 from regionclip.inference.feature_files import ImageFeatures, write_arrays, write_table
 from regionclip.inference.options import DetectorOptions
@@ -33,14 +35,8 @@ from regionclip.proposals.base import build_proposer
 from regionclip.proposals.precomputed import TruthProposer
 from regionclip.structures.boxes import clip_boxes
 from regionclip.structures.regions import ImageInfo, Regions, whole_images
-from regionclip.structures.transforms import ResizeTransform, resize_shortest_edge, to_batch
-
-READERS = min(8, cores())  # threads that decode and resize ahead
-
 
 _NONE = torch.zeros(0, dtype=torch.int64)
-
-Placed = tuple[Pixels, ResizeTransform] | InputError
 
 
 @dataclass(frozen=True)
@@ -104,10 +100,21 @@ class RegionFeatureExtractor:
         """Writes a shard's files, and at last the record that says so."""
         out, done = Path(self.config.out), dict[int, ImageFeatures]()
         skipped: list[dict[str, Any]] = []
-        for rows, images, frames in self._batches(shard, skipped, report):
-            records = [self.records[row] for row in rows]
-            done |= zip(rows, self.describe(records, images, frames), strict=True)
-            report(len(rows), "")
+
+        def skip(row: int, reason: str) -> None:
+            skipped.append({"file_name": self._name(self.records[row]), "reason": reason})
+
+        groups = read_batches(
+            range(shard.start, shard.stop),
+            self._read,
+            self.predictor.resize,
+            self.config.batch_size,
+            self.device,
+            on_skip=skip,
+        )
+        for group in groups:
+            done |= {row: features for row, _, features in group.map(self.describe)}
+            report(group.count, "")
         found = [done[row] for row in sorted(done)]
         if self.config.format == "npz":
             for row in sorted(done):
@@ -118,77 +125,27 @@ class RegionFeatureExtractor:
         record = {"images": len(found), "regions": sum(map(len, found)), "skipped": skipped}
         write_json(record_path(out, shard.number), record)
 
-    def _batches(
-        self, shard: Shard, skipped: list[dict[str, Any]], report: Report
-    ) -> Iterator[tuple[list[int], ImageBatch, list[ResizeTransform]]]:
-        """Yields batches of pictures of like shape, so that there is little padding."""
-        steep = {row: self._steepness(self.records[row]) for row in range(shard.start, shard.stop)}
-        ordered = sorted(steep, key=steep.__getitem__)
-        stream = in_turn(self._placed, (self.records[row] for row in ordered), READERS)
-        for _, group in itertools.groupby(ordered, lambda row: steep[row] > 1):
-            while some := list(itertools.islice(group, self.config.batch_size)):
-                good: list[tuple[int, Pixels, ResizeTransform]] = []
-                for row, placed in zip(some, itertools.islice(stream, len(some)), strict=True):
-                    if isinstance(placed, InputError):
-                        skipped.append({"file_name": self._name(self.records[row]), "reason": str(placed)})
-                        report(1, "")
-                    else:
-                        good.append((row, *placed))
-                if good:
-                    rows, pixels, frames = (list(column) for column in zip(*good, strict=True))
-                    images = to_batch(pixels, self.predictor.resize.multiple)
-                    yield rows, images.to(self.device), frames
-
-    def _placed(self, record: ImageAnnotations) -> Placed:
-        """Returns a picture in its frame: an annotated one as its boxes lie, others as one sees them."""
-        resize = self.predictor.resize
-        try:
-            if record.height:
-                size = (record.height, record.width)
-                pixels = turned_as_annotated(decode(record.path), record.path, size)
-            else:
-                pixels, size = read_upright(record.path)
-        except InputError as error:
-            return error
-        placed, frame = resize_shortest_edge(pixels, resize.short[0], resize.long, filter=resize.filter)
-        return placed, replace(frame, original=size)
-
-    def _steepness(self, record: ImageAnnotations) -> float:
-        """Returns height / width, of the stored pixels where the file alone tells; 0: it does not."""
-        if record.height:
-            return record.height / record.width
-        try:
-            with Image.open(record.path) as header:
-                return header.height / header.width
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            return 0.0
+    def _read(self, row: int) -> DecodedImage:
+        """Reads an annotated image as its boxes lie, others as people see them."""
+        record = self.records[row]
+        return read_record(record) if record.height else read_upright(record.path, record.image_id)
 
     def _name(self, record: ImageAnnotations) -> str:
         folder = self.config.image_folder
         return str(record.path.relative_to(folder) if folder else record.path)
 
-    def describe(
-        self, records: Sequence[ImageAnnotations], images: ImageBatch, frames: Sequence[ResizeTransform]
-    ) -> list[ImageFeatures]:
-        """Returns what is to be written of each picture of a batch.
-
-        Args:
-            records: B pictures.
-            images: their pixels, on the device.
-            frames: how each lies in the batch's frame.
-        """
-        keys = [
-            ImageInfo(record.image_id, *frame.original) for record, frame in zip(records, frames, strict=True)
-        ]
+    def describe(self, batch: LoadedBatch[int]) -> list[ImageFeatures]:
+        """Returns what is to be written of each image of a batch, whose items are rows of `records`."""
+        images, records = batch.images, [self.records[row] for row in batch.items]
         with torch.no_grad(), autocast(self.config.precision, self.device):
-            regions, embeddings = self._embedded(images, keys)
+            regions, embeddings = self._embedded(images, batch.infos)
         regions, features = regions.to("cpu"), embeddings.cpu()
         ranked: list[list[tuple[str, float]]] = []
         if self.config.vocabulary:
             ranked = self.predictor.classify_embeddings(features, self.config.top_k)
         whole = len(images) if self.config.whole_image else 0
         found = []
-        for slot, (record, frame) in enumerate(zip(records, frames, strict=True)):
+        for slot, (record, frame) in enumerate(zip(records, batch.transforms, strict=True)):
             mine = torch.nonzero(regions.image_index == slot).flatten()
             boxes = clip_boxes(frame.invert_boxes(regions.boxes[mine]), frame.original)
             assert regions.scores is not None

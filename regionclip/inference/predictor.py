@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,19 +22,26 @@ from clip_base.jobs.config import Plugin
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast, pick_device
 from clip_base.runtime.progress import track
-from clip_base.runtime.workers import cores, in_turn
 from regionclip.checkpoints.load import load_detector, vocabulary_for
 from regionclip.concepts.vocabulary import Vocabulary
+from regionclip.data.batches import (
+    DecodedImage,
+    LoadedBatch,
+    ReadGroup,
+    batch_of,
+    read_batches,
+    read_upright,
+)
 from regionclip.data.categories import check_names, parse_names
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
 from regionclip.proposals.base import Proposer, build_proposer
 from regionclip.structures.boxes import clip_boxes, valid_boxes
 from regionclip.structures.detections import Detections
-from regionclip.structures.regions import ImageInfo, Regions, whole_images
-from regionclip.structures.transforms import ResizeConfig, ResizeTransform, resize_shortest_edge, to_batch
+from regionclip.structures.regions import Regions, whole_images
+from regionclip.structures.transforms import ResizeConfig
 
-READERS = min(4, cores())  # threads that read pictures ahead
+Images = str | Path | Iterable[Picture]  # a folder or pattern, a list, an iterator, a batch
 Names = str | Path | Sequence[str] | Vocabulary
 Boxes = Tensor | npt.NDArray[Any] | Sequence[Sequence[float]]
 
@@ -90,14 +95,14 @@ def load(
 
 
 class Predictor:
-    """Finds and describes things in pictures.
+    """Finds and describes things in images.
 
-    A picture is a file's path, a PIL image, an array [H, W, 3] (RGB), [H, W, 4] or [H, W], or a tensor with
-    the channels first; numbers are uint8, or floating in [0, 1]. Several pictures are a list, a tuple or an
+    An image is a file's path, a PIL image, an array [H, W, 3] (RGB), [H, W, 4] or [H, W], or a tensor with
+    the channels first; numbers are uint8, or floating in [0, 1]. Several images are a list, a tuple or an
     iterator, an array [B, H, W, 3] or tensor [B, 3, H, W], a folder, or a pattern such as "photos/*.jpg".
 
-    Boxes are (x1, y1, x2, y2) in pixels of the picture as it is given, turned as its EXIF note says. What is
-    returned lies on the CPU.
+    Boxes are (x1, y1, x2, y2) in pixels of the image as it is given, rotated by its EXIF orientation. What is
+    returned is on the CPU.
 
     Args:
         detector: in evaluation mode, on its device.
@@ -158,76 +163,90 @@ class Predictor:
             vocabulary = vocabulary_for(self.detector, words, words, self.templates, embeddings=embeddings)
         self.detector.set_vocabulary(vocabulary)
 
-    @overload
-    def detect(
-        self, images: list[Any] | tuple[Any, ...] | Iterator[Any], score: float = ..., batch_size: int = ...
-    ) -> list[Detections]: ...
-
-    @overload
-    def detect(self, images: Picture, score: float = ..., batch_size: int = ...) -> Detections | Any: ...
-
-    def detect(self, images: Any, score: float = 0.0, batch_size: int = 8) -> Any:
-        """Finds what the vocabulary names; of several pictures it shows how far it is.
+    def detect(self, image: Picture, score: float = 0.0) -> Detections:
+        """Finds what the vocabulary names in one image.
 
         Args:
-            images: one picture, or several in any of the forms that the class knows.
+            image: one image in any of the forms that the class knows.
             score: detections that score less, in [0, 1], are left out.
-            batch_size: pictures at once.
 
         Returns:
-            The Detections of a single picture, best first; of several a list of them, a folder's or a
-                pattern's in the order of the files' names.
+            Its detections, best first.
 
         Raises:
-            InputError: a picture does not decode or is of no known form, there are none, no vocabulary is
-                set, or a CLIP was given no proposer.
+            InputError: several images were given, the image does not decode or is of no known form, no
+                vocabulary is set, or a CLIP was given no proposer.
         """
-        several = _several(images)
-        if several is None:
-            (found,) = self.detect_batch([read_picture(images)])
-            return found.with_min_score(score)
+        if _several(image) is not None:
+            raise InputError(
+                f"detect takes one image, and {_described(image)} stands for several; call "
+                "detect_many for a list of their detections, or iter_detect for one after another"
+            )
+        (found,) = self.detect_batch([read_picture(image)])
+        return found.with_min_score(score)
+
+    def detect_many(self, images: Images, score: float = 0.0, batch_size: int = 8) -> list[Detections]:
+        """Finds what the vocabulary names in several images, and shows how far it is.
+
+        Args:
+            images: several images in any of the forms that the class knows.
+            score: detections that score less, in [0, 1], are left out.
+            batch_size: most images at once.
+
+        Returns:
+            The detections of each image; a folder's or a pattern's in the order of the files' names.
+
+        Raises:
+            InputError: one image was given or none, an image does not decode or is of no known form, no
+                vocabulary is set, or a CLIP was given no proposer.
+        """
+        several = _required_several(images)
         total = len(several) if isinstance(several, Sized) else None
         return list(track(self.iter_detect(several, score, batch_size), "detecting", total))
 
-    def iter_detect(
-        self, images: Iterable[Picture], score: float = 0.0, batch_size: int = 8
-    ) -> Iterator[Detections]:
-        """Yields the Detections of one picture after another: for more of them than fit into memory.
+    def iter_detect(self, images: Images, score: float = 0.0, batch_size: int = 8) -> Iterator[Detections]:
+        """Returns an iterator over the images' detections: for more images than fit into memory.
 
         Args:
-            images: pictures, as many as there are; they are read as they are needed.
+            images: see `detect_many`; they are read as they are needed.
             score: detections that score less, in [0, 1], are left out.
-            batch_size: pictures at once.
+            batch_size: most images at once.
 
         Raises:
-            InputError: see `detect`.
+            InputError: see `detect_many`.
         """
-        first = 0
-        for pictures in _batches(images, batch_size):
-            for found in self.detect_batch(pictures, first):
-                yield found.with_min_score(score)
-            first += len(pictures)
+        self._check_ready()
+        groups = self._read(_required_several(images), batch_size)
+        return (
+            found.with_min_score(score) for group in groups for _, _, found in group.map(self.detect_loaded)
+        )
 
     def detect_batch(
-        self, pictures: Sequence[tuple[Pixels, tuple[int, int]]], first: int = 0
+        self, images: Sequence[tuple[Pixels, tuple[int, int]]], first: int = 0
     ) -> list[Detections]:
-        """Returns the detections in a batch of pictures as `read_picture` gives them.
+        """Returns the detections in decoded images, which are padded to one size.
 
         Args:
-            pictures: pixels, and the (height, width) in which boxes are wanted.
-            first: the first picture's id, for proposers that look boxes up; the others count on.
+            images: pixels [H, W, 3], and the (height, width) in which boxes are wanted.
+            first: the first image's id, for proposers that look boxes up; the others count on.
 
         Raises:
             InputError: no vocabulary is set, or a CLIP was given no proposer.
         """
+        decoded = [DecodedImage(image_id, *image) for image_id, image in enumerate(images, first)]
+        return self.detect_loaded(batch_of(decoded, self.resize, self.device))
+
+    def detect_loaded(self, batch: LoadedBatch[Any]) -> list[Detections]:
+        """Returns the detections in a batch of `read_batches`; see `detect_batch`."""
+        self._check_ready()
+        with torch.no_grad(), autocast(self.precision, self.device):
+            return self.detector.detect_batch(batch.images, batch.transforms, batch.infos, self.proposer)
+
+    def _check_ready(self) -> None:
         if self.detector.vocabulary is None:
             raise InputError("no names to look for; give vocabulary= or call set_vocabulary first")
         if self.proposer is None and self.detector.network is None:
             raise InputError("a CLIP has no proposal network; load it with proposer={'name': 'grid'}, say")
-        batch, frames = self._batch(pictures)
-        keys = [ImageInfo(first + slot, *frame.original) for slot, frame in enumerate(frames)]
-        with torch.no_grad(), autocast(self.precision, self.device):
-            return self.detector.detect_batch(batch, frames, keys, self.proposer)
 
     def region_features(self, image: Picture, boxes: Boxes) -> Tensor:
         """Returns [N, D] float32 unit-length embeddings of regions, in the space of CLIP's texts.
@@ -239,28 +258,31 @@ class Predictor:
         Raises:
             InputError: the picture does not decode, or a box covers nothing of it.
         """
-        picture = read_picture(image)
-        given = _boxes_in(boxes, picture[1])
-        batch, (frame,) = self._batch([picture])
-        regions = Regions(frame.apply_boxes(given), torch.zeros(len(given), dtype=torch.int64))
-        return self._embed(batch, regions.to(self.device))
+        pixels, size = read_picture(image)
+        given = _boxes_in(boxes, size)
+        batch = batch_of([DecodedImage(0, pixels, size)], self.resize, self.device)
+        index = torch.zeros(len(given), dtype=torch.int64)
+        regions = Regions(batch.transforms[0].apply_boxes(given), index)
+        return self._embed(batch.images, regions.to(self.device))
 
-    def image_features(self, images: Picture | Iterable[Picture], batch_size: int = 8) -> Tensor:
-        """Returns float32 unit-length embeddings of whole pictures: [D] of one, [B, D] of several.
+    def image_features(self, images: Picture | Images, batch_size: int = 8) -> Tensor:
+        """Returns [B, D] float32 unit-length embeddings of whole images: one row for each, also of one image.
 
         Args:
-            images: see `detect`.
-            batch_size: pictures at once.
+            images: one image or several, in any of the forms that the class knows.
+            batch_size: most images at once.
 
         Raises:
-            InputError: a picture does not decode or is of no known form, or there are none.
+            InputError: an image does not decode or is of no known form, or there are none.
         """
-        several = _several(images)
+
+        def embed(batch: LoadedBatch[Any]) -> list[Tensor]:
+            return list(self._embed(batch.images, whole_images(batch.images)))
+
         alone: list[Any] = [images]
-        stream = _batches(alone if several is None else several, batch_size)
-        batches = (self._batch(pictures)[0] for pictures in stream)
-        features = torch.cat([self._embed(batch, whole_images(batch)) for batch in batches])
-        return features[0] if several is None else features
+        several = _several(images)
+        groups = self._read(alone if several is None else several, batch_size)
+        return torch.stack([row for group in groups for _, _, row in group.map(embed)])
 
     def classify_regions(self, image: Picture, boxes: Boxes, k: int = 5) -> list[list[tuple[str, float]]]:
         """Returns for each region its k most probable names with their probabilities, best first.
@@ -308,38 +330,47 @@ class Predictor:
             embeddings: Tensor = F.normalize(self.detector.encoder(batch, regions).float(), dim=-1)
         return embeddings.cpu()
 
-    def _batch(
-        self, pictures: Sequence[tuple[Pixels, tuple[int, int]]]
-    ) -> tuple[ImageBatch, list[ResizeTransform]]:
-        resize, placed, frames = self.resize, [], []
-        for pixels, size in pictures:
-            resized, frame = resize_shortest_edge(pixels, resize.short[0], resize.long, filter=resize.filter)
-            placed.append(resized)
-            frames.append(replace(frame, original=size))
-        return to_batch(placed, resize.multiple).to(self.device), frames
+    def _read(self, images: Iterable[Any], batch_size: int) -> Iterator[ReadGroup[tuple[int, Picture]]]:
+        """Yields the batches of images, whose ids count from 0; none at all are an InputError."""
+        groups = read_batches(enumerate(images), _read_numbered, self.resize, batch_size, self.device)
+        first = next(groups, None)
+        if first is None:
+            raise InputError("no images were given: the list is empty")
+        yield first
+        yield from groups
+
+
+def _read_numbered(item: tuple[int, Picture]) -> DecodedImage:
+    return read_upright(item[1], item[0])
 
 
 def _several(images: Any) -> Iterable[Any] | None:
-    """Returns the pictures of a list, an iterator, a batch, a folder or a pattern; None for one picture."""
+    """Returns the images of a list, an iterator, a batch, a folder or a pattern; None for one image."""
     if isinstance(images, str | Path):
         is_one = not Path(images).is_dir() and (Path(images).exists() or not glob.has_magic(str(images)))
         return None if is_one else picture_files([str(images)])
     if isinstance(images, Tensor | np.ndarray):
         return list(images) if images.ndim == 4 else None
-    return images if isinstance(images, list | tuple | Iterator) else None
+    return images if isinstance(images, Iterable) else None
 
 
-def _batches(images: Iterable[Picture], batch_size: int) -> Iterator[list[tuple[Pixels, tuple[int, int]]]]:
-    """Yields all pictures as `read_picture` gives them; none at all are an InputError."""
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, found {batch_size}")
-    stream = in_turn(read_picture, images, READERS)
-    batch = list(islice(stream, batch_size))
-    if not batch:
-        raise InputError("no pictures were given: the list is empty")
-    while batch:
-        yield batch
-        batch = list(islice(stream, batch_size))
+def _required_several(images: Any) -> Iterable[Any]:
+    several = _several(images)
+    if several is None and isinstance(images, str | Path) and not Path(images).exists():
+        picture_files([str(images)])  # which says that it does not exist
+    if several is None:
+        raise InputError(
+            f"expected several images (a list, an iterator, a batch, a folder or a pattern), got "
+            f"{_described(images)}; call detect for one image"
+        )
+    return several
+
+
+def _described(images: Any) -> str:
+    if isinstance(images, str | Path):
+        return f"{'folder' if Path(images).is_dir() else 'image'} {images}"
+    shape = f" {list(images.shape)}" if isinstance(images, Tensor | np.ndarray) else ""
+    return f"a {type(images).__name__}{shape}"
 
 
 def _boxes_in(boxes: Boxes, size: tuple[int, int]) -> Tensor:

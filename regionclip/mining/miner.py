@@ -14,10 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip_base.data.batch import ImageBatch
 from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
-from clip_base.images.decode import Pixels, decode
-from clip_base.images.orientation import turned_as_annotated, turned_upright
 from clip_base.jobs.config import REQUIRED, Plugin, build_plugin, option, plugin
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing
@@ -29,6 +26,7 @@ from regionclip.concepts.phrases import Phrase, PhraseParser
 from regionclip.concepts.pool import Concept, pool_language, read_concepts
 from regionclip.concepts.synonyms import aliases_of
 from regionclip.concepts.vocabulary import Vocabulary
+from regionclip.data.batches import DecodedImage, LoadedBatch, read_annotated, read_batches
 from regionclip.data.caption_index import CaptionedImageEntry, CaptionIndex, ImageRange
 from regionclip.mining.matchers.base import GROUP as MATCHERS
 from regionclip.mining.matchers.base import Matcher, MatchInputs
@@ -36,8 +34,7 @@ from regionclip.mining.shards import MinedRegion, shard_path, write_shard
 from regionclip.models.region_encoder import RegionEncoder
 from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import build_proposer
-from regionclip.structures.regions import ImageInfo
-from regionclip.structures.transforms import ResizeConfig, ResizeTransform, resize_shortest_edge, to_batch
+from regionclip.structures.transforms import ResizeConfig, ResizeTransform
 
 VOCABULARY = "vocabulary.safetensors"
 
@@ -124,64 +121,39 @@ class Miner:
             report: takes how many images more were looked at.
         """
         count = 0
-        for chunk in self._batches(images, skipped):
-            pixels = [pixels for _, pixels, _ in chunk]
-            batch = to_batch(pixels, self.config.resize.multiple).to(self.device)
-            with torch.no_grad(), autocast(self.config.precision, self.device):
-                found = self._mine_batch(batch, [(image, frame) for image, _, frame in chunk])
-            for (image, _, _), (rows, reason) in zip(chunk, found, strict=True):
-                count += len(rows)
-                yield from rows
-                if not rows:
-                    skipped.append(_entry(image, reason))
-            report(len(chunk), f"{count} regions in this shard")
 
-    def _batches(
-        self, images: Sequence[CaptionedImage], skipped: list[dict[str, Any]]
-    ) -> Iterator[list[tuple[CaptionedImage, Pixels, ResizeTransform]]]:
-        resize = self.config.resize
-        chunk: list[tuple[CaptionedImage, Pixels, ResizeTransform]] = []
-        for image in images:
-            try:
-                pixels = self._pixels(image)
-            except InputError as error:
-                skipped.append(_entry(image, str(error)))
-                continue
-            chunk.append(
-                (image, *resize_shortest_edge(pixels, resize.short[0], resize.long, filter=resize.filter))
-            )
-            if len(chunk) == self.config.batch_size:
-                yield chunk
-                chunk = []
-        if chunk:
-            yield chunk
+        def skip(image: CaptionedImage, reason: str) -> None:
+            skipped.append(_entry(image, reason))
 
-    def _pixels(self, image: CaptionedImage) -> Pixels:
-        """Returns an image in the frame of its stated size; upright where none is stated."""
-        path = self.folder / image.file_name
-        pixels = decode(path)
-        return (
-            turned_upright(pixels, path)
-            if image.size is None
-            else turned_as_annotated(pixels, path, image.size)
+        groups = read_batches(
+            images, self._read, self.config.resize, self.config.batch_size, self.device, on_skip=skip
         )
+        for group in groups:
+            for image, _, (regions, reason) in group.map(self._mine_batch):
+                count += len(regions)
+                yield from regions
+                if not regions:
+                    skip(image, reason)
+            report(group.count, f"{count} regions in this shard")
 
-    def _mine_batch(
-        self, batch: ImageBatch, images: list[tuple[CaptionedImage, ResizeTransform]]
-    ) -> list[tuple[list[MinedRegion], str]]:
-        keys = [ImageInfo(image.image_id, *frame.original) for image, frame in images]
-        proposals = self.proposer(batch, keys)
-        embeddings = self.encoder(batch, proposals)  # [N, D]
-        similarity = (embeddings @ self.concepts.T).float().cpu()  # [N, C]
-        proposals = proposals.to("cpu")
-        return [
-            self._of_image(
-                image, frame, similarity[mask], proposals.boxes[mask], _scores(proposals.scores, mask)
-            )
-            for (image, frame), mask in zip(
-                images, (proposals.image_index == i for i in range(len(images))), strict=True
-            )
-        ]
+    def _read(self, image: CaptionedImage) -> DecodedImage:
+        return read_annotated(image.image_id, self.folder / image.file_name, image.size)
+
+    def _mine_batch(self, batch: LoadedBatch[CaptionedImage]) -> list[tuple[list[MinedRegion], str]]:
+        """Returns for each image its regions, and why there are none."""
+        with torch.no_grad(), autocast(self.config.precision, self.device):
+            proposals = self.proposer(batch.images, batch.infos)
+            embeddings = self.encoder(batch.images, proposals)  # [N, D]
+            similarity = (embeddings @ self.concepts.T).float().cpu()  # [N, C]
+            proposals = proposals.to("cpu")
+            found = []
+            for slot, (image, transform) in enumerate(zip(batch.items, batch.transforms, strict=True)):
+                mask = proposals.image_index == slot
+                scores = _scores(proposals.scores, mask)
+                found.append(
+                    self._of_image(image, transform, similarity[mask], proposals.boxes[mask], scores)
+                )
+        return found
 
     def _of_image(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,13 +11,14 @@ from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
 from clip_base.jobs.run import RunFolder
 from clip_base.runtime.precision import autocast, pick_device
 from clip_base.runtime.progress import Progress
-from regionclip.data.annotations import CocoDetection
-from regionclip.data.batches import batches_of, write_skipped
+from regionclip.data.annotations import CocoDetection, ImageAnnotations
+from regionclip.data.batches import LoadedBatch, read_batches, read_record, write_skipped
 from regionclip.data.categories import load_split
 from regionclip.metrics.recall import RecallMeter, described
 from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import build_proposer
 from regionclip.proposals.storage import writing
+from regionclip.structures.regions import Regions
 from regionclip.structures.transforms import ResizeConfig
 
 
@@ -67,21 +68,33 @@ def propose(config: ProposeConfig) -> None:
     is_novel = torch.tensor(
         split.is_novel(dataset.categories) if split else [False] * len(dataset.categories)
     )
+
+    def propose_batch(batch: LoadedBatch[ImageAnnotations]) -> list[Regions]:
+        with torch.no_grad(), autocast(config.precision, device):
+            found = proposer(batch.images, batch.infos).to("cpu")
+        per_image = [found.of_image(slot) for slot in range(len(batch.items))]
+        return [
+            replace(regions, boxes=transform.invert_boxes(regions.boxes))
+            for regions, transform in zip(per_image, batch.transforms, strict=True)
+        ]
+
+    groups = read_batches(
+        dataset,
+        read_record,
+        config.resize,
+        config.batch_size,
+        device,
+        on_skip=lambda record, reason: skipped.update({record.image_id: reason}),
+    )
     with writing(path) as file, Progress("proposals", len(dataset)) as progress:
-        for batch in batches_of(dataset, config.resize, config.batch_size, device, skipped):
-            with torch.no_grad(), autocast(config.precision, device):
-                found = proposer(batch.images, batch.keys).to("cpu")
-            for slot, record in enumerate(batch.records):
-                mine = found.of_image(slot)
-                originals = batch.frames[slot].invert_boxes(mine.boxes)
-                file.add(
-                    record.image_id, originals, torch.ones(len(mine)) if mine.scores is None else mine.scores
-                )
+        for group in groups:
+            for record, _, regions in group.map(propose_batch):
+                scores = torch.ones(len(regions)) if regions.scores is None else regions.scores
+                file.add(record.image_id, regions.boxes, scores)
                 single = record.without_crowds()
-                meter.add(single.boxes, originals, is_novel[single.labels])
-                count += len(mine)
-            images += len(batch.records)
-            progress.advance(len(batch.records))
+                meter.add(single.boxes, regions.boxes, is_novel[single.labels])
+                count, images = count + len(regions), images + 1
+            progress.advance(group.count)
     write_skipped(run.path / "skipped.jsonl", skipped)
     metrics: dict[str, Any] = {"images": images, "proposals": count, "skipped": len(skipped)}
     recall = meter.metrics()

@@ -18,7 +18,7 @@ from clip_base.training.loop import TrainConfig
 from clip_base.training.pretrain import last_loss
 from clip_base.weights.load import load_clip
 from regionclip.data.annotations import CocoDetection
-from regionclip.data.batches import batches_of, write_skipped
+from regionclip.data.batches import read_batches, read_record, write_skipped
 from regionclip.data.categories import load_split
 from regionclip.metrics.recall import RecallMeter, described
 from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
@@ -128,10 +128,18 @@ def recall(network: ProposalNetwork, config: TrainRPNConfig, skipped: dict[int, 
     print(f"validation: {dataset.report()}")
     device = pick_device(config.train.device)
     meter, is_novel = RecallMeter(apart=True), torch.tensor(split.is_novel(dataset.categories))
-    for batch in track(batches_of(dataset, config.resize, 16, device, skipped), "recall"):
+    groups = read_batches(
+        dataset,
+        read_record,
+        config.resize,
+        16,
+        device,
+        on_skip=lambda record, reason: skipped.update({record.image_id: reason}),
+    )
+    for batch in (batch for group in track(groups, "recall") for batch in group.batches):
         with torch.no_grad(), autocast(config.train.precision, device):
             found = network.propose(batch.images, 1000).to("cpu")
-        for slot, (record, frame) in enumerate(zip(batch.records, batch.frames, strict=True)):
-            boxes = frame.invert_boxes(found.of_image(slot).boxes)
+        for slot, (record, transform) in enumerate(zip(batch.items, batch.transforms, strict=True)):
+            boxes = transform.invert_boxes(found.of_image(slot).boxes)
             meter.add(record.boxes, boxes, is_novel[record.labels])
     return meter.metrics()

@@ -18,7 +18,7 @@ from clip_base.runtime.errors import InputError
 from regionclip.checkpoints.load import read_detector_file, save_detector
 from regionclip.concepts.vocabulary import embed
 from regionclip.data.annotations import CocoDetection
-from regionclip.data.batches import batches_of
+from regionclip.data.batches import read_batches, read_record
 from regionclip.data.categories import load_split
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
@@ -82,9 +82,10 @@ def ours(file: Path, world: Path, config: DetectorConfig) -> dict[int, Detection
         embed(detector.clip, Tokenizer(detector.clip.config.text.context_length), names, templates, novel)
     )
     found = {}
-    for batch in batches_of(dataset, RESIZE, 4, torch.device("cpu")):
-        detections = detector.detect_batch(batch.images, batch.frames, batch.keys)
-        found |= {record.image_id: one for record, one in zip(batch.records, detections, strict=True)}
+    groups = read_batches(dataset, read_record, RESIZE, 4, torch.device("cpu"))
+    for batch in (batch for group in groups for batch in group.batches):
+        detections = detector.detect_batch(batch.images, batch.transforms, batch.infos)
+        found |= {record.image_id: one for record, one in zip(batch.items, detections, strict=True)}
     return found
 
 

@@ -21,7 +21,7 @@ from clip_base.weights.native import read_weights, write_weights
 from regionclip.checkpoints.load import load_detector
 from regionclip.concepts.vocabulary import embed
 from regionclip.data.annotations import CocoDetection
-from regionclip.data.batches import batches_of
+from regionclip.data.batches import read_batches, read_record
 from regionclip.models.postprocess import DetectorConfig
 from regionclip.structures.regions import Regions
 from regionclip.structures.transforms import ResizeConfig
@@ -114,10 +114,11 @@ def test_top1_over_true_boxes_is_a_naive_count(
     templates = ["a photo of {article} {}.", "{}"]
     detector.set_vocabulary(embed(detector.clip, Tokenizer(24), dataset.categories, templates))
     right: dict[str, list[bool]] = {"": [], "_base": [], "_novel": []}
-    for batch in batches_of(dataset, ResizeConfig([64], 64), 3, torch.device("cpu")):
-        for slot, record in enumerate(batch.records):
+    groups = read_batches(dataset, read_record, ResizeConfig([64], 64), 3, torch.device("cpu"))
+    for batch in (batch for group in groups for batch in group.batches):
+        for slot, record in enumerate(batch.items):
             for box, label in zip(record.boxes, record.labels.tolist(), strict=True):
-                region = Regions(batch.frames[slot].apply_boxes(box[None]), torch.tensor([slot]))
+                region = Regions(batch.transforms[slot].apply_boxes(box[None]), torch.tensor([slot]))
                 cosines = detector.classify(batch.images, region, background=False)[0][0]
                 part = "_novel" if dataset.categories[label] in split["novel"] else "_base"
                 for key in ("", part):

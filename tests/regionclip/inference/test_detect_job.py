@@ -352,16 +352,16 @@ def test_a_broken_video_costs_only_itself(
 
 
 def stopping(after: int) -> Callable[..., object]:
-    """Returns `Predictor.detect_batch` that stops, as Ctrl-C does, before batch number `after`."""
-    real, calls = Predictor.detect_batch, []
+    """Returns `Predictor.detect_loaded` that stops, as Ctrl-C does, before batch number `after`."""
+    real, calls = Predictor.detect_loaded, []
 
-    def detect_batch(self: Predictor, *arguments: object) -> object:
+    def detect_loaded(self: Predictor, *arguments: object) -> object:
         calls.append(arguments)
         if len(calls) > after:
             raise KeyboardInterrupt
         return real(self, *arguments)  # type: ignore[arg-type]
 
-    return detect_batch
+    return detect_loaded
 
 
 def test_a_stopped_run_goes_on_and_ends_as_an_undisturbed_one(
@@ -378,7 +378,7 @@ def test_a_stopped_run_goes_on_and_ends_as_an_undisturbed_one(
     found, undisturbed = tmp_path / "found", tmp_path / "undisturbed"
     assert regionclip(*arguments, f"out={undisturbed}")[0] == 2
     for after in (1, 3):
-        monkeypatch.setattr(Predictor, "detect_batch", stopping(after))
+        monkeypatch.setattr(Predictor, "detect_loaded", stopping(after))
         assert regionclip(*arguments, f"out={found}")[0] == 130
         monkeypatch.undo()
         with (found / job.JOURNAL).open("ab") as file:
@@ -396,7 +396,7 @@ def test_another_command_does_not_take_a_stopped_run_away(
     photos: Path, options: list[str], tmp_path: Path, regionclip: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["detect", photos, *options, "batch_size=1"]
-    monkeypatch.setattr(Predictor, "detect_batch", stopping(2))
+    monkeypatch.setattr(Predictor, "detect_loaded", stopping(2))
     assert regionclip(*arguments)[0] == 130
     monkeypatch.undo()
     journal = (tmp_path / "found" / job.JOURNAL).read_bytes()

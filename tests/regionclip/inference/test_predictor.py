@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,14 +57,14 @@ def test_a_list_and_a_folder_give_a_list_whatever_the_batch(
 ) -> None:
     folder = shutil.copytree(world / "images" / "val", tmp_path / "photos")
     files = sorted(folder.iterdir())
-    found = predictor.detect(folder, batch_size=3)
+    found = predictor.detect_many(folder, batch_size=3)
     assert len(found) == len(files)
     for file, one in zip(files, found, strict=True):
         alone = predictor.detect(file)
         torch.testing.assert_close(one.boxes, alone.boxes, rtol=0, atol=1e-3)
         torch.testing.assert_close(one.scores, alone.scores, rtol=0, atol=1e-5)
-    assert len(predictor.detect([files[0]])) == 1
-    assert all(float(one.scores.min()) >= 0.3 for one in predictor.detect(folder, score=0.3) if len(one))
+    assert len(predictor.detect_many([files[0]])) == 1
+    assert all(float(one.scores.min()) >= 0.3 for one in predictor.detect_many(folder, score=0.3) if len(one))
 
 
 def test_it_finds_what_the_job_finds(
@@ -79,14 +80,13 @@ def test_it_finds_what_the_job_finds(
 
 def test_a_pattern_a_batch_and_an_iterator_give_a_list_too(predictor: Predictor, world: Path) -> None:
     folder = world / "images" / "val"
-    expected = predictor.detect(folder)
+    expected = predictor.detect_many(folder)
     assert len(expected) == 4
     files = sorted(folder.iterdir())
     pixels = np.stack([np.array(Image.open(file).convert("RGB")) for file in files])
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     for pictures in (f"{folder}/*", iter(files), pixels, tensor):
-        found = predictor.detect(pictures)
-        assert isinstance(found, list)
+        found = predictor.detect_many(pictures)
         assert all(same(*pair) for pair in zip(found, expected, strict=True))
     whole, parts = (predictor.image_features(tensor, batch_size=size) for size in (8, 3))
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-5)
@@ -100,7 +100,7 @@ def test_progress_is_shown_for_several_pictures_and_not_for_one(
     capsys.readouterr()
     predictor.detect(photo)
     assert capsys.readouterr().err == ""
-    predictor.detect([photo, photo])
+    predictor.detect_many([photo, photo])
     assert "detecting: 1/2" in capsys.readouterr().err
 
 
@@ -170,7 +170,7 @@ def test_region_features_are_of_unit_length_and_the_whole_picture_is_a_region(
     features = predictor.region_features(photo, [[0, 0, width, height], [4, 4, 30, 40]])
     assert features.shape == (2, predictor.detector.clip.config.embed_dim)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
-    torch.testing.assert_close(predictor.image_features(photo), features[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(predictor.image_features(photo), features[:1], rtol=0, atol=1e-5)
     assert predictor.image_features([photo, photo]).shape == features.shape
     assert predictor.region_features(photo, []).shape == (0, features.shape[1])
 
@@ -242,23 +242,46 @@ def test_what_is_missing_is_said(clip_file: Path, detector_file: Path, photo: Pa
 @pytest.mark.parametrize(
     ("images", "told"),
     [
-        ([], "no pictures were given"),
-        ("nothing.jpg", "nothing.jpg cannot be read: No such file"),
+        ([], "no images were given"),
+        ("nothing.jpg", "nothing.jpg .*(cannot be read: No such file|does not exist)"),
         (["nothing.jpg"], "nothing.jpg cannot be read: No such file"),
         ("nothing/*.jpg", "fits no file"),
-        (np.full((9, 9, 3), 200.0), r"lies in \[0, 1\], got 200…200; was it normalised"),
+        ([np.full((9, 9, 3), 200.0)], r"lies in \[0, 1\], got 200…200; was it normalised"),
     ],
 )
 def test_pictures_that_are_none_are_refused(predictor: Predictor, images: object, told: str) -> None:
     with pytest.raises(InputError, match=told):
-        predictor.detect(images)
+        predictor.detect_many(images)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=told):
         predictor.image_features(images)  # type: ignore[arg-type]
 
 
 def test_a_folder_without_pictures_is_refused(predictor: Predictor, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no images"):
-        predictor.detect(tmp_path)
+        predictor.detect_many(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["folder", "pattern", "list", "iterator", "batch"])
+def test_detect_refuses_several_images_and_names_the_call_for_them(
+    predictor: Predictor, photo: Path, form: str
+) -> None:
+    forms: dict[str, Any] = {
+        "folder": photo.parent,
+        "pattern": f"{photo.parent}/*",
+        "list": [photo],
+        "iterator": iter([photo]),
+        "batch": torch.zeros(2, 3, 64, 64),
+    }
+    with pytest.raises(InputError, match=r"detect takes one image.*call detect_many"):
+        predictor.detect(forms[form])
+
+
+def test_detect_many_and_iter_detect_refuse_one_image(predictor: Predictor, photo: Path) -> None:
+    for call in (predictor.detect_many, predictor.iter_detect):
+        with pytest.raises(InputError, match=r"expected several images.*call detect for one image"):
+            call(photo)
+        with pytest.raises(InputError, match=r"expected several images.*ndarray"):
+            call(np.zeros((9, 9, 3), np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -279,6 +302,6 @@ def test_what_cannot_be_loaded_is_said_at_once(
 
 def test_a_batch_size_below_one_and_a_score_above_it_are_refused(predictor: Predictor, photo: Path) -> None:
     with pytest.raises(InputError, match="batch_size"):
-        predictor.detect([photo], batch_size=0)
+        predictor.detect_many([photo], batch_size=0)
     with pytest.raises(InputError, match="30 is none"):
         predictor.detect(photo, score=30)

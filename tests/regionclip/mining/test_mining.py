@@ -292,6 +292,7 @@ def test_unusable_images_are_listed_with_their_reason(
     names = {entry["id"]: entry["file_name"] for entry in content["images"]}
     (images / names[ids[0]]).write_bytes(b"no picture")
     (images / names[ids[1]]).unlink()
+    content["images"][6]["height"] += 1
     for entry in content["annotations"]:
         if entry["image_id"] == ids[2]:
             entry["caption"] = "nothing in particular"
@@ -312,6 +313,7 @@ def test_unusable_images_are_listed_with_their_reason(
     assert reasons.pop(ids[4]) == "no caption names a concept of the pool"
     assert reasons.pop(ids[5]) == "it has no caption"
     assert reasons.pop(ids[3]) == "no proposals"
+    assert "was it resized since" in reasons.pop(ids[6])
     assert reasons == {}
 
 

@@ -128,15 +128,15 @@ def make_detector(options: argparse.Namespace, shared: bool) -> Detector:
     # The anchors themselves are proposed: random moves leave hardly a box that no other hides.
     torch.nn.init.zeros_(network.rpn.head.bbox_pred.weight)
     config = DetectorConfig(max_proposals=options.proposals[0], temperature=0.01)
-    detector = Detector(clip, config, network, trained=True)
+    detector = Detector.untrained(clip, config, network)
     return detector.eval().to(options.device).to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
 def spread(detector: Detector, images: ImageBatch) -> None:
     """Takes out what all regions' embeddings share, so that different names win as with trained weights."""
-    stages = detector.stages(images)
-    embeddings, _ = detector.heads(stages[-1], detector.propose(images, stages, 50))
+    maps = detector.feature_maps(images)
+    embeddings, _ = detector.roi_heads(maps, detector.propose(maps, 50))
     visual: Any = detector.clip.visual
     visual.attnpool.c_proj.bias -= embeddings.mean(0)
 
@@ -214,13 +214,13 @@ def time_parts(
     """Returns the median seconds of each part of a detection; each is fed what the one before it gave."""
     context = functools.partial(autocast, precision, images.pixels.device)
     with context():
-        stages = detector.stages(images)
-        regions = detector.propose(images, stages)
+        maps = detector.feature_maps(images)
+        regions = detector.propose(maps)
         if len(regions) != len(frames) * detector.config.max_proposals:
             raise SystemExit(
                 f"{len(regions)} proposals, {detector.config.max_proposals} an image were asked for"
             )
-        embeddings, moves = detector.heads(stages[-1], regions)
+        embeddings, moves = detector.roi_heads(maps, regions)
     assert moves is not None
     boxes, scores = classify(detector, regions, embeddings, moves)
 
@@ -232,9 +232,9 @@ def time_parts(
         return run
 
     works = {
-        "trunk": inside(lambda: detector.stages(images)),
-        "proposals": inside(lambda: detector.propose(images, stages)),
-        "region head": inside(lambda: detector.heads(stages[-1], regions)),
+        "trunk": inside(lambda: detector.feature_maps(images)),
+        "proposals": inside(lambda: detector.propose(maps)),
+        "region head": inside(lambda: detector.roi_heads(maps, regions)),
         "classifier": lambda: classify(detector, regions, embeddings, moves),
         "suppression": lambda: [
             postprocess(boxes[mine], scores[mine], detector.config)

@@ -25,7 +25,6 @@ from clip_base.images.preprocess import square_view
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import ACTIVATIONS
-from clip_base.models.vit import VisionTransformer
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import replacing, write_text
 from clip_base.runtime.precision import autocast, pick_device
@@ -174,9 +173,8 @@ class Embedder:
         return Features(values, torch.tensor(kept, dtype=torch.int64), skipped)
 
     def _features(self, pixels: Tensor) -> Tensor:
-        visual = self.model.visual
-        if self.layer == "penultimate" and isinstance(visual, VisionTransformer):
-            return visual.pooled(pixels)
+        if self.layer == "penultimate":
+            return self.model.visual.pooled(pixels)
         return self.model.encode_image(pixels)
 
 

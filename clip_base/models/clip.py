@@ -89,6 +89,11 @@ class CLIP(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
+    def map_tower(self) -> ModifiedResNet | None:
+        """The vision tower where its head pools any part of its trunk's map; None for a ViT."""
+        return self.visual if isinstance(self.visual, ModifiedResNet) else None
+
+    @property
     def context_length(self) -> int:
         """Token positions of a text, as openai/CLIP's attribute of that name."""
         return self.config.text.context_length

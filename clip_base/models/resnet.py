@@ -164,6 +164,7 @@ class ModifiedResNet(nn.Module):
     Attributes:
         resolution: side of the square image it was made for, in pixels.
         stride: pixels from one cell of the trunk's map to the next.
+        freezable: the parts of each stage below the head, from the stem on, that can be frozen one by one.
         trunk_channels: channels of the trunk's map.
         region_size: side of the trunk's map for an image of `resolution`: a region cut out at this size
             takes the same path as a whole image.
@@ -173,6 +174,7 @@ class ModifiedResNet(nn.Module):
     """
 
     stride = 16
+    freezable = (("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"), ("layer1",), ("layer2",), ("layer3",))
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
@@ -248,6 +250,10 @@ class ModifiedResNet(nn.Module):
             images: [B, 3, H, W], normalised; any size of at least 32 pixels, not only square.
         """
         return self.head(self.trunk(images))
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Returns [B, D], what a linear probe reads: the attention pool's output, as in openai/CLIP."""
+        return self(images)  # type: ignore[no-any-return]
 
     def _stem(self, x: Tensor) -> Tensor:
         parts = (self.conv1, self.bn1, self.relu1, self.conv2, self.bn2, self.relu2, self.conv3, self.bn3)

@@ -19,9 +19,12 @@ class VisionTransformer(nn.Module):
     Attributes:
         resolution: side of the square image it was made for, in pixels.
         stride: pixels from one cell of its maps to the next (the patch's side).
+        freezable: empty: it has no stages.
         trunk_channels: C.
         embed_dim: D.
     """
+
+    freezable: tuple[tuple[str, ...], ...] = ()
 
     def __init__(self, config: VisionConfig, embed_dim: int, activation: str = "quick_gelu") -> None:
         super().__init__()

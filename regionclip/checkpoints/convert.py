@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from clip_base.models.clip import CLIP
-from clip_base.models.resnet import ModifiedResNet
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import replacing
@@ -138,7 +137,7 @@ def to_ours(path: Path, out: Path, text_weights: str) -> str:
         detector = detector_of(content, path, None, text_weights)
         if detector.network is None:
             raise InputError(f"{path} holds no proposal network, without which our file cannot be used")
-        trained_on = 0 if detector.rows is None else len(detector.rows)
+        trained_on = 0 if detector.class_embeddings is None else len(detector.class_embeddings)
         save_detector(detector, out, parse_names("coco_base") if trained_on in (48, 65) else [])
         return str(out)
     save_network(network_of(content, path), out)
@@ -166,7 +165,7 @@ def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _clip(model: CLIP, path: Path) -> dict[str, Tensor]:
-    if not isinstance(model.visual, ModifiedResNet) or model.config.activation != "quick_gelu":
+    if model.map_tower is None or model.config.activation != "quick_gelu":
         raise InputError(
             f"{path} has a {model.config.vision.kind} with {model.config.activation}; RegionCLIP's towers "
             "are ResNets with quick_gelu"
@@ -185,9 +184,10 @@ def _clip(model: CLIP, path: Path) -> dict[str, Tensor]:
 
 
 def _head(detector: Detector, base: tuple[str, ...], path: Path) -> dict[str, Tensor]:
-    if detector.boxes != "embedding" or detector.background is None:
+    kind = "nothing" if detector.box_head is None else detector.box_head.kind
+    if kind != "embedding" or detector.background is None:
         raise InputError(
-            f"{path} moves boxes by reading {detector.boxes}, RegionCLIP's detectors read the embedding; "
+            f"{path} moves boxes by reading {kind}, RegionCLIP's detectors read the embedding; "
             "train one with box_head=embedding"
         )
     state = detector.state_dict()

@@ -17,7 +17,6 @@ from clip_base.jobs import config as configs
 from clip_base.models import zoo
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig, TextConfig
-from clip_base.models.resnet import ModifiedResNet
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
 from clip_base.weights import infer_config
@@ -88,17 +87,6 @@ class ImageTower(CLIP):
         )
 
 
-class PublishedDetector(Detector):
-    """A detector out of a RegionCLIP file.
-
-    Attributes:
-        rows: [C, D], the embeddings of names that the file brings along, without the names; None when it has
-            none.
-    """
-
-    rows: Tensor | None = None
-
-
 def check_published(content: Content, path: Path) -> None:
     """Builds what a file's tensors are for, to prove that they fit.
 
@@ -116,14 +104,18 @@ def check_published(content: Content, path: Path) -> None:
 
 
 def load_published_detector(
-    weights: str, config: DetectorConfig | None = None, text_weights: str = ""
-) -> PublishedDetector | None:
+    weights: str,
+    config: DetectorConfig | None = None,
+    text_weights: str = "",
+    resize: ResizeConfig | None = None,
+) -> Detector | None:
     """Returns the detector in a RegionCLIP file; None when the file is something else.
 
     Args:
         weights: a file, or a published file's name.
         config: scores and suppression; None: as its authors tested it.
         text_weights: a CLIP whose text tower embeds names, for files without one.
+        resize: the size at which it sees images; None: as its authors tested it.
 
     Raises:
         InputError: the file is damaged, not whole, or does not go with `text_weights`.
@@ -132,12 +124,16 @@ def load_published_detector(
     content = read_foreign(path) if is_published(path) else None
     if content is None or content.form != parts.FINETUNED:
         return None
-    return detector_of(content, path, config, text_weights)
+    return detector_of(content, path, config, text_weights, resize)
 
 
 def detector_of(
-    content: Content, path: Path, config: DetectorConfig | None = None, text_weights: str = ""
-) -> PublishedDetector:
+    content: Content,
+    path: Path,
+    config: DetectorConfig | None = None,
+    text_weights: str = "",
+    resize: ResizeConfig | None = None,
+) -> Detector:
     """Builds the detector among a file's tensors, in evaluation mode; see `load_published_detector`."""
     head = group_of(content, parts.HEAD)
     missing = [name for name in HEAD_NAMES if name not in head]
@@ -158,11 +154,15 @@ def detector_of(
     if network is not None:
         weights |= {f"network.{name}": value for name, value in network.state_dict().items()}
     trained_on = group_of(content, "training names' embeddings").get("cls_score")
-    detector = PublishedDetector(clip, config or _settings(trained_on, path), network, trained=True)
-    load_exactly(detector, {**_counters(detector), **weights}, path)
     rows = group_of(content, parts.EMBEDDINGS).get("test_cls_score", trained_on)
-    detector.rows = None if rows is None else rows.float()
-    detector.resize = copy.deepcopy(RESIZE)
+    detector = Detector.untrained(
+        clip,
+        config or _settings(trained_on, path),
+        network,
+        resize=resize or copy.deepcopy(RESIZE),
+        class_embeddings=None if rows is None else rows.float(),
+    )
+    load_exactly(detector, {**_counters(detector), **weights}, path)
     detector.eval().to(memory_format=torch.channels_last)
     return detector
 
@@ -204,7 +204,7 @@ def vocabulary_for(
             )
         vocabulary = Vocabulary.load(path, names if own else order).subset(names)
     else:
-        rows = detector.rows if isinstance(detector, PublishedDetector) else None
+        rows = detector.class_embeddings
         order = None if rows is None else _order(len(rows), names, categories)
         if rows is not None and order is not None:
             unit = torch.nn.functional.normalize(rows, dim=1)
@@ -285,29 +285,30 @@ FORMAT = "regionclip.detector/1"
 
 def save_detector(detector: Detector, path: str | Path, base: Sequence[str]) -> None:
     """Writes a trained detector whole: towers, proposal network, box head, and the base names it learned."""
-    if detector.network is None:
-        raise ValueError("a detector without its proposal network cannot be used from a file")
+    if detector.network is None or detector.box_head is None:
+        raise ValueError("a detector without proposal network or box head cannot be used from a file")
     proposals = {**dataclasses.asdict(detector.network.config), "backbone_weights": ""}
     metadata = {
         "format": FORMAT,
         "clip": json.dumps(dataclasses.asdict(detector.clip.config)),
         "proposals": json.dumps(proposals),
-        "boxes": detector.boxes,
+        "boxes": detector.box_head.kind,
         "detector": json.dumps(dataclasses.asdict(detector.config)),
-        "resize": json.dumps(dataclasses.asdict(detector.resize or ResizeConfig())),
+        "resize": json.dumps(dataclasses.asdict(detector.resize)),
         "base": json.dumps(list(base)),
     }
     write_weights(path, detector.state_dict(), metadata)
 
 
 def read_detector_file(
-    path: str | Path, config: DetectorConfig | None = None
+    path: str | Path, config: DetectorConfig | None = None, resize: ResizeConfig | None = None
 ) -> tuple[Detector, tuple[str, ...]]:
     """Reads what `save_detector` wrote: the detector in evaluation mode, and its base names.
 
     Args:
         path: the file.
         config: scores and suppression; None: as they were when it was trained.
+        resize: the size at which it sees images; None: the size that it was trained at.
 
     Raises:
         InputError: the file is missing, damaged, no detector, or its tensors do not fit.
@@ -318,33 +319,42 @@ def read_detector_file(
     where = f"sizes in {path}"
     clip = CLIP(configs.check(CLIPConfig, json.loads(metadata["clip"]), where))
     proposals = configs.check(ProposalNetworkConfig, json.loads(metadata["proposals"]), where)
-    shared = clip.visual if proposals.share_trunk and isinstance(clip.visual, ModifiedResNet) else None
+    shared = clip.map_tower if proposals.share_trunk else None
     settings = config or configs.check(DetectorConfig, json.loads(metadata["detector"]), where)
+    size = resize or configs.check(ResizeConfig, json.loads(metadata["resize"]), where)
     network = ProposalNetwork(proposals, shared)
-    detector = Detector(clip, settings, network, trained=True, boxes=metadata["boxes"])
+    detector = Detector.untrained(clip, settings, network, metadata["boxes"], size)
     load_exactly(detector, weights, path)
-    detector.resize = configs.check(ResizeConfig, json.loads(metadata["resize"]), where)
     detector.eval().to(memory_format=torch.channels_last)
     return detector, tuple(json.loads(metadata["base"]))
 
 
 def load_detector(
-    weights: str, config: DetectorConfig, use_checkpoint_config: bool = True, text_weights: str = ""
+    weights: str,
+    config: DetectorConfig | None = None,
+    resize: ResizeConfig | None = None,
+    use_checkpoint_config: bool = True,
+    text_weights: str = "",
 ) -> Detector:
-    """Returns a detector from a detector's file, ours or RegionCLIP's, or a zero-shot one from a CLIP's."""
+    """Returns a detector from a detector's file, ours or RegionCLIP's, or a zero-shot one from a CLIP's.
+
+    Args:
+        weights: the file, or a published name.
+        config: scores and suppression; None: a detector's own, a CLIP takes the defaults.
+        resize: the size at which images are seen; None: the same.
+        use_checkpoint_config: a detector keeps its own; `config` and `resize` are for a CLIP.
+        text_weights: a CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none.
+
+    Raises:
+        InputError: a file is missing, damaged or does not fit.
+    """
+    settings, size = (None, None) if use_checkpoint_config else (config, resize)
     is_ours = weights.endswith(".safetensors")
-    published = (
-        None
-        if is_ours
-        else load_published_detector(weights, None if use_checkpoint_config else config, text_weights)
-    )
+    published = None if is_ours else load_published_detector(weights, settings, text_weights, size)
     if published is not None:
-        published.resize = published.resize if use_checkpoint_config else None
         return published
     if text_weights:
         raise InputError(f"{weights} has a text tower of its own; drop text_weights={text_weights}")
     if is_ours and read_weights(weights)[1].get("format") == FORMAT:
-        detector = read_detector_file(weights, None if use_checkpoint_config else config)[0]
-        detector.resize = detector.resize if use_checkpoint_config else None
-        return detector
-    return Detector(load_clip(weights), config).eval()
+        return read_detector_file(weights, settings, size)[0]
+    return Detector(load_clip(weights), config or DetectorConfig(), resize=resize).eval()

@@ -21,6 +21,7 @@ from regionclip.checkpoints.load import load_detector
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
 from regionclip.proposals.rpn.network import ProposalNetwork
+from regionclip.structures.transforms import ResizeConfig
 from regionclip.training.region_text import freeze
 
 HEAD = ("layer4", "attnpool")
@@ -59,17 +60,17 @@ def read_detector(
     if not weights:
         raise InputError("MODEL.REGIONCLIP.WEIGHTS is empty; give a CLIP or a detector")
     detector = load_detector(weights, config, use_checkpoint_config=False, text_weights=text_weights)
-    if not isinstance(detector.clip.visual, ModifiedResNet):
+    if detector.clip.map_tower is None:
         raise InputError(
             f"{weights}: detectron2's parts need a ResNet tower, which can be cut between trunk and head; "
             "this one is a ViT"
         )
     if trained and not detector.trained:
-        return Detector(detector.clip, config, trained=True, boxes=box_head).eval()
+        return Detector.untrained(detector.clip, config, boxes=box_head).eval()
     return detector
 
 
-def trunk_of(visual: nn.Module) -> nn.Module:
+def trunk_of(visual: ModifiedResNet) -> ModifiedResNet:
     """Takes a ResNet tower's head away, in place."""
     for name in HEAD:
         delattr(visual, name)
@@ -83,8 +84,12 @@ def head_of(visual: nn.Module) -> nn.Module:
     return visual
 
 
-def to_detector(model: nn.Module) -> Detector:
+def to_detector(model: nn.Module, resize: ResizeConfig | None = None) -> Detector:
     """Puts a detector together from the parts of an `OpenVocabularyRCNN`; it shares nothing with them.
+
+    Args:
+        model: in which the parts are.
+        resize: the size at which the detector sees images.
 
     Raises:
         InputError: a part of the model is not ours.
@@ -99,9 +104,11 @@ def to_detector(model: nn.Module) -> Detector:
     network: ProposalNetwork = parts.proposal_generator.network
     half: Detector = parts.roi_heads.detector
     clip = CLIP(half.clip.config)
-    shared = clip.visual if network.config.share_trunk else None
-    assert shared is None or isinstance(shared, ModifiedResNet)
-    whole = Detector(clip, half.config, ProposalNetwork(network.config, shared), half.trained, half.boxes)
+    own = ProposalNetwork(network.config, clip.map_tower if network.config.share_trunk else None)
+    if half.box_head is None:
+        whole = Detector(clip, half.config, own, resize=resize)
+    else:
+        whole = Detector.untrained(clip, half.config, own, half.box_head.kind, resize)
     load_exactly(whole, to_our_names(model.state_dict()), "of the model's parts")
     return whole.eval()
 
@@ -135,8 +142,9 @@ class ClipBackbone(Backbone):  # type: ignore[misc]
     @configurable  # type: ignore[untyped-decorator]
     def __init__(self, weights: str, freeze_at: int = 2, freeze_batch_norm: bool = True) -> None:
         super().__init__()
-        tower = trunk_of(read_detector(weights, DetectorConfig()).clip.visual)
-        assert isinstance(tower, ModifiedResNet)
+        whole = read_detector(weights, DetectorConfig()).clip.map_tower
+        assert whole is not None
+        tower = trunk_of(whole)
         freeze(tower, min(freeze_at, TRUNK_STAGES), freeze_batch_norm)
         self.tower = tower
         width = tower.trunk_channels // (4 * EXPANSION)

@@ -32,6 +32,7 @@ from regionclip.detectron2.structures import from_images, from_proposals, from_t
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig, postprocess, score, to_unit_interval
 from regionclip.structures.boxes import clip_boxes
+from regionclip.structures.regions import FeatureMaps
 from regionclip.training.train_detector import DetectorTask, TrainDetectorConfig
 
 RGB = {"RGB": (0, 1, 2), "BGR": (2, 1, 0)}  # where the channels of an input lie
@@ -148,8 +149,7 @@ class OpenVocabularyROIHeads(nn.Module):
         if whole.trained and not trained:
             raise InputError(f"{weights} is a trained detector; set MODEL.REGIONCLIP.TRAINED to True")
         head_of(whole.clip.visual)
-        half = Detector(whole.clip, detector, None, trained, whole.boxes)
-        half.load_state_dict({key: value for key, value in whole.state_dict().items() if _is_head(key)})
+        half = Detector(whole.clip, detector, None, whole.box_head, whole.background, whole.resize)
         self.detector, self.templates = half, training.templates
         # In a tuple, because the detector that it trains is registered already.
         self._task = (DetectorTask(half, half.classifier, training),) if trained else ()
@@ -201,6 +201,7 @@ class OpenVocabularyROIHeads(nn.Module):
     ) -> tuple[list[Instances], dict[str, Tensor]]:
         """Returns detections in the batch's frame, or in training the weighted losses."""
         regions = from_proposals(proposals)
+        maps = FeatureMaps(from_images(images), (features[self.feature],))
         vocabulary = self._vocabulary(self.training)
         if self.training:
             assert targets is not None
@@ -210,14 +211,13 @@ class OpenVocabularyROIHeads(nn.Module):
                 )
             (task,) = self._task
             task.classifier = vocabulary.embeddings.to(regions.boxes.device)
-            losses = task.region_losses(features[self.feature], regions, from_truth(targets))
+            losses = task.region_losses(maps, regions, from_truth(targets))
             return [], {"loss_cls": losses["classification"], "loss_box_reg": losses["box"]}
         detector = self.detector
         if detector.vocabulary is not vocabulary:
             detector.set_vocabulary(vocabulary)
-        batch = from_images(images)
         background = detector.trained or detector.config.allow_background
-        probabilities, boxes = detector.classify(batch, regions, background, [features[self.feature]])
+        probabilities, boxes = detector.classify(maps, regions, background)
         scores = score(regions, probabilities, detector.alpha, detector.config.fusion)
         found = []
         for slot, size in enumerate(images.image_sizes):
@@ -243,10 +243,6 @@ class OpenVocabularyROIHeads(nn.Module):
         is_novel = torch.tensor([name in set(novel) for name in names])
         tokenizer = Tokenizer(clip.config.text.context_length)
         return embed(clip, tokenizer, names, self.templates, is_novel)
-
-
-def _is_head(key: str) -> bool:
-    return not key.startswith("network.")
 
 
 def _forget(heads: OpenVocabularyROIHeads, _: Any) -> None:

@@ -13,7 +13,6 @@ from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
-from clip_base.models.resnet import ModifiedResNet
 from clip_base.runtime.errors import InputError
 from regionclip.detectron2.backbone import STAGES, read_detector
 from regionclip.detectron2.config import (
@@ -29,7 +28,7 @@ from regionclip.detectron2.structures import from_images, from_truth, to_proposa
 from regionclip.models.postprocess import DetectorConfig
 from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.proposals.rpn.proposer import load_network
-from regionclip.structures.regions import RegionBatch
+from regionclip.structures.regions import FeatureMaps, RegionBatch
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -67,9 +66,7 @@ class RegionProposals(nn.Module):
     ) -> None:
         super().__init__()
         detector = read_detector(weights, DetectorConfig())
-        visual = detector.clip.visual
-        assert isinstance(visual, ModifiedResNet)
-        network = load_network(rpn, visual) if rpn else detector.network
+        network = load_network(rpn, detector.clip.map_tower) if rpn else detector.network
         if network is None:
             raise InputError(
                 f"{weights} is a CLIP without a proposal network; set MODEL.REGIONCLIP.RPN to one from "
@@ -121,14 +118,14 @@ class RegionProposals(nn.Module):
             gt_instances: true boxes, in training.
         """
         batch, losses = from_images(images), {}
-        maps = [features[name] for name in STAGES] if self.shares_trunk else None
+        maps = FeatureMaps(batch, tuple(features[name] for name in STAGES) if self.shares_trunk else ())
         if self.training and self.shares_trunk:
             assert gt_instances is not None
             found = self.network.losses(RegionBatch(batch, from_truth(gt_instances)), maps)
             values = {"loss_rpn_cls": found["objectness"], "loss_rpn_loc": found["box"]}
             losses = {name: self.loss_weights[name] * loss for name, loss in values.items()}
         limit, pre_nms = self.limits[self.training], self.pre_nms[self.training]
-        regions = self.network.propose(batch, limit, self.nms, maps=maps, pre_nms=pre_nms)
+        regions = self.network.propose(maps, limit, self.nms, pre_nms=pre_nms)
         return to_proposals(regions, images.image_sizes), losses
 
 
@@ -146,8 +143,6 @@ def _sizes(network: ProposalNetwork) -> dict[str, Any]:
 
 def _with_options(network: ProposalNetwork, options: Mapping[str, Any]) -> ProposalNetwork:
     """Returns a network with the same weights and other options, which no size depends on."""
-    trunk = network.trunk if network.config.share_trunk else None
-    assert trunk is None or isinstance(trunk, ModifiedResNet)
-    changed = ProposalNetwork(dataclasses.replace(network.config, **options), trunk)
+    changed = ProposalNetwork(dataclasses.replace(network.config, **options), network.shared_trunk)
     changed.load_state_dict(network.state_dict())
     return changed.to(memory_format=torch.channels_last)

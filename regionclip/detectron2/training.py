@@ -130,11 +130,10 @@ class SaveDetector(hooks.HookBase):  # type: ignore[misc]
         if not comm.is_main_process() or self.trainer.iter + 1 < self.trainer.max_iter:
             return
         try:
-            detector = to_detector(unwrapped(self.model))
+            detector = to_detector(unwrapped(self.model), self.resize)
         except InputError as error:
             logger.info("no model.safetensors is written: %s", error)
             return
-        detector.resize = self.resize
         path = Path(self.folder) / "model.safetensors"
         save_detector(detector, path, class_names(self.dataset)[0])
         logger.info("the detector is in %s", path)

@@ -262,7 +262,7 @@ def _detect(
     dataset = whole.restrict(names)
     device = pick_device(config.device)
     detector = load_detector(
-        config.weights, config.detector, config.use_checkpoint_config, config.text_weights
+        config.weights, config.detector, config.resize, config.use_checkpoint_config, config.text_weights
     ).to(device)
     proposer: Proposer | None = None
     if config.proposer["name"] != "none":
@@ -288,7 +288,7 @@ def _detect(
     groups = read_batches(
         dataset,
         read_record,
-        detector.resize or config.resize,
+        detector.resize,
         config.batch_size,
         device,
         on_skip=lambda record, reason: skipped.update({record.image_id: reason}),
@@ -336,7 +336,7 @@ def name_true_boxes(
     counts = torch.tensor([len(rows) for rows in boxes])
     index = torch.repeat_interleave(torch.arange(len(boxes)), counts)
     regions = Regions(torch.cat(boxes), index).to(batch.images.pixels.device)
-    probabilities = detector.classify(batch.images, regions, background=False)[0].cpu()
+    probabilities = detector.classify(detector.feature_maps(batch.images), regions, background=False)[0].cpu()
     labels = torch.cat([record.labels for record in records])
     entries = []
     for row, (image, box) in enumerate(

@@ -23,7 +23,6 @@ from clip_base.images.decode import MEAN, Pixels, resize
 from clip_base.images.inputs import picture_files, read_upright
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
-from clip_base.models.resnet import ModifiedResNet
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import replacing, write_json
 from regionclip.checkpoints.load import vocabulary_for
@@ -36,7 +35,7 @@ from regionclip.proposals.rpn.proposer import load_network
 from regionclip.structures.boxes import iou
 from regionclip.structures.detections import Detections
 from regionclip.structures.regions import ImageInfo
-from regionclip.structures.transforms import ResizeConfig, ResizeTransform, resize_shortest_edge, to_batch
+from regionclip.structures.transforms import ResizeTransform, resize_shortest_edge, to_batch
 
 DETECTIONS = ("boxes", "scores", "labels")
 SAME = 0.9  # IoU of boxes that are one detection, found twice
@@ -115,13 +114,10 @@ def load(config: ExportDetectorConfig) -> Detector:
     if config.network:
         if detector.network is not None:
             raise InputError(f"{config.weights} has a proposal network; drop network={config.network}")
-        visual = detector.clip.visual
-        network = load_network(config.network, visual if isinstance(visual, ModifiedResNet) else None)
-        whole = Detector(detector.clip, detector.config, network)
-        whole.resize, detector = detector.resize, whole
+        network = load_network(config.network, detector.clip.map_tower)
+        detector = detector.with_network(network)
     if detector.network is None:
         raise InputError(f"{config.weights} has no proposal network; give one: network=FILE")
-    detector.resize = detector.resize or config.resize
     return detector.float().eval()
 
 
@@ -176,7 +172,7 @@ def sample_pictures(config: ExportDetectorConfig, detector: Detector) -> list[Pi
     """Returns pictures [H, W, 3] to compare on, at the size at which the detector sees them."""
     if not config.images:
         return [_blots(config.size or size, seed) for seed, size in enumerate(PAINTED)]
-    found, sides = [], detector.resize or ResizeConfig()
+    found, sides = [], detector.resize
     for file in picture_files(config.images):
         pixels = read_upright(file)[0]
         if config.size:
@@ -198,7 +194,7 @@ def comparison(
     detector: Detector, graph: graphs.Graph, pictures: Sequence[Pixels]
 ) -> Callable[[graphs.Run], float]:
     """Returns a function that compares what was written with `Detector.detect_batch` on pictures."""
-    multiple = (detector.resize or ResizeConfig()).multiple
+    multiple = detector.resize.multiple
     wanted = []
     for pixels in pictures:
         size = (pixels.shape[0], pixels.shape[1])
@@ -261,7 +257,7 @@ def raw_comparison(graph: graphs.Graph, pictures: Sequence[Pixels]) -> Callable[
 def about(detector: Detector, graph: graphs.Graph, config: ExportDetectorConfig) -> dict[str, Any]:
     """Returns what a program needs to know beside the graph."""
     assert detector.vocabulary is not None
-    resize, settings = detector.resize or ResizeConfig(), detector.config
+    resize, settings = detector.resize, detector.config
     return {
         "names": list(detector.vocabulary.names),
         "inputs": {

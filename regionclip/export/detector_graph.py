@@ -17,13 +17,11 @@ from torch._higher_order_ops.scan import scan
 
 from clip_base.data.batch import ImageBatch
 from clip_base.images.decode import normalize
-from clip_base.models.resnet import ModifiedResNet
 from clip_base.runtime.errors import InputError
 from regionclip.models.detector import DELTA_WEIGHTS, Detector
 from regionclip.models.postprocess import score, to_unit_interval
 from regionclip.structures.boxes import clip_boxes, decode_deltas, iou, valid_boxes
-from regionclip.structures.regions import Regions
-from regionclip.structures.transforms import ResizeConfig
+from regionclip.structures.regions import FeatureMaps, Regions
 
 
 class DetectorGraph(nn.Module):
@@ -52,7 +50,7 @@ class DetectorGraph(nn.Module):
         # The temperature as a number: a graph cannot ask a tensor for one.
         detector.config = dataclasses.replace(detector.config, temperature=1 / detector.scale)
         self.detector, self.network, self.suppress = detector, detector.network, suppress
-        self.multiple = (detector.resize or ResizeConfig()).multiple
+        self.multiple = detector.resize.multiple
         self.register_buffer("embeddings", detector.classifier.clone())
         self.register_buffer("alpha", detector.alpha.clone())
         background = None
@@ -91,15 +89,10 @@ class DetectorGraph(nn.Module):
         pixels = normalize(image.permute(2, 0, 1)[None])
         seen = ImageBatch.whole(pixels)
         images = dataclasses.replace(seen, pixels=_padded(pixels, self.multiple))
-        is_resnet = isinstance(self.detector.clip.visual, ModifiedResNet)
-        maps = self.detector.stages(images) if is_resnet else []
-        regions, there = self.propose(seen, images, maps)
-        moves = None
-        if is_resnet:
-            found, moves = self.detector.heads(maps[-1], regions)
-        else:
-            found = self.detector.encoder(images, regions)
-        boxes = regions.boxes if moves is None else decode_deltas(regions.boxes, moves, DELTA_WEIGHTS)
+        maps = self.detector.feature_maps(images)
+        regions, there = self.propose(seen, maps)
+        found, deltas = self.detector.roi_heads(maps, regions)
+        boxes = regions.boxes if deltas is None else decode_deltas(regions.boxes, deltas, DELTA_WEIGHTS)
         boxes = clip_boxes(boxes, seen.sizes)
         # The background, a row like a name's here, takes its share and goes.
         probabilities = self.detector.logits(found, rows, False).softmax(1)[:, :count]  # [P, C]
@@ -113,18 +106,17 @@ class DetectorGraph(nn.Module):
         boxes, scores, labels = self.pick(boxes, scores)
         return boxes, to_unit_interval(scores, config.fusion), labels
 
-    def propose(self, seen: ImageBatch, images: ImageBatch, maps: list[Tensor]) -> tuple[Regions, Tensor]:
+    def propose(self, seen: ImageBatch, maps: FeatureMaps) -> tuple[Regions, Tensor]:
         """Returns P regions, best first, and which of them are there: [P] bool; the others fill up.
 
         Args:
             seen: the picture.
-            images: the same, padded.
-            maps: the CLIP trunk's of it, for a network that shares them.
+            maps: the same, padded, with the CLIP trunk's maps of it for a network that shares them.
         """
         network, config = self.network, self.detector.config
         if network.config.backbone == "resnet50":
-            images = dataclasses.replace(seen, pixels=_padded(seen.pixels, network.frame_multiple))
-        levels = network.features(images, maps if self.detector.shares_trunk else None, framed=True)
+            maps = FeatureMaps(dataclasses.replace(seen, pixels=_padded(seen.pixels, network.frame_multiple)))
+        levels = network.features(maps, framed=True)
         boxes, logits, level_of = network.best_anchors(levels, *network.rpn.head(levels))
         boxes, logits = clip_boxes(boxes[0], seen.sizes), logits[0]
         logits = torch.where(valid_boxes(boxes, network.config.min_size), logits, -torch.inf)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clip_base.data.batch import ImageBatch
@@ -34,7 +33,7 @@ from regionclip.mining.shards import shard_path
 from regionclip.proposals.base import build_proposer
 from regionclip.proposals.precomputed import TruthProposer
 from regionclip.structures.boxes import clip_boxes
-from regionclip.structures.regions import ImageInfo, Regions, whole_images
+from regionclip.structures.regions import FeatureMaps, ImageInfo, Regions, whole_images
 
 _NONE = torch.zeros(0, dtype=torch.int64)
 
@@ -173,7 +172,7 @@ class RegionFeatureExtractor:
     def _embedded(self, images: ImageBatch, keys: Sequence[ImageInfo]) -> tuple[Regions, Tensor]:
         """Returns the regions of a batch, whole images first, and their [N, D] unit-length embeddings."""
         detector, limit = self.detector, self.config.max_regions
-        stages = None
+        maps = FeatureMaps(images)
         if self.config.regions_from == "none":
             regions = Regions.cat([]).to(self.device)
         elif self.predictor.proposer is not None:
@@ -181,8 +180,9 @@ class RegionFeatureExtractor:
             if self.config.regions_from != "truth":
                 regions = _best(regions, len(images), limit)
         else:
-            stages = detector.stages(images) if detector.shares_trunk else None
-            regions = detector.propose(images, stages, limit)
+            if detector.shares_trunk:  # the map that the proposals come from is the regions' as well
+                maps = detector.feature_maps(images)
+            regions = detector.propose(maps, limit)
         scores = regions.scores if regions.scores is not None else regions.boxes.new_ones(len(regions))
         regions = Regions(regions.boxes, regions.image_index, scores.float())
         if self.config.whole_image:
@@ -191,10 +191,7 @@ class RegionFeatureExtractor:
             regions = Regions.cat([replace(covering, scores=ones), regions])
         if not len(regions):
             return regions, images.pixels.new_zeros(0, detector.clip.config.embed_dim)
-        if stages is None:
-            return regions, detector.encoder(images, regions)
-        # The map that the proposals came from is the regions' as well.
-        return regions, F.normalize(detector.encoder.encode_rois(stages[-1], regions).float(), dim=-1)
+        return regions, detector.encoder.embed_maps(maps, regions)
 
 
 def _best(regions: Regions, images: int, limit: int) -> Regions:

@@ -66,7 +66,9 @@ class DetectorSource:
         Raises:
             InputError: a file is missing, damaged or does not fit.
         """
-        return load_detector(self.weights, self.detector, self.use_checkpoint_config, self.text_weights)
+        return load_detector(
+            self.weights, self.detector, self.resize, self.use_checkpoint_config, self.text_weights
+        )
 
 
 @dataclass
@@ -106,5 +108,4 @@ class DetectorOptions(DetectorSource, PhotoOptions):
                 f"{self.weights} is a CLIP without a proposal network; give proposer.name=grid, say"
             )
         proposer = build_proposer(self.proposer, device) if named else None
-        resize = detector.resize or self.resize
-        return Predictor(detector, proposer, resize, self.precision, self.templates)
+        return Predictor(detector, proposer, self.precision, self.templates)

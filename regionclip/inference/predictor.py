@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clip_base.data.batch import ImageBatch
@@ -80,15 +79,14 @@ def load(
             way to the names' embeddings.
     """
     place_ = pick_device(str(device))
-    detector = load_detector(str(weights), config or DetectorConfig(), config is None, text_weights).to(
-        place_
-    )
+    detector = load_detector(
+        str(weights), config, resize, use_checkpoint_config=False, text_weights=text_weights
+    ).to(place_)
     source: Proposer | None = None
     if proposer is not None:
         spec = proposer if isinstance(proposer, dict) else {"name": "rpn", "weights": str(proposer)}
         source = build_proposer(spec, place_)
-    size = resize or detector.resize or ResizeConfig()
-    predictor = Predictor(detector, source, size, precision, templates)
+    predictor = Predictor(detector, source, precision, templates)
     if vocabulary is not None:
         predictor.set_vocabulary(vocabulary, embeddings)
     return predictor
@@ -107,7 +105,6 @@ class Predictor:
     Args:
         detector: in evaluation mode, on its device.
         proposer: where regions come from; None: the detector's own network.
-        resize: size at which pictures are seen.
         precision: one of `clip_base.runtime.precision.PRECISIONS`.
         templates: prompts for new names.
     """
@@ -116,11 +113,10 @@ class Predictor:
         self,
         detector: Detector,
         proposer: Proposer | None,
-        resize: ResizeConfig,
         precision: str = "auto",
         templates: Sequence[str] = DEFAULT_TEMPLATES,
     ) -> None:
-        self.detector, self.proposer, self.resize = detector, proposer, resize
+        self.detector, self.proposer = detector, proposer
         self.precision, self.templates = precision, tuple(templates)
         autocast(precision, self.device)  # raises here and not at the first picture
 
@@ -128,6 +124,11 @@ class Predictor:
         names = self.names
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         return f"Predictor(on {self.device}, looks for {shown or 'nothing yet'})"
+
+    @property
+    def resize(self) -> ResizeConfig:
+        """The size at which it sees images."""
+        return self.detector.resize
 
     @property
     def device(self) -> torch.device:
@@ -327,7 +328,7 @@ class Predictor:
 
     def _embed(self, batch: ImageBatch, regions: Regions) -> Tensor:
         with torch.no_grad(), autocast(self.precision, self.device):
-            embeddings: Tensor = F.normalize(self.detector.encoder(batch, regions).float(), dim=-1)
+            embeddings: Tensor = self.detector.encoder(batch, regions)
         return embeddings.cpu()
 
     def _read(self, images: Iterable[Any], batch_size: int) -> Iterator[ReadGroup[tuple[int, Picture]]]:

@@ -11,16 +11,15 @@ from torch import Tensor, nn
 
 from clip_base.data.batch import ImageBatch
 from clip_base.models.clip import CLIP
-from clip_base.models.resnet import ModifiedResNet
 from regionclip.concepts.vocabulary import Vocabulary
-from regionclip.models.box_head import BOX_HEADS, make_box_head
+from regionclip.models.box_head import BoxHead, make_box_head
 from regionclip.models.postprocess import DetectorConfig, postprocess, score, to_unit_interval
 from regionclip.models.region_encoder import RegionEncoder
 from regionclip.proposals.base import Proposer
 from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.structures.boxes import clip_boxes, decode_deltas
 from regionclip.structures.detections import Detections
-from regionclip.structures.regions import ImageInfo, Regions
+from regionclip.structures.regions import FeatureMaps, ImageInfo, Regions
 from regionclip.structures.transforms import ResizeConfig, ResizeTransform
 
 DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # Faster R-CNN's second stage
@@ -29,20 +28,28 @@ DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # Faster R-CNN's second stage
 class Detector(nn.Module):
     """Detects what a vocabulary names.
 
+    It is whole when it is made: only its vocabulary changes afterwards. `clip`, `network`, `box_head` and
+    `background` are keys of saved files.
+
     Args:
         clip: both towers; the text tower embeds new names.
         config: scores and suppression.
         network: the proposal network, with a backbone of its own or on the CLIP's trunk; None when proposals
             come from elsewhere.
-        trained: whether the detector has a box head and a background, as training makes them. Without, boxes
-            stay the proposals' and a region is always one of the names (zero-shot).
-        boxes: what a trained detector's box head reads, one of `BOX_HEADS`.
+        box_head: moves boxes; None when zero-shot: boxes stay the proposals'.
+        background: [D], stands for "none of the names"; its length is free, and 0 unless it is learnt. None
+            when zero-shot: a region is always one of the names, unless the config says otherwise.
+        resize: the size at which it sees images.
+        class_embeddings: [C, D], the embeddings of names that a RegionCLIP file brings along, without the
+            names.
 
     Attributes:
-        box_head: moves boxes; None when zero-shot.
-        background: [D], stands for "none of the names"; its length is free, and 0 unless it is learnt. None
-            when zero-shot.
-        resize: the size of images that it was trained on; None when it was not trained.
+        encoder: embeds regions with the CLIP's vision tower.
+        vocabulary: what it looks for; None until `set_vocabulary` is called.
+
+    Raises:
+        ValueError: a box head without a background or without a tower whose map it could read, or the other
+            way round.
     """
 
     classifier: Tensor
@@ -53,24 +60,59 @@ class Detector(nn.Module):
         clip: CLIP,
         config: DetectorConfig,
         network: ProposalNetwork | None = None,
-        trained: bool = False,
-        boxes: str = "embedding",
+        box_head: BoxHead | None = None,
+        background: nn.Parameter | None = None,
+        resize: ResizeConfig | None = None,
+        class_embeddings: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if boxes not in BOX_HEADS:
-            raise ValueError(f"boxes must be one of {', '.join(BOX_HEADS)}, got {boxes!r}")
-        self.clip, self.config, self.network, self.boxes = clip, config, network, boxes
-        self.encoder = RegionEncoder(
-            clip.visual, "roi_align" if isinstance(clip.visual, ModifiedResNet) else "crop"
-        )
-        width = clip.config.embed_dim
-        self.trained = trained
-        self.box_head = make_box_head(boxes, clip.config) if trained else None
-        self.background = nn.Parameter(torch.zeros(width)) if trained else None
-        self.resize: ResizeConfig | None = None
+        self.encoder = RegionEncoder.of_maps(clip.visual, otherwise="crop")
+        if (box_head is None) != (background is None):
+            raise ValueError("a detector has a box head and a background, or neither")
+        if box_head is not None and not self.encoder.pools_maps:
+            raise ValueError("a box head needs a tower whose head pools maps; a ViT's does not")
+        self.clip, self.config, self.network = clip, config, network
+        self.box_head, self.background = box_head, background
+        self.resize = resize or ResizeConfig()
+        self.class_embeddings = class_embeddings
         self.vocabulary: Vocabulary | None = None
+        width = clip.config.embed_dim
         self.register_buffer("classifier", torch.zeros(0, width), persistent=False)
         self.register_buffer("alpha", torch.zeros(0), persistent=False)
+
+    @classmethod
+    def untrained(
+        cls,
+        clip: CLIP,
+        config: DetectorConfig,
+        network: ProposalNetwork | None = None,
+        boxes: str = "embedding",
+        resize: ResizeConfig | None = None,
+        class_embeddings: Tensor | None = None,
+    ) -> Detector:
+        """Returns a detector with a new box head and background, to be trained or filled from a file.
+
+        Args:
+            clip: with a ResNet tower.
+            config: see the class, as for the rest.
+            network: see the class.
+            boxes: what the box head reads, one of `BOX_HEADS`.
+            resize: see the class.
+            class_embeddings: see the class.
+        """
+        background = nn.Parameter(torch.zeros(clip.config.embed_dim))
+        head = make_box_head(boxes, clip.config)
+        return cls(clip, config, network, head, background, resize, class_embeddings)
+
+    def with_network(self, network: ProposalNetwork) -> Detector:
+        """Returns a detector of the same parts with this proposal network."""
+        parts = (self.box_head, self.background, self.resize, self.class_embeddings)
+        return Detector(self.clip, self.config, network, *parts)
+
+    @property
+    def trained(self) -> bool:
+        """Whether it has a box head and a background, as training makes them; else it is zero-shot."""
+        return self.box_head is not None
 
     @property
     def scale(self) -> float:
@@ -122,24 +164,16 @@ class Detector(nn.Module):
             cosines = torch.cat([cosines, none[:, None]], 1)
         return self.scale * cosines
 
-    def stages(self, images: ImageBatch) -> list[Tensor]:
-        """Returns the maps of a ResNet tower that proposals and regions need, the regions' own last.
+    def feature_maps(self, images: ImageBatch) -> FeatureMaps:
+        """Returns the images with the maps that proposals and regions need."""
+        return self.encoder.feature_maps(images, every_level=self.shares_trunk)
 
-        Each is [B, channels, H / stride, W / stride] of `images`; the regions' own has stride 16.
-        """
-        visual = self.clip.visual
-        assert isinstance(visual, ModifiedResNet)
-        return visual.stages(images.pixels) if self.shares_trunk else [visual.trunk(images.pixels)]
-
-    def propose(
-        self, images: ImageBatch, stages: list[Tensor] | None = None, limit: int | None = None
-    ) -> Regions:
+    def propose(self, maps: FeatureMaps, limit: int | None = None) -> Regions:
         """Returns the proposals of the detector's own network.
 
         Args:
-            images: B images.
-            stages: their maps, for a network on the CLIP's trunk; None: they are computed.
-            limit: most regions an image; None: the config's.
+            maps: B images and their maps; see `feature_maps`.
+            limit: most regions per image; None: the config's.
 
         Returns:
             N regions with boxes [N, 4] in pixels of the batch's frame, and their objectness.
@@ -149,48 +183,41 @@ class Detector(nn.Module):
         """
         if self.network is None:
             raise ValueError("this detector has no proposal network; give it a proposer")
-        maps = stages if self.shares_trunk else None
-        limit = limit or self.config.max_proposals
-        return self.network.propose(images, limit, self.config.proposal_nms, maps=maps)
+        return self.network.propose(maps, limit or self.config.max_proposals, self.config.proposal_nms)
 
-    def heads(self, feature_map: Tensor, regions: Regions) -> tuple[Tensor, Tensor | None]:
-        """Returns regions' [N, D] embeddings, not normalised, and how their boxes move: [N, 4], or None.
+    def roi_heads(self, maps: FeatureMaps, regions: Regions) -> tuple[Tensor, Tensor | None]:
+        """Returns regions' [N, D] embeddings, and how their boxes move: [N, 4], or None when zero-shot.
+
+        The embeddings of a tower whose head pools maps are not normalized.
 
         Args:
-            feature_map: the regions' own of `stages`.
-            regions: N regions in the images that it shows.
+            maps: of the images that the regions are in.
+            regions: N regions.
         """
-        visual, head = self.clip.visual, self.box_head
-        assert isinstance(visual, ModifiedResNet)
-        embeddings, moves = [], []
-        for deep in self.encoder.layer4_features(feature_map, regions):  # [n, C, s, s]
-            embeddings.append(visual.attnpool(deep).float())
-            if head is not None:
-                moves.append(head(embeddings[-1] if self.boxes == "embedding" else deep).float())
-        return torch.cat(embeddings), torch.cat(moves) if moves else None
+        if not self.encoder.pools_maps:
+            return self.encoder(maps.images, regions), None
+        embeddings, deltas = [], []
+        for rows, deep in self.encoder.roi_heads(maps, regions):  # [n, D], [n, C, s, s]
+            embeddings.append(rows)
+            if self.box_head is not None:
+                deltas.append(self.box_head.deltas(rows, deep).float())
+        return torch.cat(embeddings), torch.cat(deltas) if deltas else None
 
     @torch.no_grad()
-    def classify(
-        self, images: ImageBatch, regions: Regions, background: bool, stages: list[Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def classify(self, maps: FeatureMaps, regions: Regions, background: bool) -> tuple[Tensor, Tensor]:
         """Names regions: [N, C] probabilities, and their [N, 4] boxes, moved when the detector is trained.
 
         Args:
-            images: B images.
-            regions: N regions in them.
+            maps: of the images that the regions are in; see `feature_maps`.
+            regions: N regions.
             background: whether a region may be none of the names; rows then sum to less than 1.
-            stages: the images' maps as `stages` gives them; None: they are computed.
         """
-        moves = None
-        if isinstance(self.clip.visual, ModifiedResNet):
-            embeddings, moves = self.heads((stages or self.stages(images))[-1], regions)
-        else:
-            embeddings = self.encoder(images, regions)
+        embeddings, deltas = self.roi_heads(maps, regions)
         with torch.autocast(embeddings.device.type, enabled=False):
             probabilities = self.logits(embeddings, self.classifier, background).softmax(1)
             boxes = regions.boxes
-            if moves is not None:
-                boxes = decode_deltas(boxes, moves, DELTA_WEIGHTS)
+            if deltas is not None:
+                boxes = decode_deltas(boxes, deltas, DELTA_WEIGHTS)
         return probabilities[:, : len(self.classifier)], boxes
 
     @torch.no_grad()
@@ -217,10 +244,10 @@ class Detector(nn.Module):
         """
         if self.vocabulary is None:
             raise ValueError("no vocabulary is set; call set_vocabulary first")
-        stages = self.stages(images) if isinstance(self.clip.visual, ModifiedResNet) else None
-        regions = self.propose(images, stages) if proposer is None else proposer(images, keys)
+        maps = self.feature_maps(images)
+        regions = self.propose(maps) if proposer is None else proposer(images, keys)
         background = self.trained or self.config.allow_background
-        probabilities, boxes = self.classify(images, regions, background, stages)
+        probabilities, boxes = self.classify(maps, regions, background)
         scores = score(regions, probabilities, self.alpha, self.config.fusion)
         return [
             self._select(boxes[mine], scores[mine], frame)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from clip_base.data.batch import ImageBatch
 from clip_base.models.resnet import ModifiedResNet
 from clip_base.models.vit import VisionTransformer
 from clip_base.runtime.errors import InputError
-from regionclip.structures.regions import Regions, whole_images
+from regionclip.structures.regions import FeatureMaps, Regions, whole_images
 
 MODES = ("roi_align", "crop", "dense")
 
@@ -68,6 +69,47 @@ class RegionEncoder:
             pooled = pool_regions(features, regions.rois(), 4, 1 / self.visual.stride)  # [N, D, 4, 4]
             return F.normalize(pooled.mean((2, 3)), dim=-1)
         return F.normalize(self.encode_rois(self.visual.trunk(pixels), regions).float(), dim=-1)
+
+    @classmethod
+    def of_maps(
+        cls, visual: ModifiedResNet | VisionTransformer, otherwise: Literal["crop", "dense"]
+    ) -> RegionEncoder:
+        """Returns an encoder that pools the tower's map; where its head pools none, one of another mode."""
+        return cls(visual, "roi_align" if isinstance(visual, ModifiedResNet) else otherwise)
+
+    @property
+    def pools_maps(self) -> bool:
+        """Whether regions are cut from the trunk's map, which proposals may share."""
+        return self.mode == "roi_align"
+
+    def feature_maps(self, images: ImageBatch, every_level: bool = False) -> FeatureMaps:
+        """Returns the images with the trunk's maps; without maps where regions are embedded from pixels.
+
+        Args:
+            images: B images.
+            every_level: whether to keep the maps of strides 4 and 8 too, for a network on the same trunk.
+        """
+        visual = self.visual
+        if not self.pools_maps or not isinstance(visual, ModifiedResNet):
+            return FeatureMaps(images)
+        return FeatureMaps(images, tuple(visual.stages(images.pixels)[0 if every_level else -1 :]))
+
+    def embed_maps(self, maps: FeatureMaps, regions: Regions) -> Tensor:
+        """Returns [N, D] unit-length embeddings of regions, from the maps where there are any."""
+        if not maps.levels:
+            return self(maps.images, regions)
+        return F.normalize(self.encode_rois(maps.regions_level, regions).float(), dim=-1)
+
+    def roi_heads(self, maps: FeatureMaps, regions: Regions) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields embeddings [n, D], not normalized, and layer4's maps [n, C, s, s], for all regions in order.
+
+        Raises:
+            ValueError: regions are embedded from the pixels.
+        """
+        feature_map, visual = maps.regions_level, self.visual
+        assert isinstance(visual, ModifiedResNet)
+        for deep in self.layer4_features(feature_map, regions):
+            yield visual.attnpool(deep).float(), deep
 
     def encode_image(self, images: ImageBatch) -> Tensor:
         """Returns [B, D] unit-length embeddings of whole images, their padding left out."""

@@ -109,6 +109,31 @@ def whole_images(images: ImageBatch) -> Regions:
 
 
 @dataclass(frozen=True)
+class FeatureMaps:
+    """Images with the maps that a tower's trunk made of them, for proposals and embeddings in one pass.
+
+    Attributes:
+        images: B images.
+        levels: [B, C, H / stride, W / stride] each, the regions' own last; empty where regions are embedded
+            from the pixels.
+    """
+
+    images: ImageBatch
+    levels: tuple[Tensor, ...] = ()
+
+    @property
+    def regions_level(self) -> Tensor:
+        """The map that regions are cut from.
+
+        Raises:
+            ValueError: there are no maps.
+        """
+        if not self.levels:
+            raise ValueError("regions of this tower are embedded from pixels; there is no map of them")
+        return self.levels[-1]
+
+
+@dataclass(frozen=True)
 class RegionBatch:
     """Images, regions in them and, for image-text losses, one caption an image.
 

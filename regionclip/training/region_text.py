@@ -45,7 +45,7 @@ from regionclip.training.losses import (
 )
 
 
-def freeze(visual: nn.Module, stages: int, batch_norm: bool) -> None:
+def freeze(visual: ModifiedResNet | VisionTransformer, stages: int, batch_norm: bool) -> None:
     """Freezes the first `stages` stages of a ResNet (stem, layer1, layer2, layer3), and batch norms if asked.
 
     Raises:
@@ -53,12 +53,11 @@ def freeze(visual: nn.Module, stages: int, batch_norm: bool) -> None:
     """
     if batch_norm:
         freeze_batch_norm(visual)
-    if stages and not isinstance(visual, ModifiedResNet):
+    if stages and not visual.freezable:
         raise InputError("freeze_stages is for ResNet towers; set it to 0 for a ViT")
     if not 0 <= stages <= 4:
         raise InputError(f"freeze_stages must be 0 to 4, found {stages}")
-    parts = [["conv1", "bn1", "conv2", "bn2", "conv3", "bn3"], ["layer1"], ["layer2"], ["layer3"]]
-    for name in (name for stage in parts[:stages] for name in stage):
+    for name in (name for stage in visual.freezable[:stages] for name in stage):
         getattr(visual, name).requires_grad_(False)
 
 
@@ -131,9 +130,7 @@ class RegionTextTask(nn.Module):
             if config.crop_distillation
             else None
         )
-        self.encoder = RegionEncoder(
-            model.visual, "roi_align" if isinstance(model.visual, ModifiedResNet) else "dense"
-        )
+        self.encoder = RegionEncoder.of_maps(model.visual, otherwise="dense")
         freeze(model.visual, config.freeze_stages, config.freeze_batch_norm)
         model.text.requires_grad_(config.train_text)
         if config.temperature and config.learn_temperature:

@@ -19,7 +19,6 @@ from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
 from clip_base.models.clip import CLIP
-from clip_base.models.resnet import ModifiedResNet
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
 from clip_base.training.loop import TrainConfig
@@ -33,7 +32,7 @@ from regionclip.models.postprocess import DetectorConfig
 from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
 from regionclip.proposals.rpn.proposer import load_network
 from regionclip.structures.boxes import encode_deltas, iou
-from regionclip.structures.regions import RegionBatch, Regions
+from regionclip.structures.regions import FeatureMaps, RegionBatch, Regions
 from regionclip.structures.transforms import ResizeConfig
 from regionclip.training.region_text import freeze
 from regionclip.training.samples import RegionDataset, Sample, base_records, fit_on
@@ -160,20 +159,20 @@ class DetectorTask(nn.Module):
         """Returns the weighted losses `classification` and `box`, on a shared trunk the proposals' too."""
         detector, config = self.detector, self.config
         assert detector.network is not None
-        stages = detector.stages(batch.images)
+        maps = detector.feature_maps(batch.images)
         losses = {}
         if detector.shares_trunk:
-            found = detector.network.losses(batch, stages)
+            found = detector.network.losses(batch, maps)
             losses["objectness"] = config.objectness_weight * found["objectness"]
             losses["proposal"] = config.proposal_weight * found["box"]
-        proposals = detector.propose(batch.images, stages, config.max_proposals)
-        return losses | self.region_losses(stages[-1], proposals, batch.regions)
+        proposals = detector.propose(maps, config.max_proposals)
+        return losses | self.region_losses(maps, proposals, batch.regions)
 
-    def region_losses(self, feature_map: Tensor, proposals: Regions, truth: Regions) -> dict[str, Tensor]:
+    def region_losses(self, maps: FeatureMaps, proposals: Regions, truth: Regions) -> dict[str, Tensor]:
         """Returns the weighted losses `classification` and `box` of regions sampled from proposals.
 
         Args:
-            feature_map: [B, C, h, w], the trunk's.
+            maps: the trunk's, of the batch.
             proposals: of the whole batch.
             truth: true boxes with labels.
         """
@@ -181,14 +180,14 @@ class DetectorTask(nn.Module):
         regions, targets = sample_regions(proposals, truth, len(self.classifier), config)
         labels = regions.labels
         assert labels is not None
-        embeddings, moves = detector.heads(feature_map, regions)  # [N, D], [N, 4]
-        assert moves is not None
+        embeddings, deltas = detector.roi_heads(maps, regions)  # [N, D], [N, 4]
+        assert deltas is not None
         with torch.autocast(embeddings.device.type, enabled=False):
             logits = detector.logits(embeddings, self.classifier, True)
             classification = self._classification(logits, labels)
             objects = labels < len(self.classifier)
             wanted = encode_deltas(regions.boxes[objects], targets[objects], DELTA_WEIGHTS)
-            box = F.smooth_l1_loss(moves[objects], wanted, reduction="sum", beta=config.smooth_l1_beta)
+            box = F.smooth_l1_loss(deltas[objects], wanted, reduction="sum", beta=config.smooth_l1_beta)
             box = box / max(len(labels), 1)
         return {"classification": classification, "box": config.box_weight * box}
 
@@ -262,8 +261,8 @@ def repeat_factors(images: Sequence[Tensor], threshold: float) -> Tensor:
 
 def proposal_network(config: TrainDetectorConfig, clip: CLIP) -> ProposalNetwork:
     """Returns the network that the options name: a file's, or a new one on the CLIP's trunk."""
-    visual = clip.visual
-    if not isinstance(visual, ModifiedResNet):
+    visual = clip.map_tower
+    if visual is None:
         raise InputError(
             f"weights={config.weights}: a detector is trained on a ResNet tower, this one is a ViT"
         )
@@ -283,8 +282,7 @@ def train_detector(config: TrainDetectorConfig) -> None:
     clip = load_clip(config.weights)
     torch.manual_seed(config.train.seed)
     network = proposal_network(config, clip)
-    detector = Detector(clip, config.detector, network, trained=True, boxes=config.box_head)
-    detector.resize = config.resize
+    detector = Detector.untrained(clip, config.detector, network, config.box_head, config.resize)
     tokenizer = Tokenizer(clip.config.text.context_length)
     classifier = embed(clip, tokenizer, split.base, config.templates).embeddings
     task = DetectorTask(detector, classifier, config)

@@ -168,8 +168,8 @@ def _quickstart(folder: Path) -> None:
     (folder / "quickstart").mkdir()
     (folder / "quickstart" / "world").symlink_to(folder / "world")
     network = ProposalNetwork(ProposalNetworkConfig(vision=RESNET, channels=16))
-    detector = Detector(_clip(RESNET), DetectorConfig(max_proposals=16), network, trained=True)
-    detector.resize = ResizeConfig(short=[SIDE], long=SIDE)
+    size = ResizeConfig(short=[SIDE], long=SIDE)
+    detector = Detector.untrained(_clip(RESNET), DetectorConfig(max_proposals=16), network, resize=size)
     path = folder / "quickstart" / "detector-regionclip" / "model.safetensors"
     save_detector(detector, path, ["cup"])
     shutil.copy(path, folder / "detector.safetensors")  # what docs/pictures.md and docs/serve.md look with

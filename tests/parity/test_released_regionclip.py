@@ -304,7 +304,7 @@ def test_region_features_are_the_released_codes(tmp_path: Path, photographs: Pat
         regions = Regions(boxes, torch.zeros(len(boxes), dtype=torch.int64))
         batch = ImageBatch.whole(normalize(image[None]))
         with torch.no_grad():
-            found, moves = detector.heads(detector.stages(batch)[-1], regions)
+            found, moves = detector.roi_heads(detector.feature_maps(batch), regions)
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
             assert moves is not None
             torch.testing.assert_close(moves, released.boxes(wanted), rtol=0, atol=1e-4)

@@ -170,7 +170,7 @@ def make_detector(make_network: Callable[[], ProposalNetwork]) -> Callable[..., 
 
     def make(**options: object) -> Detector:
         settings = DetectorConfig(**{"max_proposals": 20, **options})  # type: ignore[arg-type]
-        return Detector(_make_clip(), settings, make_network(), trained=True).eval()
+        return Detector.untrained(_make_clip(), settings, make_network()).eval()
 
     return make
 

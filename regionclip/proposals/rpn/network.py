@@ -37,7 +37,7 @@ from regionclip.proposals.rpn.backbone import (
     freeze_stages,
 )
 from regionclip.structures.boxes import clip_boxes, decode_deltas, encode_deltas, valid_boxes
-from regionclip.structures.regions import RegionBatch, Regions
+from regionclip.structures.regions import FeatureMaps, RegionBatch, Regions
 
 PYRAMID_CHANNELS = 256  # arXiv 1612.03144, section 3
 
@@ -234,26 +234,36 @@ class ProposalNetwork(nn.Module):
         images = images if framed else fit_frame(images, self.frame_multiple)
         return self.trunk.stages(caffe_pixels(images) if self.config.pixels == "caffe" else images.pixels)
 
-    def features(
-        self, images: ImageBatch, maps: list[Tensor] | None = None, framed: bool = False
-    ) -> list[Tensor]:
+    @property
+    def shared_trunk(self) -> ModifiedResNet | None:
+        """The CLIP's vision tower that it stands on; None with a backbone of its own."""
+        return self._shared[0] if self._shared else None
+
+    def features(self, seen: ImageBatch | FeatureMaps, framed: bool = False) -> list[Tensor]:
         """Returns the head's maps, [B, C, h, w] a level.
 
         Args:
-            images: B images, normalised as for CLIP.
-            maps: what the shared trunk's `stages` made of them already, so that one pass serves proposals and
-                embeddings; None: the trunk is run.
+            seen: B images, normalized as for CLIP; or with the shared trunk's maps of them, so that one pass
+                serves proposals and embeddings. A network with a backbone of its own ignores these.
             framed: see `stages`.
+
+        Raises:
+            ValueError: maps that the network needs are not among them.
         """
-        if maps is not None and not self._shared:
-            raise ValueError("this network has a trunk of its own; another's maps mean nothing to it")
-        maps = self.stages(images, framed) if maps is None else maps
+        if not isinstance(seen, FeatureMaps):
+            maps = self.stages(seen, framed)
+        elif self.shared_trunk is None:
+            maps = self.stages(seen.images, framed)
+        elif len(seen.levels) > max(self._taken):
+            maps = list(seen.levels)
+        else:
+            raise ValueError(f"the network needs {max(self._taken) + 1} maps, got {len(seen.levels)}")
         if self.config.design == "c4":
             return [self.neck(maps[self._taken[0]])]
         pyramid = self.neck(OrderedDict((str(index), maps[index]) for index in self._taken))
         return list(pyramid.values())
 
-    def losses(self, batch: RegionBatch, maps: list[Tensor] | None = None) -> dict[str, Tensor]:
+    def losses(self, batch: RegionBatch, maps: FeatureMaps | None = None) -> dict[str, Tensor]:
         """Returns the unweighted losses of a batch in float32; which class a box is of does not matter.
 
         Those of detectron2, with one difference: anchors whose center lies in the padding are not used. Nor
@@ -261,14 +271,14 @@ class ProposalNetwork(nn.Module):
 
         Args:
             batch: images and true boxes.
-            maps: of the shared trunk, see `features`; gradients flow into them.
+            maps: of the batch's images, see `features`, into which gradients flow; None: they are made.
 
         Returns:
             `objectness`, the sum of the binary cross entropies of the sampled anchors, and `box`, the sum of
             the (smooth) L1 losses of the objects among them; each divided by `config.samples` per image, even
             where fewer anchors could be sampled.
         """
-        levels = self.features(batch.images, maps)
+        levels = self.features(batch.images if maps is None else maps)
         logits, deltas = self.rpn.head(levels)
         with torch.autocast(batch.images.pixels.device.type, enabled=False):
             logits, deltas = concat_box_prediction_layers(logits, deltas)  # [B·K, 1], [B·K, 4]
@@ -291,21 +301,19 @@ class ProposalNetwork(nn.Module):
     @torch.no_grad()
     def propose(
         self,
-        images: ImageBatch,
+        seen: ImageBatch | FeatureMaps,
         limit: int,
         nms: float | None = None,
         min_score: float = 0.0,
-        maps: list[Tensor] | None = None,
         pre_nms: int | None = None,
     ) -> Regions:
         """Returns the boxes most like objects.
 
         Args:
-            images: B images, normalised as for CLIP.
+            seen: see `features`.
             limit: most boxes an image.
             nms: IoU above which the lower scored of two boxes is dropped; None: the config's.
             min_score: boxes scored lower are left out.
-            maps: of the shared trunk, see `features`.
             pre_nms: best anchors per level that go into non-maximum suppression; None: the config's.
 
         Returns:
@@ -314,7 +322,8 @@ class ProposalNetwork(nn.Module):
         """
         if self.training:
             raise ValueError("proposals of a network in training mode change its statistics; call eval()")
-        levels = self.features(images, maps)
+        images = seen.images if isinstance(seen, FeatureMaps) else seen
+        levels = self.features(seen)
         logits, deltas = self.rpn.head(levels)
         with torch.autocast(images.pixels.device.type, enabled=False):
             boxes, best, level_of = self.best_anchors(levels, logits, deltas, pre_nms)

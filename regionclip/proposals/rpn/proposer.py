@@ -70,8 +70,8 @@ def save_network(network: ProposalNetwork, path: str | Path) -> None:
     # The file holds all weights; where the first ones lay is of no use to its reader.
     sizes["backbone_weights"] = ""
     metadata = {"format": FORMAT, "config": json.dumps(sizes)}
-    if isinstance(network.trunk, ModifiedResNet) and network.config.share_trunk:
-        metadata["trunk"] = trunk_hash(network.trunk)
+    if network.shared_trunk is not None:
+        metadata["trunk"] = trunk_hash(network.shared_trunk)
     write_weights(path, network.state_dict(), metadata)
 
 
@@ -151,11 +151,11 @@ def clip_tower(path: str) -> ModifiedResNet:
         InputError: the file cannot be read, or its tower is no ResNet.
     """
     model = load_clip(path)
-    if not isinstance(model.visual, ModifiedResNet):
+    if model.map_tower is None:
         raise InputError(
             f"{path} holds a {model.config.vision.kind}; the proposal network needs a CLIP with a resnet"
         )
-    return model.visual
+    return model.map_tower
 
 
 def _fitting_tower(config: ProposalNetworkConfig) -> ModifiedResNet:

@@ -121,7 +121,7 @@ def test_detectors_of_other_design_are_refused(
     detector_file: Path, tmp_path: Path, make_detector: Callable[..., Detector], regionclip: Command
 ) -> None:
     small = make_detector()
-    other = Detector(small.clip, small.config, small.network, trained=True, boxes="map")
+    other = Detector.untrained(small.clip, small.config, small.network, boxes="map")
     save_detector(other, tmp_path / "map.safetensors", [])
     code, told = regionclip(
         "interpolate",

@@ -67,7 +67,7 @@ def shared_file(make_clip: Callable[..., CLIP], tmp_path: Path) -> Path:
     torch.manual_seed(1)
     sizes = ProposalNetworkConfig(vision=clip.config.vision, channels=16, share_trunk=True)
     network = ProposalNetwork(sizes, clip.visual).eval()
-    detector = Detector(clip, DetectorConfig(max_proposals=20), network, trained=True).eval()
+    detector = Detector.untrained(clip, DetectorConfig(max_proposals=20), network).eval()
     return save(detector, tmp_path / "shared.safetensors")
 
 

@@ -137,8 +137,8 @@ def test_a_detector_of_two_backbones_finds_the_same(
     settings = DetectorConfig(
         max_proposals=12, nms_type="nms", fusion="legacy_logit", temperature=0.05, max_detections=20
     )
-    detector = Detector(make_clip(), settings, own_network("resnet50", design), trained=True).eval()
-    detector.resize = ResizeConfig(multiple=1)
+    network = own_network("resnet50", design)
+    detector = Detector.untrained(make_clip(), settings, network, resize=ResizeConfig(multiple=1)).eval()
     detector.set_vocabulary(vocabulary(3))
     _, differences = written(detector, tmp_path, ["onnx"])
     assert differences["detector.onnx"] < graphs.TOLERANCE

@@ -19,10 +19,11 @@ from regionclip.checkpoints.load import load_detector, read_detector_file, save_
 from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
+from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.structures.boxes import iou
 from regionclip.structures.detections import Detections
-from regionclip.structures.regions import ImageInfo, Regions
-from regionclip.structures.transforms import ResizeTransform, resize_shortest_edge, to_batch
+from regionclip.structures.regions import FeatureMaps, ImageInfo, Regions
+from regionclip.structures.transforms import ResizeConfig, ResizeTransform, resize_shortest_edge, to_batch
 
 MakeDetector = Callable[..., Detector]
 NAMES = ("cup", "star", "tree", "kite")
@@ -61,7 +62,7 @@ def test_novel_names_have_an_exponent_of_their_own(make_detector: MakeDetector) 
 def test_no_proposal_is_dropped_when_everything_may_stay(make_detector: MakeDetector, scene: Scene) -> None:
     detector = make_detector(min_score=0.0, nms_type="nms", nms=1.0, max_detections=1000, max_proposals=10)
     found = detect(detector, scene)
-    regions = detector.propose(scene[0])
+    regions = detector.propose(detector.feature_maps(scene[0]))
     for slot in range(2):
         assert len(found[slot]) == len(regions.of_image(slot)) * len(NAMES)
 
@@ -125,8 +126,9 @@ def test_background_takes_its_share_only_from_trained_detectors(
     detector = make_detector()
     detector.set_vocabulary(vocabulary())
     regions = Regions(torch.tensor([[0.0, 0, 50, 60]]), torch.tensor([1]))
-    with_background, _ = detector.classify(scene[0], regions, background=True)
-    without, boxes = detector.classify(scene[0], regions, background=False)
+    maps = detector.feature_maps(scene[0])
+    with_background, _ = detector.classify(maps, regions, background=True)
+    without, boxes = detector.classify(maps, regions, background=False)
     assert float(without.sum()) == pytest.approx(1)
     assert float(with_background.sum()) < 1
     share = torch.cat([with_background, 1 - with_background.sum(1, keepdim=True)], 1)
@@ -180,12 +182,42 @@ def test_weights_that_are_no_detector_are_refused(clip_file: Path, tmp_path: Pat
         read_detector_file(tmp_path / "nowhere.safetensors")
 
 
+def test_a_size_given_at_load_is_a_clips_and_replaces_a_detectors_only_when_asked(
+    make_detector: MakeDetector, clip_file: Path, tmp_path: Path
+) -> None:
+    file, size = tmp_path / "model.safetensors", ResizeConfig([64], 96)
+    save_detector(make_detector(), file, [])
+    assert load_detector(str(file), DetectorConfig(), size).resize == ResizeConfig()
+    assert load_detector(str(file), None, size, use_checkpoint_config=False).resize == size
+    assert load_detector(str(file), None, size, use_checkpoint_config=False).config.max_proposals == 20
+    assert load_detector(str(clip_file), DetectorConfig(), size).resize == size
+
+
+def test_a_detector_is_whole_when_it_is_made(make_clip: Callable[..., CLIP]) -> None:
+    clip = make_clip()
+    with pytest.raises(ValueError, match="a box head and a background, or neither"):
+        Detector(clip, DetectorConfig(), background=torch.nn.Parameter(torch.zeros(32)))
+    with pytest.raises(ValueError, match="needs a tower whose head pools maps"):
+        Detector.untrained(make_clip("vit"), DetectorConfig())
+
+
+def test_another_network_leaves_the_rest_of_a_detector_as_it_is(
+    make_detector: MakeDetector, make_network: Callable[[], ProposalNetwork]
+) -> None:
+    detector, network = make_detector(), make_network()
+    whole = detector.with_network(network)
+    assert whole.network is network
+    assert whole.box_head is detector.box_head
+    assert whole.background is detector.background
+    assert whole.state_dict().keys() == detector.state_dict().keys()
+
+
 def test_a_clip_is_a_detector_without_training(clip_file: Path) -> None:
     detector = load_detector(str(clip_file), DetectorConfig())
     assert not detector.trained
     assert detector.network is None
     with pytest.raises(ValueError, match="has no proposal network"):
-        detector.propose(ImageBatch.whole(torch.zeros(1, 3, 64, 64)))
+        detector.propose(FeatureMaps(ImageBatch.whole(torch.zeros(1, 3, 64, 64))))
 
 
 def test_a_vit_detects_by_crops(make_clip: Callable[..., CLIP], scene: Scene, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_boxes_are_regressed_by_absolute_differences_of_objects_alone(
     total = 0.0
     for row in (regions.labels < 3).nonzero()[:, 0].tolist():
         one = slice(row, row + 1)
-        _, moves = detector.heads(detector.stages(batch.images)[-1], regions[one])
+        _, moves = detector.roi_heads(detector.feature_maps(batch.images), regions[one])
         wanted = encode_deltas(regions.boxes[one], targets[one], DELTA_WEIGHTS)
         assert moves is not None
         total += float((moves - wanted).abs().sum().detach())

@@ -159,7 +159,7 @@ def test_images_without_boxes_and_boxes_without_area_give_finite_losses(
 def test_anchors_in_the_padding_do_not_count(monkeypatch: pytest.MonkeyPatch, small: Small) -> None:
     network = ProposalNetwork(small())
     levels = [torch.randn(1, 32, side, side, requires_grad=True) for side in (12, 6)]
-    monkeypatch.setattr(network, "features", lambda images, maps=None: levels)
+    monkeypatch.setattr(network, "features", lambda seen: levels)
     images = ImageBatch(torch.zeros(1, 3, 96, 96), torch.tensor([[96, 32]]))
     regions = Regions(torch.tensor([[4.0, 4.0, 28.0, 28.0]]), torch.tensor([0]))
     torch.stack(list(network.losses(RegionBatch(images, regions)).values())).sum().backward()

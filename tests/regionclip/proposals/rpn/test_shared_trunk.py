@@ -26,7 +26,7 @@ from regionclip.proposals.rpn.proposer import (
     load_network,
     save_network,
 )
-from regionclip.structures.regions import ImageInfo, RegionBatch
+from regionclip.structures.regions import FeatureMaps, ImageInfo, RegionBatch
 from regionclip.training.train_rpn import RPNTask
 
 Small = Callable[..., ProposalNetworkConfig]
@@ -71,26 +71,36 @@ def test_maps_that_are_given_spare_the_trunk(
     small: Small, rectangles: Rectangles, clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network, batch = shared(small, clip).eval(), rectangles(2, 3)
-    maps = [level.detach().requires_grad_() for level in network.stages(batch.images)]
+    levels = [level.detach().requires_grad_() for level in network.stages(batch.images)]
+    maps = FeatureMaps(batch.images, tuple(levels))
     wanted = network.propose(batch.images, 30)
     torch.manual_seed(0)
     losses = network.losses(batch)
     monkeypatch.setattr(network.trunk, "stages", lambda pixels: pytest.fail("the trunk was run again"))
-    assert torch.equal(network.propose(batch.images, 30, maps=maps).boxes, wanted.boxes)
+    assert torch.equal(network.propose(maps, 30).boxes, wanted.boxes)
     torch.manual_seed(0)
     again = network.losses(batch, maps=maps)
     assert {name: loss.item() for name, loss in again.items()} == {
         n: loss.item() for n, loss in losses.items()
     }
     torch.stack(list(again.values())).sum().backward()
-    assert all(level.grad is not None and bool(level.grad.any()) for level in maps[1:])
+    assert all(level.grad is not None and bool(level.grad.any()) for level in levels[1:])
 
 
-def test_maps_of_another_trunk_are_refused(small: Small, rectangles: Rectangles) -> None:
+def test_a_network_with_a_trunk_of_its_own_does_not_look_at_anothers_maps(
+    small: Small, rectangles: Rectangles
+) -> None:
     network = ProposalNetwork(small()).eval()
     images = rectangles(1, 0).images
-    with pytest.raises(ValueError, match="trunk of its own"):
-        network.propose(images, 5, maps=network.stages(images))
+    maps = FeatureMaps(images, tuple(torch.zeros_like(level) for level in network.stages(images)))
+    assert torch.equal(network.propose(maps, 5).boxes, network.propose(images, 5).boxes)
+
+
+def test_too_few_maps_are_refused(small: Small, rectangles: Rectangles, clip: str) -> None:
+    network, images = shared(small, clip).eval(), rectangles(1, 0).images
+    maps = FeatureMaps(images, tuple(network.stages(images)[:1]))
+    with pytest.raises(ValueError, match="the network needs 3 maps, got 1"):
+        network.propose(maps, 5)
 
 
 def test_training_a_head_leaves_the_trunk_as_it_is(small: Small, rectangles: Rectangles, clip: str) -> None:

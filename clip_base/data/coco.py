@@ -146,6 +146,29 @@ def _is_plain(entry: Any, ids: Sequence[str]) -> bool:
     return type(crowd) is int and 0 <= crowd <= 1
 
 
+def coco_entry(
+    image_id: int,
+    category_id: int,
+    box: Sequence[float],
+    score: float | None = None,
+    digits: int | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Returns the entry of a box for a file of annotations or of results.
+
+    Args:
+        image_id: the image's id in the annotations.
+        category_id: the category's.
+        box: (left, top, width, height) in pixels.
+        score: of a result, in [0, 1]; None: the entry is an annotation.
+        digits: decimal places of the box; None: as it is.
+        more: what else the entry holds, such as `area`.
+    """
+    sides = [float(side) if digits is None else round(float(side), digits) for side in box]
+    entry = {"image_id": int(image_id), "category_id": int(category_id), "bbox": sides, **more}
+    return entry if score is None else {**entry, "score": score}
+
+
 def is_id(value: Any) -> TypeGuard[int]:
     """Whether `value` is a whole number of 64 bits, as COCO's ids are."""
     return isinstance(value, int) and not isinstance(value, bool) and -_TOO_LARGE <= value < _TOO_LARGE

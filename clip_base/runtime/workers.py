@@ -223,6 +223,9 @@ def _serve(start: Callable[[], Work[Any, Any]], pipe: connection.Connection) -> 
         except OSError:
             os._exit(1)
 
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     work: Work[Any, Any] | None = None
     while True:
         try:
@@ -236,6 +239,12 @@ def _serve(start: Callable[[], Work[Any, Any]], pipe: connection.Connection) -> 
             tell("failed", _Failure.of(error))
             return
         tell("done", result)
+
+
+def _end_with(sentinel: int) -> None:
+    """Ends this process as soon as its parent is gone, in the middle of a task too."""
+    connection.wait([sentinel])
+    os._exit(1)
 
 
 class _Actor:

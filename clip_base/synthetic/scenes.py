@@ -7,15 +7,11 @@ automatic ones filled in). File names in the annotations are relative to `images
 
 from __future__ import annotations
 
+import functools
 import json
-import multiprocessing
-import os
 import shutil
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +19,13 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from clip_base.data.coco import coco_entry
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import read_json, write_json
 from clip_base.runtime.progress import Progress
+from clip_base.runtime.workers import Report, cores, run
 from clip_base.synthetic.captions import Seen, Style, describe
 from clip_base.synthetic.painting import Painter, Recipe, Scene
 from clip_base.synthetic.pictograms import TABLE, Category
@@ -166,56 +164,18 @@ def _begin_parts(parts: Path, options: dict[str, Any]) -> None:
 
 def _draw_all(config: ScenesConfig, tasks: list[Task]) -> Iterator[int]:
     """Draws the chunks, in this process or in several; yields how many scenes each finished one held."""
-    workers = min(config.workers or _cores(), len(tasks))
     threads = cv2.getNumThreads()
-    # One thread a process; set before forking, because a fork copies OpenCV's pool without its threads.
-    cv2.setNumThreads(1)
     try:
-        if workers <= 1:
-            artist = _Artist(config)
-            for task in tasks:
-                yield artist.draw(task)
-            return
-        forks = "fork" in multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("fork" if forks else None)
-        with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(config,)) as pool:
-            futures = [pool.submit(_draw_here, task) for task in tasks]
-            try:
-                for future in as_completed(futures):
-                    yield future.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        workers = min(config.workers or cores(), max(len(tasks), 1))
+        for _, drawn in run("local", functools.partial(_start_artist, config), tasks, workers):
+            yield drawn
     finally:
         cv2.setNumThreads(threads)
 
 
-def _cores() -> int:
-    """How many cores this process may use, where the system tells; else how many there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_artist: _Artist | None = None
-
-
-def _start_worker(config: ScenesConfig) -> None:
-    """Readies a worker process, which ends itself when its parent has been killed."""
-    global _artist
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        sentinel = parent.sentinel
-
-        def follow() -> None:
-            connection.wait([sentinel])
-            os._exit(1)
-
-        threading.Thread(target=follow, daemon=True).start()
-    cv2.setNumThreads(1)
-    _artist = _Artist(config)
-
-
-def _draw_here(task: Task) -> int:
-    assert _artist is not None
-    return _artist.draw(task)
+def _start_artist(config: ScenesConfig) -> _Artist:
+    cv2.setNumThreads(1)  # processes share the cores, not threads
+    return _Artist(config)
 
 
 class _Artist:
@@ -234,7 +194,7 @@ class _Artist:
         self.painter = Painter(recipe, (config.seed, _BANK))
         self.style = Style(config.mention, config.colours)
 
-    def draw(self, task: Task) -> int:
+    def __call__(self, task: Task, report: Report) -> int:
         """Draws scenes `start` to `stop` of a split; the part file comes last and says that they exist."""
         split, start, stop = task
         images, instances, captions = [], [], []
@@ -260,14 +220,14 @@ class _Artist:
         masks = np.stack([placed.mask for placed in scene.objects], axis=-1).view(np.uint8)
         rles = coco_mask.encode(np.asfortranarray(masks))
         return [
-            {
-                "image_id": image_id,
-                "category_id": self.category_ids[placed.category],
-                "bbox": [float(value) for value in placed.box],
-                "area": float(placed.mask.sum()),
-                "iscrowd": 0,
-                "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},
-            }
+            coco_entry(
+                image_id,
+                self.category_ids[placed.category],
+                placed.box,
+                area=float(placed.mask.sum()),
+                iscrowd=0,
+                segmentation={"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},
+            )
             for placed, rle in zip(scene.objects, rles, strict=True)
         ]
 

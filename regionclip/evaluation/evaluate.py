@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from clip_base.data.coco import coco_entry
 from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
 from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
 from clip_base.jobs.run import RunFolder
@@ -33,6 +34,7 @@ from regionclip.models.postprocess import DetectorConfig
 from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import Proposer, build_proposer
 from regionclip.proposals.precomputed import TruthProposer
+from regionclip.structures.boxes import xyxy_to_xywh
 from regionclip.structures.detections import Detections
 from regionclip.structures.regions import Regions
 from regionclip.structures.transforms import ResizeConfig
@@ -342,15 +344,10 @@ def name_true_boxes(
     for row, (image, box) in enumerate(
         zip(index.tolist(), torch.cat([r.boxes for r in records]), strict=True)
     ):
-        x1, y1, x2, y2 = box.tolist()
+        sides = xyxy_to_xywh(box.double()).tolist()
         best = probabilities[row].topk(min(5, probabilities.shape[1]))
         entries += [
-            {
-                "image_id": records[image].image_id,
-                "category_id": category_ids[label],
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "score": score,
-            }
+            coco_entry(records[image].image_id, category_ids[label], sides, score)
             for score, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
     return entries, (probabilities, labels)

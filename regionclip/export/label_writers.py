@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from clip_base.data.coco import coco_entry
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, read_json, replacing, write_json, write_text
 from clip_base.runtime.json_stream import stream_entries
@@ -134,15 +135,10 @@ class CocoWriter:
         for (x1, y1, x2, y2), label, score in zip(image.boxes, image.labels, image.scores, strict=True):
             self._file.write(",\n" if self.annotations else "\n")
             self.annotations += 1
-            annotation = {
-                "id": self.annotations,
-                "image_id": image.image_id,
-                "category_id": label + 1,
-                "bbox": [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)],
-                "area": round((x2 - x1) * (y2 - y1), 3),
-                "iscrowd": 0,
-                "score": round(score, 5),
-            }
+            sides = (x1, y1, x2 - x1, y2 - y1)
+            more = {"area": round(sides[2] * sides[3], 3), "iscrowd": 0}
+            entry = coco_entry(image.image_id, label + 1, sides, round(score, 5), digits=3, **more)
+            annotation = {"id": self.annotations, **entry}
             self._file.write(_json(annotation))
 
 

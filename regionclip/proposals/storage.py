@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clip_base.data.coco import coco_entry
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, replacing
 from regionclip.structures.boxes import xyxy_to_xywh
@@ -62,8 +63,7 @@ class _JsonWriter:
 
     def add(self, image_id: int, boxes: Tensor, scores: Tensor) -> None:
         for box, score in zip(xyxy_to_xywh(boxes.double()).tolist(), scores.tolist(), strict=True):
-            sides = [round(side, 2) for side in box]
-            entry = {"image_id": image_id, "category_id": 1, "bbox": sides, "score": round(score, 5)}
+            entry = coco_entry(image_id, 1, box, round(score, 5), digits=2)
             self.file.write(self.separator + json.dumps(entry))
             self.separator = ", "
 

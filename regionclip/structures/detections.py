@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clip_base.data.coco import coco_entry
 from clip_base.images.inputs import Picture
 from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError
@@ -210,12 +211,7 @@ class Detections:
             raise ValueError(f"{len(self.names)} names need as many category ids, got {len(category_ids)}")
         boxes = xyxy_to_xywh(self.boxes.double()).tolist()
         return [
-            {
-                "image_id": image_id,
-                "category_id": int(category_ids[label]),
-                "bbox": [round(value, 3) for value in box],
-                "score": score,
-            }
+            coco_entry(image_id, category_ids[label], box, score, digits=3)
             for box, score, label in zip(boxes, self.scores.tolist(), self.labels.tolist(), strict=True)
         ]
 

@@ -154,7 +154,7 @@ def commands(tmp_path: Path) -> dict[str, str]:
             f"#!{sys.executable}\nimport clip_base.jobs.cli\nclip_base.jobs.cli.{function}()\n"
         )
         program.chmod(0o755)
-    for name in ("photo one.jpg", "photos/x.jpg", "conf.yaml"):
+    for name in ("image one.jpg", "images/x.jpg", "conf.yaml"):
         (tmp_path / "files" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "files" / name).touch()
     for job in (
@@ -189,8 +189,8 @@ BASH = {
     "regionclip mine teac": ["teacher=", "teacher_scale="],
     "regionclip mine --precision f": ["fp32 "],
     "regionclip train-detector train.opt": ["train.optimizer="],
-    "regionclip detect photo": ["images=", "photo one.jpg ", "photos/"],
-    "regionclip detect weights = ph": [],  # readline's own completion of files
+    "regionclip detect image": ["images=", "image one.jpg ", "images/"],
+    "regionclip detect weights = im": [],  # readline's own completion of files
 }
 
 
@@ -242,12 +242,12 @@ def test_fish_completes(commands: dict[str, str]) -> None:
     lines = [
         "regionclip det",
         "regionclip mine matcher.name=po",
-        "regionclip detect weights=ph",
+        "regionclip detect weights=im",
         "clip-base sce",
     ]
     script = "regionclip completion fish | source\n" + "\n".join(f"complete -C '{line}'" for line in lines)
     words: list[Any] = [line.partition("\t")[0] for line in shell("fish", script, commands)]
-    assert words == ["detect", "matcher.name=pool", "weights=photo one.jpg", "weights=photos/", "scenes"]
+    assert words == ["detect", "matcher.name=pool", "weights=image one.jpg", "weights=images/", "scenes"]
 
 
 def test_every_shell_has_a_script(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,10 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 1800.0  # seconds until a test gives up on a process: a guard against hanging, no measure of speed
 
 Launch = Callable[[list[list[str]]], list[subprocess.CompletedProcess[str]]]
+AfterImport = Callable[[str, str], dict[str, str]]
 JOBS = """
 import json, sys
 from clip_base.jobs import cli
@@ -27,6 +29,26 @@ for command in json.loads(sys.argv[1]):
     code = cli.main(command)
     if code:
         sys.exit(code)
+"""
+
+# Processes that the tests start import nothing of the tests; this is loaded by Python as it starts.
+SITE = """
+import importlib.abc, importlib.machinery, sys
+
+class After(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != NAME:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        run = spec.loader.exec_module
+        def both(module):
+            run(module)
+            exec(CODE, {"module": module})
+        spec.loader.exec_module = both
+        return spec
+
+sys.meta_path.insert(0, After())
 """
 
 
@@ -47,7 +69,7 @@ def _launch(commands: list[list[str]]) -> list[subprocess.CompletedProcess[str]]
     ]
     ended = []
     for child in started:
-        output, errors = child.communicate(timeout=300)
+        output, errors = child.communicate(timeout=PATIENCE)
         ended.append(subprocess.CompletedProcess(child.args, child.returncode, output, errors))
     return ended
 
@@ -64,6 +86,28 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def launch() -> Launch:
     """Runs commands, [job, option, …] each, one after another in two processes, as torchrun starts them."""
     return _launch
+
+
+@pytest.fixture(scope="session")
+def patience() -> float:
+    """Seconds until a test gives up on a process that it started, however busy the machine is."""
+    return PATIENCE
+
+
+@pytest.fixture
+def after_import(tmp_path: Path) -> AfterImport:
+    """Makes an environment in which Python runs code once a module has been imported, in workers too.
+
+    after_import("package.name", "module.function = …"): the code knows the module as `module`.
+    """
+
+    def make(name: str, code: str) -> dict[str, str]:
+        folder = tmp_path / "site"
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(f"NAME = {name!r}\nCODE = {code!r}\n{SITE}")
+        return {"PYTHONPATH": str(folder)}
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "region-evaluate"
 WIDTH, EMBED, SIDE = 8, 32, 64  # of the small tower; SIDE / 16 cells are the side of a region
 SHORT, LONG = 128, 213
 PROPOSALS = 24
+ROUNDING = 1e-5  # of scores, in which different processors differ by up to 3e-6
 SIZES = ((113, 171), (268, 100))
 COCO = parse_names("coco")
 TRUTH = torch.tensor([[9, 9, 50, 40], [12, 9, 50, 44], [30, 50.5, 41, 60], [0, 0, 99, 112]])  # x, y, w, h
@@ -256,8 +257,12 @@ def expected(
     return entries
 
 
-def assert_same_detections(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
-    """Every detection has its like: image, name, score within 1e-4, corners within 0.02 pixels."""
+def assert_same_detections(found: list[dict[str, Any]], wanted: list[dict[str, Any]], limit: int) -> None:
+    """Every detection has its like: image, name, score within 1e-4, corners within 0.02 pixels.
+
+    Where scores are equal up to rounding it is rounding that decides which of two boxes suppresses the
+    other, and which detection is the last of the `limit` best: such a detection may have another's like.
+    """
     assert len(found) == len(wanted)
     assert len(wanted) > 100
     key = ("image_id", "category_id")
@@ -265,9 +270,16 @@ def assert_same_detections(found: list[dict[str, Any]], wanted: list[dict[str, A
     theirs = torch.tensor([[float(e[k]) for k in key] + e["bbox"] + [e["score"]] for e in wanted])
     same = (mine[:, None, :2] == theirs[None, :, :2]).all(-1)
     near = (mine[:, None, 2:6] - theirs[None, :, 2:6]).abs().amax(-1) < 0.02
-    alike = same & near & ((mine[:, None, 6] - theirs[None, :, 6]).abs() < 1e-4)
-    assert alike.any(0).all()
-    assert alike.any(1).all()
+    apart = (mine[:, None, 6] - theirs[None, :, 6]).abs()
+    alike = same & near & (apart < 1e-4)
+    corners = [torch.cat([e[:, 2:4], e[:, 2:4] + e[:, 4:6]], 1) for e in (mine, theirs)]
+    rivals = same & (apart < ROUNDING) & (pairwise_iou(*map(Boxes, corners)) > 0.5)
+    for one, other, like in ((mine, theirs, alike | rivals), (theirs, mine, (alike | rivals).T)):
+        for detection in one[~like.any(1)]:
+            beside = other[other[:, 0] == detection[0], 6]
+            assert len(beside) == limit, detection
+            assert abs(detection[6] - beside.min()) < ROUNDING, detection
+    assert (~alike.any(1)).sum() <= len(mine) // 50
 
 
 def run(folder: Path, out: Path, config: str, *options: str) -> list[dict[str, Any]]:
@@ -322,7 +334,7 @@ def test_a_coco_detectors_detections_are_the_released_codes(tmp_path: Path, phot
         f"embeddings={tmp_path / 'coco_65_cls_emb.pth'}",
         "detector.max_detections=3000",
     )  # fmt: skip
-    assert_same_detections(found, expected(released, photographs))
+    assert_same_detections(found, expected(released, photographs), released.settings["limit"])
 
 
 def test_an_lvis_detectors_detections_are_the_released_codes(tmp_path: Path, photographs: Path) -> None:
@@ -334,7 +346,7 @@ def test_an_lvis_detectors_detections_are_the_released_codes(tmp_path: Path, pho
         f"proposer.weights={rpn}", f"proposer.limit={PROPOSALS}", "embeddings=",
     )  # fmt: skip
     wanted = expected(released, photographs, lambda scores: scores / (1 + scores))
-    assert_same_detections(found, wanted)
+    assert_same_detections(found, wanted, released.settings["limit"])
 
 
 def test_zero_shot_detections_are_the_released_codes(tmp_path: Path, photographs: Path) -> None:
@@ -349,7 +361,7 @@ def test_zero_shot_detections_are_the_released_codes(tmp_path: Path, photographs
         f"embeddings={tmp_path / 'coco_65_cls_emb.pth'}",
     )  # fmt: skip
     wanted = expected(released, photographs, lambda scores: scores / (1 + scores))
-    assert_same_detections(found, wanted)
+    assert_same_detections(found, wanted, released.settings["limit"])
 
 
 def test_true_boxes_are_named_and_suppressed_as_in_the_released_code(
@@ -364,7 +376,7 @@ def test_true_boxes_are_named_and_suppressed_as_in_the_released_code(
         photographs, tmp_path / "out", "published_coco_rn50_truth", f"weights={weights}",
         f"embeddings={tmp_path / 'coco_65_cls_emb.pth'}",
     )  # fmt: skip
-    assert_same_detections(found, expected(released, photographs))
+    assert_same_detections(found, expected(released, photographs), released.settings["limit"])
 
 
 def words() -> dict[str, Tensor]:

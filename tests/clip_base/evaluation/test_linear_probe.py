@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from clip_base.evaluation import linear_probe as job
-from clip_base.evaluation.features import Embedder
 from clip_base.evaluation.linear_probe import Fits, LabeledFeatures, LinearProbeConfig, linear_probe
 from clip_base.jobs import cli
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.models.vit import VisionTransformer
 from clip_base.runtime.errors import InputError
+from clip_base.weights.load import load_clip
 from clip_base.weights.native import save_clip
 
 COLOURS = {"blue": (20, 40, 230), "green": (30, 200, 40), "red": (220, 30, 20)}
@@ -97,17 +98,11 @@ def test_the_features_are_those_before_the_projection(
     weights: str, folders: dict[str, str], tmp_path: Path
 ) -> None:
     for layer, size in (("penultimate", 64), ("embedding", 16)):
-        embed = Embedder(
-            LinearProbeConfig(weights=weights, out="", train="", test="", precision="fp32"),
-            tmp_path / layer,
-            layer,
-        )
-        names, found, skipped = job._read(
-            LinearProbeConfig(weights=weights, out="", **folders), embed, "train"
-        )
-        assert found.features.shape == (18, size)
-        assert (names, skipped) == (list(COLOURS), [])
-    visual = embed.model.visual
+        run(weights, tmp_path / layer, **folders, layer=layer)
+        kept = [load_file(path) for path in (tmp_path / layer / "features").glob("*.safetensors")]
+        shapes = {tuple(table.shape) for tables in kept for table in tables.values() if table.ndim == 2}
+        assert shapes == {(18, size), (9, size)}
+    visual = load_clip(weights).visual
     assert isinstance(visual, VisionTransformer)
     pixels = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(visual.pooled(pixels) @ visual.proj, visual(pixels))

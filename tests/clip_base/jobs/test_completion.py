@@ -173,7 +173,7 @@ def shell(name: str, script: str, env: dict[str, str]) -> list[str]:
     plain = {"bash": ["--norc"], "zsh": ["-f"], "fish": ["--no-config"]}[name]
     folder = Path(env["PATH"].partition(":")[0]).parent / "files"
     child = subprocess.run(
-        [program, *plain, "-c", script], env=env, cwd=folder, capture_output=True, text=True, timeout=60
+        [program, *plain, "-c", script], env=env, cwd=folder, capture_output=True, text=True, timeout=6000
     )
     assert child.returncode == 0, child.stderr
     assert not child.stderr

@@ -279,7 +279,8 @@ def test_patches_are_what_the_strided_convolution_sees(vit: VisionTransformer):
     images = torch.randn(2, 3, 64, 64)
     tokens = vit.conv1(images).flatten(2).transpose(1, 2)
     tokens = torch.cat([vit.class_embedding.expand(2, 1, -1), tokens], 1) + vit.positional_embedding
-    torch.testing.assert_close(vit._embed(images)[0], vit.ln_pre(tokens), rtol=1e-4, atol=1e-5)
+    expected = vit.ln_post(vit.transformer(vit.ln_pre(tokens))[:, 0]) @ vit.proj
+    torch.testing.assert_close(vit(images), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_dense_embedding_of_the_last_block_sees_only_its_own_patch():

@@ -15,8 +15,8 @@ from clip_base.runtime.errors import InputError
 from clip_base.runtime.workers import Report, run
 
 
-def squares(power: int) -> Callable[[int, Report], tuple[int, str, str]]:
-    def work(task: int, report: Report) -> tuple[int, str, str]:
+def squares(power: int) -> Callable[[int, Report], tuple[int, str, str, bool]]:
+    def work(task: int, report: Report) -> tuple[int, str, str, bool]:
         report(1, f"task {task}")
         if task == 13:
             raise InputError("13 is no number of ours")
@@ -27,7 +27,8 @@ def squares(power: int) -> Callable[[int, Report], tuple[int, str, str]]:
         if task == 16:
             os.kill(os.getpid(), signal.SIGKILL)
         where = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        return task**power, os.environ.get("OMP_NUM_THREADS", ""), where
+        deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        return task**power, os.environ.get("OMP_NUM_THREADS", ""), where, deaf
 
     return work
 
@@ -69,7 +70,7 @@ def test_processes_share_the_cores_and_the_gpus(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(workers, "cores", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    found = {result[1:] for _, result in run("local", START, range(6), 2, gpus=2)}
+    found = {result[1:3] for _, result in run("local", START, range(6), 2, gpus=2)}
     assert found <= {("3", "4"), ("3", "7")}
     assert "OMP_NUM_THREADS" not in os.environ
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,7"
@@ -78,21 +79,22 @@ def test_processes_share_the_cores_and_the_gpus(monkeypatch: pytest.MonkeyPatch)
 def test_each_of_several_processes_takes_the_next_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    seen = []
-    for index in range(4):
-        with workers._surroundings(index, 4, 3):
-            seen.append((os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"]))
-    assert seen == [("0", "1"), ("1", "1"), ("2", "1"), ("0", "1")]
+    found = run("local", START, range(4), 4, gpus=3)  # every process is given a task as it starts
+    assert sorted(result[2] for _, result in found) == ["0", "0", "1", "2"]
 
 
 def test_a_process_that_starts_does_not_hear_ctrl_c() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with workers._surroundings(0, 2, 0):
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert all(result[3] for _, result in run("local", START, range(2), 2))
     assert signal.getsignal(signal.SIGINT) is before
-    in_thread = threading.Thread(target=lambda: workers._surroundings(0, 2, 0).__enter__())
-    in_thread.start()  # elsewhere than in the main thread signals cannot be set, and nothing fails
-    in_thread.join()
+
+
+def test_processes_can_be_started_in_a_thread() -> None:
+    found: list[int] = []  # there signals cannot be set
+    thread = threading.Thread(target=lambda: found.extend(n for n, _ in run("local", START, range(2), 2)))
+    thread.start()
+    thread.join()
+    assert sorted(found) == [0, 1]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -119,7 +121,8 @@ def test_a_killed_process_is_told() -> None:
 def test_ray_tells_failures_too() -> None:
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    assert sorted(run("ray", START, range(3), 2)) == [(n, (n * n, "1", "")) for n in range(3)]
+    found = run("ray", START, range(3), 2)
+    assert sorted((task, *result[:3]) for task, result in found) == [(n, n * n, "1", "") for n in range(3)]
     with pytest.raises(InputError, match="13 is no number of ours"):
         list(run("ray", START, [13], 1))
     with pytest.raises(RuntimeError, match="a worker of the Ray cluster was lost"):

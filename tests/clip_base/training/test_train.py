@@ -62,13 +62,20 @@ class Task(nn.Module):
     def __init__(self):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 8))
+        self.steps = 0
+        if "TOY_WAITS_FOR" in os.environ:
+            time.monotonic = lambda: float(self.steps)  # a step takes a second, for what saves by the clock
 
     def forward(self, batch):
         copy = (self.net(batch.x) - batch.x).square().mean()
         return {"copy": copy, "small": 0.1 * self.net[0].weight.abs().mean()}
 
     def after_step(self):
-        time.sleep(float(os.environ.get("TOY_DELAY", 0)))
+        self.steps += 1
+        while "TOY_WAITS_FOR" in os.environ and self.steps == 14:
+            if os.path.exists(os.environ["TOY_WAITS_FOR"]):
+                break
+            time.sleep(0.02)
 
 
 @dataclass
@@ -107,10 +114,10 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def start(toy: Any, out: Path) -> subprocess.Popen[str]:
-    """Types the job's command; its steps are slow enough to be interrupted."""
+    """Types the job's command: saves after step 8, logs after step 12, and waits in step 14 for a file."""
     return subprocess.Popen(
-        [sys.executable, toy.__file__, f"out={out}", "train.save_every=0.3"],
-        env={**os.environ, "TOY_DELAY": "0.05", "OMP_NUM_THREADS": "1"},
+        [sys.executable, toy.__file__, f"out={out}", "train.save_every=7.5"],
+        env={**os.environ, "TOY_WAITS_FOR": str(out.with_name("go on")), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -129,7 +136,7 @@ def is_ahead_of_its_checkpoint(out: Path) -> bool:
     saved = max(checkpoint.steps(out / "checkpoints"), default=0)
     log = (out / "log.jsonl").read_text() if (out / "log.jsonl").exists() else ""
     logged = [json.loads(line)["step"] for line in log.splitlines(keepends=True) if line.endswith("\n")]
-    return 7 <= saved < max(logged, default=0)
+    return 8 == saved < max(logged, default=0)
 
 
 def log_of(out: Path) -> list[dict[str, float]]:
@@ -145,21 +152,21 @@ def end_of(out: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)])
 def test_a_run_that_was_stopped_ends_bit_for_bit_as_an_undisturbed_one(
-    toy: Any, undisturbed: Path, tmp_path: Path, number: signal.Signals, code: int
+    toy: Any, undisturbed: Path, tmp_path: Path, patience: float, number: signal.Signals, code: int
 ) -> None:
     out = tmp_path / "out"
     child = start(toy, out)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + patience
     while not is_ahead_of_its_checkpoint(out):
         assert child.poll() is None, child.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    before = max(checkpoint.steps(out / "checkpoints"))
     child.send_signal(number)
-    assert child.wait() == code
+    (tmp_path / "go on").touch()
+    assert child.wait(patience) == code
     errors = child.communicate()[1]
     stopped = max(checkpoint.steps(out / "checkpoints"))
-    assert before <= stopped < 40
+    assert stopped in ([8] if number == signal.SIGKILL else [12, 13, 14])
     if number == signal.SIGTERM:
         assert errors.endswith("stopped; the same command goes on from here\n")
     # With workers this time: they are a free option and change nothing.

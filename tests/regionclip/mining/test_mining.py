@@ -31,12 +31,13 @@ from regionclip.mining.shards import read_manifest, read_regions
 
 Command = Callable[..., tuple[int, str]]
 Swap = Callable[..., list[str]]
+AfterImport = Callable[[str, str], dict[str, str]]
 
 # Stands for regionclip.mining.miner.write_shard: dies with half a file written, once.
 DYING = """
 import os, signal
-from pathlib import Path
-from regionclip.mining import miner, shards
+
+real = module.write_shard
 
 def write(path, regions, skipped):
     rows = list(regions)
@@ -45,9 +46,22 @@ def write(path, regions, skipped):
         mark.touch()
         path.with_name(f".{path.name}.1.tmp").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
-    return shards.write_shard(path, rows, skipped)
+    return real(path, rows, skipped)
 
-miner.write_shard = write
+module.write_shard = write
+"""
+# The same for a run that cannot end: all shards but the first wait until there is a file "go on".
+WAITING = """
+import time
+
+real = module.write_shard
+
+def write(path, regions, skipped):
+    while path.name != "shard-00000.parquet" and not path.parent.with_name("go on").exists():
+        time.sleep(0.02)
+    return real(path, regions, skipped)
+
+module.write_shard = write
 """
 
 
@@ -89,45 +103,20 @@ def command_line(*arguments: object, before: str = "", **environment: str) -> su
     )
 
 
-@pytest.fixture
-def dying(tmp_path: Path) -> Path:
-    """A folder for PYTHONPATH with which every process, workers too, dies when it writes shard 1 first."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    (folder / "dying_miner.py").write_text(DYING)
-    # Workers are started anew and import nothing of the tests; a finder loads this after the miner.
-    (folder / "sitecustomize.py").write_text(
-        """
-import importlib.abc, importlib.machinery, sys
-
-class After(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "regionclip.mining.miner":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        run = spec.loader.exec_module
-        def both(module):
-            run(module)
-            import dying_miner
-        spec.loader.exec_module = both
-        return spec
-
-sys.meta_path.insert(0, After())
-"""
-    )
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_and_started_again_it_equals_an_undisturbed_run(
-    mined: Path, mining_options: list[str], tmp_path: Path, dying: Path, workers: int
+    mined: Path,
+    mining_options: list[str],
+    tmp_path: Path,
+    after_import: AfterImport,
+    patience: float,
+    workers: int,
 ) -> None:
     out = tmp_path / "mined"
     command = ["mine", *mining_options, f"out={out}", f"workers={workers}"]
-    dead = command_line(*command, PYTHONPATH=str(dying))
-    _, told = dead.communicate(timeout=300)
+    dead = command_line(*command, **after_import("regionclip.mining.miner", DYING))
+    _, told = dead.communicate(timeout=patience)
     if workers == 1:
         assert dead.returncode == -signal.SIGKILL, told
     else:
@@ -149,11 +138,13 @@ def test_several_processes_leave_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_leaves_the_same_bytes(mined: Path, mining_options: list[str], tmp_path: Path) -> None:
+def test_a_ray_cluster_leaves_the_same_bytes(
+    mined: Path, mining_options: list[str], tmp_path: Path, patience: float
+) -> None:
     pytest.importorskip("ray")
     command = ["mine", *mining_options, f"out={tmp_path / 'mined'}", "executor=ray", "workers=2"]
     done = command_line(*command, RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
-    _, told = done.communicate(timeout=300)
+    _, told = done.communicate(timeout=patience)
     assert done.returncode == 0, told
     assert same_result(tmp_path / "mined", mined)
 
@@ -355,23 +346,34 @@ def test_a_region_says_how_much_of_the_probability_is_stored(mined: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_terminated_run_ends_its_workers(mining_options: list[str], swapped: Swap, tmp_path: Path) -> None:
-    command = ["mine", *swapped(mining_options, shard_images=1), f"out={tmp_path / 'mined'}", "workers=2"]
-    for number in (signal.SIGTERM, signal.SIGINT):
-        running = command_line(*command, OMP_NUM_THREADS="1")
-        session, deadline = running.pid, time.monotonic() + 300
-        while not list((tmp_path / "mined").glob("*.parquet")):
-            assert running.poll() is None, running.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        running.send_signal(number)
-        _, told = running.communicate(timeout=120)
-        assert running.returncode == (130 if number == signal.SIGINT else -number), told
-        assert "Traceback" not in told
-        while processes_of(session):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        shutil.rmtree(tmp_path / "mined")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_a_terminated_run_ends_its_workers(
+    mining_options: list[str],
+    swapped: Swap,
+    tmp_path: Path,
+    after_import: AfterImport,
+    patience: float,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    out = tmp_path / "mined"
+    command = ["mine", *swapped(mining_options, shard_images=1), f"out={out}", "workers=2"]
+    environment = after_import("regionclip.mining.miner", WAITING)
+    running = command_line(*command, OMP_NUM_THREADS="1", **environment)
+    session, deadline = running.pid, time.monotonic() + patience
+    while not list(out.glob("*.parquet")):
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(number)
+    assert running.wait(patience) == code
+    (tmp_path / "go on").touch()  # a worker whose parent was killed ends at its next report, not before
+    _, told = running.communicate(timeout=patience)
+    assert "Traceback" not in told
+    while processes_of(session):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not (out / "manifest.json").exists()
 
 
 def processes_of(session: int) -> list[str]:

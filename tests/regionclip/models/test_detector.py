@@ -90,25 +90,22 @@ def test_hard_suppression_leaves_no_overlap_within_a_name(make_detector: MakeDet
 
 
 def test_no_more_detections_than_asked_for(make_detector: MakeDetector, scene: Scene) -> None:
-    assert [len(found) for found in detect(make_detector(detections=7), scene)] == [7, 7]
+    assert [len(found) for found in detect(make_detector(max_detections=7), scene)] == [7, 7]
 
 
-def test_mirroring_the_frame_does_not_mirror_the_detections(make_detector: MakeDetector) -> None:
-    detector = make_detector(min_score=0.0, detections=5)
+def test_mirroring_the_frame_mirrors_the_boxes_of_detections(make_clip: Callable[..., CLIP]) -> None:
+    detector = Detector(make_clip(), DetectorConfig(min_score=0.0, nms_type="nms"))
     detector.set_vocabulary(vocabulary())
-    boxes = torch.tensor([[0.0, 0, 20, 30]])
-    plain = detector._select(boxes, torch.full((1, 4), 0.5), ResizeTransform((64, 64), (64, 64)))
-    mirrored = detector._select(boxes, torch.full((1, 4), 0.5), ResizeTransform((64, 64), (64, 64), True))
-    assert plain.boxes[0].tolist() == [0, 0, 20, 30]
-    assert mirrored.boxes[0].tolist() == [44, 0, 64, 30]
 
+    def given(images: ImageBatch, keys: list[ImageInfo]) -> Regions:
+        return Regions(torch.tensor([[0.0, 0, 20, 30]] * 2), torch.tensor([0, 1]), scores=torch.ones(2))
 
-def test_boxes_that_are_not_numbers_are_no_detections(make_detector: MakeDetector) -> None:
-    detector = make_detector()
-    detector.set_vocabulary(vocabulary())
-    boxes = torch.tensor([[float("nan"), 0, 20, 30], [5, 5, 5, 9], [1, 2, 30, 40]])
-    found = detector._select(boxes, torch.full((3, 4), 0.5), ResizeTransform((64, 64), (64, 64)))
-    assert found.boxes.unique(dim=0).tolist() == [[1, 2, 30, 40]]
+    frames = [ResizeTransform((64, 64), (64, 64), flip) for flip in (False, True)]
+    keys = [ImageInfo(0, 64, 64), ImageInfo(1, 64, 64)]
+    images = ImageBatch.whole(torch.randn(2, 3, 64, 64))
+    plain, mirrored = detector.detect_batch(images, frames, keys, given)
+    assert plain.boxes.unique(dim=0).tolist() == [[0, 0, 20, 30]]
+    assert mirrored.boxes.unique(dim=0).tolist() == [[44, 0, 64, 30]]
 
 
 def test_an_image_without_proposals_has_no_detections(make_detector: MakeDetector, scene: Scene) -> None:

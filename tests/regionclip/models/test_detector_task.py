@@ -106,26 +106,51 @@ def naive_classification(logits: Tensor, labels: Tensor, weight: float, focal: f
     return total, weights
 
 
-LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
-LABELS = torch.tensor([0, 3, 2, 3, 1, 3])
-
-
 def task_of(detector: Detector, **options: object) -> DetectorTask:
     return DetectorTask(detector, F.normalize(torch.randn(3, 32), dim=1), config(**options))
 
 
-def test_the_classification_loss_is_the_naive_sum(make_detector: Callable[..., Detector]) -> None:
+def classification(task: DetectorTask, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns a step's classification loss, and the logits and labels of the regions that it sampled."""
+    seen: dict[str, Tensor] = {}
+    logits = task.detector.logits
+
+    def watch_logits(*values: Any) -> Tensor:
+        seen["logits"] = logits(*values)
+        return seen["logits"]
+
+    def watch_labels(*values: Any) -> tuple[Regions, Tensor]:
+        regions, targets = sample_regions(*values)
+        assert regions.labels is not None
+        seen["labels"] = regions.labels
+        return regions, targets
+
+    monkeypatch.setattr(task.detector, "logits", watch_logits)
+    monkeypatch.setattr(training, "sample_regions", watch_labels)
+    boxes, index = torch.tensor([[5.0, 5, 40, 40], [10, 20, 60, 50], [0, 0, 30, 30]]), torch.tensor([0, 0, 1])
+    images = ImageBatch.whole(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
+    loss = task(RegionBatch(images, Regions(boxes, index, labels=torch.tensor([0, 2, 1]))))["classification"]
+    assert set(seen["labels"].tolist()) == {0, 1, 2, 3}  # background too
+    return loss.detach(), seen["logits"].detach(), seen["labels"]
+
+
+def test_the_classification_loss_is_the_naive_sum(
+    make_detector: Callable[..., Detector], monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = task_of(make_detector(), background_weight=0.2, focal_gamma=0.5)
-    total, _ = naive_classification(LOGITS, LABELS, 0.2, 0.5)
-    assert float(task._classification(LOGITS, LABELS)) == pytest.approx(total / 6, rel=1e-4)
+    loss, logits, labels = classification(task, monkeypatch)
+    total, _ = naive_classification(logits, labels, 0.2, 0.5)
+    assert float(loss) == pytest.approx(total / len(labels), rel=1e-4)
 
 
-def test_without_focal_scaling_the_mean_is_weighted(make_detector: Callable[..., Detector]) -> None:
+def test_without_focal_scaling_the_mean_is_weighted(
+    make_detector: Callable[..., Detector], monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = task_of(make_detector(), background_weight=0.8, focal_gamma=0.0)
-    total, weights = naive_classification(LOGITS, LABELS, 0.8, 0.0)
-    assert float(task._classification(LOGITS, LABELS)) == pytest.approx(total / weights, rel=1e-5)
-    wanted = F.cross_entropy(LOGITS, LABELS, weight=torch.tensor([1, 1, 1, 0.8]))
-    torch.testing.assert_close(task._classification(LOGITS, LABELS), wanted)
+    loss, logits, labels = classification(task, monkeypatch)
+    total, weights = naive_classification(logits, labels, 0.8, 0.0)
+    assert float(loss) == pytest.approx(total / weights, rel=1e-5)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels, weight=torch.tensor([1, 1, 1, 0.8])))
 
 
 def test_regions_that_are_surely_right_give_finite_gradients(make_detector: Callable[..., Detector]) -> None:

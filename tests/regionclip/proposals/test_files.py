@@ -64,8 +64,14 @@ def test_row_groups_are_bounded_and_read_once_in_order(
     groups = pq.ParquetFile(path).num_row_groups
     assert groups > 10
     read: list[int] = []
-    real = storage._read_group
-    monkeypatch.setattr(storage, "_read_group", lambda file, group: read.append(group) or real(file, group))
+    real = pq.ParquetFile.read_row_group
+
+    def watch(file: pq.ParquetFile, group: int, columns: list[str]) -> pa.Table:
+        if "box" in columns:
+            read.append(group)
+        return real(file, group, columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", watch)
     table = ProposalTable(path)
     for image_id, (boxes, _) in found.items():
         assert torch.equal(table.of_image(image_id)[0], boxes)

@@ -19,7 +19,7 @@ from rich.console import Console
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import read_json, write_json, write_text
 from clip_base.synthetic.scenes import ScenesConfig, generate
-from regionclip.data.annotations import CocoDetection
+from regionclip.data.annotations import CocoDetection, ImageAnnotations
 from regionclip.data.categories import load_split
 from regionclip.mining.report_page import pick_pairs
 from regionclip.mining.shards import VERSION, MinedRegion, write_shard
@@ -278,11 +278,21 @@ def test_scenes_are_picked_by_the_truth_and_show_the_novel_categories(finished: 
     assert len(pick_scenes(truth, split.novel, VAL + 5)) == VAL
 
 
-def test_scenes_show_what_was_found_and_missed_from_the_best_threshold_on(finished: Path):
-    truth = CocoDetection(finished / "world" / "instances_val.json", finished / "world" / "images")
-    split = load_split(finished / "world" / "split.json", truth.categories)
+def one_scene(finished: Path, folder: Path) -> tuple[ImageAnnotations, CocoDetection]:
+    """Returns the first validation scene of at least two objects, and annotations of it alone."""
+    world = finished / "world"
+    truth = CocoDetection(world / "instances_val.json", world / "images")
     record = next(record for record in truth if len(record.boxes) >= 2)
-    truth._records = [record]
+    content = read_json(world / "instances_val.json")
+    for part, key in (("images", "id"), ("annotations", "image_id")):
+        content[part] = [entry for entry in content[part] if entry[key] == record.image_id]
+    write_json(folder / "one.json", content)
+    return record, CocoDetection(folder / "one.json", world / "images")
+
+
+def test_scenes_show_what_was_found_and_missed_from_the_best_threshold_on(finished: Path, tmp_path: Path):
+    record, truth = one_scene(finished, tmp_path)
+    split = load_split(finished / "world" / "split.json", truth.categories)
     x1, y1, x2, y2 = record.boxes[0].tolist()
     label = int(record.labels[0])
     entry = {"image_id": record.image_id, "category_id": truth.category_ids[label], "score": 0.7}
@@ -298,10 +308,11 @@ def test_scenes_show_what_was_found_and_missed_from_the_best_threshold_on(finish
     assert scene.caption[0] == ("name", "missed")
 
 
-def test_of_many_detections_the_best_are_drawn(finished: Path, monkeypatch: pytest.MonkeyPatch):
-    truth = CocoDetection(finished / "world" / "instances_val.json", finished / "world" / "images")
+def test_of_many_detections_the_best_are_drawn(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    record, truth = one_scene(finished, tmp_path)
     split = load_split(finished / "world" / "split.json", truth.categories)
-    truth._records = [record := next(iter(truth))]
     entry = {"image_id": record.image_id, "category_id": truth.category_ids[0], "bbox": [0, 0, 5, 5]}
     drawn: dict[str, list[str]] = {}
     monkeypatch.setattr(

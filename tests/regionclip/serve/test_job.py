@@ -115,7 +115,7 @@ def test_it_listens_on_this_machine_alone_unless_told_otherwise() -> None:
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_cleanly_though_a_page_is_open_and_leaves_no_upload_behind(
-    ending: signal.Signals, detector_file: Path, tmp_path: Path
+    ending: signal.Signals, detector_file: Path, tmp_path: Path, patience: float
 ) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     code = "import sys; from clip_base.jobs.cli import main_regionclip; sys.exit(main_regionclip())"
@@ -131,7 +131,7 @@ def test_a_signal_ends_it_cleanly_though_a_page_is_open_and_leaves_no_upload_beh
         with urllib.request.urlopen(f"{url}/gradio_api/heartbeat/open") as held:
             assert held.readline()
             running.send_signal(ending)
-            _, told = running.communicate(timeout=120)
+            _, told = running.communicate(timeout=patience)
     assert running.returncode == 0
     assert told.splitlines()[-1] == "stopped"
     assert "Traceback" not in told

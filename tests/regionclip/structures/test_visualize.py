@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from regionclip.structures.detections import Detections
-from regionclip.structures.drawing import _place, _shared, color_of, draw, enlargement, fit_page
+from regionclip.structures.drawing import color_of, draw, enlargement, fit_page
 
 
 def test_small_pictures_are_enlarged_and_large_ones_are_not():
@@ -50,18 +50,26 @@ def test_detections_are_named_and_coloured_by_label():
 
 
 def test_labels_stay_inside_and_find_free_places():
-    taken = []
-    for box in [
-        (0.0, 0.0, 40.0, 40.0),
-        (0.0, 2.0, 42.0, 44.0),
-        (380.0, 290.0, 399.0, 299.0),
-        (1.0, 1.0, 41.0, 41.0),
-    ]:
-        place = _place(box, 90, 15, (400, 300), taken)
-        assert 0 <= place[0] <= place[2] <= 400
-        assert 0 <= place[1] <= place[3] <= 300
-        assert not any(_shared(place, other) for other in taken)
-        taken.append(place)
+    boxes = [[0, 0, 40, 40], [0, 2, 42, 44], [380, 290, 399, 299], [1, 1, 41, 41]]
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 0, 255)]
+
+    def painted(numbers: list[int]) -> list[int]:
+        """How many pixels the label of each box covers."""
+        found = []
+        for text in ("a long label", ""):
+            drawn = draw(
+                Image.new("RGB", (400, 300)),
+                boxes=[boxes[number] for number in numbers],
+                texts=[text] * len(numbers),
+                colours=[colours[number] for number in numbers],
+            )
+            found.append([int((np.asarray(drawn) == colours[number]).all(-1).sum()) for number in numbers])
+        return [labeled - plain for labeled, plain in zip(*found, strict=True)]
+
+    alone = [painted([number])[0] for number in range(4)]
+    assert max(alone) < 1.1 * min(alone)  # the label of the box in the corner is not cut off
+    for together, whole in zip(painted([0, 1, 2, 3]), alone, strict=True):
+        assert together > 0.75 * whole  # lines of boxes may cross it, other labels do not
 
 
 def test_a_label_longer_than_the_picture_and_boxes_beyond_it_do_no_harm():

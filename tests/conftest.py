@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +17,9 @@ import pytest
 # Tests start processes beside each other; OpenMP threads that spin would slow them all down manyfold. Torch
 # reads this when it is imported, and what the tests start inherits it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# A shell starts what shall run in the background with Ctrl-C ignored, and that is inherited; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 1800.0  # seconds until a test gives up on a process: a guard against hanging, no measure of speed
@@ -79,6 +84,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keeps the options that `--help` reads away from the user's own cache folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REGIONCLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_progress() -> Iterator[None]:
+    """Keeps progress off stderr: on a slow machine there would be a line of it among what a test reads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clip_base.runtime.progress.SECONDS_BETWEEN_LINES", math.inf)
         yield
 
 

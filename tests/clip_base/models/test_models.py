@@ -279,7 +279,7 @@ def test_patches_are_what_the_strided_convolution_sees(vit: VisionTransformer):
     images = torch.randn(2, 3, 64, 64)
     tokens = vit.conv1(images).flatten(2).transpose(1, 2)
     tokens = torch.cat([vit.class_embedding.expand(2, 1, -1), tokens], 1) + vit.positional_embedding
-    expected = vit.ln_post(vit.transformer(vit.ln_pre(tokens))[:, 0]) @ vit.proj
+    expected = vit.ln_post(vit.transformer.run(vit.ln_pre(tokens))[:, 0]) @ vit.proj
     torch.testing.assert_close(vit(images), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -55,7 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--photos", type=Path, help="folder of JPEG photographs, for preprocessing")
+    parser.add_argument("--photos", type=Path, help="folder of JPEG images, for preprocessing")
     parser.add_argument("--captions", type=Path, help="text file with a caption a line, for the tokenizer")
     parser.add_argument("--loss-batch", type=int, default=8192, help="pairs in the comparison of loss memory")
     parser.add_argument("--only", nargs="+", choices=["towers", "preprocessing", "tokenizer", "loss"])
@@ -178,7 +178,7 @@ def our_step(model: CLIP, pixels: Tensor, tokens: Tensor, compiled: bool) -> Cal
 
 
 def their_step(model: nn.Module, pixels: Tensor, tokens: Tensor, context: Any) -> Callable[[], None]:
-    """Returns one step as open_clip's own training script makes it, with the same optimiser settings."""
+    """Returns one step as open_clip's own training script makes it, with the same optimizer settings."""
     config = TrainConfig()
     model.train()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -240,7 +240,7 @@ def matrix_share(model: CLIP, pixels: Tensor, tokens: Tensor, seconds: list[floa
 
 
 def preprocessing(options: argparse.Namespace) -> list[Row]:
-    """Compares decoding, resizing and normalising on one thread, from files that are in memory already."""
+    """Compares decoding, resizing and normalizing on one thread, from files that are in memory already."""
     files = sorted(options.photos.glob("*.jpg"))[: 8 if options.quick else 100]
     if not files:
         raise SystemExit(f"{options.photos} holds no .jpg files")

@@ -2,10 +2,10 @@
 
     python benchmarks/evaluation.py --write docs/benchmarks.md
 
-Annotations and detections are drawn: as many objects, categories and detections an image as COCO's validation
-set has. "whole" is all that `regionclip evaluate results=FILE report=false` does: reading both files,
-checking every entry, evaluating, and the means of base and novel categories. "LVIS" is the federated protocol
-of `regionclip.metrics.lvis` against faster-coco-eval's. One thread. The figures must agree to 1e-6.
+Annotations and detections are generated: as many objects, categories and detections per image as COCO's
+validation set has. "whole" is all that `regionclip evaluate results=FILE report=false` does: reading both
+files, checking every entry, evaluating, and the means of base and novel categories. "LVIS" is the federated
+protocol of `regionclip.metrics.lvis` against faster-coco-eval's. One thread. The figures must agree to 1e-6.
 """
 
 from __future__ import annotations

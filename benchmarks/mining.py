@@ -2,13 +2,13 @@
 
     python benchmarks/mining.py --photos FOLDER --proposals FILE --captions FILE --write docs/benchmarks.md
 
-Both sides begin with the same photographs on disk and the same boxes, with the same random weights. The loop
-is what one writes who has open_clip: open the photograph, crop each box, preprocess it, encode the crops of a
-photograph together. "as it comes" is open_clip without options (float32); "bf16" is its `--precision
+Both sides begin with the same images on disk and the same boxes, with the same random weights. The loop
+is what one writes who has open_clip: open the image, crop each box, preprocess it, encode the crops of a
+image together. "as it comes" is open_clip without options (float32); "bf16" is its `--precision
 amp_bf16`. Ours runs with `precision=auto`, as mining does.
 """
 
-# N regions of a photograph, D embedding size
+# N regions of an image, D embedding size
 from __future__ import annotations
 
 import argparse
@@ -73,7 +73,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--proposals", type=Path, required=True, help="their boxes, in COCO's results form")
     parser.add_argument("--captions", type=Path, required=True, help="their captions, in COCO's form")
     parser.add_argument("--count", type=int, default=4, help="photographs of the comparison of teachers")
-    parser.add_argument("--boxes", type=int, default=100, help="boxes a photograph, the best scored ones")
+    parser.add_argument("--boxes", type=int, default=100, help="boxes per image, the best scored ones")
     parser.add_argument("--short", type=int, nargs="+", default=[480, 800], help="short sides for roi_align")
     parser.add_argument("--job-count", type=int, default=100, help="photographs of the whole job")
     parser.add_argument("--job-short", type=int, default=480, help="short side of the whole job")
@@ -118,7 +118,7 @@ def pair_of_models() -> tuple[CLIP, nn.Module]:
 
 
 def photographs(options: argparse.Namespace) -> list[tuple[Path, Tensor]]:
-    """Returns the first photographs that have proposals, each with its [N, 4] boxes, the best scored ones."""
+    """Returns the first images that have proposals, each with its [N, 4] boxes, the best scored ones."""
     scored: dict[int, list[tuple[float, list[float]]]] = {}
     for entry in json.loads(options.proposals.read_text()):
         scored.setdefault(entry["image_id"], []).append((entry["score"], entry["bbox"]))
@@ -162,7 +162,7 @@ def teachers(options: argparse.Namespace) -> list[Row]:
 
 @torch.no_grad()
 def our_regions(encoder: RegionEncoder, photos: list[tuple[Path, Tensor]], short: int) -> list[Tensor]:
-    """Returns [N, D] of each photograph, as mining makes them: from the file on."""
+    """Returns [N, D] of each image, as mining makes them: from the file on."""
     found = []
     for path, boxes in photos:
         pixels, frame = resize_shortest_edge(decode(path), short, 10**6)
@@ -173,7 +173,7 @@ def our_regions(encoder: RegionEncoder, photos: list[tuple[Path, Tensor]], short
 
 
 def their_loop(model: Any, photos: list[tuple[Path, Tensor]], context: Any) -> list[Tensor]:
-    """Returns [N, D] of each photograph: every square around a box is cropped, preprocessed and encoded."""
+    """Returns [N, D] of each image: every square around a box is cropped, preprocessed and encoded."""
     preprocess = open_clip.image_transform(SIDE, is_train=False)
     found = []
     for path, boxes in photos:
@@ -186,7 +186,7 @@ def their_loop(model: Any, photos: list[tuple[Path, Tensor]], context: Any) -> l
 
 
 def squares(boxes: Tensor) -> list[tuple[float, ...]]:
-    """Returns what the teacher `crop` looks at, in pixels of the photograph."""
+    """Returns what the teacher `crop` looks at, in pixels of the image."""
     regions = Regions(boxes, torch.zeros(len(boxes), dtype=torch.int64))
     return [tuple(map(float, row)) for row in square_rois(regions, 1.2)[:, 1:].round().tolist()]
 
@@ -195,7 +195,7 @@ def squares(boxes: Tensor) -> list[tuple[float, ...]]:
 def likeness(encoder: RegionEncoder, model: Any, photos: list[tuple[Path, Tensor]]) -> float:
     """Returns the mean cosine of our embeddings and theirs of the same crops in float32, less their mean.
 
-    Only squares within the photograph count: what lies outside is black there and grey here.
+    Only squares within the image count: what lies outside is black there and gray here.
     """
     path, boxes = photos[0]
     pixels = decode(path)
@@ -209,7 +209,7 @@ def likeness(encoder: RegionEncoder, model: Any, photos: list[tuple[Path, Tensor
 
 
 def job(options: argparse.Namespace) -> str:
-    """Returns how long `regionclip mine` takes on the photographs, and a table of its stages."""
+    """Returns how long `regionclip mine` takes on the images, and a table of its stages."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         torch.manual_seed(0)
@@ -281,7 +281,7 @@ def job_table(
     seconds = statistics.median(plain)
     count = options.job_count
     lines = [
-        f"`regionclip mine teacher=roi_align` with proposals from a file, {count} photographs at short side "
+        f"`regionclip mine teacher=roi_align` with proposals from a file, {count} images at short side "
         f"{options.job_short}, up to {options.boxes} boxes each: **{shown(count / seconds)} images/s** "
         f"({seconds:.1f} s, of {min(plain):.1f} to {max(plain):.1f}; {regions:,} regions kept), starting "
         "included. Where a profiled run spends its time:",

@@ -4,7 +4,7 @@
     tokens = clip_base.tokenize(["a cat", "a dog"])
     logits_per_image, logits_per_text = model(preprocess(image)[None], tokens)
 
-`available_models`, `load` and `tokenize` have the names and the behaviour that users of openai/CLIP know.
+`available_models`, `load` and `tokenize` have the names and the behavior that users of openai/CLIP know.
 They are looked up when they are first used, so that `import clip_base` loads no PyTorch.
 """
 

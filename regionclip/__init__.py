@@ -1,7 +1,7 @@
 """Regions of images and their names: mining, pretraining, open-vocabulary detection.
 
     predictor = regionclip.load("detector.safetensors", vocabulary=["cat", "dog"])
-    detections = predictor.detect("photo.jpg")            # boxes in pixels of the photograph
+    detections = predictor.detect("photo.jpg")            # boxes in pixels of the image
     features = predictor.region_features("photo.jpg", detections.boxes)    # [N, D], unit length
 
 The names are looked up when they are first used, so that `import regionclip` loads no PyTorch.

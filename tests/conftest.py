@@ -125,8 +125,8 @@ def after_import(tmp_path: Path) -> AfterImport:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real photographs and captions; tests that use it are skipped where it is absent."""
+    """The folder of real images and captions; tests that use it are skipped where it is absent."""
     folder = Path(os.environ.get("REGIONCLIP_TEST_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip("no real photographs here; set REGIONCLIP_TEST_DATA to their folder")
+        pytest.skip("no real images here; set REGIONCLIP_TEST_DATA to their folder")
     return folder

@@ -124,7 +124,7 @@ def tell(missing: list[str]) -> int:
 
 
 def absent_images(content: dict[str, Any], folder: Path) -> list[str]:
-    """Returns a line for each folder that lacks pictures which the annotations name, relative to `folder`."""
+    """Returns a line for each folder that lacks images which the annotations name, relative to `folder`."""
     wanted: dict[Path, set[str]] = {}
     for place, entry in enumerate(content["images"]):
         file = folder / image_fields(entry, folder, place)[1]

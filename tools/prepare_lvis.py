@@ -1,6 +1,6 @@
 """Checks LVIS v1's official files and makes the open-vocabulary split (866 base, 337 novel) from them.
 
-    python tools/prepare_lvis.py                          # datasets/lvis, pictures in datasets/coco
+    python tools/prepare_lvis.py                          # datasets/lvis, images in datasets/coco
     python tools/prepare_lvis.py --root DIR --images DIR
 
 Written to the folder of the annotations, or to --out:

@@ -1,1 +1,1 @@
-"""Where image-text pairs come from: readers of what people have, and a drawn world for others."""
+"""Where image-text pairs come from: readers of what people have, and a synthetic dataset for others."""

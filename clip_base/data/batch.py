@@ -14,7 +14,7 @@ class ImageBatch:
     """Images padded to one size.
 
     Attributes:
-        pixels: [B, 3, H, W] float, normalised by the tower's mean and deviation; zeros right of and below
+        pixels: [B, 3, H, W] float, normalized by the tower's mean and deviation; zeros right of and below
             each image.
         sizes: [B, 2] int64, (height, width) of each image inside the frame, before padding.
     """

@@ -45,7 +45,7 @@ class Loader(Generic[B]):
         batch_size: samples a batch, of all processes together.
         seed: decides order and augmentation.
         workers: processes that load; 0: this one.
-        skipped: a file to list unusable samples in; each is replaced by its neighbour. What it already lists
+        skipped: a file to list unusable samples in; each is replaced by its neighbor. What it already lists
             counts, so that a resumed run ends with the same list.
         max_broken: the share of unusable samples above which the run stops.
         weights: [N], how often an epoch shows each sample on average; None: once. See `epoch_order`.

@@ -58,7 +58,7 @@ class CocoCaptionsConfig:
 
 
 class CocoCaptionsSource:
-    """COCO's captions JSON: several captions an image; images without a caption are left out."""
+    """COCO's captions JSON: several captions per image; images without a caption are left out."""
 
     def __init__(self, config: CocoCaptionsConfig) -> None:
         self.config = config

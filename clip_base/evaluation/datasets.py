@@ -146,7 +146,7 @@ def coco_pictures(annotations: str, images: str) -> tuple[list[str], list[Pictur
     """Returns the categories of a COCO instances file, by id, and the boxes of its single objects.
 
     Raises:
-        InputError: the file is no such file, or an annotation names an image or category that it does not
+        InputError: the file is no such file, or an annotation names per image or category that it does not
             list.
     """
     content, folder = read_instances(annotations), existing(images, "image folder")
@@ -191,12 +191,12 @@ def batches(
 def load_picture(
     decode: Callable[[Picture], Decoded], prepare: Callable[[Decoded], Tensor], picture: Picture
 ) -> Tensor | str:
-    """Returns [3, R, R] uint8, or why the picture cannot be used.
+    """Returns [3, R, R] uint8, or why the image cannot be used.
 
     Args:
         decode: reads the image file.
-        prepare: makes the tower's input, before normalisation, of the picture's pixels.
-        picture: what to read.
+        prepare: makes the tower's input, before normalization, of the image's pixels.
+        image: what to read.
     """
     try:
         image = decode(picture)

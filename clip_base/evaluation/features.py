@@ -1,6 +1,6 @@
 """Image features for the evaluation jobs, kept between runs."""
 
-# N pictures, K usable ones, R resolution, C channels of the feature
+# N images, K usable ones, R resolution, C channels of the feature
 from __future__ import annotations
 
 import contextlib
@@ -59,17 +59,17 @@ class FeatureConfig:
                 f"batch_size and workers must be at least 1, found {self.batch_size} and {self.workers}"
             )
         if not 0 <= self.max_broken <= 1:
-            raise InputError(f"max_broken must lie in [0, 1], found {self.max_broken}")
+            raise InputError(f"max_broken must be in [0, 1], found {self.max_broken}")
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a tower made of pictures.
+    """What a tower made of images.
 
     Attributes:
-        values: [K, C] float32, not normalised.
-        kept: [K] int64, index of each among the pictures.
-        skipped: the pictures that cannot be used, with the reason.
+        values: [K, C] float32, not normalized.
+        kept: [K] int64, index of each among the images.
+        skipped: the images that cannot be used, with the reason.
     """
 
     values: Tensor
@@ -78,7 +78,7 @@ class Features:
 
 
 class Embedder:
-    """Embeds pictures with one model, and keeps what it has embedded.
+    """Embeds images with one model, and keeps what it has embedded.
 
     The pixels are those of `Preprocess`: exactly, or of RGB and gray files up to two of 255 levels; see
     `resize_bicubic`.
@@ -101,7 +101,7 @@ class Embedder:
         return load_clip(self.path, self.config.activation).to(self.device)
 
     def __call__(self, pictures: list[Picture], description: str) -> Features:
-        """Returns the features of the pictures, from the folder when they are there.
+        """Returns the features of the images, from the folder when they are there.
 
         Raises:
             InputError: a feature is not finite; the message names the weights.
@@ -140,7 +140,7 @@ class Embedder:
         config, side = self.config, self.model.visual.resolution
         boxes = any(picture.box is not None for picture in pictures)
 
-        # Boxes are in the pixels of the whole picture, which several of them may share.
+        # Boxes are in the pixels of the whole image, which several of them may share.
         @functools.lru_cache(4 * config.workers)
         def whole(path: Path, size: tuple[int, int] | None) -> Decoded:
             return turned_as_annotated(decode_stored(path), path, size)
@@ -179,7 +179,7 @@ class Embedder:
 
 
 def note_skipped(skipped: list[dict[str, Any]], total: int, max_broken: float, path: Path) -> None:
-    """Lists unusable pictures in `path`; InputError when they are too many of `total`."""
+    """Lists unusable images in `path`; InputError when they are too many of `total`."""
     write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped))
     if skipped and (len(skipped) > max_broken * total or len(skipped) == total):
         raise InputError(

@@ -1,6 +1,6 @@
 """The job `linear-probe`: logistic regression on frozen features (arXiv 2103.00020, appendix A.3)."""
 
-# N pictures, C classes, D size of the feature
+# N images, C classes, D size of the feature
 from __future__ import annotations
 
 import math
@@ -21,7 +21,7 @@ from torch import Tensor
 from clip_base.evaluation.datasets import coco_pictures, folder_pictures
 from clip_base.evaluation.features import LAYERS, Embedder, FeatureConfig, note_skipped
 from clip_base.evaluation.ranking import ranks_of_best
-from clip_base.evaluation.tables import print_classes, summarise, to_csv
+from clip_base.evaluation.tables import print_classes, summarize, to_csv
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError
@@ -62,7 +62,7 @@ class LinearProbeConfig(FeatureConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.validation < 1:
-            raise InputError(f"validation must lie in (0, 1), found {self.validation}")
+            raise InputError(f"validation must be in (0, 1), found {self.validation}")
         if any(shots < 1 for shots in self.shots) or self.seeds < 1:
             raise InputError(f"shots and seeds must be at least 1, found {self.shots} and {self.seeds}")
 
@@ -119,7 +119,7 @@ def linear_probe(config: LinearProbeConfig) -> None:
         # What chose C joins the training set for the last fit, as in the paper.
         ranks = ranks_of(fit(train, c, fits), test)
         few = few_shot(config, train.pick(rest), train.pick(held), test, fits)
-    figures, classes = summarise(ranks, torch.from_numpy(test.labels), names)
+    figures, classes = summarize(ranks, torch.from_numpy(test.labels), names)
     write_text(run.path / "per_class.csv", to_csv(classes))
     if few:
         write_text(run.path / "few_shot.csv", to_csv(few))
@@ -190,8 +190,8 @@ def accuracy(model: LogisticRegression, data: LabeledFeatures) -> float:
 def search(train: LabeledFeatures, validation: LabeledFeatures, fits: Fits) -> float:
     """Returns the C with the best accuracy on `validation`, of 96 logarithmic steps from 1e-6 to 1e6.
 
-    Seven values are tried first, then the middles beside the best one, until neighbours are an eighth of a
-    decade apart (arXiv 2103.00020, A.3). Of equals, the smaller C, which is the stronger regularisation.
+    Seven values are tried first, then the middles beside the best one, until neighbors are an eighth of a
+    decade apart (arXiv 2103.00020, A.3). Of equals, the smaller C, which is the stronger regularization.
     """
     return 10 ** peak(lambda exponent: accuracy(fit(train, 10**exponent, fits), validation))
 

@@ -52,7 +52,7 @@ def read_templates(name: str) -> list[str]:
     """Returns prompt templates with `{}` for the class name.
 
     Args:
-        name: "published" for CLIP's 80 ImageNet templates, "simple" for one, or a text file with one a line
+        name: "published" for CLIP's 80 ImageNet templates, "simple" for one, or a text file with one per line
             (lines that begin with # are comments).
 
     Raises:
@@ -68,7 +68,7 @@ def read_templates(name: str) -> list[str]:
     if wrong is not None:
         raise InputError(f"template {quote(wrong)} in {path} has no {{}} where the class name goes")
     if not templates:
-        raise InputError(f"{path} holds no templates; write one a line, with {{}} for the class name")
+        raise InputError(f"{path} holds no templates; write one per line, with {{}} for the class name")
     return templates
 
 

@@ -177,7 +177,7 @@ def embed_texts(model: CLIP, texts: Sequence[str], batch_size: int = 256) -> Ten
 def _queries(
     ranks: tuple[Tensor, Tensor], files: list[str], texts: list[str], owners: list[int]
 ) -> list[dict[str, Any]]:
-    """Returns a row a query: the rank of its first right answer, counted from 1."""
+    """Returns one row per query: the rank of its first right answer, counted from 1."""
     of_image = [
         {"direction": _DIRECTIONS[0], "image": files[row], "caption": "", "rank": rank + 1}
         for row, rank in zip(sorted(set(owners)), ranks[0].tolist(), strict=True)

@@ -1,6 +1,6 @@
-"""Figures over all pictures and over each class, as CSV and on the screen."""
+"""Figures over all images and over each class, as CSV and on the screen."""
 
-# N pictures, C classes
+# N images, C classes
 from __future__ import annotations
 
 import csv
@@ -16,10 +16,10 @@ _SHOWN = 40  # classes up to which the table lists all of them
 _EXTREMES = 5  # classes at either end that it lists otherwise
 
 
-def summarise(
+def summarize(
     ranks: Tensor, labels: Tensor, names: Sequence[str]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Returns the figures over all pictures, and those of each class.
+    """Returns the figures over all images, and those of each class.
 
     Args:
         ranks: [N] int64, how many other classes come before the true one; -1 is left out.
@@ -27,8 +27,8 @@ def summarise(
         names: C class names.
 
     Returns:
-        `top1`, `top5` (shares of pictures), `mean_per_class` (mean of the classes' top1), `images`,
-        `classes`; and for each class `class`, `name`, `images`, `top1`, `top5` (None without pictures).
+        `top1`, `top5` (shares of images), `mean_per_class` (mean of the classes' top1), `images`,
+        `classes`; and for each class `class`, `name`, `images`, `top1`, `top5` (None without images).
     """
     used = ranks >= 0
     ranks, labels = ranks[used], labels[used]

@@ -14,7 +14,7 @@ from clip_base.evaluation.datasets import beside_tars, coco_pictures, folder_pic
 from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
 from clip_base.evaluation.prompts import classifier, read_templates
 from clip_base.evaluation.ranking import ranks_of_classes
-from clip_base.evaluation.tables import print_classes, summarise, to_csv
+from clip_base.evaluation.tables import print_classes, summarize, to_csv
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError, note
@@ -41,7 +41,7 @@ class ZeroshotConfig(FeatureConfig):
         "CSV; default: theirs",
     )
     templates: str = option(
-        "published", "published (CLIP's 80 prompts), simple (one), or a file with one a line"
+        "published", "published (CLIP's 80 prompts), simple (one), or a file with one per line"
     )
 
 
@@ -70,7 +70,7 @@ def zeroshot(config: ZeroshotConfig) -> None:
     labels = torch.tensor([picture.label for picture in pictures])
     ranks = torch.full((len(pictures),), -1)  # -1: unusable
     ranks[found.kept] = ranks_of_classes(found.values, directions.cpu(), labels[found.kept])
-    figures, classes = summarise(ranks, labels, names)
+    figures, classes = summarize(ranks, labels, names)
     write_text(run.path / "per_class.csv", to_csv(classes))
     run.finish({**figures, "skipped": len(found.skipped)})
     print_classes("zero-shot classification", figures, classes, len(found.skipped))
@@ -95,7 +95,7 @@ def class_names(given: Sequence[str], found: Sequence[str]) -> list[str]:
     if len(names) != len(found):
         raise InputError(
             f"names gives {len(names)} names, the images have {len(found)} classes "
-            f"({', '.join(found[:4])}{', …' if len(found) > 4 else ''}); give one a class, in that order"
+            f"({', '.join(found[:4])}{', …' if len(found) > 4 else ''}); give one per class, in that order"
         )
     if not all(name.strip() for name in names):
         raise InputError("names has an empty class name")

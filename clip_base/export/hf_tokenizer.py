@@ -16,7 +16,7 @@ def write_tokenizer(path: str | Path, context_length: int) -> None:
     """Writes `tokenizer.json`, which `tokenizers.Tokenizer.from_file` reads without PyTorch.
 
     It cuts texts to `context_length` ids and pads them with zeros to as many, as `clip_base.tokenize(…,
-    truncate=True)` does. Broken Unicode and HTML entities, which that mends first, stay as they are.
+    truncate=True)` does. Broken Unicode and HTML entities, which that fixes first, stay as they are.
     """
     write_json(path, _pipeline(context_length))
 

@@ -57,7 +57,7 @@ def export(config: ExportConfig) -> None:
     graphs.check_formats(config.formats)
     run = RunFolder(config.out, config, "export")
     if run.finished() is not None:
-        print(f"{config.out} is there already, made with the same options")
+        print(f"{config.out} already exists, made with the same options")
         return
     model = load_clip(config.file, config.activation).float()
     differences: dict[str, float] = {}
@@ -72,7 +72,7 @@ def export(config: ExportConfig) -> None:
 
 
 class ImageGraph(nn.Module):
-    """Pictures to embeddings, as they come: the tower's normalisation is part of it."""
+    """Pictures to embeddings, as they come: the tower's normalization is part of it."""
 
     def __init__(self, model: CLIP) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def write_image_tower(model: CLIP, folder: Path, formats: list[str]) -> dict[str
     generator = torch.Generator().manual_seed(0)
 
     def pictures(count: int) -> Tensor:
-        """Draws blots of a few pixels and coarser ones, as pictures have both."""
+        """Draws blots of a few pixels and coarser ones, as images have both."""
         parts = [torch.rand(count, 3, cells, cells, generator=generator) for cells in (4, 16, 64)]
         sized = sum(F.interpolate(part, (side, side), mode="bilinear") for part in parts)
         return (sized * 85).byte().permute(0, 2, 3, 1).contiguous()  # type: ignore[union-attr]

@@ -68,7 +68,7 @@ def list_images(folder: str | Path, what: str = "images folder", recursive: bool
     """Returns the images in a folder, sorted by path, and notes what it leaves out.
 
     Raises:
-        InputError: there is no such folder, no image in it, or a link leads to a folder that it lies in.
+        InputError: there is no such folder, no image in it, or a link leads to a folder that it is in.
     """
     listing = list_files(folder, recursive=recursive, what=what)
     if not listing.files:
@@ -108,7 +108,7 @@ def list_files(
         what: what the folder is to the user, for messages.
 
     Raises:
-        InputError: there is no such folder, or a link in it leads to a folder that it lies in.
+        InputError: there is no such folder, or a link in it leads to a folder that it is in.
     """
     root = existing(folder, what)
     if not root.is_dir():
@@ -164,7 +164,7 @@ def _walk(
     here = (status.st_dev, status.st_ino)
     if here in above:
         raise InputError(
-            f"link {folder} leads to a folder that it lies in ({folder.resolve()}); remove the link"
+            f"link {folder} leads to a folder that it is in ({folder.resolve()}); remove the link"
         )
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)

@@ -34,11 +34,11 @@ from clip_base.runtime.files import existing
 
 
 def pixels_of(picture: Image.Image | npt.NDArray[Any] | Tensor) -> Pixels:
-    """Returns a picture as [H, W, 3] uint8 RGB.
+    """Returns an image as [H, W, 3] uint8 RGB.
 
     Args:
-        picture: a PIL image, turned as its EXIF note says; an array [H, W, 3] (RGB), [H, W, 4] (of which the
-            transparency is dropped), [H, W, 1] or [H, W] (grey); or a tensor of these forms with the channels
+        image: a PIL image, turned as its EXIF note says; an array [H, W, 3] (RGB), [H, W, 4] (of which the
+            transparency is dropped), [H, W, 1] or [H, W] (gray); or a tensor of these forms with the channels
             first. Numbers are uint8, or floating in [0, 1].
 
     Raises:
@@ -62,23 +62,23 @@ def pixels_of(picture: Image.Image | npt.NDArray[Any] | Tensor) -> Pixels:
 
 def _checked(array: npt.NDArray[Any], given: str) -> Pixels:
     """Returns [H, W, 3] uint8 of an array with the channels last; `given` names what the user gave."""
-    colours = 1 if array.ndim == 2 else array.shape[-1] if array.ndim == 3 else 0
-    if colours not in (1, 3, 4) or not array.size:
+    colors = 1 if array.ndim == 2 else array.shape[-1] if array.ndim == 3 else 0
+    if colors not in (1, 3, 4) or not array.size:
         raise InputError(
-            f"a picture is a path, a PIL image, an array [H, W, 3] or a tensor [3, H, W]; got {given}"
+            f"an image is a path, a PIL image, an array [H, W, 3] or a tensor [3, H, W]; got {given}"
         )
     if array.dtype.kind == "f":
         low, high = float(array.min()), float(array.max())
         if not (low >= 0 and high <= 1):  # written so that NaN fails too
             raise InputError(
-                f"a floating picture lies in [0, 1], got {low:g}…{high:g}; was it normalised? Give it as it "
+                f"a floating image is in [0, 1], got {low:g}…{high:g}; was it normalized? Give it as it "
                 "was before, or, where 255 is white, divided by 255"
             )
         array = (array * 255).round().astype(np.uint8)
     if array.dtype != np.uint8:
-        raise InputError(f"a picture's pixels are uint8, or floating in [0, 1]; got {array.dtype}")
-    array = array.reshape(*array.shape[:2], colours)
-    return np.ascontiguousarray(array[..., :3] if colours > 1 else array.repeat(3, axis=2))
+        raise InputError(f"an image's pixels are uint8, or floating in [0, 1]; got {array.dtype}")
+    array = array.reshape(*array.shape[:2], colors)
+    return np.ascontiguousarray(array[..., :3] if colors > 1 else array.repeat(3, axis=2))
 
 
 Picture = str | Path | Image.Image | npt.NDArray[Any] | Tensor
@@ -104,9 +104,7 @@ def picture_files(places: Sequence[str], endings: Collection[str] = IMAGE_SUFFIX
     files: list[Path] = []
     for place_ in places:
         if "://" in place_:
-            raise InputError(
-                f"{place_} is a URL; pictures are read from files: download it and give its path"
-            )
+            raise InputError(f"{place_} is a URL; images are read from files: download it and give its path")
         path = Path(place_)
         if glob.has_magic(place_) and not path.exists():
             inside = _matching(path, endings)
@@ -141,10 +139,10 @@ def _matching(pattern: Path, endings: Collection[str]) -> list[Path]:
 
 
 def read_picture(picture: Picture) -> tuple[Pixels, tuple[int, int]]:
-    """Returns a picture as [H, W, 3] uint8 RGB, and its (height, width), which is larger when it was reduced.
+    """Returns an image as [H, W, 3] uint8 RGB, and its (height, width), which is larger when it was reduced.
 
     Args:
-        picture: a file's path, turned as its EXIF note says; or a picture in memory, see `pixels_of`.
+        image: a file's path, turned as its EXIF note says; or an image in memory, see `pixels_of`.
 
     Raises:
         InputError: a file is missing or does not decode; an array or a tensor of another form.
@@ -156,9 +154,9 @@ def read_picture(picture: Picture) -> tuple[Pixels, tuple[int, int]]:
 
 
 def read_upright(file: Path, max_megapixels: float | None = None) -> tuple[Pixels, tuple[int, int]]:
-    """Returns a picture as people see it, turned as its EXIF note says, and its (height, width).
+    """Returns an image as people see it, turned as its EXIF note says, and its (height, width).
 
-    Of more than `LARGE` pixels the picture is reduced, so that memory stays bounded; a JPEG is reduced as it
+    Of more than `LARGE` pixels the image is reduced, so that memory stays bounded; a JPEG is reduced as it
     is decoded.
 
     Args:
@@ -200,7 +198,7 @@ def read_upright(file: Path, max_megapixels: float | None = None) -> tuple[Pixel
 
 @contextlib.contextmanager
 def _about_size_unwarned() -> Iterator[None]:
-    """Keeps Pillow's warning of very large pictures away; one thread at a time."""
+    """Keeps Pillow's warning of very large images away; one thread at a time."""
     with _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         yield

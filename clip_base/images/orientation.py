@@ -1,7 +1,7 @@
 """The way an image lies: as its pixels are stored, or as its EXIF orientation shows it.
 
 A camera may store an image on its side or upside down with a note that says how to turn it. Annotations made
-from the raw pixels lie in the stored frame, those of tools that show images upright in the turned one. One
+from the raw pixels are in the stored frame, those of tools that show images upright in the turned one. One
 rule for every reader: the annotated size decides; where it fits both frames (180°, mirrored or square images)
 or is not known, the image is turned.
 """

@@ -1,4 +1,4 @@
-"""Videos: frames as pixels, with their numbers and times, and pictures as an MP4."""
+"""Videos: frames as pixels, with their numbers and times, and images as an MP4."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Video:
 
 
 class VideoWriter:
-    """Writes pictures of one size as the frames of an MP4 without sound; see `writing_video`.
+    """Writes images of one size as the frames of an MP4 without sound; see `writing_video`.
 
     Args:
         path: the file, which ends in .mp4.

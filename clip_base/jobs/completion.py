@@ -83,7 +83,7 @@ def _in_job(job: Description, before: Sequence[str], current: str) -> list[Word]
     found = dict(_keys([option for option in options.values() if option.key not in given], dashes, current))
     found |= {word: "" for word in ("--help", "--debug") if dashes and word.startswith(current)}
     positional = any(option.positional for option in job.options)
-    if not dashes and (positional or not found):  # pictures, weights; or the config file
+    if not dashes and (positional or not found):  # images, weights; or the config file
         found[FILES] = ""
     return list(found.items())
 

@@ -1,8 +1,8 @@
 """A job's output folder: which run it holds, its log, its metrics.
 
-Every job leaves `config.yaml` (resolved; itself a valid config file), `log.jsonl` (a line a step) and, when
-it has ended well, `metrics.json`; of several processes the first writes them. The same command on a finished
-folder returns at once; another is refused.
+Every job leaves `config.yaml` (resolved; itself a valid config file), `log.jsonl` (one line per step) and,
+when it has ended well, `metrics.json`; of several processes the first writes them. The same command on a
+finished folder returns at once; another is refused.
 """
 
 from __future__ import annotations

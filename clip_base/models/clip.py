@@ -109,12 +109,12 @@ class CLIP(nn.Module):
         return self.visual.conv1.weight.dtype
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Returns [B, D] image embeddings, not normalised, of [B, 3, H, W] normalised pixels."""
+        """Returns [B, D] image embeddings, not normalized, of [B, 3, H, W] normalized pixels."""
         features: Tensor = self.visual(pixels)
         return features
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Returns [N, D] text embeddings, not normalised, of [N, T] int64 token ids."""
+        """Returns [N, D] text embeddings, not normalized, of [N, T] int64 token ids."""
         features: Tensor = self.text(tokens)
         return features
 

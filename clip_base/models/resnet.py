@@ -212,7 +212,7 @@ class ModifiedResNet(nn.Module):
         """Returns the maps after layer1, layer2 and layer3: strides 4, 8 and 16 pixels.
 
         Args:
-            images: [B, 3, H, W], normalised.
+            images: [B, 3, H, W], normalized.
         """
         x = images.to(self.conv1.weight.dtype).contiguous(memory_format=torch.channels_last)
         x = self._run(self._stem, x)
@@ -227,7 +227,7 @@ class ModifiedResNet(nn.Module):
         return self.stages(images)[-1]
 
     def head(self, feature_map: Tensor) -> Tensor:
-        """Returns [N, D], one embedding a map, not normalised: layer4 and the attention pool.
+        """Returns [N, D], one embedding a map, not normalized: layer4 and the attention pool.
 
         Args:
             feature_map: [N, C, h, w] as the trunk makes them, whole or cut out; any size.
@@ -244,10 +244,10 @@ class ModifiedResNet(nn.Module):
         return self._layer(self.layer4, x)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns [B, D], one embedding an image, not normalised.
+        """Returns [B, D], one embedding an image, not normalized.
 
         Args:
-            images: [B, 3, H, W], normalised; any size of at least 32 pixels, not only square.
+            images: [B, 3, H, W], normalized; any size of at least 32 pixels, not only square.
         """
         return self.head(self.trunk(images))
 

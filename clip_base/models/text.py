@@ -32,9 +32,9 @@ class TextTower(nn.Module):
         self.transformer = Transformer(config.width, config.heads, config.layers, activation, True)
         self.ln_final = nn.LayerNorm(config.width)
         self.text_projection = nn.Parameter(torch.empty(config.width, embed_dim))
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Draws the weights as openai/CLIP does: deviations fall with width and depth."""
         width = self.transformer.width
         out_std = (width * 2 * self.transformer.layers) ** -0.5
@@ -49,7 +49,7 @@ class TextTower(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=out_std)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Returns one embedding a text, not normalised.
+        """Returns one embedding a text, not normalized.
 
         Args:
             tokens: [B, T] int64, T at most `context_length`; the end-of-text token is each row's largest id,

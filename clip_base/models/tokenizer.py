@@ -239,7 +239,7 @@ def _byte_ids() -> list[int]:
 
 @cache
 def _pairs() -> _Merges:
-    """Reads the package's list of merges, one a line, in the order learnt."""
+    """Reads the package's list of merges, one per line, in the order learnt."""
     packed = (Path(__file__).parents[1] / "data_files" / "bpe_merges.txt.gz").read_bytes()
     pairs = _Merges()
     for token, line in enumerate(gzip.decompress(packed).decode("ascii").splitlines(), start=2 * _NUM_BYTES):

@@ -51,10 +51,10 @@ class VisionTransformer(nn.Module):
         return self.embed_dim
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns [B, D], one embedding an image, not normalised.
+        """Returns [B, D], one embedding an image, not normalized.
 
         Args:
-            images: [B, 3, H, W], normalised; any size of at least one patch. What is left over beside the
+            images: [B, 3, H, W], normalized; any size of at least one patch. What is left over beside the
                 last whole patch is not seen; position embeddings are resampled for other grids than its own.
         """
         return self.pooled(images) @ self.proj

@@ -203,7 +203,7 @@ def shard_like(value: Tensor, example: Tensor) -> Tensor:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads an optimiser's state as `full` has made it whole, however the parameters are sharded now."""
+    """Loads an optimizer's state as `full` has made it whole, however the parameters are sharded now."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     placed = {
         index: {

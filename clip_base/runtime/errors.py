@@ -8,7 +8,7 @@ import warnings
 class InputError(ValueError):
     """Something the caller gave cannot be used: a path, a file's content, an option, weights that do not fit.
 
-    Its message is one line that says what was wrong, what was found and how to mend it. The command line
+    Its message is one line that says what was wrong, what was found and how to fix it. The command line
     prints it without a traceback and ends with exit code 2.
     """
 

@@ -274,7 +274,7 @@ def read_class_list(path: str | Path, what: str = "class list") -> list[tuple[st
             f"{where} is of no known kind; write one name a line in a .txt file, or give JSON, YAML or CSV"
         )
     if not classes:
-        raise InputError(f"{where} holds no names; write one a line")
+        raise InputError(f"{where} holds no names; write one per line")
     return classes
 
 

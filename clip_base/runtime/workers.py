@@ -60,7 +60,7 @@ def run(
         executor: one of EXECUTORS.
         start: called once in every process, makes the function that does the work; it is sent there.
         tasks: read when a process is free.
-        workers: processes; 0: one a core (ray: one a core or GPU of the cluster).
+        workers: processes; 0: one per core (ray: one per core or GPU of the cluster).
         watch: takes a task's reports; ray sends none.
         gpus: how many a worker may choose from; each takes one of them.
 
@@ -99,7 +99,7 @@ class _Failure:
     """What went wrong in another process.
 
     Attributes:
-        error: what the user can mend, raised here as it is; None for anything else.
+        error: what the user can fix, raised here as it is; None for anything else.
         last_line: of the traceback.
         text: the traceback.
     """

@@ -25,21 +25,21 @@ class Seen:
     Attributes:
         category: what it is.
         box: (x, y, width, height) of its visible part, as shares of the picture's sides.
-        colour: the name of its colour.
+        color: the name of its color.
         behind: positions, in the scene's list, of the objects that cover a part of it.
     """
 
     category: Category
     box: tuple[float, float, float, float]
-    colour: str
+    color: str
     behind: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Backdrop:
-    """What can be said of a background: its colour's name, and adjectives that fit its texture."""
+    """What can be said of a background: its color's name, and adjectives that fit its texture."""
 
-    colour: str
+    color: str
     textures: tuple[str, ...]
 
 
@@ -49,11 +49,11 @@ class Style:
 
     Attributes:
         mention: probability that a kind of object in the scene is named; at least one always is.
-        colours: share of the noun phrases for objects that carry a colour word.
+        colors: share of the noun phrases for objects that carry a color word.
     """
 
     mention: float
-    colours: float
+    colors: float
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class _Group:
 
     category: Category
     members: tuple[int, ...]
-    colours: tuple[str, ...]
+    colors: tuple[str, ...]
     box: tuple[float, float, float, float]
     sides: tuple[float, ...]
 
@@ -115,22 +115,22 @@ def _groups(objects: Sequence[Seen]) -> list[_Group]:
         boxes = [objects[i].box for i in indices]
         left, top = min(box[0] for box in boxes), min(box[1] for box in boxes)
         right, bottom = max(box[0] + box[2] for box in boxes), max(box[1] + box[3] for box in boxes)
-        colours = tuple(objects[i].colour for i in indices)
+        colors = tuple(objects[i].color for i in indices)
         sides = tuple(max(box[2:]) for box in boxes)
-        groups.append(_Group(category, tuple(indices), colours, (left, top, right, bottom), sides))
+        groups.append(_Group(category, tuple(indices), colors, (left, top, right, bottom), sides))
     return groups
 
 
 def _phrase(group: _Group, style: Style, rng: np.random.Generator) -> str:
-    """A noun phrase that counts the group, seldom with a size, now and then with the colour all of it has."""
+    """A noun phrase that counts the group, seldom with a size, now and then with the color all of it has."""
     words = []
     if rng.random() < _SIZE_WORDS:
         if min(group.sides) > _LARGE:
             words.append(_pick(("large", "big", "huge"), rng))
         elif max(group.sides) < _SMALL:
             words.append(_pick(("small", "little", "tiny"), rng))
-    if rng.random() < style.colours and len(set(group.colours)) == 1:
-        words.append(group.colours[0])
+    if rng.random() < style.colors and len(set(group.colors)) == 1:
+        words.append(group.colors[0])
     return counted(group.category, len(group.members), " ".join(words))
 
 
@@ -139,19 +139,19 @@ def _be(group: _Group) -> str:
 
 
 def _behind(backdrop: Backdrop, style: Style, rng: np.random.Generator) -> str:
-    """A few words on the background, or none; its colour is named no more often than an object's."""
+    """A few words on the background, or none; its color is named no more often than an object's."""
     if rng.random() >= _BACKDROPS:
         return ""
-    word = backdrop.colour if rng.random() < 2 * style.colours else _pick(backdrop.textures, rng)
+    word = backdrop.color if rng.random() < 2 * style.colors else _pick(backdrop.textures, rng)
     return _pick(
         (f" on {_article(word)} {word} background", f" against {_article(word)} {word} backdrop"), rng
     )
 
 
 def _one(group: _Group, backdrop: Backdrop, style: Style, rng: np.random.Generator) -> str:
-    if len(group.members) == 2 and len(set(group.colours)) == 2 and rng.random() < style.colours:
+    if len(group.members) == 2 and len(set(group.colors)) == 2 and rng.random() < style.colors:
         things = counted(group.category, 2)
-        first, second = group.colours
+        first, second = group.colors
         return _pick(
             (
                 f"{things}; one is {first}",

@@ -1,10 +1,10 @@
-"""Draws one scene of the generated world: pictograms on a textured background, with exact visible masks.
+"""Draws one scene of the synthetic dataset: pictograms on a textured background, with exact visible masks.
 
 Everything random about a scene comes from its own generator, so that scenes can be drawn in any order, by any
-number of processes. Colours are BGR here, the order that OpenCV's encoders expect.
+number of processes. Colors are BGR here, the order that OpenCV's encoders expect.
 """
 
-# S the picture's side in pixels
+# S the image's side in pixels
 from __future__ import annotations
 
 import math
@@ -22,7 +22,7 @@ from clip_base.synthetic.pictograms import Category, levels
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
-COLOURS: dict[str, tuple[int, int, int]] = {  # RGB
+COLORS: dict[str, tuple[int, int, int]] = {  # RGB
     "red": (210, 35, 40),
     "orange": (245, 135, 30),
     "yellow": (250, 215, 45),
@@ -74,18 +74,18 @@ _TRIES = 12
 
 @dataclass
 class Placed:
-    """An object in a picture.
+    """An object in an image.
 
     Attributes:
         category: what it is.
-        colour: the name of its colour, a key of `COLOURS`.
+        color: the name of its color, a key of `COLORS`.
         mask: [S, S] bool, its pixels that no later object covers.
         box: (x, y, width, height) in pixels, the bounds of `mask`.
         behind: positions, in the scene's list, of the objects that cover a part of it.
     """
 
     category: Category
-    colour: str
+    color: str
     mask: NDArray[np.bool_]
     box: tuple[int, int, int, int]
     behind: tuple[int, ...]
@@ -126,7 +126,7 @@ class _Drawing:
     ground: Bytes
     owner: NDArray[np.int8]
     categories: list[Category] = field(default_factory=list)
-    colours: list[str] = field(default_factory=list)
+    colors: list[str] = field(default_factory=list)
     areas: list[int] = field(default_factory=list)
     patches: list[_Patch] = field(default_factory=list)
     behind: list[set[int]] = field(default_factory=list)
@@ -165,8 +165,8 @@ class Painter:
         ]
         rng = np.random.default_rng([*seed, textures])
         self._noise = rng.normal(0, 6, (side, side, 3)).round().astype(np.int16)
-        self._names = list(COLOURS)
-        self._palette = np.array([COLOURS[name][::-1] for name in self._names], np.float32)
+        self._names = list(COLORS)
+        self._palette = np.array([COLORS[name][::-1] for name in self._names], np.float32)
         self._palette_lab = _lab(self._palette)
 
     def scene(self, rng: np.random.Generator) -> Scene:
@@ -246,12 +246,12 @@ class Painter:
         index = len(drawing.patches)
         for other in covered:
             drawing.behind[other].add(index)
-        under = [drawing.colours[other] for other in covered]
+        under = [drawing.colors[other] for other in covered]
         under += [name for other, name in drawing.distractors if _shared(patch, other)]
-        colour = self._paint(drawing, patch, rng, under)
+        color = self._paint(drawing, patch, rng, under)
         drawing.owner[patch.window][patch.body] = index
         drawing.categories.append(category)
-        drawing.colours.append(colour)
+        drawing.colors.append(color)
         drawing.areas.append(int(patch.body.sum()))
         drawing.patches.append(patch)
         drawing.behind.append(set())
@@ -287,19 +287,19 @@ class Painter:
     def _paint(
         self, drawing: _Drawing, patch: _Patch, rng: np.random.Generator, under: Sequence[str] = ()
     ) -> str:
-        """Blends a patch into the picture in a colour that stands out; returns the colour's name."""
+        """Blends a patch into the image in a color that stands out; returns the color's name."""
         window = drawing.pixels[patch.window]
         near = [_lab(np.array([cv2.mean(drawing.ground[patch.window])[:3]], np.float32))[0]]
         near += [self._palette_lab[self._names.index(name)] for name in under]
         distances = np.min([np.linalg.norm(self._palette_lab - lab, axis=1) for lab in near], axis=0)
         fitting = np.flatnonzero(distances >= _CONTRAST)
         index = int(fitting[int(rng.random() * len(fitting))]) if len(fitting) else int(distances.argmax())
-        colour = np.clip(self._palette[index] + rng.uniform(-14, 14, 3).astype(np.float32), 0, 255)
-        bright = float(colour @ np.array([0.114, 0.587, 0.299], np.float32)) > 80
-        lines = colour * 0.35 if bright else colour + (255 - colour) * 0.6
+        color = np.clip(self._palette[index] + rng.uniform(-14, 14, 3).astype(np.float32), 0, 255)
+        bright = float(color @ np.array([0.114, 0.587, 0.299], np.float32)) > 80
+        lines = color * 0.35 if bright else color + (255 - color) * 0.6
         share = patch.coverage.astype(np.float32) * (1 / 255)
         body, inner = share[..., :1], share[..., 1:]
-        paint = colour + inner * (lines - colour)
+        paint = color + inner * (lines - color)
         window[...] = (window + body * (paint - window) + 0.5).astype(np.uint8)
         return self._names[index]
 
@@ -317,11 +317,11 @@ class Painter:
 
 def _visible(drawing: _Drawing) -> list[Placed]:
     placed = []
-    for index, (category, colour) in enumerate(zip(drawing.categories, drawing.colours, strict=True)):
+    for index, (category, color) in enumerate(zip(drawing.categories, drawing.colors, strict=True)):
         mask = drawing.owner == index
         left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
         box, behind = (left, top, width, height), tuple(sorted(drawing.behind[index]))
-        placed.append(Placed(category, colour, mask, box, behind))
+        placed.append(Placed(category, color, mask, box, behind))
     return placed
 
 
@@ -357,14 +357,14 @@ def _trimmed(coverage: NDArray[Any]) -> _Patch:
     return _Patch(np.asarray(coverage[rows, columns], np.uint8))
 
 
-def _lab(colours: Floats) -> Floats:
+def _lab(colors: Floats) -> Floats:
     """Converts [N, 3] BGR, 0 to 255, to CIE Lab."""
-    lab = cv2.cvtColor(colours[None] / np.float32(255), cv2.COLOR_BGR2LAB)[0]
+    lab = cv2.cvtColor(colors[None] / np.float32(255), cv2.COLOR_BGR2LAB)[0]
     return np.asarray(lab, np.float32)
 
 
 def _texture(kind: str, side: int, size: int, rng: np.random.Generator) -> Bytes:
-    """Returns [side, side] of one kind of texture, full range, for pictures of `size` pixels."""
+    """Returns [side, side] of one kind of texture, full range, for images of `size` pixels."""
     rows, columns = np.mgrid[:side, :side].astype(np.float32)
     turn = rng.uniform(0, math.pi)
     along = columns * math.cos(turn) + rows * math.sin(turn)

@@ -1,4 +1,4 @@
-"""The nameable things of the generated world: pictograms of DejaVu Sans, the font that ships with matplotlib.
+"""The categories of the synthetic dataset: pictograms of DejaVu Sans, which ships with matplotlib.
 
 Every entry was looked at: the name says what the glyph shows, which is not always the name that Unicode gave
 it (the fleur-de-lis of this font is a turtle, the chess queen a crown). The first are the easiest to tell
@@ -176,7 +176,7 @@ def _glyph(code: int, bold: int) -> NDArray[np.uint8]:
     pixels = np.asarray(canvas)
     rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
     if not len(rows):
-        raise RuntimeError(f"{font_path()} has no picture for U+{code:04X}; is this matplotlib's own font?")
+        raise RuntimeError(f"{font_path()} has no image for U+{code:04X}; is this matplotlib's own font?")
     return pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 

@@ -1,4 +1,4 @@
-"""`clip-base scenes`: draws a world of captioned pictures with exact boxes and masks, in COCO's own format.
+"""`clip-base scenes`: draws a world of captioned images with exact boxes and masks, in COCO's own format.
 
 Left in `out`: `images/{train,val}/*.jpg`, `captions_{train,val}.json`, `instances_{train,val}.json`,
 `split.json` (names of base and novel categories) and, last of all, `scenes.json` (the options, with the
@@ -32,7 +32,7 @@ from clip_base.synthetic.pictograms import TABLE, Category
 
 SPLITS = ("train", "val")
 DRAWING = 1
-"""Raised when the same options begin to give other pictures or captions, so that worlds are not mixed."""
+"""Raised when the same options begin to give other images or captions, so that worlds are not mixed."""
 
 _CHUNK = 250
 _BANK = len(SPLITS)
@@ -45,20 +45,20 @@ class ScenesConfig:
     out: str = option(REQUIRED, "folder to write the world to", runtime_only=True)
     images: int = option(10_000, "number of training scenes")
     val_images: int = option(0, "number of validation scenes; 0 takes a tenth of images")
-    seed: int = option(0, "determines every picture and every word")
-    size: int = option(128, "side of the square pictures, in pixels")
+    seed: int = option(0, "determines every image and every word")
+    size: int = option(128, "side of the square images, in pixels")
     categories: int = option(16, f"number of categories, up to {len(TABLE)}")
     novel: int = option(0, "how many categories are novel; 0 takes a quarter")
     objects_min: int = option(1, "fewest objects a scene")
     objects_max: int = option(4, "most objects a scene")
-    object_min: float = option(0.2, "longest side of the smallest objects, as a share of the picture's")
-    object_max: float = option(0.5, "longest side of the largest objects, as a share of the picture's")
+    object_min: float = option(0.2, "longest side of the smallest objects, as a share of the image's")
+    object_max: float = option(0.5, "longest side of the largest objects, as a share of the image's")
     distractors: int = option(1, "most shapes without a name a scene")
     captions: int = option(3, "captions a scene")
-    colours: float = option(0.15, "share of the phrases with a colour word, 0 to 1")
+    colors: float = option(0.15, "share of the phrases with a color word, 0 to 1")
     mention: float = option(0.75, "probability that a caption names an object, 0 to 1; it always names one")
     quality: int = option(90, "JPEG quality, 1 to 100")
-    workers: int = option(0, "processes; 0 takes one a core", runtime_only=True)
+    workers: int = option(0, "processes; 0 takes one per core", runtime_only=True)
 
     def __post_init__(self) -> None:
         """Refuses values that cannot be drawn."""
@@ -82,7 +82,7 @@ class ScenesConfig:
             raise InputError(
                 f"object_min={self.object_min} of size={self.size} is under 10 pixels, too small to see"
             )
-        for name in ("colours", "mention"):
+        for name in ("colors", "mention"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}={getattr(self, name)} must lie between 0 and 1")
 
@@ -179,7 +179,7 @@ def _start_artist(config: ScenesConfig) -> _Artist:
 
 
 class _Artist:
-    """Draws chunks of scenes and writes their pictures and their share of the annotations."""
+    """Draws chunks of scenes and writes their images and their share of the annotations."""
 
     def __init__(self, config: ScenesConfig) -> None:
         self.config, self.folder = config, Path(config.out)
@@ -192,7 +192,7 @@ class _Artist:
             distractors=config.distractors,
         )
         self.painter = Painter(recipe, (config.seed, _BANK))
-        self.style = Style(config.mention, config.colours)
+        self.style = Style(config.mention, config.colors)
 
     def __call__(self, task: Task, report: Report) -> int:
         """Draws scenes `start` to `stop` of a split; the part file comes last and says that they exist."""
@@ -237,7 +237,7 @@ class _Artist:
             Seen(
                 placed.category,
                 (placed.box[0] / size, placed.box[1] / size, placed.box[2] / size, placed.box[3] / size),
-                placed.colour,
+                placed.color,
                 placed.behind,
             )
             for placed in scene.objects

@@ -1,6 +1,6 @@
-"""Training checkpoints: a folder a step, whole or absent.
+"""Training checkpoints: one folder per step, whole or absent.
 
-`checkpoints/00000500/model.safetensors` holds the task's weights, `training.pt` beside it the optimiser, the
+`checkpoints/00000500/model.safetensors` holds the task's weights, `training.pt` beside it the optimizer, the
 random states and what else the loop needs to go on bit for bit. The folder is written under a hidden name and
 renamed.
 """

@@ -39,7 +39,7 @@ REMEDY = "lower train.lr or use train.precision=fp32"  # for numbers that are no
 class TrainConfig:
     """How a task is trained."""
 
-    steps: int = option(0, "optimiser steps in all; 0: as many as make `epochs`")
+    steps: int = option(0, "optimizer steps in all; 0: as many as make `epochs`")
     epochs: float = option(0.0, "passes over the data, when steps is 0")
     batch_size: int = option(256, "images a step")
     optimizer: str = option("adamw", "adamw: decoupled weight decay; sgd: momentum", choices=("adamw", "sgd"))
@@ -78,7 +78,7 @@ class TrainConfig:
         if self.batch_size < 1:
             raise InputError(f"batch_size must be at least 1, found {self.batch_size}")
         if not 0 <= self.ema < 1:
-            raise InputError(f"ema must lie in [0, 1), found {self.ema:g}; 0.9999 is usual for long runs")
+            raise InputError(f"ema must be in [0, 1), found {self.ema:g}; 0.9999 is usual for long runs")
 
 
 class Batch(Protocol):
@@ -101,7 +101,7 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def make_optimizer(task: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Returns the optimiser over the task's trainable parameters; gains and biases are not decayed."""
+    """Returns the optimizer over the task's trainable parameters; gains and biases are not decayed."""
     trainable = [parameter for parameter in task.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},

@@ -57,7 +57,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         if not 0.1 <= self.crop <= 1:
-            raise InputError(f"crop must lie in [0.1, 1], found {self.crop}")
+            raise InputError(f"crop must be in [0.1, 1], found {self.crop}")
         if self.accumulate < 1:
             raise InputError(f"accumulate must be at least 1, found {self.accumulate}")
 

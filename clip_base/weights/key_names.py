@@ -12,7 +12,7 @@ from torch import Tensor
 from clip_base.models.clip import from_openai_names
 from clip_base.runtime.errors import InputError
 
-# Where training loops put the weights, beside epochs and optimisers.
+# Where training loops put the weights, beside epochs and optimizers.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights")
 # What DDP, torch.compile and tasks put before every name.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "clip.", "clip_model.")

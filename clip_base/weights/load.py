@@ -82,7 +82,7 @@ def load(
 
     Returns:
         The model in evaluation mode, and a function from a PIL image to its input: [3, R, R] float32,
-            normalised.
+            normalized.
 
     Raises:
         InputError: there is no such model or file, it cannot be downloaded, is damaged or does not fit.

@@ -56,7 +56,7 @@ class Forbidden(pickle.UnpicklingError):
 
 
 class _Part:
-    """What stands for any class of the archive: its attributes, and none of its behaviour."""
+    """What stands for any class of the archive: its attributes, and none of its behavior."""
 
     def __init__(self) -> None:
         self.attributes: dict[str, Any] = {}

@@ -37,10 +37,10 @@ HEAD = ("clip.visual.layer4.", "clip.visual.attnpool.")  # of the image tower: w
 
 
 def content_with_readers(content: Mapping[str, Tensor] | Tensor, path: Path) -> Content | None:
-    """Returns what `recognise` finds in a file, with how to check it and how to write it in our form.
+    """Returns what `recognize` finds in a file, with how to check it and how to write it in our form.
 
     Raises:
-        InputError: see `recognise`.
+        InputError: see `recognize`.
     """
     found = recognize(content, path)
     if found is None or found.form not in (PRETRAINED, *_NATIVE):

@@ -42,7 +42,7 @@ class ConceptsConfig:
     """Captions in, a pool of concepts out."""
 
     captions: str = option(
-        REQUIRED, "captions: COCO's JSON, .txt (one a line), or .jsonl, .csv, .tsv with a caption column"
+        REQUIRED, "captions: COCO's JSON, .txt (one per line), or .jsonl, .csv, .tsv with a caption column"
     )
     out: str = option(REQUIRED, "file to write, JSON Lines: concept, count, examples, kind")
     min_count: int = option(100, "captions that must name a concept for it to stay")
@@ -52,7 +52,7 @@ class ConceptsConfig:
     language: str = option("", "spaCy model; empty: the small English one")
     stop_words: str = option(
         "",
-        "file of heads and phrases to drop, one a line; empty: the list that comes with us",
+        "file of heads and phrases to drop, one per line; empty: the list that comes with us",
         renamed_from="invisible",
     )
     column: str = option("", "caption's column or key; empty: caption, text or title")
@@ -63,8 +63,8 @@ class ConceptsConfig:
         runtime_only=True,
         renamed_from="keep_phrases",
     )
-    workers: int = option(1, "processes that parse; 0: one a core", runtime_only=True)
-    batch_size: int = option(256, "captions that spaCy analyses at once", runtime_only=True)
+    workers: int = option(1, "processes that parse; 0: one per core", runtime_only=True)
+    batch_size: int = option(256, "captions that spaCy analyzes at once", runtime_only=True)
     explain: str = option(
         "", "a phrase: say where it comes from, or why it is not in the pool", runtime_only=True
     )
@@ -85,7 +85,7 @@ def build(config: ConceptsConfig) -> None:
     provenance = _provenance(config, captions)
     if out.exists():
         _require_same(out, meta_path, provenance)
-        print(f"{out} is there already, made with the same options: {len(read_concepts(out))} concepts")
+        print(f"{out} already exists, made with the same options: {len(read_concepts(out))} concepts")
     else:
         _make(config, out, meta_path, provenance)
     if config.explain:

@@ -47,9 +47,9 @@ _QUANTITIES = _words(
     """several many few multiple various different numerous other more most much such own same certain
     countless assorted"""
 )
-# Tagged as nouns now and then; a colour never belongs to a compound's name.
-_COLOURS = _words(
-    """red blue green yellow black white brown gray grey pink purple orange silver gold golden tan beige"""
+# Tagged as nouns now and then; a color never belongs to a compound's name.
+_COLORS = _words(
+    """red blue green yellow black white brown gray gray pink purple orange silver gold golden tan beige"""
 )
 # Things whose name is a plural: the lemmatiser would make "scissor" of them.
 _PLURAL_ONLY = _words(
@@ -92,7 +92,7 @@ Compounds = dict[str, list[tuple[str, ...]]]
 
 
 def read_stop_words(path: str = "") -> frozenset[str]:
-    """Returns the heads and phrases to drop, one a line in a file; "" is the list that comes with us.
+    """Returns the heads and phrases to drop, one per line in a file; "" is the list that comes with us.
 
     A line that begins with + keeps a compound although its last word is dropped.
     """
@@ -153,7 +153,7 @@ class PhraseParser:
 
     Args:
         language: a spaCy model; "" is the small English one. It is loaded when a caption needs it.
-        batch_size: captions that spaCy analyses at once.
+        batch_size: captions that spaCy analyzes at once.
         workers: processes; 1 parses in this one. A script that asks for more needs the usual
             `if __name__ == "__main__":` guard, since the processes are spawned.
         stop_words: what to drop, as a file or a set; "" is the list that comes with us.
@@ -337,7 +337,7 @@ def _head_from(kept: list[Token]) -> int:
     start = len(kept) - 1
     while start > 0:
         token = kept[start - 1]
-        if token.dep_ == "compound" and token.lower_ not in _COLOURS:
+        if token.dep_ == "compound" and token.lower_ not in _COLORS:
             start -= 1
         elif start > 1 and token.text == "-" and not token.whitespace_ and not kept[start - 2].whitespace_:
             start -= 2  # "t-shirt"

@@ -1,7 +1,7 @@
 """Images with boxes, from annotations in COCO's instances form: checked, counted and kept flat.
 
 What is wrong with single entries (a box of no area, one outside its image, one of an unknown category, an
-annotation that stands twice, an image that is listed twice, a picture that is missing) is left out and
+annotation that stands twice, an image that is listed twice, an image that is missing) is left out and
 counted in `problems`; what makes the file unusable is an `InputError` that names the entry.
 """
 
@@ -43,12 +43,12 @@ class ImageAnnotations:
 
     Attributes:
         image_id: its id in the annotations.
-        path: the picture's file.
+        path: the image's file.
         height: pixels.
         width: pixels.
         boxes: [n, 4] float32 (x1, y1, x2, y2) in pixels of the image, within it.
         labels: [n] int64 into the dataset's `categories`.
-        iscrowd: [n] bool; a crowd box surrounds many objects of its category. Evaluation ignores what lies in
+        iscrowd: [n] bool; a crowd box surrounds many objects of its category. Evaluation ignores what is in
             one; training must not take it for an object.
     """
 
@@ -75,7 +75,7 @@ class CocoDetection(Sequence[ImageAnnotations]):
 
     Args:
         annotations: the JSON file.
-        images: the folder that its file names are relative to. None: pictures are not needed, paths are bare
+        images: the folder that its file names are relative to. None: images are not needed, paths are bare
             names.
         categories: which categories to keep, in the order that labels count them; None keeps all, in order of
             id.
@@ -85,12 +85,12 @@ class CocoDetection(Sequence[ImageAnnotations]):
         categories: names, by label.
         category_ids: the file's category ids, by label.
         frequencies: LVIS's "f", "c" or "r", by label; "" where the file does not say.
-        problems: what was left out or mended, counted.
-        missing: annotated pictures that are not in the folder; their records are left out.
+        problems: what was left out or fixed, counted.
+        missing: annotated images that are not in the folder; their records are left out.
 
     Raises:
         InputError: a missing or malformed file, ids that contradict each other, an unknown category name, or
-            a folder that holds none of the pictures.
+            a folder that holds none of the images.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class CocoDetection(Sequence[ImageAnnotations]):
         boxes = sum(len(record.boxes) for record in self._records)
         line = f"{len(self)} images, {boxes} boxes in {len(self.categories)} categories"
         problems = ", ".join(f"{count} {what}" for what, count in self.problems.items())
-        return f"{line}; left out or mended: {problems}" if problems else line
+        return f"{line}; left out or fixed: {problems}" if problems else line
 
     def _count(self, what: str, count: int) -> None:
         if count:
@@ -190,7 +190,7 @@ class CocoDetection(Sequence[ImageAnnotations]):
     ) -> list[ImageAnnotations]:
         """Returns records without boxes yet."""
         if not entries:
-            raise InputError(f"annotations file {path} lists no images, so that its boxes lie in none")
+            raise InputError(f"annotations file {path} lists no images, so that its boxes are in none")
         if folder is not None:
             existing(folder, "images folder")
         records: dict[int, ImageAnnotations] = {}
@@ -227,7 +227,7 @@ class CocoDetection(Sequence[ImageAnnotations]):
     def _with_boxes(
         self, records: list[ImageAnnotations], entries: list[dict[str, Any]], path: Path
     ) -> list[ImageAnnotations]:
-        """Hands each record its boxes, and drops the records whose picture is missing."""
+        """Hands each record its boxes, and drops the records whose image is missing."""
         index_of = {record.image_id: index for index, record in enumerate(records)}
         label_of = {category: label for label, category in enumerate(self.category_ids)}
         columns = annotation_columns(entries, path)

@@ -85,7 +85,7 @@ class LoadedBatch(Generic[Item]):
     Attributes:
         items: the B items that they were read from.
         images: their pixels.
-        transforms: where each lies in the batch's frame.
+        transforms: where each is in the batch's frame.
         infos: their ids and original sizes.
         pixels: [h, w, 3] each, as decoded; None unless they are kept.
     """

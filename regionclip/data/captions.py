@@ -28,8 +28,8 @@ def read_texts(path: str | Path, column: str = "", encoding: str = "") -> Iterat
     """Yields the captions of a file, see `cleaned`; empty ones are left out.
 
     Args:
-        path: COCO's captions JSON (or a JSON list of texts or objects); `.txt`, one a line; `.jsonl`; `.csv`
-            and `.tsv`.
+        path: COCO's captions JSON (or a JSON list of texts or objects); `.txt`, one per line; `.jsonl`;
+            `.csv` and `.tsv`.
         column: the caption's column or key; "" looks for caption, text or title. For a table without a first
             line of names, its number from 0.
         encoding: of the file, unless it is COCO's JSON; "": UTF-8.

@@ -43,7 +43,7 @@ def image_fields(entry: dict[str, Any], path: Path, place: int) -> tuple[int, st
 
 @dataclass(frozen=True)
 class Columns:
-    """The annotations' fields, an entry a row."""
+    """The annotations' fields, one entry per row."""
 
     image_ids: list[Any]
     category_ids: list[Any]

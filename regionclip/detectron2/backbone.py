@@ -130,7 +130,7 @@ TRUNK_STAGES = 4  # of `freeze`: the stem and three layers
 
 @BACKBONE_REGISTRY.register()
 class ClipBackbone(Backbone):  # type: ignore[misc]
-    """Stem to layer3 of a CLIP's ResNet; takes pixels that are normalised for CLIP.
+    """Stem to layer3 of a CLIP's ResNet; takes pixels that are normalized for CLIP.
 
     Args:
         weights: a CLIP or a detector, see `read_detector`.

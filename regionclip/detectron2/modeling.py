@@ -42,7 +42,7 @@ RGB = {"RGB": (0, 1, 2), "BGR": (2, 1, 0)}  # where the channels of an input lie
 class OpenVocabularyRCNN(GeneralizedRCNN):  # type: ignore[misc]
     """Backbone, proposals and RoI heads over pixels as CLIP wants them.
 
-    Pixels are turned to RGB and normalised with CLIP's mean and deviation; MODEL.PIXEL_MEAN and PIXEL_STD,
+    Pixels are turned to RGB and normalized with CLIP's mean and deviation; MODEL.PIXEL_MEAN and PIXEL_STD,
     which belong to another backbone, are not read.
 
     Args:
@@ -87,7 +87,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):  # type: ignore[misc]
         return {key: value for key, value in parts.items() if not key.startswith("pixel_")}
 
     def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
-        """Returns the images in RGB, normalised for CLIP and padded."""
+        """Returns the images in RGB, normalized for CLIP and padded."""
         channels = list(RGB[self.input_format])
         images = [normalize(item["image"].to(self.device)[channels]) for item in batched_inputs]
         return ImageList.from_tensors(images, self.backbone.size_divisibility)

@@ -41,7 +41,7 @@ class RegionProposals(nn.Module):
     Args:
         weights: the CLIP or the detector of the model, see `read_detector`.
         rpn: the proposal network's file; empty: the detector's own.
-        limits: most proposals an image, in training and in testing.
+        limits: most proposals per image, in training and in testing.
         nms: IoU above which the lower scored of two proposals is dropped.
         pre_nms: best anchors per level that go into suppression, in training and in testing; None: the
             network's own.
@@ -113,7 +113,7 @@ class RegionProposals(nn.Module):
         """Returns each image's proposals, and the weighted losses, none for a frozen network.
 
         Args:
-            images: normalised for CLIP.
+            images: normalized for CLIP.
             features: the backbone's; a network with a backbone of its own does not look at them.
             gt_instances: true boxes, in training.
         """

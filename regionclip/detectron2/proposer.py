@@ -44,7 +44,7 @@ class Detectron2Proposer:
     """Proposes what a detectron2 model's region proposal network takes for objects.
 
     Any model with a backbone and a proposal generator will do, such as a Faster or Mask R-CNN. It sees the
-    batch's pixels, which the job resizes, in its own format and normalisation.
+    batch's pixels, which the job resizes, in its own format and normalization.
 
     Args:
         config: the model and what to keep of its proposals.
@@ -68,15 +68,15 @@ class Detectron2Proposer:
         return regions[regions.scores >= self.config.min_score]
 
     def _preprocess(self, images: list[Tensor]) -> Any:
-        """Returns detectron2's padded batch, normalised as the model wants it."""
+        """Returns detectron2's padded batch, normalized as the model wants it."""
         model = self.model
         if hasattr(model, "preprocess_image"):
             return model.preprocess_image([{"image": image} for image in images])
         # Its meta-architecture ProposalNetwork does this within `forward`.
-        normalised = [(image - model.pixel_mean) / model.pixel_std for image in images]
+        normalized = [(image - model.pixel_mean) / model.pixel_std for image in images]
         backbone = model.backbone
         return ImageList.from_tensors(
-            normalised, backbone.size_divisibility, padding_constraints=backbone.padding_constraints
+            normalized, backbone.size_divisibility, padding_constraints=backbone.padding_constraints
         )
 
     def _pixels(self, images: ImageBatch, slot: int) -> Tensor:

@@ -89,7 +89,7 @@ def from_truth(targets: Sequence[Instances]) -> Regions:
 
 
 def from_images(images: ImageList) -> ImageBatch:
-    """Returns a batch that detectron2 padded as ours; its pixels must be normalised for CLIP."""
+    """Returns a batch that detectron2 padded as ours; its pixels must be normalized for CLIP."""
     sizes = torch.tensor([(int(h), int(w)) for h, w in images.image_sizes], device=images.tensor.device)
     return ImageBatch(images.tensor, sizes.reshape(-1, 2))
 

@@ -38,7 +38,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):  # type: ignore[misc]
     Args:
         dataset: a dataset of the catalogs, with its annotations in COCO's form as `json_file`.
         out: folder for `results.json` in COCO's results form; None: it is not written.
-        max_detections: best scored detections an image that count; 0: 100 (COCO), 300 (LVIS).
+        max_detections: best scored detections per image that count; 0: 100 (COCO), 300 (LVIS).
     """
 
     def __init__(self, dataset: str, out: str | Path | None = None, max_detections: int = 0) -> None:

@@ -53,7 +53,7 @@ class EvaluateConfig:
     results: str = option("", "a results file in COCO's form to evaluate; then no weights are needed")
     results_categories: str = option(
         "",
-        "class list that the results' category ids count, such as coco65 or a file with a name a line; "
+        "class list that the results' category ids count, such as coco65 or a file with one name per line; "
         "empty: they are the annotations' own ids",
         renamed_from="result_classes",
     )
@@ -65,7 +65,7 @@ class EvaluateConfig:
     )
     label_set: str = option(
         "all",
-        "names that compete: all (the generalised setting), or only the split's base or novel ones",
+        "names that compete: all (the generalized setting), or only the split's base or novel ones",
         choices=("all", "base", "novel"),
         renamed_from="compete",
     )
@@ -115,7 +115,7 @@ class EvaluateConfig:
     max_detections: int = option(
         0, "best detections that count, of an image and category (LVIS: of an image); 0: 100 (LVIS: 300)"
     )
-    report: bool = option(True, "write report.html: curves, confusions, pictures when images= is given")
+    report: bool = option(True, "write report.html: curves, confusions, images when images= is given")
     batch_size: int = option(8, "images at once")
     precision: str = option(
         "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")

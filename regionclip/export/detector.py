@@ -3,7 +3,7 @@
 regionclip export-detector model.safetensors vocabulary="cat, dog" out=exported
 """
 
-# H, W sides of a picture, N detections, C names, D embedding size
+# H, W sides of an image, N detections, C names, D embedding size
 from __future__ import annotations
 
 import dataclasses
@@ -39,9 +39,9 @@ from regionclip.structures.transforms import ResizeTransform, resize_shortest_ed
 
 DETECTIONS = ("boxes", "scores", "labels")
 SAME = 0.9  # IoU of boxes that are one detection, found twice
-PAINTED = ((160, 224), (199, 131))  # heights and widths of pictures to compare on
+PAINTED = ((160, 224), (199, 131))  # heights and widths of images to compare on
 STEP = 32  # pixels: sides that every backbone halves evenly
-LEAST_TORCH = "2.9"  # torch.export of 2.8 refuses pictures of any size
+LEAST_TORCH = "2.9"  # torch.export of 2.8 refuses images of any size
 
 
 @dataclass
@@ -62,7 +62,7 @@ class ExportDetectorConfig(DetectorSource):
         "names can be changed later: their embeddings are inputs, and the text tower goes along",
         renamed_from="exchangeable",
     )
-    size: list[int] = option([], "fixed height and width of the picture in pixels; empty: any")
+    size: list[int] = option([], "fixed height and width of the image in pixels; empty: any")
     suppress: bool = option(
         True, "false: the graph ends at boxes [P, 4] and scores [P, C], before overlapping boxes are dropped"
     )
@@ -88,7 +88,7 @@ def export_detector(config: ExportDetectorConfig) -> None:
     names = parse_names(config.vocabulary)
     run = RunFolder(config.out, config, "region-export-detector")
     if run.finished() is not None:
-        print(f"{config.out} is there already, made with the same options")
+        print(f"{config.out} already exists, made with the same options")
         return
     detector = load(config)
     detector.set_vocabulary(
@@ -109,7 +109,7 @@ def export_detector(config: ExportDetectorConfig) -> None:
 
 
 def load(config: ExportDetectorConfig) -> Detector:
-    """Returns the detector in float32, with its proposal network and the size at which it sees pictures."""
+    """Returns the detector in float32, with its proposal network and the size at which it sees images."""
     detector = config.load()
     if config.network:
         if detector.network is not None:
@@ -129,7 +129,7 @@ def graph_of(
     Args:
         detector: with a proposal network.
         dynamic_vocabulary: whether the names' embeddings are inputs.
-        size: height and width of the picture; empty: any.
+        size: height and width of the image; empty: any.
         suppress: see `DetectorGraph`.
     """
     module = DetectorGraph(detector, suppress).eval()
@@ -169,7 +169,7 @@ def write_vocabulary(detector: Detector, graph: graphs.Graph, path: Path) -> Non
 
 
 def sample_pictures(config: ExportDetectorConfig, detector: Detector) -> list[Pixels]:
-    """Returns pictures [H, W, 3] to compare on, at the size at which the detector sees them."""
+    """Returns images [H, W, 3] to compare on, at the size at which the detector sees them."""
     if not config.images:
         return [_blots(config.size or size, seed) for seed, size in enumerate(PAINTED)]
     found, sides = [], detector.resize
@@ -193,7 +193,7 @@ def _blots(size: Sequence[int], seed: int) -> Pixels:
 def comparison(
     detector: Detector, graph: graphs.Graph, pictures: Sequence[Pixels]
 ) -> Callable[[graphs.Run], float]:
-    """Returns a function that compares what was written with `Detector.detect_batch` on pictures."""
+    """Returns a function that compares what was written with `Detector.detect_batch` on images."""
     multiple = detector.resize.multiple
     wanted = []
     for pixels in pictures:

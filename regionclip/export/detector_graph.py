@@ -1,7 +1,7 @@
-"""A detector as one graph of tensors, from a picture's pixels to boxes, scores and labels.
+"""A detector as one graph of tensors, from an image's pixels to boxes, scores and labels.
 
-What `Detector.detect_batch` does for one picture, in a form that can be traced: as many proposals for every
-picture (some of them empty), and suppression in a fixed number of steps. It calls the detector's own parts.
+What `Detector.detect_batch` does for one image, in a form that can be traced: as many proposals for every
+image (some of them empty), and suppression in a fixed number of steps. It calls the detector's own parts.
 """
 
 # P proposals, C names, D embedding size, K detections, S steps of suppression
@@ -67,7 +67,7 @@ class DetectorGraph(nn.Module):
         background: Tensor | None = None,
         alpha: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Finds things in one picture.
+        """Finds things in one image.
 
         Args:
             image: [H, W, 3] uint8 RGB, at the size at which it is to be seen.
@@ -76,7 +76,7 @@ class DetectorGraph(nn.Module):
             alpha: [C], each name's exponent of objectness; None: the detector's.
 
         Returns:
-            boxes [K, 4] (x1, y1, x2, y2) in pixels of the picture, scores [K] in [0, 1] and labels [K] int64,
+            boxes [K, 4] (x1, y1, x2, y2) in pixels of the image, scores [K] in [0, 1] and labels [K] int64,
                 best first; without suppression boxes [P, 4] and scores [P, C], which are 0 where a box is
                 none or a score is below the detector's least.
         """
@@ -110,7 +110,7 @@ class DetectorGraph(nn.Module):
         """Returns P regions, best first, and which of them are there: [P] bool; the others fill up.
 
         Args:
-            seen: the picture.
+            seen: the image.
             maps: the same, padded, with the CLIP trunk's maps of it for a network that shares them.
         """
         network, config = self.network, self.detector.config

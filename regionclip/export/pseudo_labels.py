@@ -52,7 +52,7 @@ class ExportConfig:
         """Checks the ranges."""
         for name in ("min_probability", "min_objectness", "nms"):
             if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} must lie in 0…1, got {getattr(self, name)}")
+                raise InputError(f"{name} must be in 0…1, got {getattr(self, name)}")
         if self.labels < 1:
             raise InputError(f"labels must be at least 1 a region, got {self.labels}")
 

@@ -1,4 +1,4 @@
-"""Detection by name in pictures and videos: boxes drawn, and the detections as COCO's JSON and as a table."""
+"""Detection by name in images and videos: boxes drawn, and the detections as COCO's JSON and as a table."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Likely = list[list[tuple[str, float]]]
 
 @dataclass
 class DetectConfig(DetectorOptions):
-    """Options of detection in pictures and videos."""
+    """Options of detection in images and videos."""
 
     images: list[str] = option(
         REQUIRED,
@@ -80,7 +80,7 @@ class DetectConfig(DetectorOptions):
 
 @dataclass(frozen=True)
 class Source:
-    """A picture's or a video's file, and where it goes with boxes drawn."""
+    """An image's or a video's file, and where it goes with boxes drawn."""
 
     file: Path
     target: Path
@@ -92,10 +92,10 @@ class Source:
 
 
 def detect(config: DetectConfig) -> None:
-    """Looks for named things in pictures and videos; draws boxes, writes detections.json and detections.csv.
+    """Looks for named things in images and videos; draws boxes, writes detections.json and detections.csv.
 
-    Pictures that could not be read are named in skipped.jsonl, too. Stopped, the same command goes on behind
-    the last batch of pictures, or video, that was done. A run that has ended is done anew.
+    Images that could not be read are named in skipped.jsonl, too. Stopped, the same command goes on behind
+    the last batch of images, or video, that was done. A run that has ended is done anew.
     """
     files = picture_files(config.images, IMAGE_SUFFIXES.union(VIDEOS))
     out = Path(config.out)
@@ -112,7 +112,7 @@ def detect(config: DetectConfig) -> None:
         videos = videos[max(journal.units - batches, 0) :]
         before, begun = journal.images, time.monotonic()
         if before:
-            print(f"{out}: {before} pictures were done before, going on behind them")
+            print(f"{out}: {before} images were done before, going on behind them")
         total = before + len(pictures) + sum(_frames(video, config.frame_stride) for video in videos)
         with Progress("detecting", total, before) as progress:
             looker = DetectionRunner(config, predictor, journal, progress)
@@ -127,10 +127,10 @@ def detect(config: DetectConfig) -> None:
             write_text(out / SKIPPED, "".join(json.dumps(entry) + "\n" for entry in skipped))
         journal.remove()
     unread = sum(Path(entry["file_name"]).suffix.lower() not in VIDEOS for entry in skipped)
-    print(f"{out}: {count} detections in {journal.images - unread} pictures, {rate:.1f} pictures/s")
+    print(f"{out}: {count} detections in {journal.images - unread} images, {rate:.1f} pictures/s")
     if skipped:
         raise InputError(
-            f"{len(skipped)} of {len(files)} pictures could not be read, the others are done: "
+            f"{len(skipped)} of {len(files)} images could not be read, the others are done: "
             f"{skipped[0]['reason']}"
         )
 
@@ -161,7 +161,7 @@ def _read(item: tuple[int, Source]) -> DecodedImage:
 
 @dataclass
 class DetectionRunner:
-    """Looks at pictures and videos, and notes in the journal what it finds."""
+    """Looks at images and videos, and notes in the journal what it finds."""
 
     config: DetectConfig
     predictor: Predictor
@@ -169,7 +169,7 @@ class DetectionRunner:
     progress: Progress
 
     def look_at_pictures(self, sources: Sequence[Source]) -> None:
-        """Looks at pictures in batches; one that cannot be read is noted."""
+        """Looks at images in batches; one that cannot be read is noted."""
         groups = read_batches(
             enumerate(sources, self.journal.images + 1),
             _read,
@@ -265,14 +265,14 @@ def targets_of(files: Sequence[Path], out: Path) -> list[Path]:
     """Returns where each file with boxes goes: NAME.jpg (videos: .mp4), numbered when several have that name.
 
     Raises:
-        InputError: a picture would take the place of one that was given.
+        InputError: an image would take the place of one that was given.
     """
     folder, given = out.resolve(), {file.resolve() for file in files}
     names = unique_names((file, ".mp4" if file.suffix.lower() in VIDEOS else ".jpg") for file in files)
     targets = [out / name for name in names]
     taken = next((target for target in targets if folder / target.name in given), None)
     if taken is not None:
-        raise InputError(f"the picture with boxes would be written over {taken}; give another out=")
+        raise InputError(f"the image with boxes would be written over {taken}; give another out=")
     return targets
 
 

@@ -1,6 +1,6 @@
-"""Embeddings of the regions of many pictures, in batches: what to search, cluster or train with; restartable.
+"""Embeddings of the regions of many images, in batches: what to search, cluster or train with; restartable.
 
-Pictures are described in shards, in the order of the list. A shard depends on the options and on its pictures
+Images are described in shards, in the order of the list. A shard depends on the options and on its images
 alone, so that interruptions and numbers of processes change nothing about the files.
 """
 
@@ -40,7 +40,7 @@ INPUTS, BOXES = ".inputs.json", ".boxes.parquet"
 
 
 def features(config: FeaturesConfig) -> None:
-    """Embeds the regions of many pictures, in batches, into Parquet or npz files; stopped, it goes on."""
+    """Embeds the regions of many images, in batches, into Parquet or npz files; stopped, it goes on."""
     files = [] if config.annotations else picture_files(config.images)
     folder = RunFolder(config.out, config, "region-features")
     inputs = _inputs(config, files)
@@ -64,7 +64,7 @@ def features(config: FeaturesConfig) -> None:
     try:
         rate = _describe_all(config, files, boxes, shards, inputs)
     finally:
-        if not record.exists():  # it failed at once: nothing shall be left that a mended call had to equal
+        if not record.exists():  # it failed at once: nothing shall be left that a fixed call had to equal
             (folder.path / BOXES).unlink(missing_ok=True)
     manifest = _finish(folder, config, inputs, shards)
     print(
@@ -102,7 +102,7 @@ def _describe_all(
 
 
 def _inputs(config: FeaturesConfig, files: Sequence[Path]) -> dict[str, str]:
-    """Returns what decides the result besides the options: hashes of the files, and the list of pictures."""
+    """Returns what decides the result besides the options: hashes of the files, and the list of images."""
     named = {
         "weights": str(find(config.weights)),
         "annotations": config.annotations,
@@ -139,7 +139,7 @@ def _boxes(config: FeaturesConfig, files: Sequence[Path], out: Path) -> str:
     path = existing(config.boxes_file, "boxes file")
     if path.suffix != ".json":
         raise InputError(
-            f"regions_from={path} knows images by their ids, which pictures in folders have not; give "
+            f"regions_from={path} knows images by their ids, which images in folders have not; give "
             "annotations=, or a .json file of boxes with file_name"
         )
     by_path = {str(file): number for number, file in enumerate(files, 1)}
@@ -161,16 +161,14 @@ def _boxes(config: FeaturesConfig, files: Sequence[Path], out: Path) -> str:
                 table.add(image_id, xywh_to_xyxy(values[None, :4]).float(), values[4:].float())
                 count += 1
     if not count:
-        raise InputError(
-            f"boxes file {path} has no box in any of the {len(files)} pictures; see its file_name"
-        )
+        raise InputError(f"boxes file {path} has no box in any of the {len(files)} images; see its file_name")
     return str(out / BOXES)
 
 
 def _finish(
     folder: RunFolder, config: FeaturesConfig, inputs: dict[str, str], shards: Sequence[Shard]
 ) -> dict[str, Any]:
-    """Writes what makes a folder of shards a finished one: skipped pictures, manifest, metrics."""
+    """Writes what makes a folder of shards a finished one: skipped images, manifest, metrics."""
     parts = [read_json(record_path(folder.path, shard.number), "record of a shard") for shard in shards]
     skipped = [entry for part in parts for entry in part["skipped"]]
     if skipped:

@@ -1,4 +1,4 @@
-"""Describing one shard of pictures after another: regions, their embeddings, their names."""
+"""Describing one shard of images after another: regions, their embeddings, their names."""
 
 # B images of a batch, N regions of a batch, n regions of one image, D embedding size
 from __future__ import annotations
@@ -51,7 +51,7 @@ class FolderPictures(Sequence[ImageAnnotations]):
     """Pictures without annotations as records without boxes; their ids count them from 1.
 
     Args:
-        files: the pictures.
+        files: the images.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -75,8 +75,8 @@ class RegionFeatureExtractor:
 
     Args:
         config: what to describe.
-        files: the pictures, when there are no annotations.
-        boxes: a file of boxes that knows pictures by their ids here; "" when they come from elsewhere.
+        files: the images, when there are no annotations.
+        boxes: a file of boxes that knows images by their ids here; "" when they come from elsewhere.
     """
 
     def __init__(self, config: FeaturesConfig, files: Sequence[Path], boxes: str) -> None:
@@ -215,7 +215,7 @@ class FeaturesConfig(DetectorOptions):
     )
     vocabulary: str = option(
         "",
-        'names of which each region gets its most probable: "cat, dog", a file with one a line, coco, '
+        'names of which each region gets its most probable: "cat, dog", a file with one per line, coco, '
         "coco65, lvis; empty: none",
     )
     annotations: str = option("", "instances_*.json in COCO's form: which images, and their true boxes")
@@ -226,7 +226,7 @@ class FeaturesConfig(DetectorOptions):
         renamed_from="boxes",
     )
     max_regions: int = option(
-        100, "most regions an image, the best scored (regions_from=truth: all)", renamed_from="regions"
+        100, "most regions per image, the best scored (regions_from=truth: all)", renamed_from="regions"
     )
     whole_image: bool = option(False, "the image as a whole as well, as a row of its own before its regions")
     top_k: int = option(
@@ -235,14 +235,14 @@ class FeaturesConfig(DetectorOptions):
     out: str = option("features", "folder for the files and manifest.json", runtime_only=True)
     format: str = option(
         "parquet",
-        "parquet: shards with a row a region; npz: NumPy arrays, a file an image",
+        "parquet: shards with one row per region; npz: NumPy arrays, one file per image",
         choices=("parquet", "npz"),
     )
     dtype: str = option("float16", "of the embeddings in the files", choices=("float16", "float32"))
-    shard_images: int = option(256, "images a shard: what a stopped run does again, and what memory holds")
+    shard_images: int = option(256, "images per shard: what a stopped run does again, and what memory holds")
     workers: int = option(
         1,
-        "processes beside each other, of which each takes one of the GPUs; 0: one a core",
+        "processes beside each other, of which each takes one of the GPUs; 0: one per core",
         runtime_only=True,
     )
 

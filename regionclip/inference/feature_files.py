@@ -1,4 +1,4 @@
-"""Embeddings of regions on disk: Parquet with a row a region, or an .npz file an image."""
+"""Embeddings of regions on disk: Parquet with one row per region, or an .npz file an image."""
 
 # n regions of one image, N regions of a file, D embedding size, K names a region
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ImageFeatures:
     """An image's regions.
 
     Attributes:
-        image_id: in the annotations; of pictures without annotations the place in the list, from 1.
+        image_id: in the annotations; of images without annotations the place in the list, from 1.
         file_name: as the annotations have it; without them, the path as it was given.
         size: (height, width) in pixels.
         boxes: [n, 4] float32 (x1, y1, x2, y2) in pixels of the original image.

@@ -1,4 +1,4 @@
-"""The options that every job which looks at pictures with a detector has, and the detector they mean."""
+"""The options that every job which looks at images with a detector has, and the detector they mean."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class DetectorSource:
 
     weights: str = option(REQUIRED, "a detector (ours or RegionCLIP's), or a CLIP (then give a proposer)")
     vocabulary: str = option(
-        REQUIRED, 'names to look for: "cat, dog", a file with one a line, coco, coco65, lvis'
+        REQUIRED, 'names to look for: "cat, dog", a file with one per line, coco, coco65, lvis'
     )
     detector: DetectorConfig = option(
         DetectorConfig(), "scores and suppression, for a CLIP or with use_checkpoint_config=false"
@@ -57,7 +57,7 @@ class DetectorSource:
         renamed_from="text",
     )
     resize: ResizeConfig = option(
-        ResizeConfig(), "size of the pictures, for a CLIP or with use_checkpoint_config=false"
+        ResizeConfig(), "size of the images, for a CLIP or with use_checkpoint_config=false"
     )
 
     def load(self) -> Detector:
@@ -84,7 +84,7 @@ class DetectorOptions(DetectorSource, PhotoOptions):
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise InputError(f"batch_size must be at least 1 picture, found {self.batch_size}")
+            raise InputError(f"batch_size must be at least 1 image, found {self.batch_size}")
 
     def identity(self) -> dict[str, Any]:
         """Returns the options that decide the result, as plain values."""

@@ -1,4 +1,4 @@
-"""A detector with everything around it: it reads pictures, batches them and takes names as words."""
+"""A detector with everything around it: it reads images, batches them and takes names as words."""
 
 # B images, N regions, C names, D embedding size
 from __future__ import annotations
@@ -58,17 +58,17 @@ def load(
     embeddings: str = "",
     text_weights: str = "",
 ) -> Predictor:
-    """Loads a detector, or a CLIP to detect with, ready for pictures.
+    """Loads a detector, or a CLIP to detect with, ready for images.
 
     Args:
         weights: a detector's file (ours or RegionCLIP's), a CLIP's in any known form, or a published name.
-        vocabulary: what to look for: "cat, dog", a list of names, a file with one a line, coco, coco65, lvis,
-            or a Vocabulary. None: set it later.
+        vocabulary: what to look for: "cat, dog", a list of names, a file with one per line, coco, coco65,
+            lvis, or a Vocabulary. None: set it later.
         proposer: where regions come from: the file of a proposal network, or a proposer's name with its
             options, such as {"name": "grid"}. None: the detector's own network.
         device: "auto" takes a GPU when there is one.
         precision: "auto" takes bf16 where the processor computes in it; "fp32", "bf16", or "fp16" on a GPU.
-        resize: size at which pictures are seen; None: as the detector was trained, else 800 / 1333 pixels.
+        resize: size at which images are seen; None: as the detector was trained, else 800 / 1333 pixels.
         config: how regions become detections; None: as the detector was trained, else the defaults.
         templates: prompts for the text tower, averaged; `{}` is the name, `{article}` "a" or "an".
         embeddings: file of the names' embeddings, such as RegionCLIP's `.pth`; "": names are embedded.
@@ -118,7 +118,7 @@ class Predictor:
     ) -> None:
         self.detector, self.proposer = detector, proposer
         self.precision, self.templates = precision, tuple(templates)
-        autocast(precision, self.device)  # raises here and not at the first picture
+        autocast(precision, self.device)  # raises here and not at the first image
 
     def __repr__(self) -> str:
         names = self.names
@@ -253,11 +253,11 @@ class Predictor:
         """Returns [N, D] float32 unit-length embeddings of regions, in the space of CLIP's texts.
 
         Args:
-            image: one picture.
-            boxes: [N, 4] (x1, y1, x2, y2) in its pixels; what lies outside the picture is cut off.
+            image: one image.
+            boxes: [N, 4] (x1, y1, x2, y2) in its pixels; what lies outside the image is cut off.
 
         Raises:
-            InputError: the picture does not decode, or a box covers nothing of it.
+            InputError: the image does not decode, or a box covers nothing of it.
         """
         pixels, size = read_picture(image)
         given = _boxes_in(boxes, size)
@@ -291,12 +291,12 @@ class Predictor:
         `region_features` and `classify_embeddings` in one.
 
         Args:
-            image: one picture.
+            image: one image.
             boxes: [N, 4] (x1, y1, x2, y2) in its pixels.
             k: how many names; all of them when there are fewer.
 
         Raises:
-            InputError: the picture does not decode, a box covers nothing of it, or no vocabulary is set.
+            InputError: the image does not decode, a box covers nothing of it, or no vocabulary is set.
         """
         return self.classify_embeddings(self.region_features(image, boxes), k)
 
@@ -389,7 +389,7 @@ def _boxes_in(boxes: Boxes, size: tuple[int, int]) -> Tensor:
     if given.ndim != 2 or given.shape[1] != 4:
         raise InputError(f"boxes must be [N, 4] (x1, y1, x2, y2) in pixels, got {list(given.shape)}")
     cut = clip_boxes(given, size)
-    # A box without area that lies in the picture passes: rounding makes one of a detection now and then.
+    # A box without area that is in the image passes: rounding makes one of a detection now and then.
     missing = ~valid_boxes(cut) & (cut != given).any(1)
     swapped = (given[:, 2:] < given[:, :2]).any(1)
     bad = (missing | swapped | ~given.isfinite().all(1)).nonzero().flatten().tolist()

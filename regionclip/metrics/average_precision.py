@@ -68,7 +68,7 @@ class Protocol:
             "fast".
         max_detections: best scored detections that count: COCO's of an image and category, LVIS's of an
             image. 0: 100 and 300.
-        label_set: "all": base and novel names, the "generalised" setting of arXiv 2112.09106, section 4.1;
+        label_set: "all": base and novel names, the "generalized" setting of arXiv 2112.09106, section 4.1;
             "base" or "novel": only those.
     """
 

@@ -19,7 +19,7 @@ from pycocotools import mask
 
 from regionclip.metrics.coco_api import Curves
 
-MOST = 300  # detections an image, of all categories together
+MOST = 300  # detections per image, of all categories together
 IOUS = np.linspace(0.5, 0.95, 10)  # T
 RECALLS = np.linspace(0.0, 1.0, 101)  # R
 # Square pixels: all, small, medium, large.
@@ -43,7 +43,7 @@ def counted(
     Args:
         content: annotations whose images have neg_category_ids and not_exhaustive_category_ids.
         results: detections with image_id, category_id and score.
-        most: best scored detections an image, of all categories together; the rest is left out before
+        most: best scored detections per image, of all categories together; the rest is left out before
             anything else.
     """
     known = {entry["id"]: set(entry.get("neg_category_ids") or ()) for entry in content["images"]}
@@ -96,7 +96,7 @@ def with_numpy(
         truth: the annotations; boxes of other categories do not matter.
         results: from `counted`.
         category_ids: K categories.
-        most: how many detections an image `counted` has left.
+        most: how many detections per image `counted` has left.
     """
     place_of = {image: place for place, image in enumerate(sorted(entry["id"] for entry in truth["images"]))}
     true, found = _by_category(truth["annotations"]), _by_category(results)

@@ -107,7 +107,7 @@ def cover(
         pool: the concepts that mining knew.
         rows: form in a caption -> place in the pool (`regionclip.mining.miner.rows_of`).
         parse: turns captions into the phrases of each, in their order.
-        stop_words: heads and phrases that no picture shows; outside the pool they are not missed.
+        stop_words: heads and phrases that no image shows; outside the pool they are not missed.
     """
     ids = list(images)
     found: dict[int, Counter[str]] = {key: Counter() for key in ids}

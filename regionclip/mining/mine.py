@@ -53,7 +53,7 @@ def mine(config: MineConfig) -> None:
     listed = folder.path / f".images-{first}-of-{shares}.db"
     if not (begun and listed.exists()):
         write_caption_index(config.captions, listed)
-    # Only now, so that a call that failed at once leaves nothing that a mended one would have to equal.
+    # Only now, so that a call that failed at once leaves nothing that a fixed one would have to equal.
     vocabulary.save(path)
     write_json(record, inputs)
     images = CaptionIndex(listed)

@@ -267,7 +267,7 @@ class MineConfig:
     resize: ResizeConfig = option(ResizeConfig(), "size of the images; nothing is mirrored")
     language: str = option("", "spaCy model for phrases; empty: the one that the concept pool was made with")
     batch_size: int = option(16, "images at once")
-    shard_images: int = option(2000, "images a shard")
+    shard_images: int = option(2000, "images per shard")
     precision: str = option(
         "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
     )
@@ -282,7 +282,7 @@ class MineConfig:
     )
     workers: int = option(
         1,
-        "processes that mine shards beside each other; 0: one a core (ray: or one a GPU)",
+        "processes that mine shards beside each other; 0: one per core (ray: or one a GPU)",
         runtime_only=True,
     )
     shard: str = option(

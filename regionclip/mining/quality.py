@@ -44,7 +44,7 @@ class PairLabels:
         categories: the truth's names; labels count them.
         outcomes: [P] int64, places in OUTCOMES. "correct": the box shows an object of that name;
             "misclassified": it shows an object, but none of that name; "background"; "ignored": the
-            annotations have no such image or category, or the box lies in a crowd of that name.
+            annotations have no such image or category, or the box is in a crowd of that name.
         named: [P] int64, the label that the pair's phrase names, -1 when it names none.
         shown: [P] int64, the label of the true object that the box fits best, -1 when it fits none.
         objects: [G] int64, the labels of all true single objects.
@@ -98,7 +98,7 @@ class PairLabels:
         return metrics
 
     def by_category(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns, a row a category, [C, 4] pairs by outcome, [C] true objects, [C] those that are named."""
+        """Returns per category: [C, 5] pairs by outcome, [C] true objects, [C] those that are named."""
         classes, outcomes = len(self.categories), len(OUTCOMES)
         naming = self.named >= 0
         cells = (self.named * outcomes + self.outcomes)[naming]

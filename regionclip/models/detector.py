@@ -232,7 +232,7 @@ class Detector(nn.Module):
 
         Args:
             images: B images.
-            frames: how each lies in the batch's frame.
+            frames: how each is in the batch's frame.
             keys: which images they are, for proposers that look boxes up.
             proposer: where regions come from; None: the detector's own network.
 

@@ -25,7 +25,7 @@ class DetectorConfig:
     """How regions become detections. The thresholds and the suppression are the published ones for COCO."""
 
     max_proposals: int = option(
-        100, "regions an image from the detector's own proposal network", renamed_from="proposals"
+        100, "regions per image from the detector's own proposal network", renamed_from="proposals"
     )
     proposal_nms: float = option(0.7, "IoU above which the lower scored of two proposals is dropped")
     temperature: float = option(0.0, "what cosines are divided by; 0: the tower's own, 1 / exp(logit scale)")
@@ -56,12 +56,12 @@ class DetectorConfig:
     soft_nms_min_score: float = option(
         0.001, "suppression=soft: boxes whose score is lowered below this are dropped", renamed_from="prune"
     )
-    max_detections: int = option(100, "most detections an image", renamed_from="detections")
+    max_detections: int = option(100, "most detections per image", renamed_from="detections")
 
     def __post_init__(self) -> None:
         for name in ("alpha_base", "alpha_novel"):
             if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} must lie in [0, 1], found {getattr(self, name)}")
+                raise InputError(f"{name} must be in [0, 1], found {getattr(self, name)}")
         for name in ("max_proposals", "max_detections"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1 an image, found {getattr(self, name)}")

@@ -116,7 +116,7 @@ class RegionEncoder:
         return self(images, whole_images(images))
 
     def encode_rois(self, feature_map: Tensor, regions: Regions) -> Tensor:
-        """Returns [N, D], not normalised: regions of a ResNet trunk's map [B, C, H/16, W/16]."""
+        """Returns [N, D], not normalized: regions of a ResNet trunk's map [B, C, H/16, W/16]."""
         visual = self.visual
         assert isinstance(visual, ModifiedResNet)
         return torch.cat([visual.attnpool(deep) for deep in self.layer4_features(feature_map, regions)])
@@ -134,7 +134,7 @@ class RegionEncoder:
         side = self.visual.resolution
         parts = []
         for rois in torch.split(square_rois(regions, self.context), self.chunk):
-            # [n, 3, side, side]; a sample a pixel: a crop of the tower's size is the picture's own pixels
+            # [n, 3, side, side]; a sample a pixel: a crop of the tower's size is the image's own pixels
             crops = roi_align(images.pixels.float(), rois, side, 1.0, 0, aligned=True)
             parts.append(self.visual(crops.contiguous(memory_format=torch.channels_last)))
         return torch.cat(parts) if parts else images.pixels.new_zeros(0, self.visual.embed_dim)

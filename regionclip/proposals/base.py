@@ -23,7 +23,7 @@ GROUP = "regionclip.proposers"
 class SelectionConfig:
     """Which proposals of a network are kept."""
 
-    limit: int = option(300, "most boxes an image, the best scored ones")
+    limit: int = option(300, "most boxes per image, the best scored ones")
     nms: float = option(0.7, "IoU above which the lower scored of two boxes is dropped")
     min_score: float = option(0.0, "boxes with less objectness are left out, 0…1")
 
@@ -34,7 +34,7 @@ class SelectionConfig:
         if not 0 < self.nms <= 1:
             raise InputError(f"nms must be above 0 and at most 1, got {self.nms}")
         if not 0 <= self.min_score <= 1:
-            raise InputError(f"min_score must lie in 0…1, got {self.min_score}")
+            raise InputError(f"min_score must be in 0…1, got {self.min_score}")
 
 
 class Proposer(Protocol):
@@ -50,7 +50,7 @@ class Proposer(Protocol):
         cropped, so `frame_scale` brings an original box into the frame.
 
         Args:
-            images: B images, normalised as CLIP's towers want them.
+            images: B images, normalized as CLIP's towers want them.
             keys: B keys, in the batch's order.
 
         Returns:

@@ -49,7 +49,7 @@ class PrecomputedConfig:
         "JSON list of {image_id, bbox: [x, y, width, height] in original pixels, score in 0…1}; or what "
         "`propose format=parquet` or `mine` wrote: a .parquet file or a folder of them",
     )
-    limit: int = option(300, "most boxes an image, the best scored ones")
+    limit: int = option(300, "most boxes per image, the best scored ones")
     min_score: float = option(0.0, "boxes scored lower are left out, 0…1")
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class PrecomputedConfig:
         if self.limit < 1:
             raise InputError(f"limit must be at least 1 box an image, got {self.limit}")
         if not 0 <= self.min_score <= 1:
-            raise InputError(f"min_score must lie in 0…1, got {self.min_score}")
+            raise InputError(f"min_score must be in 0…1, got {self.min_score}")
 
 
 class PrecomputedProposer:

@@ -1,4 +1,4 @@
-"""Selective search (Uijlings et al., IJCV 2013): boxes around what grows together, by colour and texture."""
+"""Selective search (Uijlings et al., IJCV 2013): boxes around what grows together, by color and texture."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class SelectiveSearchConfig:
 
     mode: str = option(
         "fast",
-        "fast: two colour spaces; quality: five, thrice the boxes and the time",
+        "fast: two color spaces; quality: five, thrice the boxes and the time",
         choices=("fast", "quality"),
     )
     side: int = option(320, "images are searched at this long side, in pixels; 0: as the batch has them")
     min_size: float = option(8.0, "boxes must be at least so wide and high, in pixels of the batch")
-    limit: int = option(1000, "most boxes an image")
+    limit: int = option(1000, "most boxes per image")
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -93,7 +93,7 @@ class SelectiveSearchProposer:
 
 
 def _bytes(pixels: Tensor) -> Pixels:
-    """Returns [h, w, 3] BGR in 0…255 of [3, h, w] pixels normalised as for CLIP."""
+    """Returns [h, w, 3] BGR in 0…255 of [3, h, w] pixels normalized as for CLIP."""
     mean, deviation = (pixels.new_tensor(values)[:, None, None] * 255 for values in (MEAN, DEVIATION))
     shown = (pixels * deviation + mean).round().clamp(0, 255).to(torch.uint8)
     return np.ascontiguousarray(shown.flip(0).permute(1, 2, 0).cpu().numpy())

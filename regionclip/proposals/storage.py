@@ -1,4 +1,4 @@
-"""Proposals in files: COCO's results form, or Parquet with a row a box; neither is ever whole in memory."""
+"""Proposals in files: COCO's results form, or Parquet with one row per box; read in parts."""
 
 # n boxes of one image
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _read_group(path: Path, group: int) -> tuple[NDArray[np.int64], NDArray[Any]
         raise InputError(f"{path}, row group {group}: box must be four finite numbers x1 ≤ x2, y1 ≤ y2")
     if not ((scores >= 0) & (scores <= 1)).all():
         raise InputError(
-            f"{path}, row group {group}: objectness must lie in 0…1; apply a sigmoid if these are logits"
+            f"{path}, row group {group}: objectness must be in 0…1; apply a sigmoid if these are logits"
         )
     return ids, boxes, scores
 

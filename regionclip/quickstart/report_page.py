@@ -229,7 +229,7 @@ def _scene(record: ImageAnnotations, matches: MatchResult, threshold: float, spl
         colors.append(GRAY if is_false else ORANGE if name.startswith("★") else BLUE)
     boxes = matches.boxes[drawn[::-1]].tolist()
     pixels = turned_as_annotated(decode(record.path), record.path, (record.height, record.width))
-    image = draw(pixels, boxes=boxes, texts=texts, colours=colors)
+    image = draw(pixels, boxes=boxes, texts=texts, colors=colors)
     objects = np.flatnonzero(matches.object_images == record.image_id)
     taken = np.isin(objects, matches.shown[drawn[matches.outcomes[drawn] == CORRECT]])
     caption: list[tuple[str, str]] = []

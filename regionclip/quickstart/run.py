@@ -1,4 +1,4 @@
-"""The whole product on a generated world: every job in turn, ending with a table and a page."""
+"""The whole product on a synthetic dataset: every job in turn, ending with a table and a page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class QuickstartConfig:
 
 
 def stages(config: QuickstartConfig) -> list[Stage]:
-    """Returns the path from a drawn world to an evaluated detector."""
+    """Returns the path from a synthetic dataset to an evaluated detector."""
     out = Path(config.out)
     world, seed = out / "world", f"train.seed={config.seed}"
     train = (
@@ -122,7 +122,7 @@ def _detectors(
 
 
 def quickstart(config: QuickstartConfig) -> None:
-    """Runs every job on a world it draws, about 15 minutes on two cores; ends with table and report.html."""
+    """Runs every job on a synthetic dataset, about 15 minutes on two cores; leaves report.html."""
     run = RunFolder(config.out, config, "region-quickstart")
     timings = run_stages(stages(config), config.preset, run.path / "timings.json")
     mined = judge_mining(run.path)

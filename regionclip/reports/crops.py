@@ -90,7 +90,7 @@ def crop_around(path: Path, size: tuple[int, int], box: Sequence[float], color: 
 
     Args:
         path: the image's file.
-        size: (height, width) of the image that the box lies in, in pixels.
+        size: (height, width) of the image that the box is in, in pixels.
         box: x1, y1, x2, y2 in pixels.
         color: of the box.
 

@@ -145,7 +145,7 @@ def _panel(session: DemoSession, which: int, asked: Any, among: Any) -> list[Any
 
 
 def _parts(answer: Answer | None, folder: Path) -> list[Any]:
-    """Returns what a panel shows: picture, summary, table, file, chosen box, caption, names of the box."""
+    """Returns what a panel shows: image, summary, table, file, chosen box, caption, names of the box."""
     import gradio as gr
 
     if answer is None:

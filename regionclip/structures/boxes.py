@@ -89,7 +89,7 @@ def encode_deltas(
 ) -> Tensor:
     """Returns what must be regressed to move each anchor onto its target.
 
-    The parametrisation of Faster R-CNN (arXiv 1506.01497, section 3.1.2): the centre's shift in units of the
+    The parametrisation of Faster R-CNN (arXiv 1506.01497, section 3.1.2): the center's shift in units of the
     anchor's sides, and the logarithm of the sides' ratio.
 
     Args:
@@ -101,8 +101,8 @@ def encode_deltas(
         [N, 4] (dx, dy, dw, dh).
     """
     sides, target_sides = anchors[:, 2:] - anchors[:, :2], targets[:, 2:] - targets[:, :2]
-    centres, target_centres = anchors[:, :2] + sides / 2, targets[:, :2] + target_sides / 2
-    deltas = torch.cat([(target_centres - centres) / sides, (target_sides / sides).log()], dim=1)
+    centers, target_centers = anchors[:, :2] + sides / 2, targets[:, :2] + target_sides / 2
+    deltas = torch.cat([(target_centers - centers) / sides, (target_sides / sides).log()], dim=1)
     return deltas * deltas.new_tensor(weights)
 
 
@@ -115,9 +115,9 @@ def decode_deltas(
     """
     deltas = deltas.to(anchors.dtype) / anchors.new_tensor(weights)
     sides = anchors[:, 2:] - anchors[:, :2]
-    centres = anchors[:, :2] + sides / 2 + deltas[:, :2] * sides
+    centers = anchors[:, :2] + sides / 2 + deltas[:, :2] * sides
     half = sides * deltas[:, 2:].clamp(max=MAX_LOG_SCALE).exp() / 2
-    return torch.cat([centres - half, centres + half], dim=1)
+    return torch.cat([centers - half, centers + half], dim=1)
 
 
 def nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:

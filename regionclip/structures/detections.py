@@ -63,9 +63,9 @@ class Detections:
             raise ValueError("boxes hold NaN or infinite corners")
         # Written so that NaN fails too.
         if not bool(((self.scores >= 0) & (self.scores <= 1)).all()):
-            raise ValueError(f"scores must lie in [0, 1], got {_span(self.scores)}")
+            raise ValueError(f"scores must be in [0, 1], got {_span(self.scores)}")
         if not bool(((self.labels >= 0) & (self.labels < len(self.names))).all()):
-            raise ValueError(f"labels must lie in 0…{len(self.names) - 1}, got {_span(self.labels)}")
+            raise ValueError(f"labels must be in 0…{len(self.names) - 1}, got {_span(self.labels)}")
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -100,10 +100,10 @@ class Detections:
         """Returns the detections whose score is at least `score`.
 
         Raises:
-            InputError: `score` does not lie in [0, 1].
+            InputError: `score` does not are in [0, 1].
         """
         if not 0 <= score <= 1:
-            raise InputError(f"scores lie in [0, 1], {score:g} is none; 0.5 stands for 50 percent")
+            raise InputError(f"scores are in [0, 1], {score:g} is none; 0.5 stands for 50 percent")
         return self[self.scores >= score]
 
     def with_classes(self, *names: str) -> Detections:
@@ -153,16 +153,16 @@ class Detections:
             path: its ending says what is written. `.json`: the list that `to_dicts` returns. `.csv`: the same
                 as a table with the columns name, score, x1, y1, x2, y2. `.jpg`, `.png`, `.webp`: `image` with
                 the boxes drawn, see `plot`.
-            image: what to draw on; for pictures only.
+            image: what to draw on; for images only.
 
         Raises:
-            InputError: another ending, a picture without `image` or the other way round.
+            InputError: another ending, an image without `image` or the other way round.
         """
         path = Path(path)
         ending = path.suffix.lower()
         if ending not in (".json", ".csv", *FORMATS):
             raise InputError(
-                f"{path} ends in none of .json, .csv (boxes), {', '.join(FORMATS)} (picture with boxes)"
+                f"{path} ends in none of .json, .csv (boxes), {', '.join(FORMATS)} (image with boxes)"
             )
         if (image is not None) != (ending in FORMATS):
             wanted = "give image=, what to draw on" if ending in FORMATS else "leave image= out"

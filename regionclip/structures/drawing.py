@@ -20,9 +20,9 @@ from clip_base.runtime.files import replacing
 Color = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
 
-# What pictures are written as, by their ending.
+# What images are written as, by their ending.
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
-# A picture whose long side is shorter is enlarged by a whole factor until text can stand in it.
+# An image whose long side is shorter is enlarged by a whole factor until text can stand in it.
 READABLE_SIDE = 384
 # Pixels of the longer side of an image on a page: below, it is enlarged by a whole factor; above, reduced.
 PAGE_SIDE = (640, 1280)
@@ -65,30 +65,30 @@ def draw(
     *,
     boxes: Tensor | Sequence[Sequence[float]] | None = None,
     texts: Sequence[str] | None = None,
-    colours: Sequence[Color] | None = None,
+    colors: Sequence[Color] | None = None,
     highlight: int | None = None,
 ) -> Image.Image:
-    """Returns a copy of the picture with boxes drawn and named; small ones are enlarged (`enlargement`).
+    """Returns a copy of the image with boxes drawn and named; small ones are enlarged (`enlargement`).
 
     Args:
         image: in any form that `clip_base.images.inputs.read_picture` takes.
-        detections: what to draw; named "dog 0.91", a colour a name. They may come from the same picture at
+        detections: what to draw; named "dog 0.91", a color a name. They may come from the same image at
             another size.
         boxes: instead of detections: [N, 4] (x1, y1, x2, y2) in pixels of `image`.
         texts: what to write at each box; an empty text writes nothing. With detections: instead of their
             names.
-        colours: each box's colour (red, green, blue), 0 to 255; else a colour for each different text.
+        colors: each box's color (red, green, blue), 0 to 255; else a color for each different text.
         highlight: the number of one box that is drawn on top, all others in gray and without text.
 
     Raises:
-        InputError: the picture does not decode, or has other proportions than that of the detections.
+        InputError: the image does not decode, or has other proportions than that of the detections.
     """
     pixels, size = read_picture(image)
     if detections is not None and boxes is None:
         boxes = detections.boxes
         frame = _same_proportions(detections.size, size)
         texts = detections.captions if texts is None else texts
-        colours = colours or [color_of(label) for label in detections.labels.tolist()]
+        colors = colors or [color_of(label) for label in detections.labels.tolist()]
         order = detections.scores.argsort(stable=True).tolist()  # the best last, on top
     elif boxes is not None and detections is None:
         frame, order = size, list(range(len(boxes)))
@@ -96,17 +96,17 @@ def draw(
         raise ValueError("draw needs either detections or boxes, not both")
     rectangles = boxes.tolist() if isinstance(boxes, Tensor) else boxes
     texts = [""] * len(rectangles) if texts is None else texts
-    if colours is None:
+    if colors is None:
         different = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-        colours = [color_of(different[text]) for text in texts]
-    if not len(rectangles) == len(texts) == len(colours):
+        colors = [color_of(different[text]) for text in texts]
+    if not len(rectangles) == len(texts) == len(colors):
         raise ValueError(
-            f"{len(rectangles)} boxes, {len(texts)} texts, {len(colours)} colours: give one each a box"
+            f"{len(rectangles)} boxes, {len(texts)} texts, {len(colors)} colors: give one each a box"
         )
     if highlight is not None:
         order = [*(number for number in order if number != highlight), highlight]
         texts = [text if number == highlight else "" for number, text in enumerate(texts)]
-        colours = [colour if number == highlight else GRAY for number, colour in enumerate(colours)]
+        colors = [color if number == highlight else GRAY for number, color in enumerate(colors)]
 
     picture = Image.fromarray(pixels)
     factor = enlargement(picture.width, picture.height)
@@ -116,19 +116,19 @@ def draw(
     scaled = [
         _within((x1 * wide, y1 * high, x2 * wide, y2 * high), picture.size) for x1, y1, x2, y2 in rectangles
     ]
-    _draw_boxes(picture, [scaled[i] for i in order], [colours[i] for i in order])
-    _draw_texts(picture, [scaled[i] for i in order], [texts[i] for i in order], [colours[i] for i in order])
+    _draw_boxes(picture, [scaled[i] for i in order], [colors[i] for i in order])
+    _draw_texts(picture, [scaled[i] for i in order], [texts[i] for i in order], [colors[i] for i in order])
     return picture
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Writes a picture in the form that its path's ending, one of `FORMATS`, says; whole or not at all."""
+    """Writes an image in the form that its path's ending, one of `FORMATS`, says; whole or not at all."""
     with replacing(path) as temporary:
         picture.save(temporary, format=FORMATS[path.suffix.lower()], quality=92)
 
 
 def enlargement(width: int, height: int) -> int:
-    """Returns the whole factor by which `draw` enlarges a picture: 3 for 128 pixels, 1 from 384 on."""
+    """Returns the whole factor by which `draw` enlarges an image: 3 for 128 pixels, 1 from 384 on."""
     return max(1, -(-READABLE_SIDE // max(width, height)))
 
 
@@ -141,7 +141,7 @@ def fit_page(pixels: Pixels) -> Pixels:
 
 
 def color_of(number: int) -> Color:
-    """Returns a strong colour; neighbouring numbers get very different ones (hues a golden section apart)."""
+    """Returns a strong color; neighboring numbers get very different ones (hues a golden section apart)."""
     hue = (0.03 + number * GOLDEN_RATIO) % 1.0
     lightness, saturation = ((0.50, 0.95), (0.62, 0.85), (0.40, 0.90))[number // 13 % 3]
     red, green, blue = colorsys.hls_to_rgb(hue, lightness, saturation)
@@ -165,7 +165,7 @@ def _same_proportions(wanted: tuple[int, int], found: tuple[int, int]) -> tuple[
 
 
 def _within(box: Rectangle, size: tuple[int, int]) -> Rectangle:
-    """Cuts a box at the picture's edges, so that all its sides can be seen."""
+    """Cuts a box at the image's edges, so that all its sides can be seen."""
     x1, y1, x2, y2 = box
     width, height = size
     left, right = sorted((min(max(x1, 0), width - 1), min(max(x2, 0), width - 1)))
@@ -173,18 +173,18 @@ def _within(box: Rectangle, size: tuple[int, int]) -> Rectangle:
     return round(left), round(top), round(right), round(bottom)
 
 
-def _draw_boxes(picture: Image.Image, boxes: Sequence[Rectangle], colours: Sequence[Color]) -> None:
+def _draw_boxes(picture: Image.Image, boxes: Sequence[Rectangle], colors: Sequence[Color]) -> None:
     pen = ImageDraw.Draw(picture)
     thick = max(2, round(min(picture.size) / 220))
-    for box, colour in zip(boxes, colours, strict=True):
-        # A dark line around the coloured one keeps it visible on any ground.
+    for box, color in zip(boxes, colors, strict=True):
+        # A dark line around the colored one keeps it visible on any ground.
         outer = (box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1)
         pen.rectangle(outer, outline=(20, 20, 20), width=1)
-        pen.rectangle(box, outline=colour, width=thick)
+        pen.rectangle(box, outline=color, width=thick)
 
 
 def _draw_texts(
-    picture: Image.Image, boxes: Sequence[Rectangle], texts: Sequence[str], colours: Sequence[Color]
+    picture: Image.Image, boxes: Sequence[Rectangle], texts: Sequence[str], colors: Sequence[Color]
 ) -> None:
     pen = ImageDraw.Draw(picture)
     letters = font(max(11, round(max(picture.size) / 50)))
@@ -193,21 +193,21 @@ def _draw_texts(
     high = ascent + descent + pad
     taken: list[Rectangle] = []
     # The last box is the most important one: it chooses its place first.
-    for box, text, colour in reversed(list(zip(boxes, texts, colours, strict=True))):
+    for box, text, color in reversed(list(zip(boxes, texts, colors, strict=True))):
         if not text:
             continue
         wide = min(pen.textlength(text, font=letters) + 2 * pad, picture.width)
         place = _place(box, wide, high, picture.size, taken)
         taken.append(place)
-        pen.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=colour)
-        ink = (0, 0, 0) if _luminance(colour) > 0.45 else (255, 255, 255)
+        pen.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=color)
+        ink = (0, 0, 0) if _luminance(color) > 0.45 else (255, 255, 255)
         pen.text((place[0] + pad, place[1] + pad / 2), text, fill=ink, font=letters)
 
 
 def _place(
     box: Rectangle, wide: float, high: float, size: tuple[int, int], taken: Sequence[Rectangle]
 ) -> Rectangle:
-    """Returns where a label goes: near its box, inside the picture, off other labels if there is room."""
+    """Returns where a label goes: near its box, inside the image, off other labels if there is room."""
     x1, y1, x2, y2 = box
     width, height = size
     tops = (y1 - high, y1, y2, y2 - high, y1 + high, y1 - 2 * high, y2 + high)
@@ -218,7 +218,7 @@ def _place(
             left = min(max(left, 0), max(width - wide, 0))
             inside = min(max(top, 0), max(height - high, 0))
             place = (round(left), round(inside), round(left + wide), round(inside + high))
-            # Moved into the picture it would stand away from where it was meant to; another place may be
+            # Moved into the image it would stand away from where it was meant to; another place may be
             # better.
             cost = sum(_shared(place, other) for other in taken) + abs(inside - top) * wide / 4
             if small:  # a label must not hide the object it names
@@ -235,7 +235,7 @@ def _shared(a: Rectangle, b: Rectangle) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
-def _luminance(colour: Color) -> float:
+def _luminance(color: Color) -> float:
     """Relative luminance, roughly (the weights of ITU-R BT.709)."""
-    red, green, blue = (float((side / 255) ** 2.2) for side in colour)
+    red, green, blue = (float((side / 255) ** 2.2) for side in color)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue

@@ -20,7 +20,7 @@ class Regions:
 
     Attributes:
         boxes: [N, 4] float32 (x1, y1, x2, y2) in pixels of the batch's frame.
-        image_index: [N] int64, which image of the batch each box lies in.
+        image_index: [N] int64, which image of the batch each box is in.
         scores: [N] float, or None.
         labels: [N] int64, or None.
         concept_ids: [N, K] int64 rows of a vocabulary, or None.
@@ -72,7 +72,7 @@ class Regions:
         return torch.cat([self.image_index[:, None].to(self.boxes.dtype), self.boxes], dim=1)
 
     def of_image(self, index: int) -> Regions:
-        """Returns the regions that lie in image `index` of the batch; their `image_index` stays as it is."""
+        """Returns the regions that are in image `index` of the batch; their `image_index` stays as it is."""
         return self[self.image_index == index]
 
     @classmethod
@@ -158,7 +158,7 @@ class RegionBatch:
             and not 0 <= int(index.min()) <= int(index.max()) < len(self.images)
         ):
             raise ValueError(
-                f"image_index must lie in 0…{len(self.images) - 1}, got {int(index.min())}…{int(index.max())}"
+                f"image_index must be in 0…{len(self.images) - 1}, got {int(index.min())}…{int(index.max())}"
             )
 
     def to(self, device: torch.device | str) -> RegionBatch:

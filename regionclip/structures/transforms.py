@@ -1,4 +1,4 @@
-"""From a photograph to the batch's frame and back: resize, flip, pad; boxes follow."""
+"""From an image to the batch's frame and back: resize, flip, pad; boxes follow."""
 
 # H, W original height and width; h, w height and width in the frame
 from __future__ import annotations
@@ -32,14 +32,14 @@ class JitterConfig:
         if not 0 < self.low <= self.high:
             raise InputError(f"0 < resize.jitter.low ≤ high must hold, found {self.low} and {self.high}")
         if not 0 < self.visible <= 1:
-            raise InputError(f"resize.jitter.visible must lie in (0, 1], found {self.visible}")
+            raise InputError(f"resize.jitter.visible must be in (0, 1], found {self.visible}")
 
 
 @dataclass
 class ResizeConfig:
     """How large images are made. The published recipe: sides of 800 and at most 1333 (arXiv 2112.09106)."""
 
-    short: list[int] = option([800], "pixels of the short side; of several, training draws one an image")
+    short: list[int] = option([800], "pixels of the short side; of several, training draws one per image")
     long: int = option(1333, "pixels that the long side may have at most")
     flip: bool = option(True, "mirror half of the training images")
     jitter: JitterConfig = option(JitterConfig(), "jitter in training, instead of `short` and `long`")
@@ -68,7 +68,7 @@ class ResizeConfig:
 
 @dataclass(frozen=True)
 class ResizeTransform:
-    """Where an original image lies in the batch's frame.
+    """Where an original image is in the batch's frame.
 
     Attributes:
         original: (H, W) in pixels.
@@ -149,7 +149,7 @@ def resize_shortest_edge(
 def random_resize(
     image: Pixels, config: ResizeConfig, generator: torch.Generator
 ) -> tuple[Pixels, ResizeTransform]:
-    """Draws how a training image lies in its frame, and places it there.
+    """Draws how a training image is in its frame, and places it there.
 
     With jitter the image is scaled by a number drawn evenly from `low`…`high` times what makes it fit the
     square, and what exceeds the square is cut off on a random side; the batch pads what falls short.
@@ -183,7 +183,7 @@ def draw_placement(config: ResizeConfig, generator: torch.Generator) -> tuple[in
 
 
 def to_batch(images: Sequence[Pixels], multiple: int = 1) -> ImageBatch:
-    """Normalises and pads [h, w, 3] images into one batch; padded sides are multiples of `multiple`."""
+    """Normalizes and pads [h, w, 3] images into one batch; padded sides are multiples of `multiple`."""
     if len({image.shape for image in images}) == 1 and not any(
         side % multiple for side in images[0].shape[:2]
     ):

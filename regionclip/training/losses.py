@@ -29,7 +29,7 @@ def distillation(logits: Tensor, concept_ids: Tensor, concept_probs: Tensor) -> 
     Args:
         logits: [n, C], the student's cosines over temperature.
         concept_ids: [n, K] int64.
-        concept_probs: [n, K]; rows are normalised here, so that the kept mass counts as all of it.
+        concept_probs: [n, K]; rows are normalized here, so that the kept mass counts as all of it.
     """
     target = concept_probs / concept_probs.sum(1, keepdim=True).clamp(min=1e-6)  # [n, K]
     chosen = logits.log_softmax(1).gather(1, concept_ids)  # [n, K]

@@ -28,7 +28,7 @@ from regionclip.training.samples import GridPatchDataset, RegionDataset, Sample,
 
 
 def mined_samples(mined: str, images: str, captions: str) -> list[Sample]:
-    """Reads mined regions as training samples, one an image.
+    """Reads mined regions as training samples, one per image.
 
     Args:
         mined: folder of shards.
@@ -61,7 +61,7 @@ def _sample(folder: Path, regions: list[MinedRegion], captions: tuple[str, ...],
 
 
 def picture_samples(folder: str) -> list[Sample]:
-    """Returns one sample without boxes for each picture in a folder and its subfolders, sorted by path."""
+    """Returns one sample without boxes for each image in a folder and its subfolders, sorted by path."""
     return [Sample(path, torch.zeros(0, 4)) for path in list_images(folder)]
 
 

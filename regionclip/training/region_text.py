@@ -271,7 +271,9 @@ class RegionPretrainConfig:
     images: str = option("", "folder of the images; empty: the one the shards were mined from")
     out: str = option(REQUIRED, "folder for weights, log and metrics", runtime_only=True)
     resize: ResizeConfig = option(ResizeConfig(), "size of the training images")
-    max_regions: int = option(100, "most regions an image and step; more are sampled", renamed_from="regions")
+    max_regions: int = option(
+        100, "most regions per image and step; more are sampled", renamed_from="regions"
+    )
     max_grid: int = option(
         6,
         "without mined=: an image is cut into m by n patches, both drawn from 1 to this",

@@ -28,13 +28,13 @@ class Sample:
     """One image and its boxes, in pixels of the original image.
 
     Attributes:
-        path: the picture's file.
+        path: the image's file.
         boxes: [n, 4] float32 (x1, y1, x2, y2).
         labels: [n] int64, or None.
         concept_ids: [n, K] int64, or None.
         concept_probs: [n, K], or None.
         captions: of which one is drawn; may be empty when no tokenizer is used.
-        size: (height, width) that the boxes were drawn in, which the picture must have; None: not known.
+        size: (height, width) that the boxes were drawn in, which the image must have; None: not known.
     """
 
     path: Path
@@ -57,7 +57,7 @@ class RegionDataset:
     Args:
         samples: the images.
         resize: their size in training.
-        max_boxes: most boxes an image; more are sampled at random. 0: all.
+        max_boxes: most boxes per image; more are sampled at random. 0: all.
         tokenizer: given, every batch carries the tokens of one caption an image, zeros where it has none.
         cache: keep decoded images in memory.
     """

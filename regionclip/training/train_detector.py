@@ -62,9 +62,9 @@ class TrainDetectorConfig:
     templates: list[str] = option(list(DEFAULT_TEMPLATES), "prompts, averaged; {} is the class name")
     keep_empty: bool = option(False, "train on images without base boxes too")
     max_proposals: int = option(
-        1000, "proposals an image from which regions are sampled", renamed_from="proposals"
+        1000, "proposals per image from which regions are sampled", renamed_from="proposals"
     )
-    rois_per_image: int = option(512, "regions an image in the loss", renamed_from="rois")
+    rois_per_image: int = option(512, "regions per image in the loss", renamed_from="rois")
     positive_fraction: float = option(
         0.25, "largest share of objects among them", renamed_from="positive_share"
     )
@@ -72,7 +72,7 @@ class TrainDetectorConfig:
     background_weight: float = option(0.2, "weight of background regions in the classification loss")
     focal_gamma: float = option(
         0.5,
-        "exponent of (1 - p) that favours hard regions; 0: none, and the mean is weighted",
+        "exponent of (1 - p) that favors hard regions; 0: none, and the mean is weighted",
         renamed_from="focal",
     )
     box_weight: float = option(1.0, "weight of the box regression loss")

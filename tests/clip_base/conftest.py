@@ -112,7 +112,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """A folder of twelve small pictures, `0.png` to `11.png`, each of one colour with a bright square."""
+    """A folder of twelve small images, `0.png` to `11.png`, each of one color with a bright square."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for index in range(12):

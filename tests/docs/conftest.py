@@ -1,4 +1,4 @@
-"""A folder laid out as the pages say, in miniature: drawn pictures, tiny published files, official data."""
+"""A folder laid out as the pages say, in miniature: drawn images, tiny published files, official data."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _own_data(folder: Path) -> None:
 
 
 def _video(path: Path, picture: Path) -> None:
-    """Writes six frames of one picture."""
+    """Writes six frames of one image."""
     pixels = cv2.imread(str(picture))
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 5, (SIDE, SIDE))
     for _ in range(6):

@@ -1,4 +1,4 @@
-"""Every command and every Python block of README and pages, typed in the order of the page on drawn pictures.
+"""Every command and every Python block of README and pages, typed in the order of the page on drawn images.
 
 A command is run as it stands, with sizes made small behind it (`SMALL`). `PARSED` and `NOT_OURS` list what
 is only checked, and why: its options must be the job's, its files must be there, and what it reads must be

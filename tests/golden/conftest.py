@@ -1,4 +1,4 @@
-"""What the golden tests share: a generated world, seeded tiny weights, and the jobs as a user calls them.
+"""What the golden tests share: a synthetic dataset, seeded tiny weights, and the jobs as a user calls them.
 
 The tests compare with values stored in `data/`, which a refactor must not move. For a change that means to
 move them, write them anew and look at the difference:

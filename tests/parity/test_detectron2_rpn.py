@@ -74,7 +74,7 @@ class Peer(nn.Module):
 def spread(peer: Peer, images: list[torch.Tensor]) -> None:
     """Draws weights under which maps keep their size and objectness differs from cell to cell.
 
-    As initialised, a frozen batch norm changes nothing and all logits are nearly 0.
+    As initialized, a frozen batch norm changes nothing and all logits are nearly 0.
     """
     generator = torch.Generator().manual_seed(0)
     for name, value in (*peer.named_parameters(), *peer.named_buffers()):
@@ -85,7 +85,7 @@ def spread(peer: Peer, images: list[torch.Tensor]) -> None:
         elif name.endswith(("norm.bias", "norm.running_mean")):
             value.normal_(0, 0.1, generator=generator)
         elif name.endswith("stem.conv1.weight"):
-            value.normal_(0, 0.002, generator=generator)  # pixels lie in -128…128
+            value.normal_(0, 0.002, generator=generator)  # pixels are in -128…128
         elif value.ndim == 4:
             value.normal_(0, (2 / value[0].numel()) ** 0.5, generator=generator)
     head = peer.proposal_generator.rpn_head

@@ -84,7 +84,7 @@ def seed(network: nn.Module, scale: float = 1.0) -> None:
         elif last in ("bias", "running_mean"):
             value.normal_(0, 0.1, generator=generator)
         elif "stem.conv1" in name:
-            value.normal_(0, 0.002, generator=generator)  # pixels lie in -128…128
+            value.normal_(0, 0.002, generator=generator)  # pixels are in -128…128
         elif value.ndim == 4:
             value.normal_(0, (2 / value[0].numel()) ** 0.5, generator=generator)
         else:
@@ -150,7 +150,7 @@ class Released:
 
     @torch.no_grad()
     def features(self, image: Tensor, boxes: Boxes) -> Tensor:
-        """Returns [N, D] region features, not normalised."""
+        """Returns [N, D] region features, not normalized."""
         mean, deviation = (torch.tensor(row)[:, None, None] for row in (MEAN, DEVIATION))
         x = ImageList.from_tensors([(image / 255.0 - mean) / deviation], 0).tensor
         tower = self.tower

@@ -1,4 +1,4 @@
-"""Fixtures of the region tests: a small drawn world and the tiny models that run on it."""
+"""Fixtures of the region tests: a small synthetic dataset and the tiny models that run on it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _clip(kind: str, seed: int, embed_dim: int) -> CLIP:
     torch.manual_seed(seed)
     model = CLIP(CLIPConfig(embed_dim, VIT if kind == "vit" else RESNET, TEXT))
     for module in model.modules():
-        if isinstance(module, Bottleneck):  # as initialised every block is the identity, which tests little
+        if isinstance(module, Bottleneck):  # as initialized every block is the identity, which tests little
             nn.init.uniform_(module.bn3.weight, 0.5, 1.0)
     if kind == "resnet":
         _spread(model)
@@ -54,7 +54,7 @@ def _make_clip(kind: str = "resnet", seed: int = 0, embed_dim: int = 32) -> CLIP
 def _spread(model: CLIP) -> None:
     """Gives the batch norms fitting statistics and takes out what all embeddings share.
 
-    In towers as they are initialised, images differ by a thousandth of their embedding's length.
+    In towers as they are initialized, images differ by a thousandth of their embedding's length.
     """
     images = nn.functional.interpolate(torch.randn(16, 3, 8, 8) + torch.randn(16, 3, 1, 1), (64, 64))
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -62,7 +62,7 @@ def test_every_shipped_config_fits_its_job(file: Path) -> None:
     placeholders = [one for one in required(schema) if one.partition("=")[0] not in held]
     if file.parent.name == "region-evaluate":  # it takes either results or weights with images
         placeholders += ["weights=placeholder", "images=placeholder"]
-    if file.parent.name == "region-features":  # it takes either pictures or annotations
+    if file.parent.name == "region-features":  # it takes either images or annotations
         placeholders.append("images=[placeholder]")
     if file.parent.name == "region-pretrain":  # it takes either mined pairs or images alone
         placeholders += ["mined=placeholder", "images=placeholder"]

@@ -41,7 +41,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    """Three pictures, one of each shape; in each a thing fills the middle."""
+    """Three images, one of each shape; in each a thing fills the middle."""
     (tmp_path / "images").mkdir()
     images, annotations = [], []
     for number, (height, width) in enumerate([(40, 80), (80, 40), (60, 60)], 1):
@@ -94,7 +94,7 @@ def test_its_job_is_listed_explained_and_run(installed: Path, dataset: Path) -> 
     ]
     calls = [["main", "--help"], ["main", "count-shapes", "--help"], job, [*job, "toleranse=1"]]
     overview, explained, done, wrong = commands(installed, *calls)
-    assert "Counts pictures that are wide, tall and square." in overview[1]
+    assert "Counts images that are wide, tall and square." in overview[1]
     assert "tolerance (float, default 0.1)" in explained[1]
     assert done == (0, "square 1, tall 1, wide 1\n", "")
     assert json.loads((dataset / "out" / "metrics.json").read_text()) == {"square": 1, "tall": 1, "wide": 1}
@@ -103,7 +103,7 @@ def test_its_job_is_listed_explained_and_run(installed: Path, dataset: Path) -> 
 
 def test_its_proposer_is_named_like_our_own(installed: Path, dataset: Path) -> None:
     job = ["main_regionclip", "propose", f"annotations={dataset / 'instances.json'}"]
-    job += [f"images={dataset / 'images'}", "proposer.name=centre"]
+    job += [f"images={dataset / 'images'}", "proposer.name=center"]
     out, other = f"out={dataset / 'out'}", f"out={dataset / 'other'}"
     calls = [[*job, out], [*job, other, "proposer.share=3"], [*job, other, "proposer.shar=1"]]
     done, wrong, unknown = commands(installed, *calls)
@@ -117,7 +117,7 @@ def test_its_proposer_is_named_like_our_own(installed: Path, dataset: Path) -> N
     assert "share: 0.5" in (dataset / "out" / "config.yaml").read_text()
     assert wrong == (2, "", "error: share must be above 0 and at most 1, found 3.0\n")
     assert unknown[0] == 2
-    assert unknown[2] == "error: proposer (centre): there is no option 'shar'; did you mean 'share'?\n"
+    assert unknown[2] == "error: proposer (center): there is no option 'shar'; did you mean 'share'?\n"
 
 
 def test_its_annotation_format_serves_every_job(installed: Path, dataset: Path) -> None:
@@ -129,7 +129,7 @@ def test_its_annotation_format_serves_every_job(installed: Path, dataset: Path) 
     (dataset / "truth.boxes").write_text("\n".join(lines) + "\n")
     results = [{"image_id": 1, "category_id": 1, "bbox": [20, 10, 40, 20], "score": 0.9}]
     (dataset / "results.json").write_text(json.dumps(results))
-    propose = ["main_regionclip", "propose", f"images={dataset / 'images'}", "proposer.name=centre"]
+    propose = ["main_regionclip", "propose", f"images={dataset / 'images'}", "proposer.name=center"]
     evaluate = ["main_regionclip", "evaluate", f"results={dataset / 'results.json'}", "report=false"]
     truth = f"annotations={dataset / 'truth.boxes'}"
     (dataset / "bad.boxes").write_text("1.png 40 80 thing 20\n")

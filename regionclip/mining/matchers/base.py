@@ -68,7 +68,7 @@ def check_ranges(config: object) -> None:
     for name, value in vars(config).items():
         least = -1 if name == "min_similarity" else 0
         if name.startswith("min_") and not least <= value <= 1:
-            raise InputError(f"matcher.{name} must lie in {least}…1, found {value}")
+            raise InputError(f"matcher.{name} must be in {least}…1, found {value}")
         if name == "k" and value < 1:
             raise InputError(f"matcher.k must be at least 1 concept a region, found {value}")
 

@@ -36,7 +36,7 @@ class ExclusiveConfig:
         if not 0 < self.caption_prior < 1:
             raise InputError(f"matcher.caption_prior must lie between 0 and 1, found {self.caption_prior}")
         if not 0 <= self.overlap <= 1:
-            raise InputError(f"matcher.overlap must lie in 0…1, found {self.overlap}")
+            raise InputError(f"matcher.overlap must be in 0…1, found {self.overlap}")
 
 
 class ExclusiveMatcher:

@@ -51,7 +51,7 @@ class ResNet50(nn.Module):
 
 
 def caffe_pixels(images: ImageBatch) -> Tensor:
-    """Returns [B, 3, H, W]: CLIP's normalised pixels as BGR in 0…255 less `CAFFE_MEAN`; padding stays 0."""
+    """Returns [B, 3, H, W]: CLIP's normalized pixels as BGR in 0…255 less `CAFFE_MEAN`; padding stays 0."""
     pixels = images.pixels
     factor = pixels.new_tensor(DEVIATION) * 255
     shift = pixels.new_tensor(MEAN) * 255 - pixels.new_tensor(CAFFE_MEAN).flip(0)

@@ -46,7 +46,7 @@ PYRAMID_CHANNELS = 256  # arXiv 1612.03144, section 3
 class ProposalNetworkConfig:
     """Sizes of a proposal network, how it samples anchors in training and how it picks proposals.
 
-    The defaults suit small pictures with objects of 20 to 80 pixels. The published networks are written down
+    The defaults suit small images with objects of 20 to 80 pixels. The published networks are written down
     in `configs/region-train-rpn`: coco_c4.yaml, lvis_fpn.yaml, lvis_fpn_lsj.yaml.
     """
 
@@ -59,7 +59,7 @@ class ProposalNetworkConfig:
     stride_in_1x1: bool = option(False, "resnet50 halves maps in 1x1 convolutions, as MSRA's weights want")
     pixels: str = option(
         "clip",
-        "what resnet50 is shown: clip (RGB, normalised) or caffe (BGR in 0…255 less its mean)",
+        "what resnet50 is shown: clip (RGB, normalized) or caffe (BGR in 0…255 less its mean)",
         choices=("clip", "caffe"),
     )
     frozen_stages: int = option(
@@ -226,7 +226,7 @@ class ProposalNetwork(nn.Module):
 
         Args:
             images: B images.
-            framed: whether they lie in the frame that they are to be seen in; else a resnet50 is shown the
+            framed: whether they are in the frame that they are to be seen in; else a resnet50 is shown the
                 smallest that fits them.
         """
         if self.config.backbone == "clip":
@@ -266,7 +266,7 @@ class ProposalNetwork(nn.Module):
     def losses(self, batch: RegionBatch, maps: FeatureMaps | None = None) -> dict[str, Tensor]:
         """Returns the unweighted losses of a batch in float32; which class a box is of does not matter.
 
-        Those of detectron2, with one difference: anchors whose center lies in the padding are not used. Nor
+        Those of detectron2, with one difference: anchors whose center is in the padding are not used. Nor
         are boxes without area.
 
         Args:
@@ -286,9 +286,9 @@ class ProposalNetwork(nn.Module):
             regions = batch.regions[valid_boxes(batch.regions.boxes)]
             truth = [{"boxes": regions.of_image(index).boxes} for index in range(len(batch.images))]
             labels, matched = self.rpn.assign_targets_to_anchors([anchors] * len(truth), truth)
-            centres = (anchors[:, :2] + anchors[:, 2:]) / 2  # [K, 2] x, y
+            centers = (anchors[:, :2] + anchors[:, 2:]) / 2  # [K, 2] x, y
             for label, size in zip(labels, batch.images.sizes.flip(-1), strict=True):
-                label[(centres >= size).any(-1)] = -1
+                label[(centers >= size).any(-1)] = -1
             positive, negative = (torch.cat(masks) for masks in self.rpn.fg_bg_sampler(labels))  # [B·K] 0, 1
             objects, sampled = positive.bool(), (positive + negative).bool()
             wanted = encode_deltas(anchors.repeat(len(truth), 1)[objects], torch.cat(matched)[objects])
@@ -311,7 +311,7 @@ class ProposalNetwork(nn.Module):
 
         Args:
             seen: see `features`.
-            limit: most boxes an image.
+            limit: most boxes per image.
             nms: IoU above which the lower scored of two boxes is dropped; None: the config's.
             min_score: boxes scored lower are left out.
             pre_nms: best anchors per level that go into non-maximum suppression; None: the config's.

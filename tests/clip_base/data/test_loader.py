@@ -87,7 +87,7 @@ def test_workers_change_nothing_neither_batches_nor_the_tasks_chance(tmp_path: P
     assert (tmp_path / "2.jsonl").read_text() == (tmp_path / "0.jsonl").read_text()
 
 
-def test_broken_samples_are_replaced_by_their_neighbour_and_listed_once(tmp_path: Path) -> None:
+def test_broken_samples_are_replaced_by_their_neighbor_and_listed_once(tmp_path: Path) -> None:
     skipped = tmp_path / "skipped.jsonl"
     loader = Loader(Numbers(30, (3, 4)), same, 5, skipped=skipped)
     shown = Counter(index for batch in itertools.islice(loader, 12) for index, _ in batch)

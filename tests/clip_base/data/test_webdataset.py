@@ -121,7 +121,7 @@ def test_a_cut_tar_gives_what_it_has_and_names_what_is_lost(shards: str, tmp_pat
     path = tmp_path / "s-1.tar"
     index = scan(path)
     whole = path.read_bytes()
-    path.write_bytes(whole[: int(index.offsets[6]) + 50])  # within the third record's picture
+    path.write_bytes(whole[: int(index.offsets[6]) + 50])  # within the third record's image
     found = records(shards)
     usable, reasons = _usable(found)
     keys = "0000 0001 0002 0003 0100 0101 0200 0201 0202 0203"

@@ -21,7 +21,7 @@ from clip_base.runtime.errors import InputError
 from clip_base.weights.load import load_clip
 from clip_base.weights.native import save_clip
 
-COLOURS = {"blue": (20, 40, 230), "green": (30, 200, 40), "red": (220, 30, 20)}
+COLORS = {"blue": (20, 40, 230), "green": (30, 200, 40), "red": (220, 30, 20)}
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +36,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def folder(root: Path, count: int, seed: int) -> str:
     chance = np.random.default_rng(seed)
-    for name, colour in COLOURS.items():
+    for name, color in COLORS.items():
         (root / name).mkdir(parents=True)
         for number in range(count):
-            pixels = np.clip(np.array(colour) + chance.integers(-90, 90, (40, 50, 3)), 0, 255)
+            pixels = np.clip(np.array(color) + chance.integers(-90, 90, (40, 50, 3)), 0, 255)
             Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{number}.png")
     return str(root)
 
@@ -57,13 +57,13 @@ def run(weights: str, out: Path, **options: Any) -> dict[str, Any]:
 
 def clusters(count: int, seed: int, spread: float = 0.5, classes: int = 3) -> LabeledFeatures:
     chance = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(classes, 8))
+    centers = np.random.default_rng(99).normal(size=(classes, 8))
     labels = np.arange(classes).repeat(count)
-    features = centres[labels] + spread * chance.normal(size=(len(labels), 8))
+    features = centers[labels] + spread * chance.normal(size=(len(labels), 8))
     return LabeledFeatures(features.astype(np.float32), labels.astype(np.int64))
 
 
-def test_the_probe_learns_colours_and_leaves_its_tables(
+def test_the_probe_learns_colors_and_leaves_its_tables(
     weights: str, folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (Path(folders["test"]) / "red" / "bad.png").write_bytes(b"broken")
@@ -85,7 +85,7 @@ def test_the_probe_learns_colours_and_leaves_its_tables(
     ]
     table = list(csv.DictReader((tmp_path / "out/per_class.csv").open()))
     assert [(row["name"], row["images"], row["top1"]) for row in table] == [
-        (name, "3", "1.0") for name in COLOURS
+        (name, "3", "1.0") for name in COLORS
     ]
     assert "few-shot probes" in capsys.readouterr().out
     again = run(
@@ -108,7 +108,7 @@ def test_the_features_are_those_before_the_projection(
     torch.testing.assert_close(visual.pooled(pixels) @ visual.proj, visual(pixels))
 
 
-def test_the_fit_minimises_sklearns_published_objective() -> None:
+def test_the_fit_minimizes_sklearns_published_objective() -> None:
     data = clusters(20, 0, spread=2.0)
     model = job.fit(data, 0.1, Fits())
     features = torch.from_numpy(data.features).double()
@@ -134,7 +134,7 @@ def test_the_search_ends_an_eighth_of_a_decade_from_the_peak_after_fifteen_tries
 
         assert abs(job.peak(measure) - target) <= 1 / 8
         assert len(tried) == len(set(tried)) <= 15
-    assert job.peak(lambda _: 0.5) == -6  # of equals the strongest regularisation
+    assert job.peak(lambda _: 0.5) == -6  # of equals the strongest regularization
 
 
 def test_a_class_never_seen_in_training_ranks_last() -> None:

@@ -25,14 +25,14 @@ from clip_base.runtime.errors import InputError, InputNote
 from clip_base.training.validation import Validation, ValidationConfig
 from clip_base.weights.native import save_clip
 
-COLOURS = ("red", "green", "blue")
+COLORS = ("red", "green", "blue")
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
     """Nine images of three colors in folders, and a captions file of them."""
     images, texts = [], []
-    for label, name in enumerate(COLOURS):
+    for label, name in enumerate(COLORS):
         (tmp_path / "images" / name).mkdir(parents=True)
         for number in range(3):
             pixels = np.random.default_rng(10 * label + number).integers(0, 120, (40, 40, 3), dtype=np.uint8)

@@ -35,7 +35,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def captions(pictures: Path) -> Path:
-    """Captions of the twelve pictures: seven of the first, five of the others; and a broken picture."""
+    """Captions of the twelve images: seven of the first, five of the others; and a broken image."""
     (pictures / "12.png").write_bytes(b"broken")
     images = [{"id": index, "file_name": f"{index}.png"} for index in range(13)]
     texts = [
@@ -114,7 +114,7 @@ def test_the_job_leaves_metrics_a_row_a_query_and_kept_features(
     assert "12.png does not decode" in (tmp_path / "out/skipped.jsonl").read_text()
 
     def read_no_more(*_: object) -> None:
-        raise AssertionError("a picture was decoded again")
+        raise AssertionError("an image was decoded again")
 
     monkeypatch.setattr("clip_base.evaluation.features.decode_stored", read_no_more)
     assert run(weights, captions, tmp_path / "again", features=kept) == metrics

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from clip_base.evaluation.datasets import Picture, load_picture
 from clip_base.evaluation.prompts import SIMPLE, classifier, read_templates
-from clip_base.evaluation.tables import summarise
+from clip_base.evaluation.tables import summarize
 from clip_base.evaluation.zeroshot import ZeroshotConfig, zeroshot
 from clip_base.images.preprocess import Preprocess
 from clip_base.models.clip import CLIP
@@ -22,7 +22,7 @@ from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
 from clip_base.weights.native import save_clip
 
-COLOURS = {"blue_sky": (20, 40, 230), "grass": (30, 200, 40), "red brick": (220, 30, 20)}
+COLORS = {"blue_sky": (20, 40, 230), "grass": (30, 200, 40), "red brick": (220, 30, 20)}
 NAMES = ["blue sky", "grass", "red brick"]
 
 
@@ -40,18 +40,18 @@ def weights(model: CLIP, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def picture(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (40, 50)) -> Image.Image:
+def picture(color: tuple[int, int, int], seed: int, size: tuple[int, int] = (40, 50)) -> Image.Image:
     noise = np.random.default_rng(seed).integers(-20, 20, (*size, 3))
-    return Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8))
+    return Image.fromarray(np.clip(np.array(color) + noise, 0, 255).astype(np.uint8))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     root = tmp_path / "images"
-    for index, (name, colour) in enumerate(COLOURS.items()):
+    for index, (name, color) in enumerate(COLORS.items()):
         (root / name).mkdir(parents=True)
         for number in range(3 + index):
-            picture(colour, number).save(root / name / f"{number}.png")
+            picture(color, number).save(root / name / f"{number}.png")
     (root / "grass" / "notes.txt").write_text("no image")
     return root
 
@@ -64,7 +64,7 @@ def run(weights: str, folder: Path, out: Path, **options: Any) -> dict[str, Any]
 
 
 def expected(model: CLIP, pictures: list[tuple[Path, int]], templates: list[str]) -> list[bool]:
-    """Computes which pictures are classified rightly, one prompt and one picture at a time."""
+    """Computes which images are classified rightly, one prompt and one image at a time."""
     tokenizer, preprocess = Tokenizer(20), Preprocess(32)
     with torch.inference_mode():
         classes = []
@@ -96,7 +96,7 @@ def test_templates_without_a_place_for_the_name_are_refused(tmp_path: Path):
     path = tmp_path / "t.txt"
     path.write_text("# comment\n\na {}\nthe {}\n")
     assert read_templates(str(path)) == ["a {}", "the {}"]
-    path.write_text("a photo\n")
+    path.write_text("an image\n")
     with pytest.raises(InputError, match="'a photo'"):
         read_templates(str(path))
     path.write_text("# only this\n")
@@ -120,7 +120,7 @@ def test_figures_are_those_of_one_picture_at_a_time(
 ):
     metrics = run(weights, folder, tmp_path / "out", templates=templates, batch_size=4)
     pictures = [
-        (path, label) for label, name in enumerate(COLOURS) for path in sorted((folder / name).glob("*.png"))
+        (path, label) for label, name in enumerate(COLORS) for path in sorted((folder / name).glob("*.png"))
     ]
     right = expected(model, pictures, [SIMPLE] if templates == "simple" else read_templates(templates))
     assert metrics["images"] == len(right) == 12
@@ -175,8 +175,8 @@ def coco(tmp_path: Path) -> dict[str, Any]:
     images = tmp_path / "coco"
     images.mkdir()
     canvas = Image.new("RGB", (100, 80), (128, 128, 128))
-    canvas.paste(picture(COLOURS["grass"], 1), (10, 20))
-    canvas.paste(picture(COLOURS["red brick"], 2), (50, 20))
+    canvas.paste(picture(COLORS["grass"], 1), (10, 20))
+    canvas.paste(picture(COLORS["red brick"], 2), (50, 20))
     canvas.save(images / "one.png")
     boxes = [(7, [10, 20, 30, 40]), (3, [60, 20, 30.4, 40]), (3, [90, 70, 400, 400]), (3, [5, 5, 0, 9])]
     content = {
@@ -225,7 +225,7 @@ def test_a_file_that_is_no_coco_file_is_refused(weights: str, tmp_path: Path, go
 def test_figures_of_known_ranks():
     ranks = torch.tensor([0, 0, 3, 5, -1, 0])
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
-    figures, classes = summarise(ranks, labels, ["a", "b", "c", "d"])
+    figures, classes = summarize(ranks, labels, ["a", "b", "c", "d"])
     assert figures["top1"] == pytest.approx(3 / 5)
     assert figures["top5"] == pytest.approx(4 / 5)
     assert figures["mean_per_class"] == pytest.approx((2 / 3 + 0 + 1) / 3)

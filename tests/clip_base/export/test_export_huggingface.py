@@ -24,7 +24,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base = tmp_path_factory.mktemp("pretrained")
     for number in range(4):
         Image.new("RGB", (50, 40), (60 * number, 20, 90)).save(base / f"{number}.png")
-    rows = [f"{number}.png,picture number {number}" for number in range(4)]
+    rows = [f"{number}.png,image number {number}" for number in range(4)]
     write_text(base / "pairs.csv", "\n".join(["image,caption", *rows]))
     tower = ["kind=vit", "layers=[1]", "width=64", "patch=16", "resolution=32"]
     options = [f"tower.vision.{option}" for option in tower]

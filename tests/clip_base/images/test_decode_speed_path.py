@@ -23,7 +23,7 @@ from clip_base.images.preprocess import Preprocess
 
 
 def photograph(height: int, width: int) -> Pixels:
-    """Smooth shapes with some grain, as photographs have them."""
+    """Smooth shapes with some grain, as images have them."""
     noise = np.random.default_rng(0).normal(size=(height // 16 + 1, width // 16 + 1, 3))
     smooth = cv2.resize(128 + 60 * noise, (width, height), interpolation=cv2.INTER_CUBIC)
     grain = np.random.default_rng(1).normal(scale=4, size=smooth.shape)

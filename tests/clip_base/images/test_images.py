@@ -50,7 +50,7 @@ def test_a_lossy_file_decodes_to_nearly_its_pixels(form: str) -> None:
 @pytest.mark.parametrize(
     ("mode", "form"), [("L", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("CMYK", "JPEG"), ("1", "PNG")]
 )
-def test_every_colour_mode_becomes_rgb(mode: str, form: str) -> None:
+def test_every_color_mode_becomes_rgb(mode: str, form: str) -> None:
     decoded = decode_bytes(encoded(Image.fromarray(gradient()).convert(mode), form), "x")
     assert decoded.shape == (24, 32, 3)
     assert decoded.dtype == np.uint8
@@ -94,7 +94,7 @@ def test_shrinking_averages() -> None:
     assert resize(gradient(), 64, 48).shape == (48, 64, 3)
 
 
-def test_normalised_pixels_are_centred_and_scaled_by_channel() -> None:
+def test_normalized_pixels_are_centerd_and_scaled_by_channel() -> None:
     pixels = to_tensor([gradient(), gradient()])
     assert pixels.shape == (2, 3, 24, 32)
     assert pixels.is_contiguous(memory_format=torch.channels_last)

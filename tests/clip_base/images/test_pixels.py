@@ -13,9 +13,9 @@ from PIL import Image
 from clip_base.images.inputs import pixels_of, read_upright
 from clip_base.runtime.errors import InputError
 
-COLOUR = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
-GREY = COLOUR[..., 0]
-ALPHA = np.concatenate([COLOUR, np.full((5, 7, 1), 9, np.uint8)], 2)
+COLOR = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
+GREY = COLOR[..., 0]
+ALPHA = np.concatenate([COLOR, np.full((5, 7, 1), 9, np.uint8)], 2)
 
 
 def first(array: np.ndarray) -> torch.Tensor:
@@ -26,25 +26,25 @@ def first(array: np.ndarray) -> torch.Tensor:
 @pytest.mark.parametrize(
     "picture",
     [
-        COLOUR,
-        COLOUR / 255,
-        (COLOUR / 255).astype(np.float32),
+        COLOR,
+        COLOR / 255,
+        (COLOR / 255).astype(np.float32),
         ALPHA,
         ALPHA / 255,
-        COLOUR[:, ::-1][:, ::-1],
-        Image.fromarray(COLOUR),
+        COLOR[:, ::-1][:, ::-1],
+        Image.fromarray(COLOR),
         Image.fromarray(ALPHA),
-        first(COLOUR),
+        first(COLOR),
         first(ALPHA),
-        first(COLOUR) / 255,
-        first(COLOUR).double() / 255,
-        (first(COLOUR) / 255).requires_grad_(),
+        first(COLOR) / 255,
+        first(COLOR).double() / 255,
+        (first(COLOR) / 255).requires_grad_(),
     ],
 )
-def test_colour_is_the_same_in_every_form(picture: object) -> None:
+def test_color_is_the_same_in_every_form(picture: object) -> None:
     pixels = pixels_of(picture)  # type: ignore[arg-type]
     assert pixels.dtype == np.uint8
-    assert (pixels == COLOUR).all()
+    assert (pixels == COLOR).all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.from_numpy(pixels)  # warns of what must not be written to
@@ -61,15 +61,15 @@ def test_colour_is_the_same_in_every_form(picture: object) -> None:
         torch.from_numpy(GREY)[None] / 255,
     ],
 )
-def test_grey_becomes_colour(picture: object) -> None:
+def test_gray_becomes_color(picture: object) -> None:
     assert (pixels_of(picture) == GREY[..., None]).all()  # type: ignore[arg-type]
     assert pixels_of(picture).shape == (5, 7, 3)  # type: ignore[arg-type]
 
 
 def test_a_pil_image_is_turned_as_its_note_says() -> None:
-    image = Image.fromarray(COLOUR)
+    image = Image.fromarray(COLOR)
     image.getexif()[0x0112] = 6  # turn by 90 degrees, clockwise
-    assert (pixels_of(image) == np.rot90(COLOUR, -1)).all()
+    assert (pixels_of(image) == np.rot90(COLOR, -1)).all()
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_pil_image_is_turned_as_its_note_says() -> None:
         (np.zeros((4, 4, 3), np.int64), "uint8, or floating in .* got int64"),
         (Image.new("I;16", (4, 4)), "got uint16"),
         (np.full((4, 4, 3), 255.0), r"got 255…255; .*divided by 255"),
-        (torch.full((3, 4, 4), -1.0), r"got -1…-1; was it normalised"),
+        (torch.full((3, 4, 4), -1.0), r"got -1…-1; was it normalized"),
         (np.full((4, 4, 3), np.nan), "got nan…nan"),
         (None, "got NoneType"),
         (7, "got int"),

@@ -30,7 +30,7 @@ def make_video(tmp_path: Path) -> Make:
     return make
 
 
-def test_frames_come_in_order_with_number_time_and_colour(make_video: Make) -> None:
+def test_frames_come_in_order_with_number_time_and_color(make_video: Make) -> None:
     with Video(make_video()) as video:
         frames = list(video.frames())
         assert (video.count, video.rate, video.seen, video.shortfall()) == (12, 8.0, 12, "")

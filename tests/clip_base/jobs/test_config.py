@@ -116,7 +116,7 @@ def test_a_parts_name_and_options_come_in_any_order(reverse: bool) -> None:
 
 def test_another_parts_options_do_not_leak(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
-    file.write_text("out: here\nsource: {name: coco, captions: c.json, images: pictures}\n")
+    file.write_text("out: here\nsource: {name: coco, captions: c.json, images: images}\n")
     config = resolve(Schema, file, ["source.name=csv", "source.file=t.csv"])
     assert "captions" not in config.source
     assert config.source["images"] == ""

@@ -33,7 +33,7 @@ def test_entities_are_unescaped_twice():
     assert tokenizer.encode("black &amp;amp; white") == tokenizer.encode("black & white")
 
 
-def test_control_characters_and_terminal_colours_are_removed():
+def test_control_characters_and_terminal_colors_are_removed():
     tokenizer = Tokenizer()
     assert tokenizer.encode("a ph\x00ot\x0bo of \x1b[31ma cat\x7f") == CAT
 

@@ -21,7 +21,7 @@ from clip_base.weights.native import read_weights
 
 Launch = Callable[[list[list[str]]], list[subprocess.CompletedProcess[str]]]
 
-# Twelve pictures, three of which say the same, so that equal captions meet across processes.
+# Twelve images, three of which say the same, so that equal captions meet across processes.
 TINY = """
 tower:
   embed_dim: 16
@@ -47,7 +47,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         pixels = np.full((40, 48, 3), (20 * index, 255 - 20 * index, 60), np.uint8)
         pixels[10:20, 3 * index : 3 * index + 10] = 255
         cv2.imwrite(str(folder / f"{index}.png"), pixels)
-        rows.append(f"{index}.png,picture number {index if index % 4 else 0}")
+        rows.append(f"{index}.png,image number {index if index % 4 else 0}")
     (folder / "table.csv").write_text("\n".join(rows))
     (folder / "tiny.yaml").write_text(TINY)
     table = f"file={folder / 'table.csv'}"

@@ -1,4 +1,4 @@
-"""The drawn world: determined by its seed, exact in its annotations, true in its words."""
+"""The synthetic dataset: determined by its seed, exact in its annotations, true in its words."""
 
 from __future__ import annotations
 
@@ -190,17 +190,17 @@ def test_captions_name_only_what_is_there_and_count_it_right(world: Path, split:
     assert per_image.keys() == present.keys()
 
 
-def test_captions_leave_some_objects_unsaid_and_seldom_speak_of_colours(world: Path):
+def test_captions_leave_some_objects_unsaid_and_seldom_speak_of_colors(world: Path):
     categories = list(pictograms.TABLE[: CONFIG.categories])
-    present, named, coloured = objects_of(world, "train"), 0, 0
+    present, named, colored = objects_of(world, "train"), 0, 0
     annotations = loaded(world / "captions_train.json")["annotations"]
     for annotation in annotations:
         named += len(named_in(annotation["caption"], categories))
         words = re.findall(r"[a-z]+", annotation["caption"].lower())
-        coloured += sum(word in painting.COLOURS for word in words)
+        colored += sum(word in painting.COLORS for word in words)
     kinds = CONFIG.captions * sum(map(len, present.values()))
     assert 0.65 < named / kinds < 0.9
-    assert coloured / named < CONFIG.colours + 0.03
+    assert colored / named < CONFIG.colors + 0.03
     lengths = [len(annotation["caption"].split()) for annotation in annotations]
     assert 7 < np.mean(lengths) < 12
     assert len({annotation["caption"] for annotation in annotations}) > 0.75 * len(annotations)
@@ -225,7 +225,7 @@ def seen(name: str, box: tuple[float, float, float, float], behind: tuple[int, .
 )
 def test_relations_follow_the_boxes(boxes: Any, true: str, false: str):
     objects = [seen("anchor", boxes[0]), seen("star", boxes[1])]
-    rng, style = np.random.default_rng(0), Style(mention=1.0, colours=0.0)
+    rng, style = np.random.default_rng(0), Style(mention=1.0, colors=0.0)
     texts = [describe(objects, Backdrop("green", ("soft",)), style, rng).lower() for _ in range(400)]
     assert any(re.search(true, text) for text in texts)
     mirrored = re.compile(rf"an anchor (is |can be seen )?(to the )?({false})( of)? a star")
@@ -234,7 +234,7 @@ def test_relations_follow_the_boxes(boxes: Any, true: str, false: str):
 
 def test_what_is_covered_is_behind():
     objects = [seen("anchor", (0.3, 0.3, 0.3, 0.3), behind=(1,)), seen("star", (0.4, 0.4, 0.3, 0.3))]
-    rng, style = np.random.default_rng(0), Style(mention=1.0, colours=0.0)
+    rng, style = np.random.default_rng(0), Style(mention=1.0, colors=0.0)
     texts = " / ".join(
         describe(objects, Backdrop("green", ("soft",)), style, rng).lower() for _ in range(300)
     )

@@ -142,5 +142,5 @@ def test_swapping_twice_changes_nothing() -> None:
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])
 def test_a_decay_outside_its_range_is_refused(decay: float) -> None:
-    with pytest.raises(InputError, match=r"ema must lie in \[0, 1\)"):
+    with pytest.raises(InputError, match=r"ema must be in \[0, 1\)"):
         TrainConfig(ema=decay)

@@ -28,7 +28,7 @@ train: {steps: 12, epochs: 0, batch_size: 6, lr: 1.0e-3, log_every: 4, precision
 
 @pytest.fixture
 def table(pictures: Path) -> Path:
-    rows = [f"{index}.png,picture number {index}" for index in range(12)]
+    rows = [f"{index}.png,image number {index}" for index in range(12)]
     table = pictures / "table.csv"
     table.write_text("\n".join(["image,caption", *rows, "broken.png,cannot be read"]))
     (pictures / "broken.png").write_bytes(b"\x89PNG no more")
@@ -83,7 +83,7 @@ def test_a_runs_config_repeats_it_and_other_options_are_refused(
         == 0
     )
     one, two = (read_weights(out / "model.safetensors")[0] for out in (first, second))
-    # A cached picture is scaled down once more on the way, so that only the course is the same.
+    # A cached image is scaled down once more on the way, so that only the course is the same.
     assert one.keys() == two.keys()
     capsys.readouterr()
     assert cli.main(["pretrain", *options, f"out={first}", "crop=0.5"]) == 2

@@ -39,7 +39,7 @@ train: {steps: 6, batch_size: 6, lr: 1.0e-3, log_every: 2, precision: fp32}
 
 @pytest.fixture
 def options(pictures: Path, tmp_path: Path) -> list[str]:
-    rows = [f"{index}.png,picture number {index}" for index in range(12)]
+    rows = [f"{index}.png,image number {index}" for index in range(12)]
     (pictures / "table.csv").write_text("\n".join(["image,caption", *rows]))
     (tmp_path / "tiny.yaml").write_text(TINY)
     return [str(tmp_path / "tiny.yaml"), "source.name=csv", f"source.file={pictures / 'table.csv'}"]
@@ -154,7 +154,7 @@ def test_an_evaluation_within_a_training_shows_no_second_bar(monkeypatch: pytest
 
 
 class Clairvoyant(CLIP):
-    """Embeds a picture by the colour of its corner, and a text by the number in it."""
+    """Embeds an image by the color of its corner, and a text by the number in it."""
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         blue = (pixels[:, 2, 0, 0] * DEVIATION[2] + MEAN[2]) * 255
@@ -183,7 +183,7 @@ def clairvoyant() -> Clairvoyant:
 def test_retrieval_and_zeroshot_along_the_way_are_their_definitions(
     clairvoyant: Clairvoyant, pictures: Path, tmp_path: Path
 ) -> None:
-    # Of ten pictures, 3 and 7 have each other's caption; picture 10 does not decode.
+    # Of ten images, 3 and 7 have each other's caption; image 10 does not decode.
     (pictures / "10.png").write_bytes(b"no picture")
     captions = {index: index for index in range(11)} | {3: 7, 7: 3, 10: 1}
     rows = [f"{index}.png,{number}" for index, number in captions.items()]

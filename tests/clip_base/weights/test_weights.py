@@ -197,7 +197,7 @@ def test_a_missing_key_that_sizes_come_from_is_named(tmp_path: Path, gone: str, 
         load_clip(tmp_path / "s.pt")
 
 
-def test_quantised_weights_and_odd_contents_are_refused(tmp_path: Path, make: Any, theirs: Any):
+def test_quantized_weights_and_odd_contents_are_refused(tmp_path: Path, make: Any, theirs: Any):
     state = theirs(make("vit"))
     contents: list[tuple[Any, str]] = [
         ({**state, "ln_final.weight": torch.ones(64, dtype=torch.uint8)}, "no floating-point numbers"),

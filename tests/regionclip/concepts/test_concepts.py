@@ -105,7 +105,7 @@ def test_the_same_command_again_returns_at_once(config: ConceptsConfig, monkeypa
     before = Path(config.out).read_bytes()
     monkeypatch.setattr("regionclip.concepts.build.PhraseParser", None)
     build(dataclasses.replace(config, workers=2))
-    assert "is there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     assert Path(config.out).read_bytes() == before
 
 

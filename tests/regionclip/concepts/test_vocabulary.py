@@ -46,7 +46,7 @@ def vocabulary() -> Vocabulary:
     )
 
 
-def test_an_embedding_is_the_normalised_mean_over_templates():
+def test_an_embedding_is_the_normalized_mean_over_templates():
     model, templates = BagOfLetters(), ("{}", "a photo of {article} {}.")
     found = embed(model, letters, ["ox"], templates)
     encoded = model.eval().encode_text(letters(["ox", "a photo of an ox."], truncate=True))
@@ -228,16 +228,16 @@ def test_cocos_lists_are_the_published_ones():
     assert digest.startswith("926f2316e64cf896")
 
 
-def test_real_neighbours_of_a_cat_make_sense(shared_data: Path):
+def test_real_neighbors_of_a_cat_make_sense(shared_data: Path):
     folder = shared_data / "text_embeddings"
     coco = Vocabulary.load(folder / "clip_rn50_coco80.npy", parse_names("coco"))
-    assert neighbours(coco, "cat")[0] == "dog"
+    assert neighbors(coco, "cat")[0] == "dog"
     lvis = Vocabulary.load(
         folder / "clip_rn50_lvis1203.npy",
         parse_names(str(shared_data / "metadata" / "lvis_v1_train_cat_info.json")),
     )
     assert lvis.embeddings.shape == (1203, 1024)
-    assert {"kitten", "dog"} & set(neighbours(lvis, "cat")[:5])
+    assert {"kitten", "dog"} & set(neighbors(lvis, "cat")[:5])
 
 
 def test_a_real_file_in_three_forms_is_the_same_vocabulary(shared_data: Path, tmp_path: Path):
@@ -252,6 +252,6 @@ def test_a_real_file_in_three_forms_is_the_same_vocabulary(shared_data: Path, tm
         assert again.fingerprint == first.fingerprint
 
 
-def neighbours(vocabulary: Vocabulary, name: str) -> list[str]:
+def neighbors(vocabulary: Vocabulary, name: str) -> list[str]:
     similarity = vocabulary.embeddings @ vocabulary.embeddings[vocabulary.index(name)]
     return [vocabulary.names[index] for index in similarity.argsort(descending=True)[1:]]

@@ -283,7 +283,7 @@ def test_results_of_categories_that_are_not_evaluated_are_counted(
 
 @pytest.fixture(scope="module")
 def odd(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The world with pictures of ten thousand pixels, in one direction and in both, and of a single one."""
+    """The world with images of ten thousand pixels, in one direction and in both, and of a single one."""
     folder = tmp_path_factory.mktemp("odd")
     images = shutil.copytree(world / "images", folder / "images")
     content = read_json(world / "instances_train.json")

@@ -137,7 +137,7 @@ def test_missing_pictures_are_listed_and_left_out(tmp_path: Path):
         ({"images": {}, "annotations": [], "categories": []}, "'images' is a dict"),
         ({"images": [3], "annotations": [], "categories": []}, r"images\[0\] is no object"),
         (content() | {"images": [image(1), {"id": 2}]}, r"images\[1\] needs"),
-        (content(box(1, 1, 1, [1, 2, 3, 4]), images=0), "lists no images, so that its boxes lie in none"),
+        (content(box(1, 1, 1, [1, 2, 3, 4]), images=0), "lists no images, so that its boxes are in none"),
         (content() | {"images": [image(1), image(1, file_name="other.png")]}, "image id 1 belongs to both"),
         (content() | {"categories": [{"id": "one", "name": "cat"}]}, r"categories\[0\] needs"),
         (

@@ -1,6 +1,6 @@
 """Folders of images mean the same to every job: links followed, system files left out, the rest counted.
 
-Covered: the source `folder`, class folders of zero-shot classification and the linear probe, pictures of
+Covered: the source `folder`, class folders of zero-shot classification and the linear probe, images of
 `pretrain` without captions, and folders and patterns that `detect`, `features` and a Predictor are given.
 """
 
@@ -105,7 +105,7 @@ def test_a_cycle_of_links_is_refused_by_name(photos: Path, reader: str) -> None:
     (photos / "cat" / "up").symlink_to(photos)
     (photos / "cat" / "self").symlink_to(photos / "cat" / "self")
     with pytest.raises(
-        InputError, match=rf"link {photos}/cat/up leads to a folder that it lies in .*remove the link"
+        InputError, match=rf"link {photos}/cat/up leads to a folder that it is in .*remove the link"
     ):
         READERS[reader](photos)
 

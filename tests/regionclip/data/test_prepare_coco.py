@@ -19,7 +19,7 @@ def prepare(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """COCO's layout with two pictures and three categories, in small."""
+    """COCO's layout with two images and three categories, in small."""
     categories = [{"id": k, "name": name} for k, name in enumerate(["cat", "dog", "cow"], start=1)]
     for part in ("train", "val"):
         images = [{"id": i, "file_name": f"{i}.jpg", "height": 9, "width": 9} for i in (1, 2, 3)]

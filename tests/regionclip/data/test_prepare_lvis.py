@@ -19,7 +19,7 @@ def prepare(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """LVIS's layout in small; as there, a validation picture lies among COCO's training pictures."""
+    """LVIS's layout in small; as there, a validation image lies among COCO's training images."""
     categories = [{"id": k, "name": f"c{k}", "frequency": letter} for k, letter in enumerate("fcr", start=1)]
     urls = {1: "train2017/1.jpg", 2: "train2017/2.jpg", 3: "val2017/3.jpg"}
     images = [

@@ -88,7 +88,7 @@ def test_the_published_class_files_of_coco_are_the_packaged_split(shared_data: P
 
 @pytest.fixture
 def lvis_world(world: Path, tmp_path: Path) -> tuple[Path, set[tuple[float, ...]], set[tuple[float, ...]]]:
-    """The drawn world as LVIS would hold it, and the boxes of its base and its rare categories."""
+    """The synthetic dataset as LVIS would hold it, and the boxes of its base and its rare categories."""
     content, novel = read_json(world / "instances_train.json"), read_json(world / "split.json")["novel"]
     for number, entry in enumerate(content["categories"]):
         entry["frequency"] = "r" if entry["name"] in novel else "fc"[number % 2]

@@ -1,4 +1,4 @@
-"""Configs of the drawn world for detectron2."""
+"""Configs of the synthetic dataset for detectron2."""
 
 from __future__ import annotations
 

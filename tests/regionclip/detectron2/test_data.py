@@ -170,5 +170,5 @@ def test_a_class_without_a_name_is_refused() -> None:
         scores=torch.tensor([0.5]),
         pred_classes=torch.tensor([3]),
     )
-    with pytest.raises(ValueError, match="labels must lie in"):
+    with pytest.raises(ValueError, match="labels must be in"):
         from_instances(found, ["cat"])

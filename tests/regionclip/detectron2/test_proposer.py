@@ -31,7 +31,7 @@ DESIGNS = {
 
 
 def images() -> ImageBatch:
-    """Two pictures of unlike size in one frame."""
+    """Two images of unlike size in one frame."""
     generator = torch.Generator().manual_seed(0)
     pictures = [torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8) for size in SIZES]
     return ImageBatch.pad([normalize(picture) for picture in pictures], 32)
@@ -54,7 +54,7 @@ def make_network(design: str) -> ProposalNetwork:
     )
     network = ProposalNetwork(config).eval()
     head = network.rpn.head
-    with torch.no_grad():  # as initialised, a ResNet without trained norms blows its activations up
+    with torch.no_grad():  # as initialized, a ResNet without trained norms blows its activations up
         convolution = head.conv[0][0]
         convolution.weight /= convolution(network.features(images())[0]).std()
         head.cls_logits.weight.normal_(std=0.05)

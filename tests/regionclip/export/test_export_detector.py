@@ -237,7 +237,7 @@ def test_the_documents_example_needs_no_code_of_ours(
     names = {line.rsplit(" ", 5)[0] for line in ran.stdout.splitlines()}
     assert names
     assert names <= {"red umbrella", "dog"}
-    assert regionclip(*shlex.split(command))[0] == 0  # it is there already
+    assert regionclip(*shlex.split(command))[0] == 0  # it already exists
 
 
 @pytest.mark.parametrize(("version", "enough"), [("2.8.0+cu128", False), ("2.9.0", True), ("2.10.1", True)])

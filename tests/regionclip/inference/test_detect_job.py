@@ -1,4 +1,4 @@
-"""Detection in pictures: boxes drawn, results written, what cannot be read named, nothing overwritten."""
+"""Detection in images: boxes drawn, results written, what cannot be read named, nothing overwritten."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Command = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def photos(world: Path, tmp_path: Path) -> Path:
-    """A folder of four pictures."""
+    """A folder of four images."""
     return shutil.copytree(world / "images" / "val", tmp_path / "photos")
 
 
@@ -68,7 +68,7 @@ def test_a_broken_picture_is_named_and_the_others_are_done(
     first.write_bytes(first.read_bytes()[:200])
     code, told = regionclip("detect", photos, *options)
     assert code == 2
-    assert "1 of 4 pictures could not be read, the others are done" in told
+    assert "1 of 4 images could not be read, the others are done" in told
     assert first.name in told
     entries = read_json(tmp_path / "found" / "detections.json")
     assert {entry["file_name"] for entry in entries} == {str(file) for file in others}
@@ -287,7 +287,7 @@ def test_the_table_says_what_the_json_says(
 def test_batches_find_what_single_pictures_do(
     photos: Path, options: list[str], tmp_path: Path, regionclip: Command
 ) -> None:
-    """A picture that is broken, and one that lies otherwise, part a batch and change nothing else."""
+    """An image that is broken, and one that lies otherwise, part a batch and change nothing else."""
     files = sorted(photos.iterdir())
     Image.open(files[1]).crop((0, 0, 40, 64)).save(files[1])
     files[2].write_bytes(b"no picture")
@@ -305,7 +305,7 @@ def test_batches_find_what_single_pictures_do(
 
 @pytest.fixture
 def clip(photos: Path, tmp_path: Path) -> Path:
-    """A video of ten frames: two pictures, five times each."""
+    """A video of ten frames: two images, five times each."""
     path = tmp_path / "clip.mp4"
     with writing_video(path, 5.0) as writer:
         for number in range(10):
@@ -321,7 +321,7 @@ def test_videos_are_looked_at_frame_by_frame(
     assert regionclip(*arguments)[0] == 0
     entries = read_json(found / "detections.json")
     frames = {(e["frame"], e["time"], e["image_id"]) for e in entries if e["file_name"] == str(clip)}
-    assert frames == {(number, number / 5, 5 + number) for number in range(10)}  # four pictures come first
+    assert frames == {(number, number / 5, 5 + number) for number in range(10)}  # four images come first
     assert all("frame" not in entry for entry in entries if entry["file_name"] != str(clip))
     with Video(found / "clip.mp4") as drawn, Video(clip) as plain:
         assert (drawn.rate, drawn.count) == (5.0, 10)
@@ -345,7 +345,7 @@ def test_a_broken_video_costs_only_itself(
     shutil.copy(clip, photos / "whole.mp4")
     code, told = regionclip("detect", photos, *options)
     assert code == 2
-    assert "1 of 6 pictures could not be read, the others are done: video" in told
+    assert "1 of 6 images could not be read, the others are done: video" in told
     assert "broken.mp4" in (tmp_path / "found" / "skipped.jsonl").read_text()
     assert (tmp_path / "found" / "whole.mp4").exists()
     assert not (tmp_path / "found" / "broken.mp4").exists()
@@ -372,7 +372,7 @@ def test_a_stopped_run_goes_on_and_ends_as_an_undisturbed_one(
     regionclip: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Four pictures in two batches, then a video in five; stopped in the second batch, then in the video."""
+    """Four images in two batches, then a video in five; stopped in the second batch, then in the video."""
     sorted(photos.iterdir())[0].write_bytes(b"no picture")
     arguments = ["detect", photos, clip, *options[:-1], "batch_size=2", "top_k=1", "score_threshold=0.1"]
     found, undisturbed = tmp_path / "found", tmp_path / "undisturbed"

@@ -1,4 +1,4 @@
-"""Embeddings of regions in files: as one picture at a time gives them, and whole after any kill."""
+"""Embeddings of regions in files: as one image at a time gives them, and whole after any kill."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ module.write_table = write
 
 @pytest.fixture(scope="module")
 def photos(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of twelve pictures, three of them upright."""
+    """A folder of twelve images, three of them upright."""
     folder = shutil.copytree(world / "images" / "train", tmp_path_factory.mktemp("photos") / "photos")
     for file in sorted(folder.iterdir())[::4]:
         Image.open(file).crop((0, 0, 48, 64)).save(file)
@@ -319,7 +319,7 @@ def test_a_finished_folder_is_left_alone_and_another_run_refused(
     (folder / "one_more.jpg").write_bytes(sorted(folder.iterdir())[0].read_bytes())
     code, told = regionclip("features", folder, *options)
     assert code == 2
-    assert "list of pictures changed since" in told
+    assert "list of images changed since" in told
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The front door: `regionclip.load`, and what it returns, with pictures of every kind."""
+"""The front door: `regionclip.load`, and what it returns, with images of every kind."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_what_is_missing_is_said(clip_file: Path, detector_file: Path, photo: Pa
         ("nothing.jpg", "nothing.jpg .*(cannot be read: No such file|does not exist)"),
         (["nothing.jpg"], "nothing.jpg cannot be read: No such file"),
         ("nothing/*.jpg", "fits no file"),
-        ([np.full((9, 9, 3), 200.0)], r"lies in \[0, 1\], got 200…200; was it normalised"),
+        ([np.full((9, 9, 3), 200.0)], r"is in \[0, 1\], got 200…200; was it normalized"),
     ],
 )
 def test_pictures_that_are_none_are_refused(predictor: Predictor, images: object, told: str) -> None:

@@ -149,7 +149,7 @@ def test_malformed_results_are_named(entry: dict[str, Any], message: str):
         evaluate_detections(truth, [{key: value for key, value in GOOD.items() if key != "score"}])
 
 
-def test_annotations_given_as_results_are_recognised(tmp_path: Path):
+def test_annotations_given_as_results_are_recognized(tmp_path: Path):
     path, _ = write(tmp_path, world()[0], [])
     with pytest.raises(InputError, match="that is an annotations file"):
         evaluate_detections(path, path)

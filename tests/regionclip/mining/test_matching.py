@@ -214,9 +214,9 @@ def test_a_region_unlike_every_own_concept_stays_unmatched() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (lambda: PoolConfig(min_probability=1.5), r"matcher\.min_probability must lie in 0…1, found 1\.5"),
-        (lambda: CaptionConfig(min_similarity=-2), r"matcher\.min_similarity must lie in -1…1"),
-        (lambda: HybridConfig(min_pool_probability=-0.1), r"matcher\.min_pool_probability must lie in 0…1"),
+        (lambda: PoolConfig(min_probability=1.5), r"matcher\.min_probability must be in 0…1, found 1\.5"),
+        (lambda: CaptionConfig(min_similarity=-2), r"matcher\.min_similarity must be in -1…1"),
+        (lambda: HybridConfig(min_pool_probability=-0.1), r"matcher\.min_pool_probability must be in 0…1"),
         (lambda: HybridConfig(k=0), r"matcher\.k must be at least 1"),
     ],
 )
@@ -260,7 +260,7 @@ def naive_exclusive(case: MatchInputs, config: ExclusiveConfig) -> set[int]:
 
 
 def shared(case: MatchInputs, a: int, b: int) -> float:
-    """The share of the smaller box that lies in the other."""
+    """The share of the smaller box that is in the other."""
     first, second = case.boxes[a].tolist(), case.boxes[b].tolist()
     width = min(first[2], second[2]) - max(first[0], second[0])
     height = min(first[3], second[3]) - max(first[1], second[1])
@@ -287,5 +287,5 @@ def test_without_own_concepts_an_exclusive_match_is_empty() -> None:
 
 
 def test_an_overlap_that_is_no_share_is_refused() -> None:
-    with pytest.raises(InputError, match=r"matcher.overlap must lie in 0…1, found 1.5"):
+    with pytest.raises(InputError, match=r"matcher.overlap must be in 0…1, found 1.5"):
         ExclusiveConfig(overlap=1.5)

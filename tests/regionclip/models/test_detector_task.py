@@ -24,7 +24,7 @@ def config(**options: object) -> TrainDetectorConfig:
 
 
 def proposals_and_truth() -> tuple[Regions, Regions]:
-    """40 proposals an image: ten lie on its two boxes, thirty far away from them."""
+    """40 proposals per image: ten lie on its two boxes, thirty far away from them."""
     truth_boxes = torch.tensor([[0.0, 0, 20, 20], [40, 40, 60, 60]])
     boxes, index = [], []
     for image in range(2):

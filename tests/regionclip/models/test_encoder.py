@@ -32,12 +32,12 @@ def scenes(world: Path) -> ImageBatch:
 
 
 def blotches(height: int, width: int, seed: int = 0) -> Tensor:
-    """Returns [3, height, width]: cells of 8 pixels in random colours around a random mean."""
+    """Returns [3, height, width]: cells of 8 pixels in random colors around a random mean."""
     generator = torch.Generator().manual_seed(seed)
-    colours = torch.randn(3, 1, 1, generator=generator) + torch.randn(
+    colors = torch.randn(3, 1, 1, generator=generator) + torch.randn(
         3, height // 8, width // 8, generator=generator
     )
-    return F.interpolate(colours[None], (height, width))[0]
+    return F.interpolate(colors[None], (height, width))[0]
 
 
 def regions(*boxes: tuple[float, ...], image: int = 0) -> Regions:
@@ -121,7 +121,7 @@ def test_regions_away_from_the_edge_do_not_feel_padding(make_clip: MakeClip) -> 
 
 
 @torch.no_grad()
-def test_a_neighbour_in_the_batch_changes_nothing(make_clip: MakeClip) -> None:
+def test_a_neighbor_in_the_batch_changes_nothing(make_clip: MakeClip) -> None:
     image = blotches(64, 96)
     encoder, whole = RegionEncoder(make_clip().visual), regions((0, 0, 96, 64))
     found = [
@@ -184,7 +184,7 @@ def test_half_precision_leaves_regions_what_they_are(make_clip: MakeClip, scenes
     assert float((exact * rounded).sum(1).min()) > 0.999
 
 
-def test_square_rois_keep_the_centre_and_take_the_longer_side() -> None:
+def test_square_rois_keep_the_center_and_take_the_longer_side() -> None:
     rois = square_rois(regions((10, 20, 30, 60), image=3), 1.5)
     assert rois.tolist() == [[3, 20 - 30, 40 - 30, 20 + 30, 40 + 30]]
 

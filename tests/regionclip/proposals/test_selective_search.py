@@ -77,7 +77,7 @@ def test_boxes_come_back_to_the_batchs_frame(
     assert found.scores.tolist() == [1, 1]
 
 
-def test_the_order_is_the_images_own_and_favours_large_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_is_the_images_own_and_favors_large_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [(0, 0, 10 + side, 10 + side) for side in range(80)]
     FakeSearch(rows).install(monkeypatch)
     images, _ = batch_of(*[(96, 96)] * 40)

@@ -120,9 +120,9 @@ def summary(tab: playwright.Page, which: int = 0) -> playwright.Locator:
 
 
 def drop(tab: playwright.Page, file: Path) -> None:
-    """Uploads a file in the place of the picture that is there."""
+    """Uploads a file in the place of the image that is there."""
     tab.get_by_label("Remove Image").click()
-    tab.locator("#picture input[type=file]").set_input_files(file)
+    tab.locator("#image input[type=file]").set_input_files(file)
 
 
 def downloaded(tab: playwright.Page, which: int, target: Path) -> list[dict[str, object]]:

@@ -25,7 +25,7 @@ def detections() -> Detections:
 
 
 def large(*boxes: list[float]) -> Detections:
-    """Dogs, in a picture large enough that it is not enlarged."""
+    """Dogs, in an image large enough that it is not enlarged."""
     count = len(boxes)
     corners = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     return Detections(corners, torch.full((count,), 0.5), torch.ones(count, dtype=torch.int64), NAMES, SIZE)
@@ -61,9 +61,9 @@ def test_above_keeps_what_scores_at_least_as_much():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scores": torch.tensor([0.1, 1.2, 0.3])}, r"scores must lie in \[0, 1\]"),
-        ({"scores": torch.tensor([0.1, torch.nan, 0.3])}, r"scores must lie in \[0, 1\]"),
-        ({"labels": torch.tensor([0, 3, 1])}, "labels must lie in 0…2"),
+        ({"scores": torch.tensor([0.1, 1.2, 0.3])}, r"scores must be in \[0, 1\]"),
+        ({"scores": torch.tensor([0.1, torch.nan, 0.3])}, r"scores must be in \[0, 1\]"),
+        ({"labels": torch.tensor([0, 3, 1])}, "labels must be in 0…2"),
         ({"boxes": torch.full((3, 4), torch.inf)}, "NaN or infinite"),
         ({"names": list(NAMES)}, "tuple"),
     ],
@@ -121,7 +121,7 @@ def test_at_another_size_the_boxes_cover_the_same_share():
     assert (twice.boxes[1].tolist(), twice.size) == ([10, 10, 60.5, 81], (96, 128))
 
 
-def corner_colours(drawn: Image.Image) -> set[object]:
+def corner_colors(drawn: Image.Image) -> set[object]:
     return {drawn.getpixel(corner) for corner in ((50, 60), (200, 60), (50, 250), (200, 250))}
 
 
@@ -140,8 +140,8 @@ def test_boxes_are_drawn_on_every_kind_of_picture(kind: str, tmp_path: Path):
     drawn = large([50, 60, 200, 250]).plot(images[kind])  # type: ignore[arg-type]
     assert isinstance(drawn, Image.Image)
     assert drawn.size == (400, 300)
-    assert len(corner_colours(drawn)) == 1
-    assert corner_colours(drawn) != {(0, 0, 0)}
+    assert len(corner_colors(drawn)) == 1
+    assert corner_colors(drawn) != {(0, 0, 0)}
 
 
 def test_a_picture_that_was_reduced_has_its_boxes_where_they_belong(

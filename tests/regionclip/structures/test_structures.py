@@ -86,7 +86,7 @@ def test_whole_images_cover_the_image_and_not_its_padding():
 
 
 def test_a_batch_whose_regions_point_beyond_its_images_is_refused():
-    with pytest.raises(ValueError, match=r"image_index must lie in 0…1, got 5…5"):
+    with pytest.raises(ValueError, match=r"image_index must be in 0…1, got 5…5"):
         RegionBatch(images(), Regions(torch.zeros(1, 4), torch.tensor([5])))
     with pytest.raises(ValueError, match="tokens"):
         RegionBatch(images(), regions(), torch.zeros(3, 7, dtype=torch.int64))

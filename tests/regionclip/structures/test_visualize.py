@@ -1,4 +1,4 @@
-"""Drawn pictures: boxes where they belong, labels inside the picture, small pictures enlarged."""
+"""Drawn images: boxes where they belong, labels inside the image, small images enlarged."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def test_small_pictures_are_enlarged_and_large_ones_are_not():
         torch.zeros(3, 300, 400, dtype=torch.uint8),
     ],
 )
-def test_a_box_is_drawn_in_its_colour_on_any_kind_of_picture(image: object):
-    drawn = draw(image, boxes=torch.tensor([[50.0, 60, 200, 250]]), colours=[(255, 0, 0)])  # type: ignore[arg-type]
+def test_a_box_is_drawn_in_its_color_on_any_kind_of_picture(image: object):
+    drawn = draw(image, boxes=torch.tensor([[50.0, 60, 200, 250]]), colors=[(255, 0, 0)])  # type: ignore[arg-type]
     assert drawn.size == (400, 300)
     for corner in ((50, 60), (200, 250), (50, 250), (120, 60)):
         assert drawn.getpixel(corner) == (255, 0, 0)
@@ -41,7 +41,7 @@ def test_the_picture_given_is_not_changed():
     assert image.getextrema() == ((0, 0), (0, 0), (0, 0))
 
 
-def test_detections_are_named_and_coloured_by_label():
+def test_detections_are_named_and_colored_by_label():
     boxes = torch.tensor([[10.0, 50, 100, 140], [200, 50, 300, 140], [10, 180, 100, 260]])
     scores, labels = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 0])
     drawn = draw(Image.new("RGB", (400, 300)), Detections(boxes, scores, labels, ("cat", "dog"), (300, 400)))
@@ -51,7 +51,7 @@ def test_detections_are_named_and_coloured_by_label():
 
 def test_labels_stay_inside_and_find_free_places():
     boxes = [[0, 0, 40, 40], [0, 2, 42, 44], [380, 290, 399, 299], [1, 1, 41, 41]]
-    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 0, 255)]
+    colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 0, 255)]
 
     def painted(numbers: list[int]) -> list[int]:
         """How many pixels the label of each box covers."""
@@ -61,9 +61,9 @@ def test_labels_stay_inside_and_find_free_places():
                 Image.new("RGB", (400, 300)),
                 boxes=[boxes[number] for number in numbers],
                 texts=[text] * len(numbers),
-                colours=[colours[number] for number in numbers],
+                colors=[colors[number] for number in numbers],
             )
-            found.append([int((np.asarray(drawn) == colours[number]).all(-1).sum()) for number in numbers])
+            found.append([int((np.asarray(drawn) == colors[number]).all(-1).sum()) for number in numbers])
         return [labeled - plain for labeled, plain in zip(*found, strict=True)]
 
     alone = [painted([number])[0] for number in range(4)]
@@ -80,9 +80,9 @@ def test_a_label_longer_than_the_picture_and_boxes_beyond_it_do_no_harm():
     assert drawn.getpixel((0, 399)) != (0, 0, 0)
 
 
-def test_first_colours_are_far_from_each_other():
-    colours = np.array([color_of(number) for number in range(8)], dtype=float)
-    apart = np.linalg.norm(colours[:, None] - colours[None], axis=-1) + 1000 * np.eye(8)
+def test_first_colors_are_far_from_each_other():
+    colors = np.array([color_of(number) for number in range(8)], dtype=float)
+    apart = np.linalg.norm(colors[:, None] - colors[None], axis=-1) + 1000 * np.eye(8)
     assert apart.min() > 60
 
 

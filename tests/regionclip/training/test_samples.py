@@ -84,7 +84,7 @@ def test_an_image_without_boxes_stays_in_the_batch(records: CocoDetection) -> No
     assert set(batch.regions.image_index.tolist()) == {1}
 
 
-def test_every_caption_is_drawn_and_tokenised(records: CocoDetection) -> None:
+def test_every_caption_is_drawn_and_tokenized(records: CocoDetection) -> None:
     sample = Sample(records[0].path, torch.zeros(0, 4), captions=("a cup", "a star"))
     data = RegionDataset([sample], FIXED, tokenizer=Tokenizer(16))
     captions = [data.item(0, generator(seed))[2] for seed in range(20)]

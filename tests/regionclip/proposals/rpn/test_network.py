@@ -182,14 +182,14 @@ def test_weights_scale_the_losses(small: Small, rectangles: Rectangles) -> None:
     torch.testing.assert_close(after["box"], 0.5 * before["box"])
 
 
-def test_anchors_are_centred_on_cells_unrounded_and_of_the_asked_area(small: Small) -> None:
+def test_anchors_are_centerd_on_cells_unrounded_and_of_the_asked_area(small: Small) -> None:
     network = ProposalNetwork(small(anchor_sizes=[15.0, 31.0], ratios=[0.5, 2.0]))
     maps = [torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 2, 1)]
     fine, coarse = network.anchors(maps)
     assert len(fine) == 3 * 2 * 2
     assert len(coarse) == 2 * 1 * 2
-    centres = (fine[:, :2] + fine[:, 2:]) / 2
-    assert centres[::2].tolist() == [[0, 0], [8, 0], [0, 8], [8, 8], [0, 16], [8, 16]]
+    centers = (fine[:, :2] + fine[:, 2:]) / 2
+    assert centers[::2].tolist() == [[0, 0], [8, 0], [0, 8], [8, 8], [0, 16], [8, 16]]
     sides = coarse[:, 2:] - coarse[:, :2]
     torch.testing.assert_close(sides.prod(1), torch.full((4,), 31.0**2))
     torch.testing.assert_close(sides[:2, 1] / sides[:2, 0], torch.tensor([0.5, 2.0]))

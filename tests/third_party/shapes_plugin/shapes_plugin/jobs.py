@@ -1,4 +1,4 @@
-"""A job that counts pictures by their shape."""
+"""A job that counts images by their shape."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class CountShapesConfig:
 
 
 def count_shapes(config: CountShapesConfig) -> None:
-    """Counts pictures that are wide, tall and square."""
+    """Counts images that are wide, tall and square."""
     run = RunFolder(config.out, config, "count-shapes")
     counts: Counter[str] = Counter()
     for path in sorted(existing(config.images, "images folder").glob("*.png")):

@@ -14,20 +14,20 @@ from regionclip.structures.regions import ImageInfo, Regions
 
 
 @dataclass
-class CentreConfig:
-    """Options of the proposer `centre`."""
+class CenterConfig:
+    """Options of the proposer `center`."""
 
-    share: float = option(0.5, "side of the box as a share of the picture's")
+    share: float = option(0.5, "side of the box as a share of the image's")
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise InputError(f"share must be above 0 and at most 1, found {self.share}")
 
 
-class CentreProposer:
-    """Proposes one box in the middle of each picture."""
+class CenterProposer:
+    """Proposes one box in the middle of each image."""
 
-    def __init__(self, config: CentreConfig) -> None:
+    def __init__(self, config: CenterConfig) -> None:
         self.config = config
 
     def __call__(self, images: ImageBatch, keys: Sequence[ImageInfo]) -> Regions:

@@ -15,18 +15,23 @@ RESULTS = Path(__file__).parent / "data" / "results.json"
 EvaluateJob = Callable[..., dict[str, float]]
 
 
+def require_stored(measured: dict[str, float], expected: dict[str, float]) -> None:
+    """Compares the metrics that are stored; an evaluation may have learnt further ones since."""
+    assert {name: measured.get(name) for name in expected} == pytest.approx(expected, abs=1e-6)
+
+
 def test_a_stored_results_file_gives_the_stored_metrics(
     evaluate: EvaluateJob, stored: Callable[..., Any]
 ) -> None:
     measured = evaluate("results", results=RESULTS)
-    assert measured == pytest.approx(stored("metrics_of_results", measured), abs=1e-6)
+    require_stored(measured, stored("metrics_of_results", measured))
 
 
 def test_naming_the_true_boxes_gives_the_stored_metrics(
     evaluate: EvaluateJob, clip_file: Path, stored: Callable[..., Any]
 ) -> None:
     measured = evaluate("truth", weights=clip_file, boxes="truth")
-    assert measured == pytest.approx(stored("metrics_of_true_boxes", measured), abs=1e-6)
+    require_stored(measured, stored("metrics_of_true_boxes", measured))
 
 
 def test_detections_in_the_true_boxes_give_the_stored_metrics(
@@ -34,5 +39,5 @@ def test_detections_in_the_true_boxes_give_the_stored_metrics(
 ) -> None:
     measured = evaluate("suppressed", weights=detector_file, boxes="truth_suppressed")
     expected = stored("metrics_of_detections", measured)
-    assert measured == pytest.approx(expected, abs=1e-6)
+    require_stored(measured, expected)
     assert expected["AP50_novel"] > 0

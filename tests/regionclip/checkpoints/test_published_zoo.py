@@ -92,10 +92,10 @@ def test_published_rows_name_published_files_and_the_authors_settings(file: Path
             "temperature",
             "fusion",
             "min_score",
-            "prune",
-            "sigma",
-            "suppression",
-            "detections",
+            "soft_nms_min_score",
+            "soft_nms_sigma",
+            "nms_type",
+            "max_detections",
             "alpha_base",
         ):
             assert getattr(settings, name) == getattr(wanted, name), name

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clip_base.data.sources import Pair, Pairs, grouped
+from clip_base.images.folders import list_files
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError, note, shortened
 from clip_base.runtime.files import existing
@@ -96,15 +97,15 @@ class ParquetSource:
             for column in wanted:
                 if column not in names:
                     raise InputError(f"{path} has no column {column!r}; it has {shortened(', '.join(names))}")
-            status = [STATUS] if STATUS in names else []
-            table = pq.read_table(files, columns=wanted + status)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
-        try:
-            images, captions = (table.column(name).to_pylist() for name in wanted)
-        except UnicodeDecodeError:
-            raise InputError(f"{path} holds texts that are not UTF-8; write the table again") from None
-        kept = _downloaded(table.column(STATUS).to_pylist(), path) if status else range(len(images))
+            read = [*wanted, STATUS] if STATUS in names else wanted
+            table = pq.read_table(files, columns=read)
+            columns = {name: table.column(name).to_pylist() for name in read}
+        # A damaged file may hold texts that are no UTF-8, in its names as well.
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise InputError(f"{path} cannot be read as Parquet: {shortened(reason, 200)}") from None
+        images, captions = columns[wanted[0]], columns[wanted[1]]
+        kept = _downloaded(columns[STATUS], path) if STATUS in columns else range(len(images))
         return [images[row] for row in kept], [captions[row] for row in kept]
 
 
@@ -112,8 +113,8 @@ def _files(path: Path) -> list[Path]:
     """Returns a table's files; a folder may hold other files, as img2dataset leaves its statistics in it."""
     if not path.is_dir():
         return [path]
-    files = sorted(path.rglob("*.parquet"))
-    files = [file for file in files if not any(part[0] in "._" for part in file.relative_to(path).parts)]
+    files = list_files(path, (".parquet",), what="folder").files
+    files = [file for file in files if not any(part[0] == "_" for part in file.relative_to(path).parts)]
     if not files:
         raise InputError(f"folder {path} holds no .parquet files; give their folder, or a file")
     return files

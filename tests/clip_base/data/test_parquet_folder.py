@@ -73,6 +73,15 @@ def test_malformed_parquet_is_refused(tmp_path: Path) -> None:
         pairs("parquet", file=str(tmp_path / "t.txt"))
 
 
+def test_texts_in_parquet_that_are_not_utf_8_are_refused(tmp_path: Path) -> None:
+    raw = pa.array([b"\xff\xfe", b"ok"], type=pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
+    file = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"image": ["a", "b"], "caption": texts}), file)
+    with pytest.raises(InputError, match="cannot be read as Parquet: 'utf-8' codec can't decode"):
+        pairs("parquet", file=str(file))
+
+
 def test_a_folder_pairs_images_with_the_lines_of_their_texts(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/b.JPG").touch()

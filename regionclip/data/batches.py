@@ -36,11 +36,13 @@ class DecodedImage:
         image_id: its id, for proposers that look boxes up.
         pixels: [h, w, 3] uint8 RGB.
         size: (H, W) that boxes refer to; larger than `pixels` when a very large image was reduced.
+        file_name: its path, for the same proposers; "": an image in memory.
     """
 
     image_id: int
     pixels: Pixels
     size: tuple[int, int]
+    file_name: str = ""
 
 
 def read_annotated(image_id: int, path: Path, size: tuple[int, int] | None) -> DecodedImage:
@@ -57,7 +59,7 @@ def read_annotated(image_id: int, path: Path, size: tuple[int, int] | None) -> D
     """
     pixels = decode(path)
     pixels = turned_upright(pixels, path) if size is None else turned_as_annotated(pixels, path, size)
-    return DecodedImage(image_id, pixels, (pixels.shape[0], pixels.shape[1]))
+    return DecodedImage(image_id, pixels, (pixels.shape[0], pixels.shape[1]), str(path))
 
 
 def read_record(record: ImageAnnotations) -> DecodedImage:
@@ -75,7 +77,8 @@ def read_upright(image: Picture, image_id: int) -> DecodedImage:
     Raises:
         InputError: a file is missing or does not decode, or the object is no image.
     """
-    return DecodedImage(image_id, *read_picture(image))
+    name = str(image) if isinstance(image, str | Path) else ""
+    return DecodedImage(image_id, *read_picture(image), name)
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ def batch_of(
 
 def _resized(image: DecodedImage, resize: ResizeConfig, keep_pixels: bool) -> _Resized:
     pixels, transform = resize_shortest_edge(image.pixels, resize.short[0], resize.long, filter=resize.filter)
-    info = ImageInfo(image.image_id, *image.size)
+    info = ImageInfo(image.image_id, *image.size, image.file_name)
     transform = replace(transform, original=image.size)
     return _Resized(info, pixels, transform, image.pixels if keep_pixels else None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 
 from clip_base.runtime.errors import InputError
@@ -21,6 +21,7 @@ class FileNames:
 
     def __init__(self, names: Mapping[int, str], where: str) -> None:
         self.where = where
+        self._asked: dict[int, str] = {}
         self._by_end: dict[str, list[tuple[tuple[str, ...], int]]] = {}
         for image_id, name in names.items():
             parts = _parts(name)
@@ -30,8 +31,18 @@ class FileNames:
         """Returns the id of the image that `name` means; None: there is none.
 
         Raises:
-            InputError: `name` means several images equally well.
+            InputError: `name` means several images equally well, or the same one as another name that was
+                asked for.
         """
+        image_id = self._find(name)
+        if image_id is not None and self._asked.setdefault(image_id, name) != name:
+            raise InputError(
+                f"{self._asked[image_id]} and {name} both mean the image with id {image_id} of {self.where}; "
+                "write its file_name with the folder that tells them apart"
+            )
+        return image_id
+
+    def _find(self, name: str) -> int | None:
         wanted = _parts(name)
         candidates = [
             (_shared(parts, wanted), parts, image_id)
@@ -51,6 +62,20 @@ class FileNames:
                 "path as tells them apart"
             )
         return best[0][1]
+
+
+def name_images(names: dict[int, str], pairs: Iterable[tuple[int, str]], where: str) -> None:
+    """Adds (image id, file name) of a file's entries to `names`.
+
+    Raises:
+        InputError: an id belongs to two images.
+    """
+    for image_id, name in pairs:
+        if names.setdefault(image_id, name) != name:
+            raise InputError(
+                f"{where}: image_id {image_id} belongs to both {names[image_id]} and {name}; give every "
+                "image an id of its own, or leave file_name out"
+            )
 
 
 def _parts(name: str) -> tuple[str, ...]:

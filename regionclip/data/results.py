@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from clip_base.data.coco import as_id
 from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError, quote
 from clip_base.runtime.files import read_json
-from regionclip.data.file_names import FileNames
+from regionclip.data.file_names import FileNames, name_images
 
 
 @dataclass(frozen=True)
@@ -98,18 +98,6 @@ def _names(content: Sequence[Any], key: str, source: str) -> list[str]:
     return names
 
 
-def owners(pairs: Iterable[tuple[int, str]], source: str) -> dict[int, str]:
-    """Returns the file name of each image id of a file; InputError when an id has two."""
-    names: dict[int, str] = {}
-    for image_id, name in pairs:
-        if names.setdefault(image_id, name) != name:
-            raise InputError(
-                f"{source}: image_id {image_id} belongs to both {names[image_id]} and {name}; give every "
-                "image an id of its own, or leave file_name out"
-            )
-    return names
-
-
 def _find_images(
     entries: list[dict[str, Any]],
     names: Sequence[str],
@@ -119,10 +107,10 @@ def _find_images(
     notes: list[str],
 ) -> None:
     """Gives entries the ids that the annotations have for their file names, in place."""
-    own = owners(zip((entry["image_id"] for entry in entries), names, strict=True), source)
+    own: dict[int, str] = {}
+    name_images(own, zip((entry["image_id"] for entry in entries), names, strict=True), source)
     known = FileNames({key: name for key, name in images.items() if name}, where)
     found: dict[str, int] = {}
-    name_of: dict[int, str] = {}
     for name in dict.fromkeys(own.values()):
         image_id = known.find(name)
         if image_id is None:
@@ -130,12 +118,7 @@ def _find_images(
                 f"{source}: {where} has no image {name}; evaluate against the annotations of the images that "
                 "were detected in"
             )
-        if image_id in name_of:
-            raise InputError(
-                f"{source}: {name_of[image_id]} and {name} both mean image {images[image_id]} of {where}, "
-                f"id {image_id}; write its file_name with the folder that tells them apart"
-            )
-        found[name], name_of[image_id] = image_id, name
+        found[name] = image_id
     moved = sum(found[name] != image_id for image_id, name in own.items())
     if moved:
         notes.append(

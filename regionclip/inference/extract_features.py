@@ -27,10 +27,11 @@ from clip_base.runtime.workers import run
 from clip_base.weights.load import find
 from clip_base.weights.native import file_hash
 from regionclip.data.annotations import CocoDetection
+from regionclip.data.file_names import FileNames
 from regionclip.inference.feature_extractor import FeaturesConfig, RegionFeatureExtractor, Shard, record_path
 from regionclip.mining.shards import MANIFEST, shard_path
 from regionclip.proposals.precomputed import checked_proposal
-from regionclip.proposals.storage import writing
+from regionclip.proposals.storage import ProposalTable, writing
 from regionclip.structures.boxes import xywh_to_xyxy
 
 VERSION = 1
@@ -138,30 +139,31 @@ def _boxes(config: FeaturesConfig, files: Sequence[Path], out: Path) -> str:
         return config.boxes_file
     path = existing(config.boxes_file, "boxes file")
     if path.suffix != ".json":
+        if ProposalTable(path).names:
+            return config.boxes_file
         raise InputError(
             f"regions_from={path} knows images by their ids, which images in folders have not; give "
-            "annotations=, or a .json file of boxes with file_name"
+            "annotations=, or boxes with file_name"
         )
-    by_path = {str(file): number for number, file in enumerate(files, 1)}
-    by_name: dict[str, int] = {}
-    for file, number in zip(files, by_path.values(), strict=True):
-        by_name[file.name] = 0 if file.name in by_name else number  # two of one name: the path must tell
-    count = 0
+    known = FileNames({number: str(file) for number, file in enumerate(files, 1)}, "the images given")
+    found: dict[str, int | None] = {}
     with writing(out / BOXES) as table:
         for number, (_, entry) in enumerate(stream_entries(path, "boxes file")):
+            where = f"boxes file {path}, entry {number}"
             name = str(entry.get("file_name", "")) if isinstance(entry, dict) else ""
             if not name:
-                raise InputError(f"boxes file {path}, entry {number}: has no file_name; or give annotations=")
-            image_id = by_path.get(name) or by_name.get(Path(name).name)
-            if image_id:
-                _, row = checked_proposal(
-                    {**entry, "image_id": image_id}, f"boxes file {path}, entry {number}"
-                )
+                raise InputError(f"{where}: has no file_name; or give annotations=")
+            if name not in found:
+                found[name] = known.find(name)
+            if found[name] is not None:
+                image_id, row = checked_proposal({**entry, "image_id": found[name]}, where)
                 values = torch.tensor(row, dtype=torch.float64)
                 table.add(image_id, xywh_to_xyxy(values[None, :4]).float(), values[4:].float())
-                count += 1
-    if not count:
+    strangers = [name for name, image_id in found.items() if image_id is None]
+    if len(strangers) == len(found):
         raise InputError(f"boxes file {path} has no box in any of the {len(files)} images; see its file_name")
+    if strangers:
+        print(f"note: {len(strangers)} images of {path} were not given, first {strangers[0]}")
     return str(out / BOXES)
 
 

@@ -17,9 +17,11 @@ from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError, quote
 from clip_base.runtime.json_stream import stream_entries
 from regionclip.data.annotations import ImageAnnotations
+from regionclip.data.box_format import other_forms
+from regionclip.data.file_names import FileNames, name_images
 from regionclip.proposals.base import collect, frame_scale
 from regionclip.proposals.storage import ProposalTable
-from regionclip.structures.boxes import xywh_to_xyxy
+from regionclip.structures.boxes import xywh_to_xyxy, xyxy_to_xywh
 from regionclip.structures.regions import ImageInfo, Regions
 
 
@@ -40,14 +42,19 @@ class TruthProposer:
         return collect(boxes, [torch.ones(len(rows)) for rows in boxes], images.pixels.device)
 
 
+# Looked at before boxes in another form than x, y, width, height in pixels are refused.
+FIRST_IMAGES, FEW = 100, 10
+
+
 @dataclass
 class PrecomputedConfig:
     """Options of the proposer `precomputed`."""
 
     file: str = option(
         REQUIRED,
-        "JSON list of {image_id, bbox: [x, y, width, height] in original pixels, score in 0…1}; or what "
-        "`propose format=parquet` or `mine` wrote: a .parquet file or a folder of them",
+        "JSON list of {image_id, bbox: [x, y, width, height] in original pixels, score in 0…1}, such as "
+        "`detect` writes; or what `propose format=parquet`, `mine` or `features` wrote: a .parquet file or a "
+        "folder of them. Images are found by file_name where the file has them, else by image_id",
     )
     limit: int = option(300, "most boxes per image, the best scored ones")
     min_score: float = option(0.0, "boxes scored lower are left out, 0…1")
@@ -63,8 +70,9 @@ class PrecomputedConfig:
 class PrecomputedProposer:
     """Looks each image's boxes up in a file and scales them to the batch's frame.
 
-    An image that the file does not mention has no regions. Boxes are cut at the image's edges; what lies
-    outside it altogether, or has no area, is left out.
+    The file's images are found by their file names where it has them: numbers that it gave by itself, as
+    `detect` does, are not the dataset's. An image that the file does not mention has no regions. Boxes are
+    cut at the image's edges; what lies outside it altogether, or has no area, is left out.
     """
 
     def __init__(self, config: PrecomputedConfig) -> None:
@@ -72,6 +80,9 @@ class PrecomputedProposer:
         path = Path(config.file)
         table = path.suffix == ".parquet" or path.is_dir()
         self._source: _Results | ProposalTable = ProposalTable(path) if table else _Results(path)
+        names = self._source.names
+        self._names = FileNames(names, f"proposals file {path}") if names else None
+        self._seen: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, images: ImageBatch, keys: Sequence[ImageInfo]) -> Regions:
         """See `Proposer`. The pixels are not looked at."""
@@ -84,7 +95,13 @@ class PrecomputedProposer:
 
     def _of_image(self, key: ImageInfo) -> tuple[Tensor, Tensor]:
         """Returns an image's [n, 4] boxes in original pixels and their [n] scores, best first."""
-        boxes, scores = self._source.of_image(key.image_id)
+        image_id: int | None = key.image_id
+        if self._names is not None and key.file_name:
+            image_id = self._names.find(key.file_name)
+        if image_id is None:
+            return torch.zeros(0, 4), torch.zeros(0)
+        boxes, scores = self._source.of_image(image_id)
+        self._check_form(boxes, key)
         order = scores.argsort(descending=True, stable=True)
         boxes, scores = boxes[order], scores[order]
         limits = torch.tensor([key.width, key.height, key.width, key.height], dtype=torch.float32)
@@ -92,20 +109,49 @@ class PrecomputedProposer:
         keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]) & (scores >= self.config.min_score)
         return boxes[keep][: self.config.limit], scores[keep][: self.config.limit]
 
+    def _check_form(self, boxes: Tensor, key: ImageInfo) -> None:
+        """Raises an InputError when the first boxes are not x, y, width, height in pixels."""
+        if len(self._seen) >= FIRST_IMAGES or not len(boxes):
+            return
+        self._seen.append(
+            (xyxy_to_xywh(boxes.double()), torch.tensor([[key.height, key.width]] * len(boxes)))
+        )
+        first, sizes = (torch.cat(parts).double().numpy() for parts in zip(*self._seen, strict=True))
+        forms = other_forms(first, sizes) if len(first) >= FEW else {}
+        if forms:
+            raise InputError(
+                f"the boxes of {self.config.file} seem to be {next(iter(forms))}; proposals have x, y, "
+                "width, height in pixels of the original image: convert them"
+            )
+
 
 class _Results:
-    """Each image's boxes out of a JSON file, 40 bytes a box."""
+    """Each image's boxes out of a JSON file, 40 bytes a box.
+
+    Attributes:
+        names: file name of each image, by the file's id; empty where the file has none.
+    """
 
     def __init__(self, path: Path) -> None:
         self._rows: dict[int, array[float]] = {}
+        self.names: dict[int, str] = {}
+        where, nameless = f"proposals file {path}", 0
         for number, (key, entry) in enumerate(stream_entries(path, "proposals file")):
             if key:
                 raise InputError(
                     f"proposals file {path} holds a JSON object; expected a list of boxes in COCO's "
                     "results form"
                 )
-            image_id, row = checked_proposal(entry, f"proposals file {path}, entry {number}")
+            image_id, row = checked_proposal(entry, f"{where}, entry {number}")
             self._rows.setdefault(image_id, array("d")).extend(row)
+            name = entry.get("file_name")
+            nameless += not name
+            if name:
+                name_images(self.names, [(image_id, str(name))], where)
+        if self.names and nameless:
+            raise InputError(
+                f"{where}: {nameless} boxes have no file_name, the others have; give all or none"
+            )
 
     def of_image(self, image_id: int) -> tuple[Tensor, Tensor]:
         """Returns an image's [n, 4] boxes (x1, y1, x2, y2) in original pixels and their [n] scores."""

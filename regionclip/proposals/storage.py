@@ -21,6 +21,7 @@ from torch import Tensor
 from clip_base.data.coco import coco_entry
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, replacing
+from regionclip.data.file_names import name_images
 from regionclip.structures.boxes import xyxy_to_xywh
 
 # The columns that shards of mined pairs have too, so that those can be read as proposals.
@@ -97,8 +98,11 @@ class ProposalTable:
     Args:
         path: a file, or a folder of them, such as shards of mined pairs.
 
+    Attributes:
+        names: file name of each image, by id; empty where the files have no column `file_name`.
+
     Raises:
-        InputError: there is no such file, it is damaged, or lacks a column.
+        InputError: there is no such file, it is damaged, lacks a column, or has an id of two images.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -106,7 +110,8 @@ class ProposalTable:
         self.files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         if not self.files:
             raise InputError(f"folder {path} holds no .parquet file with proposals")
-        rows = [row for file in self.files for row in _index(file)]
+        self.names: dict[int, str] = {}
+        rows = [row for file in self.files for row in _index(file, self.names)]
         self._groups = [(file, group) for file, group, _ in rows]
         ids = np.concatenate([np.zeros(0, np.int64), *(found for _, _, found in rows)])
         place = np.repeat(np.arange(len(rows)), [len(found) for _, _, found in rows])
@@ -133,8 +138,8 @@ class ProposalTable:
         return torch.cat(boxes), torch.cat(scores)
 
 
-def _index(path: Path) -> Iterator[tuple[Path, int, NDArray[np.int64]]]:
-    """Yields each row group of a file with the ids of the images in it."""
+def _index(path: Path, names: dict[int, str]) -> Iterator[tuple[Path, int, NDArray[np.int64]]]:
+    """Yields each row group of a file with the ids of the images in it; adds their file names to `names`."""
     with _named(path), pq.ParquetFile(path) as file:
         lacking = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
         if lacking:
@@ -144,8 +149,12 @@ def _index(path: Path) -> Iterator[tuple[Path, int, NDArray[np.int64]]]:
                 f"{', '.join(SCHEMA.names)}, as `regionclip propose format=parquet` writes them"
             )
         for group in range(file.num_row_groups):
-            ids = file.read_row_group(group, ["image_id"])["image_id"]
-            yield path, group, np.unique(ids.to_numpy())
+            columns = [name for name in ("image_id", "file_name") if name in file.schema_arrow.names]
+            images = file.read_row_group(group, columns).group_by(columns).aggregate([])
+            if len(columns) == 2:
+                pairs = zip(*(images[name].to_pylist() for name in columns), strict=True)
+                name_images(names, ((key, name) for key, name in pairs if name), f"proposals file {path}")
+            yield path, group, np.unique(images["image_id"].to_numpy())
 
 
 def _read_group(path: Path, group: int) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]]:

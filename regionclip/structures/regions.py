@@ -175,11 +175,13 @@ class ImageInfo:
         image_id: the image's id in its dataset.
         height: of the original image, pixels.
         width: of the original image, pixels.
+        file_name: as much of its path as is known; "": an image in memory.
     """
 
     image_id: int
     height: int
     width: int
+    file_name: str = ""
 
     def __post_init__(self) -> None:
         """Checks the size."""

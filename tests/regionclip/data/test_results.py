@@ -58,7 +58,7 @@ def test_numbers_without_names_are_the_annotations_own() -> None:
         ),
         (
             [result(1, file_name="a/10.jpg"), result(2, file_name="b/10.jpg")],
-            "a/10.jpg and b/10.jpg both mean image 10.jpg of truth.json, id 7",
+            "a/10.jpg and b/10.jpg both mean the image with id 7 of truth.json",
         ),
     ],
 )

@@ -55,7 +55,7 @@ class ScenesConfig:
     object_max: float = option(0.5, "longest side of the largest objects, as a share of the image's")
     distractors: int = option(1, "most shapes without a name a scene")
     captions: int = option(3, "captions a scene")
-    colors: float = option(0.15, "share of the phrases with a color word, 0 to 1")
+    colors: float = option(0.15, "share of the phrases with a color word, 0 to 1", renamed_from="colours")
     mention: float = option(0.75, "probability that a caption names an object, 0 to 1; it always names one")
     quality: int = option(90, "JPEG quality, 1 to 100")
     workers: int = option(0, "processes; 0 takes one per core", runtime_only=True)

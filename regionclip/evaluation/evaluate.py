@@ -87,7 +87,7 @@ class EvaluateConfig:
     use_checkpoint_config: bool = option(
         True,
         "a detector sees and scores as it was trained to, not as `resize` and `detector` say",
-        renamed_from="use_checkpoint_config",
+        renamed_from="own_settings",
     )
     templates: list[str] = option(list(DEFAULT_TEMPLATES), "prompts, averaged; {} is the class name")
     embeddings: str = option(

@@ -141,7 +141,7 @@ def _header(config: DetectConfig, names: Sequence[str], files: Sequence[Path]) -
     return {
         **config.identity(),
         "names": list(names),
-        "list of pictures": fingerprint(files),
+        "list of images": fingerprint(files),
         "weights' size and date": [stamp.st_size, stamp.st_mtime],
     }
 

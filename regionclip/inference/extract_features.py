@@ -111,7 +111,7 @@ def _inputs(config: FeaturesConfig, files: Sequence[Path]) -> dict[str, str]:
     }
     named |= {f"proposer.{key}": value for key, value in config.proposer.items() if _is_file(value)}
     hashes = {what: _hash(existing(path, what)) for what, path in named.items() if path}
-    return {**hashes, "list of pictures": fingerprint(files)}
+    return {**hashes, "list of images": fingerprint(files)}
 
 
 def _is_file(value: Any) -> bool:

@@ -98,7 +98,7 @@ class Detector(nn.Module):
             network: see the class.
             boxes: what the box head reads, one of `BOX_HEADS`.
             resize: see the class.
-            class_embeddings: see the class.
+            class_embeddings: [C, D], see the class.
         """
         background = nn.Parameter(torch.zeros(clip.config.embed_dim))
         head = make_box_head(boxes, clip.config)

@@ -166,7 +166,7 @@ def test_unfinished_fits_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_impossible_options_and_unlike_classes_are_refused(
     weights: str, folders: dict[str, str], tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="validation must lie"):
+    with pytest.raises(InputError, match="validation must be"):
         LinearProbeConfig(weights=weights, out="", train="", test="", validation=1.0)
     with pytest.raises(InputError, match="shots and seeds"):
         LinearProbeConfig(weights=weights, out="", train="", test="", shots=[0])

@@ -97,7 +97,7 @@ def test_templates_without_a_place_for_the_name_are_refused(tmp_path: Path):
     path.write_text("# comment\n\na {}\nthe {}\n")
     assert read_templates(str(path)) == ["a {}", "the {}"]
     path.write_text("an image\n")
-    with pytest.raises(InputError, match="'a photo'"):
+    with pytest.raises(InputError, match="'an image'"):
         read_templates(str(path))
     path.write_text("# only this\n")
     with pytest.raises(InputError, match="holds no templates"):

@@ -76,7 +76,7 @@ def test_a_failure_leaves_what_was_there(make_video: Make) -> None:
 def test_a_codec_that_opencv_cannot_write_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cv2.VideoWriter, "isOpened", lambda self: False, raising=False)
     with (
-        pytest.raises(InputError, match=r"cannot encode avc1; give another codec= \(mp4v"),
+        pytest.raises(InputError, match=r"cannot encode avc1; give another video_codec= \(mp4v"),
         writing_video(tmp_path / "a.mp4", 8.0, "avc1") as writer,
     ):
         writer.add(Image.new("RGB", (64, 48)))

@@ -24,6 +24,7 @@ def test_long_work_says_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 10.0)
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     with progress.Progress("training", total=20, done=4) as bar:
         for _ in range(5):

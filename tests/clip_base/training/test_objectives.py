@@ -140,11 +140,11 @@ def tiny(**changes: Any) -> PretrainConfig:
 def test_the_sigmoid_loss_begins_at_its_published_values() -> None:
     config = tiny(objective={"name": "sigmoid"})
     task = make_task(config, make_model(config))
-    assert task.figures() == pytest.approx({"logit_scale": 10.0, "bias": -10.0})
+    assert task.log_scalars() == pytest.approx({"logit_scale": 10.0, "bias": -10.0})
     plain = make_task(tiny(), make_model(tiny()))
-    assert plain.figures() == pytest.approx({"logit_scale": 1 / 0.07})
+    assert plain.log_scalars() == pytest.approx({"logit_scale": 1 / 0.07})
     started = tiny(objective={"name": "sigmoid"}, init="weights")
-    assert make_task(started, plain.model).figures()["logit_scale"] == pytest.approx(1 / 0.07)
+    assert make_task(started, plain.model).log_scalars()["logit_scale"] == pytest.approx(1 / 0.07)
 
 
 @pytest.mark.parametrize(

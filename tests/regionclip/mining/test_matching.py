@@ -238,7 +238,7 @@ def test_help_tells_what_every_threshold_of_a_matcher_means(
 
 
 def test_trust_outside_its_range_is_refused() -> None:
-    with pytest.raises(InputError, match=r"matcher\.trust"):
+    with pytest.raises(InputError, match=r"matcher\.caption_prior"):
         CaptionConfig(caption_prior=1.0)
 
 

@@ -173,9 +173,9 @@ def test_shares_of_the_shards_mined_apart_are_one_result(
 def test_a_share_that_is_none_is_refused(
     share: str, mining_options: list[str], tmp_path: Path, regionclip: Command
 ) -> None:
-    code, told = regionclip("mine", *mining_options, f"out={tmp_path / 'mined'}", f"share={share}")
+    code, told = regionclip("mine", *mining_options, f"out={tmp_path / 'mined'}", f"shard={share}")
     assert code == 2
-    assert f"share={share} must be K/N" in told
+    assert f"shard={share} must be K/N" in told
 
 
 def test_phrases_kept_beside_the_pool_change_nothing_and_spare_the_parsing(

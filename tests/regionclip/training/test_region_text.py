@@ -76,7 +76,7 @@ def test_what_the_log_shows_beside_the_losses_counts_as_none(
     vocabulary = Vocabulary.load(mined / "vocabulary.safetensors")
     options = config(learn_temperature=True, region_text={"name": name})
     task = RegionTextTask(make_clip(), vocabulary, options)
-    figures = task.figures()
+    figures = task.log_scalars()
     assert ("region_text_scale" in figures) == ("bias" in figures) == (name == "sigmoid")
     if name == "sigmoid":
         assert figures["region_text_scale"] == pytest.approx(10)
@@ -195,16 +195,16 @@ def test_a_trained_text_tower_begins_with_the_pools_embeddings(mined: Path, make
 def test_a_learnt_temperature_moves_and_stays_in_clips_range(mined: Path, make_clip: MakeClip) -> None:
     vocabulary, batch, model = Vocabulary.load(mined / "vocabulary.safetensors"), batch_of(mined), make_clip()
     task = RegionTextTask(model, vocabulary, config(temperature=0.05, learn_temperature=True)).train()
-    assert task.figures()["logit_scale"] == pytest.approx(20)
+    assert task.log_scalars()["logit_scale"] == pytest.approx(20)
     fixed = RegionTextTask(make_clip(), vocabulary, config(temperature=0.05)).train()
     torch.testing.assert_close(task(batch), fixed(batch))
-    assert fixed.figures() == {}
+    assert fixed.log_scalars() == {}
     sum(task(batch).values()).backward()  # type: ignore[union-attr]
     assert float(model.logit_scale.grad) != 0  # type: ignore[arg-type]
     with torch.no_grad():
         model.logit_scale.fill_(9.0)
     task.after_step()
-    assert task.figures()["logit_scale"] == pytest.approx(100)
+    assert task.log_scalars()["logit_scale"] == pytest.approx(100)
 
 
 def test_a_memory_adds_negatives_from_the_second_step_on(mined: Path, make_clip: MakeClip) -> None:

@@ -408,7 +408,7 @@ def test_another_command_does_not_take_a_stopped_run_away(
     (photos / "another.jpg").write_bytes(sorted(photos.iterdir())[0].read_bytes())
     code, told = regionclip(*arguments)
     assert code == 2
-    assert "list of pictures" in told
+    assert "list of images" in told
     assert (tmp_path / "found" / job.JOURNAL).read_bytes() == journal
     (photos / "another.jpg").unlink()
     assert regionclip(*arguments)[0] == 0

@@ -1,4 +1,4 @@
-"""Pictures with a class each: what is evaluated on, and how it is read."""
+"""Images with a class each: what is evaluated on, and how it is read."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def load_picture(
     Args:
         decode: reads the image file.
         prepare: makes the tower's input, before normalization, of the image's pixels.
-        image: what to read.
+        picture: what to read.
     """
     try:
         image = decode(picture)

@@ -226,8 +226,8 @@ def few_shot(
         for number in range(config.seeds):
             chance = np.random.default_rng([config.seed, shots, number])
             drawn = train.pick(draw(train.labels, shots, chance))
-            judged = validation.pick(draw(validation.labels, min(shots, 4), chance))
-            c = search(drawn, judged, fits)
+            held_out = validation.pick(draw(validation.labels, min(shots, 4), chance))
+            c = search(drawn, held_out, fits)
             top1 = accuracy(fit(drawn, c, fits), test)
             rows.append({"shots": shots, "draw": number, "images": len(drawn), "C": c, "top1": top1})
     return rows

@@ -101,7 +101,7 @@ def write_image_tower(model: CLIP, folder: Path, formats: list[str]) -> dict[str
     generator = torch.Generator().manual_seed(0)
 
     def pictures(count: int) -> Tensor:
-        """Draws blots of a few pixels and coarser ones, as images have both."""
+        """Draws random patches, of a few pixels and coarser: images have both."""
         parts = [torch.rand(count, 3, cells, cells, generator=generator) for cells in (4, 16, 64)]
         sized = sum(F.interpolate(part, (side, side), mode="bilinear") for part in parts)
         return (sized * 85).byte().permute(0, 2, 3, 1).contiguous()  # type: ignore[union-attr]

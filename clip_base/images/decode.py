@@ -229,7 +229,7 @@ def middle_square(image: Pixels, side: int) -> Pixels:
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """Returns uint8 pixels [..., 3, H, W] as float32, centerd and scaled as CLIP's towers expect."""
+    """Returns uint8 pixels [..., 3, H, W] as float32, centered and scaled as CLIP's towers expect."""
     mean = torch.tensor(MEAN, device=pixels.device).view(3, 1, 1) * 255
     deviation = torch.tensor(DEVIATION, device=pixels.device).view(3, 1, 1) * 255
     # In place: a large batch spends most of the time on memory that is new.

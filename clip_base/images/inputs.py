@@ -1,4 +1,4 @@
-"""Pictures in memory, PIL images, arrays and tensors of several forms, as [H, W, 3] uint8."""
+"""Images as people have them, files or in memory, as [H, W, 3] uint8 RGB; large ones at a reduced size."""
 
 # H, W height and width
 from __future__ import annotations
@@ -33,7 +33,7 @@ from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing
 
 
-def pixels_of(picture: Image.Image | npt.NDArray[Any] | Tensor) -> Pixels:
+def pixels_of(image: Image.Image | npt.NDArray[Any] | Tensor) -> Pixels:
     """Returns an image as [H, W, 3] uint8 RGB.
 
     Args:
@@ -44,20 +44,20 @@ def pixels_of(picture: Image.Image | npt.NDArray[Any] | Tensor) -> Pixels:
     Raises:
         InputError: an array or a tensor of another form, something else, or an image of more than 8 bits.
     """
-    if isinstance(picture, Image.Image):
-        picture = ImageOps.exif_transpose(picture)
+    if isinstance(image, Image.Image):
+        image = ImageOps.exif_transpose(image)
         # Pillow would cut off 16 bits at 255 and not scale them: such images are refused as arrays are.
-        deep = picture.mode.startswith(("I", "F"))
-        return _checked(np.array(picture if deep else picture.convert("RGB")), repr(picture))
-    if isinstance(picture, Tensor):
-        tensor = picture.detach().cpu()
+        deep = image.mode.startswith(("I", "F"))
+        return _checked(np.array(image if deep else image.convert("RGB")), repr(image))
+    if isinstance(image, Tensor):
+        tensor = image.detach().cpu()
         if tensor.ndim == 3:
             tensor = tensor.permute(1, 2, 0)
         whole = tensor.float() if tensor.is_floating_point() else tensor
-        return _checked(whole.numpy(), f"a tensor {list(picture.shape)}")
-    array = np.asarray(picture)
-    known = isinstance(picture, np.ndarray)
-    return _checked(array, f"an array {list(array.shape)}" if known else type(picture).__name__)
+        return _checked(whole.numpy(), f"a tensor {list(image.shape)}")
+    array = np.asarray(image)
+    known = isinstance(image, np.ndarray)
+    return _checked(array, f"an array {list(array.shape)}" if known else type(image).__name__)
 
 
 def _checked(array: npt.NDArray[Any], given: str) -> Pixels:
@@ -138,7 +138,7 @@ def _matching(pattern: Path, endings: Collection[str]) -> list[Path]:
     return listing.files
 
 
-def read_picture(picture: Picture) -> tuple[Pixels, tuple[int, int]]:
+def read_picture(image: Picture) -> tuple[Pixels, tuple[int, int]]:
     """Returns an image as [H, W, 3] uint8 RGB, and its (height, width), which is larger when it was reduced.
 
     Args:
@@ -147,9 +147,9 @@ def read_picture(picture: Picture) -> tuple[Pixels, tuple[int, int]]:
     Raises:
         InputError: a file is missing or does not decode; an array or a tensor of another form.
     """
-    if isinstance(picture, str | Path):
-        return read_upright(Path(picture))
-    pixels = pixels_of(picture)
+    if isinstance(image, str | Path):
+        return read_upright(Path(image))
+    pixels = pixels_of(image)
     return pixels, (pixels.shape[0], pixels.shape[1])
 
 

@@ -1,7 +1,7 @@
 """One dataclass is a job's schema: YAML and `key=value` overrides are merged into it and checked.
 
 A field is declared with `option(default, meaning)`; a field that names a plugin with
-`part(group, name, meaning)`. The same declarations make `--help`.
+`plugin(group, name, meaning)`. The same declarations make `--help`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def option(
 def plugin(group: str, name: str, meaning: str) -> Plugin:
     """Declares a field that holds a plugin: `{name: …, its own options}`, by default the one called `name`.
 
-    A default of "none" makes the part optional.
+    A default of "none" makes the plugin optional.
     """
     metadata = {"meaning": meaning, "group": group}
     return cast(Plugin, dataclasses.field(default_factory=lambda: {"name": name}, metadata=metadata))

@@ -1,4 +1,4 @@
-"""What a job has found so far, line by line, so that a stopped run goes on and memory does not grow."""
+"""What a job has found so far, line by line, so that a stopped run resumes and memory does not grow."""
 
 from __future__ import annotations
 

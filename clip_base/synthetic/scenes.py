@@ -88,7 +88,7 @@ class ScenesConfig:
 
 
 def generate(config: ScenesConfig) -> None:
-    """Draws the world; goes on where a killed run stopped, and returns at once when all is there.
+    """Generates the dataset; resumes a killed run, and returns at once when all is there.
 
     Raises:
         InputError: `out` holds another world, or one that another version of the drawing made.

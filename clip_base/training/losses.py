@@ -174,7 +174,7 @@ class SigmoidConfig:
 
 
 class Sigmoid(nn.Module):
-    """SigLIP's sigmoid loss: every pair of the batch is judged by itself (arXiv 2303.15343, section 3.2).
+    """SigLIP's sigmoid loss: each pair of the batch is decided alone (arXiv 2303.15343, section 3.2).
 
     Attributes:
         name: what the loss is called in the log.

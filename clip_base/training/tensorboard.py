@@ -13,7 +13,7 @@ class TensorBoardLog:
 
     Args:
         folder: where the event files go.
-        step: where the run goes on; what an earlier, interrupted run wrote after it is hidden.
+        step: where the run resumes; what an earlier, interrupted run wrote after it is hidden.
 
     Raises:
         InputError: TensorBoard is not installed.

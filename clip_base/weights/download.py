@@ -140,7 +140,7 @@ def recognize(sha256: str) -> str | None:
 def download(file: Published, folder: Path, timeout: float = _TIMEOUT, pause: float = _PAUSE) -> Path:
     """Returns `folder / file.name`, which has the right content; downloads it when it has not.
 
-    What arrives goes to `NAME.part`, and a later call goes on where an earlier one was cut off. The file is
+    What arrives goes to `NAME.part`, and a later call resumes where an earlier one was cut off. The file is
     renamed to its name only after its checksum was found right. Processes that want the same file wait for
     one of them.
 
@@ -173,7 +173,7 @@ def download(file: Published, folder: Path, timeout: float = _TIMEOUT, pause: fl
 
 
 def _receive(file: Published, part: Path, timeout: float, pause: float) -> None:
-    """Makes `part` as long as the server's file; goes on after cuts and stalls while bytes arrive."""
+    """Makes `part` as long as the server's file; resumes after cuts and stalls while bytes arrive."""
     fruitless = 0
     with Progress(f"{file.name} (MiB)", -(-file.size // _MIB) or None, _length(part) // _MIB) as progress:
         while True:

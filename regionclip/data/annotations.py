@@ -121,7 +121,7 @@ class CocoDetection(Sequence[ImageAnnotations]):
         return len(self._records)
 
     def __getitem__(self, index: Any) -> Any:
-        """Returns a `Record`, or a list of them for a slice."""
+        """Returns an `ImageAnnotations`, or a list of them for a slice."""
         return self._records[index]
 
     def __iter__(self) -> Iterator[ImageAnnotations]:

@@ -132,7 +132,7 @@ def _require_listed(base: sqlite3.Connection, captions: str | Path) -> None:
 
 
 class CaptionIndex:
-    """Reads what `write_image_list` wrote; any number of processes may, nothing is locked."""
+    """Reads what `write_caption_index` wrote; any number of processes may, nothing is locked."""
 
     def __init__(self, path: Path) -> None:
         self._base = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)

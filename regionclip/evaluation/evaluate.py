@@ -70,7 +70,7 @@ class EvaluateConfig:
         renamed_from="compete",
     )
     images: str = option(
-        "", "folder that the annotations' file names are relative to; with results= for the page's pictures"
+        "", "folder that the annotations' file names are relative to; with results= for the page's images"
     )
     weights: str = option("", "a detector (ours or RegionCLIP's), or a CLIP to evaluate without training")
     boxes: str = option(

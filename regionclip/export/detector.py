@@ -68,7 +68,7 @@ class ExportDetectorConfig(DetectorSource):
     )
     network: str = option("", "proposal network's file, for a CLIP or a detector without one")
     images: list[str] = option(
-        [], "pictures, or folders of them, to compare on; empty: painted blots", renamed_from="pictures"
+        [], "images, or folders of them, to compare on; empty: synthetic ones", renamed_from="pictures"
     )
 
     def __post_init__(self) -> None:
@@ -183,7 +183,7 @@ def sample_pictures(config: ExportDetectorConfig, detector: Detector) -> list[Pi
 
 
 def _blots(size: Sequence[int], seed: int) -> Pixels:
-    """Paints a picture of this height and width with some structure of several sizes."""
+    """Paints an image of this height and width with some structure of several sizes."""
     rng = np.random.default_rng(seed)
     parts = [rng.integers(0, 85, (cells, cells, 3), dtype=np.uint8) for cells in (3, 8, 24)]
     painted: Pixels = np.add.reduce([resize(part, size[1], size[0]) for part in parts], dtype=np.uint8)

@@ -42,7 +42,7 @@ class DetectConfig(DetectorOptions):
 
     images: list[str] = option(
         REQUIRED,
-        "pictures, videos, folders of them, or quoted patterns such as 'photos/**/*.jpg'",
+        "images, videos, folders of them, or quoted patterns such as 'photos/**/*.jpg'",
         positional=True,
         renamed_from="photos",
     )
@@ -94,7 +94,7 @@ class Source:
 def detect(config: DetectConfig) -> None:
     """Looks for named things in images and videos; draws boxes, writes detections.json and detections.csv.
 
-    Images that could not be read are named in skipped.jsonl, too. Stopped, the same command goes on behind
+    Images that could not be read are named in skipped.jsonl, too. Stopped, the same command resumes behind
     the last batch of images, or video, that was done. A run that has ended is done anew.
     """
     files = picture_files(config.images, IMAGE_SUFFIXES.union(VIDEOS))

@@ -41,7 +41,7 @@ INPUTS, BOXES = ".inputs.json", ".boxes.parquet"
 
 
 def features(config: FeaturesConfig) -> None:
-    """Embeds the regions of many images, in batches, into Parquet or npz files; stopped, it goes on."""
+    """Embeds the regions of many images, in batches, into Parquet or npz files; a stopped run resumes."""
     files = [] if config.annotations else picture_files(config.images)
     folder = RunFolder(config.out, config, "region-features")
     inputs = _inputs(config, files)

@@ -40,7 +40,7 @@ _NONE = torch.zeros(0, dtype=torch.int64)
 
 @dataclass(frozen=True)
 class Shard:
-    """Pictures that follow each other in the list: from `start` to before `stop`."""
+    """Images that follow each other in the list: from `start` to before `stop`."""
 
     number: int
     start: int
@@ -48,7 +48,7 @@ class Shard:
 
 
 class FolderPictures(Sequence[ImageAnnotations]):
-    """Pictures without annotations as records without boxes; their ids count them from 1.
+    """Images without annotations as records without boxes; their ids count them from 1.
 
     Args:
         files: the images.
@@ -61,7 +61,7 @@ class FolderPictures(Sequence[ImageAnnotations]):
         return len(self.files)
 
     def __getitem__(self, index: Any) -> Any:
-        """Returns a `Record`; its height and width, which nobody has looked at yet, are 0."""
+        """Returns an `ImageAnnotations`; its height and width, which nobody has looked at yet, are 0."""
         return ImageAnnotations(index + 1, self.files[index], 0, 0, torch.zeros(0, 4), _NONE, _NONE.bool())
 
 

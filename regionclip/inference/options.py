@@ -20,12 +20,12 @@ from regionclip.structures.transforms import ResizeConfig
 
 
 @dataclass
-class PhotoOptions:
+class ImageOptions:
     """What to look at."""
 
     images: list[str] = option(
         REQUIRED,
-        "pictures, folders of them, or quoted patterns such as 'photos/**/*.jpg'",
+        "images, folders of them, or quoted patterns such as 'photos/**/*.jpg'",
         positional=True,
         renamed_from="photos",
     )
@@ -72,11 +72,11 @@ class DetectorSource:
 
 
 @dataclass
-class DetectorOptions(DetectorSource, PhotoOptions):
+class DetectorOptions(DetectorSource, ImageOptions):
     """What to look at, and with which detector."""
 
     proposer: Plugin = plugin(PROPOSERS, "none", "where regions come from; none: the detector's own network")
-    batch_size: int = option(8, "pictures at once")
+    batch_size: int = option(8, "images at once")
     precision: str = option(
         "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
     )

@@ -375,7 +375,7 @@ def _described(images: Any) -> str:
 
 
 def _boxes_in(boxes: Boxes, size: tuple[int, int]) -> Tensor:
-    """Returns [N, 4] boxes cut at the edges of a picture of (height, width), on the CPU.
+    """Returns [N, 4] boxes cut at the edges of an image of (height, width), on the CPU.
 
     Raises:
         InputError: they are of another shape, or one covers nothing of the picture; it is named.

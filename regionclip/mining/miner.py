@@ -63,7 +63,7 @@ class Miner:
 
     Args:
         config: what to mine; its `out` holds the vocabulary.
-        images: the list of all images, see `write_image_list`.
+        images: the list of all images, see `write_caption_index`.
     """
 
     def __init__(self, config: MineConfig, images: Path) -> None:
@@ -305,6 +305,6 @@ class MineConfig:
 
     @property
     def shares(self) -> tuple[int, int]:
-        """K and N of `share`; (0, 0) when it is of another form."""
+        """K and N of `shard`; (0, 0) when it is of another form."""
         found = re.fullmatch(r"(\d+)/(\d+)", self.shard)
         return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -47,7 +47,7 @@ class ReportConfig:
     concepts: int = option(24, "concepts shown, half of them the most frequent ones")
     examples: int = option(6, "regions shown a concept")
     max_report_mb: float = option(
-        6.0, "pictures that would make the page larger are left out", renamed_from="megabytes"
+        6.0, "images that would make the page larger are left out", renamed_from="megabytes"
     )
     table_rows: int = option(40, "rows of a table on the page; the files hold all", renamed_from="listed")
     workers: int = option(1, "processes that parse captions", runtime_only=True)

@@ -86,8 +86,8 @@ def fuse(objectness: Tensor, probabilities: Tensor, alpha: Tensor) -> Tensor:
 def fuse_logits(logits: Tensor, probabilities: Tensor) -> Tensor:
     """Returns [N, C] scores sqrt(logit · p) as RegionCLIP's released code computes them.
 
-    They may exceed 1. A region of negative logit has no square root: its row is NaN, and `select` leaves it
-    out as the released code does.
+    They may exceed 1. A region of negative logit has no square root: its row is NaN, and `postprocess` leaves
+    it out as the released code does.
 
     Args:
         logits: [N] objectness before the sigmoid.

@@ -155,7 +155,7 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _same_proportions(wanted: tuple[int, int], found: tuple[int, int]) -> tuple[int, int]:
-    """Returns (height, width) as wanted when a picture of the size found may be that one at another size."""
+    """Returns (height, width) as wanted when an image of the size found may be that one at another size."""
     (height, width), (h, w) = wanted, found
     if abs(h * width - w * height) > height + width:  # more than a size rounded to whole pixels explains
         raise InputError(

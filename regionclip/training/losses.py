@@ -45,7 +45,7 @@ def cosine_distance(embeddings: Tensor, targets: Tensor) -> Tensor:
 class CrossBatchMemory(nn.Module):
     """The regions of the last steps, as further negatives (cross-batch memory, arXiv 1912.06798).
 
-    It is part of a task's state, so that a resumed run goes on with it.
+    It is part of a task's state, so that a resumed run continues with it.
 
     Args:
         size: M, how many regions are kept; 0 keeps none.
@@ -170,7 +170,7 @@ class SigmoidConfig:
 
 
 class SigmoidRegionText(nn.Module):
-    """SigLIP's loss: every pair of a region and a concept is judged by itself (arXiv 2303.15343, 3.2).
+    """SigLIP's loss: every pair of a region and a concept is a decision by itself (arXiv 2303.15343, 3.2).
 
     The memory adds its concepts; its regions have no gradient, and pairs of their own would teach nothing.
 
@@ -190,7 +190,7 @@ class SigmoidRegionText(nn.Module):
         Args:
             named: the regions.
             texts: [P, D], unit length, of `named.present`.
-            scale: not used: pairs judged one by one need a scale and a bias that fit each other.
+            scale: not used: pairs decided one by one need a scale and a bias that fit each other.
         """
         logits = self.log_scale.exp() * named.regions @ texts.T + self.bias  # [n, P]
         same = named.concepts[:, None] == named.present

@@ -106,7 +106,7 @@ class RegionTextTask(nn.Module):
         vocabulary: the pool that the regions' concept ids mean; None for a loss over crops alone.
         config: weights of the losses, temperature, what is frozen.
         teacher: names regions within the step; None: the concepts stored with them count.
-        synonyms: lists of names of one thing, see `families`.
+        synonyms: lists of names of one thing, see `concept_groups`.
     """
 
     concepts: Tensor

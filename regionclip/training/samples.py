@@ -113,7 +113,7 @@ class GridPatchDataset(RegionDataset):
     Args:
         samples: the images; what boxes they have are not used.
         max_grid: m and n are drawn from 1 to this.
-        resize: see `RegionSamples`, as are the rest.
+        resize: see `RegionDataset`, as are the rest.
     """
 
     def __init__(

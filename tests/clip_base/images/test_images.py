@@ -94,7 +94,7 @@ def test_shrinking_averages() -> None:
     assert resize(gradient(), 64, 48).shape == (48, 64, 3)
 
 
-def test_normalized_pixels_are_centerd_and_scaled_by_channel() -> None:
+def test_normalized_pixels_are_centered_and_scaled_by_channel() -> None:
     pixels = to_tensor([gradient(), gradient()])
     assert pixels.shape == (2, 3, 24, 32)
     assert pixels.is_contiguous(memory_format=torch.channels_last)

@@ -182,7 +182,7 @@ def test_weights_scale_the_losses(small: Small, rectangles: Rectangles) -> None:
     torch.testing.assert_close(after["box"], 0.5 * before["box"])
 
 
-def test_anchors_are_centerd_on_cells_unrounded_and_of_the_asked_area(small: Small) -> None:
+def test_anchors_are_centered_on_cells_unrounded_and_of_the_asked_area(small: Small) -> None:
     network = ProposalNetwork(small(anchor_sizes=[15.0, 31.0], ratios=[0.5, 2.0]))
     maps = [torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 2, 1)]
     fine, coarse = network.anchors(maps)

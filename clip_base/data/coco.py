@@ -18,7 +18,6 @@ from clip_base.runtime.files import existing, read_json
 
 ANNOTATION_FORMATS = "clip_base.annotation_formats"
 AnnotationFormat = Callable[[Path], dict[str, Any] | None]
-
 # A form's lists, and what must be a whole number in each one's entries.
 INSTANCES = {"images": ("id",), "annotations": ("image_id", "category_id"), "categories": ("id",)}
 CAPTIONS = {"images": ("id",), "annotations": ("image_id",)}

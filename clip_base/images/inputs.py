@@ -32,6 +32,10 @@ from clip_base.images.folders import (
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing
 
+Picture = str | Path | Image.Image | npt.NDArray[Any] | Tensor
+LARGE = 25_000_000  # pixels
+_WARNINGS = threading.Lock()  # what is to be warned of is one setting for all threads
+
 
 def pixels_of(image: Image.Image | npt.NDArray[Any] | Tensor) -> Pixels:
     """Returns an image as [H, W, 3] uint8 RGB.
@@ -79,14 +83,6 @@ def _checked(array: npt.NDArray[Any], given: str) -> Pixels:
         raise InputError(f"an image's pixels are uint8, or floating in [0, 1]; got {array.dtype}")
     array = array.reshape(*array.shape[:2], colors)
     return np.ascontiguousarray(array[..., :3] if colors > 1 else array.repeat(3, axis=2))
-
-
-Picture = str | Path | Image.Image | npt.NDArray[Any] | Tensor
-
-LARGE = 25_000_000  # pixels
-
-
-_WARNINGS = threading.Lock()  # what is to be warned of is one setting for all threads
 
 
 def picture_files(places: Sequence[str], endings: Collection[str] = IMAGE_SUFFIXES) -> list[Path]:

@@ -24,8 +24,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.checkpoint import checkpoint
 
 QUICK_GELU_SLOPE = 1.702
-
-
 # Modules of torch whose weights are used here without a call, or that have none. Ours say `folded`.
 FOLDED: frozenset[type[nn.Module]] = frozenset(
     (

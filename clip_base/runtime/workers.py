@@ -27,13 +27,8 @@ from typing import Any, TypeVar
 from clip_base.runtime.errors import InputError
 
 EXECUTORS = ("local", "ray")
-
 Task = TypeVar("Task")
-
-
 Result = TypeVar("Result")
-
-
 Report = Callable[[int, str], None]
 
 
@@ -41,9 +36,9 @@ Report = Callable[[int, str], None]
 
 
 Work = Callable[[Task, Report], Result]
-
-
 Watch = Callable[[Task, int, str], None]
+Item = TypeVar("Item")
+Read = TypeVar("Read")
 
 
 def run(
@@ -304,12 +299,6 @@ def _on_ray(
             ray.kill(actor)
         if not connected:
             ray.shutdown()
-
-
-Item = TypeVar("Item")
-
-
-Read = TypeVar("Read")
 
 
 def in_turn(read: Callable[[Item], Read], items: Iterable[Item], threads: int) -> Iterator[Read]:

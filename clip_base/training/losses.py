@@ -16,6 +16,8 @@ from clip_base.jobs.config import option
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError
 
+OBJECTIVES = "clip_base.objectives"
+
 
 def contrastive(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     """The symmetric cross entropy of CLIP (arXiv 2103.00020, section 2.3).
@@ -34,9 +36,6 @@ def contrastive(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     logits = scale * images @ texts.T  # [B, B]
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-OBJECTIVES = "clip_base.objectives"
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,10 @@ from clip_base.jobs import plugins
 from clip_base.weights import key_names, unpickle
 
 GROUP = "clip_base.formats"
-
-
 # How `convert` writes forms of other packages: a function of the file and of where to write, which returns
 # what it wrote, in words.
 WRITERS = "clip_base.writers"
-
-
 Writer = Callable[[Path, Path], str]
-
-
 # The same in the other direction; its third argument is the CLIP whose text tower goes along, or "".
 Reader = Callable[[Path, Path, str], str]
 

@@ -24,32 +24,14 @@ from regionclip.proposals.rpn.detectron2_names import NETWORK
 
 # What cosines are divided by in every published configuration; the files do not hold it.
 TEMPERATURE = 0.01
-
-
 VISUAL = "image tower"
-
-
 TEXT = "text tower"
-
-
 HEAD = "box predictor"
-
-
 EMBEDDINGS = "class embeddings"
-
-
 PRETRAINED = "a pretrained RegionCLIP"
-
-
 FINETUNED = "a RegionCLIP detector"
-
-
 RPN = "a detectron2 checkpoint with a proposal network"
-
-
 TEACHER = "CLIP twice, as RegionCLIP's pretraining starts from it"
-
-
 CONCEPTS = "concept embeddings"
 
 
@@ -65,16 +47,10 @@ class _Rule:
 
 
 _NAMES = "embeds names"
-
-
 _PROPOSES = "proposes regions"
-
-
 _COUNTERS = _Rule(
     "counters", "batch norms count batches in training", r".*\.num_batches_tracked$", used=False
 )
-
-
 _MODEL = (
     _COUNTERS,
     _Rule(VISUAL, "embeds regions", r"backbone\.(?=(conv|bn|layer)\d|attnpool\.)", "visual."),
@@ -109,15 +85,11 @@ _MODEL = (
     ),
     _Rule("mask head", "draws masks; this detector gives boxes", r"roi_heads\.mask_head\.", used=False),
 )
-
-
 _PROPOSALS = (
     _COUNTERS,
     _Rule(NETWORK, _PROPOSES, r"(?=(backbone|proposal_generator)\.|pixel_(mean|std)$)"),
     _Rule("second stage", "the Mask R-CNN that the network was trained in", r"roi_heads\.", used=False),
 )
-
-
 _TEACHER = "teacher_"
 
 

@@ -37,8 +37,6 @@ from regionclip.structures.transforms import ResizeConfig
 # As the published configurations test (`configs/` of github.com/microsoft/RegionCLIP): images, and how
 # regions become detections, by the number of names that boxes were trained on.
 RESIZE = ResizeConfig([800], 1333, filter="bilinear", multiple=1)
-
-
 _COCO = DetectorConfig(
     max_proposals=1000,
     temperature=parts.TEMPERATURE,
@@ -48,8 +46,6 @@ _COCO = DetectorConfig(
     nms_type="soft",
     max_detections=100,
 )
-
-
 _LVIS = DetectorConfig(
     max_proposals=1000,
     temperature=parts.TEMPERATURE,
@@ -58,15 +54,10 @@ _LVIS = DetectorConfig(
     nms_type="soft",
     max_detections=300,
 )
-
-
 SETTINGS = {48: _COCO, 65: _COCO, 80: _COCO, 866: _LVIS, 1203: _LVIS}
-
-
 HEAD_NAMES = ("bbox_pred.weight", "bbox_pred.bias", "cls_bg_score.weight")
-
-
 _LISTS = ("coco", "coco65", "coco_base", "coco_novel")
+FORMAT = "regionclip.detector/1"
 
 
 class ImageTower(CLIP):
@@ -278,9 +269,6 @@ def _counters(module: torch.nn.Module) -> dict[str, Tensor]:
     return {
         name: torch.zeros_like(value) for name, value in state.items() if name.endswith("num_batches_tracked")
     }
-
-
-FORMAT = "regionclip.detector/1"
 
 
 def save_detector(detector: Detector, path: str | Path, base: Sequence[str]) -> None:

@@ -29,12 +29,9 @@ from regionclip.data.captions import cleaned, read_texts
 from regionclip.data.categories import parse_names
 
 FORMAT = "regionclip.concepts"
-
-
 VERSION = 3  # raised when the same captions begin to give another pool
-
-
 SAME = ("version", "captions_sha256", "classes_sha256", "stop_words_sha256")
+_LISTED = 5  # phrases shown that hold the same word
 
 
 @dataclass
@@ -206,9 +203,6 @@ def _print_summary(out: Path, concepts: list[Concept], meta: dict[str, Any], min
     print(f"{len(concepts):,} concepts at min_count={min_count} ({split}) in {out}")
     print(f"{meta['coco80_held']} of COCO's 80 names are among them by their count")
     print("most frequent: " + ", ".join(f"{concept.concept} {concept.count:,}" for concept in concepts[:10]))
-
-
-_LISTED = 5  # phrases shown that hold the same word
 
 
 def explain(config: ConceptsConfig, concepts: list[Concept]) -> str:

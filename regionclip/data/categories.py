@@ -14,8 +14,6 @@ from clip_base.runtime.files import existing, is_file, read_json
 from clip_base.runtime.tables import CLASS_FILES, read_class_list
 
 DATA_FILES = Path(__file__).parents[1] / "data_files"
-
-
 # Class lists that come with the project, by the name one types.
 CLASS_LISTS = {
     "coco": ("coco80.txt",),
@@ -25,10 +23,12 @@ CLASS_LISTS = {
     "coco_novel": ("coco_novel.txt",),
     "lvis": ("lvis.txt",),
 }
-
-
 # Nobody means these as names: a list with one of them is a file.
 _FILE_ENDINGS = {*CLASS_FILES, ".npy", ".pth", ".safetensors"}
+LVIS = "lvis"
+# Bansal et al. (arXiv 1804.04340, section 5) chose the 48 and 17 of COCO's 80 categories that everybody
+# reports on.
+PUBLISHED = {"coco": ("coco_base.txt", "coco_novel.txt")}
 
 
 def parse_names(text: str) -> list[str]:
@@ -95,14 +95,6 @@ def check_names(names: Sequence[str]) -> None:
         ways = [" = ".join(quote(name, 40) for name in dict.fromkeys(same)) for same in twice]
         shown = ", ".join(ways[:5]) + (f" and {len(ways) - 5} more" if len(ways) > 5 else "")
         raise InputError(f"a vocabulary's names must differ, {shown} stands there more than once")
-
-
-LVIS = "lvis"
-
-
-# Bansal et al. (arXiv 1804.04340, section 5) chose the 48 and 17 of COCO's 80 categories that everybody
-# reports on.
-PUBLISHED = {"coco": ("coco_base.txt", "coco_novel.txt")}
 
 
 @dataclass(frozen=True)

@@ -25,17 +25,15 @@ from regionclip.structures.transforms import ResizeConfig
 from regionclip.training.region_text import freeze
 
 HEAD = ("layer4", "attnpool")
-
-
 HELD = (("backbone", "tower"), ("proposal_generator", "network"), ("roi_heads", "detector"))
-
-
 # Where the parts of a model keep what a `Detector` holds, and its own names for it.
 PLACES = {
     "backbone.tower.": "clip.visual.",
     "proposal_generator.network.": "network.",
     "roi_heads.detector.": "",
 }
+STAGES = ("res2", "res3", "res4")  # detectron2's names of the maps after layer1, layer2 and layer3
+TRUNK_STAGES = 4  # of `freeze`: the stem and three layers
 
 
 def read_detector(
@@ -120,12 +118,6 @@ def to_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
         theirs, ours = next(place for place in PLACES.items() if key.startswith(place[0]))
         renamed[ours + key.removeprefix(theirs)] = value
     return renamed
-
-
-STAGES = ("res2", "res3", "res4")  # detectron2's names of the maps after layer1, layer2 and layer3
-
-
-TRUNK_STAGES = 4  # of `freeze`: the stem and three layers
 
 
 @BACKBONE_REGISTRY.register()

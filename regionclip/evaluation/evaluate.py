@@ -40,6 +40,11 @@ from regionclip.structures.regions import Regions
 from regionclip.structures.transforms import ResizeConfig
 
 PER_CLASS = ("name", "category_id", "novel", "boxes", "detections", "AP", "AP50")
+DOUBTFUL = 0.02
+_RENUMBER = (
+    "if its category ids count a class list, say which: results_categories=coco, coco65 or a file, "
+    "results_first_id=1 when they count from 1"
+)
 
 
 @dataclass
@@ -237,15 +242,6 @@ def _say_doubts(
         names = parse_names(config.results_categories)
         note = order_note(read.entries, names, config.results_first_id, _ids(truth), ap50, measure)
         print(f"note: results_categories={config.results_categories}: {note}")
-
-
-DOUBTFUL = 0.02
-
-
-_RENUMBER = (
-    "if its category ids count a class list, say which: results_categories=coco, coco65 or a file, "
-    "results_first_id=1 when they count from 1"
-)
 
 
 def _write_per_class(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -32,8 +32,9 @@ from regionclip.structures.detections import Detections
 from regionclip.structures.drawing import draw, save_picture
 
 JOURNAL, SKIPPED = ".detections.jsonl", "skipped.jsonl"
-
 Likely = list[list[tuple[str, float]]]
+COLUMNS = ("file_name", "image_id", "frame", "time", "category_id", "category_name", "score")
+BOX = ("x", "y", "width", "height")
 
 
 @dataclass
@@ -253,12 +254,6 @@ class DetectionRunner:
 
     def _skip(self, source: Source, reason: str) -> None:
         self.journal.add("skipped", {"file_name": str(source.file), "reason": reason})
-
-
-COLUMNS = ("file_name", "image_id", "frame", "time", "category_id", "category_name", "score")
-
-
-BOX = ("x", "y", "width", "height")
 
 
 def targets_of(files: Sequence[Path], out: Path) -> list[Path]:

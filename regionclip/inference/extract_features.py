@@ -35,8 +35,6 @@ from regionclip.proposals.storage import ProposalTable, writing
 from regionclip.structures.boxes import xywh_to_xyxy
 
 VERSION = 1
-
-
 INPUTS, BOXES = ".inputs.json", ".boxes.parquet"
 
 

@@ -38,6 +38,82 @@ from regionclip.structures.regions import FeatureMaps, ImageInfo, Regions, whole
 _NONE = torch.zeros(0, dtype=torch.int64)
 
 
+@dataclass
+class FeaturesConfig(DetectorOptions):
+    """Options of describing regions."""
+
+    images: list[str] = option(
+        [],
+        "images, folders of them, or quoted patterns such as 'photos/**/*.jpg'; with annotations=: the "
+        "folder that its file names are relative to",
+        positional=True,
+        renamed_from="photos",
+    )
+    vocabulary: str = option(
+        "",
+        'names of which each region gets its most probable: "cat, dog", a file with one per line, coco, '
+        "coco65, lvis; empty: none",
+    )
+    annotations: str = option("", "instances_*.json in COCO's form: which images, and their true boxes")
+    regions_from: str = option(
+        "proposals",
+        "which regions: proposals; truth, the annotations' boxes; none; or a file of boxes in COCO's results "
+        "form, matched by image_id with annotations=, else by file_name",
+        renamed_from="boxes",
+    )
+    max_regions: int = option(
+        100, "most regions per image, the best scored (regions_from=truth: all)", renamed_from="regions"
+    )
+    whole_image: bool = option(False, "the image as a whole as well, as a row of its own before its regions")
+    top_k: int = option(
+        5, "with vocabulary=: so many names a region, most probable first", renamed_from="top"
+    )
+    out: str = option("features", "folder for the files and manifest.json", runtime_only=True)
+    format: str = option(
+        "parquet",
+        "parquet: shards with one row per region; npz: NumPy arrays, one file per image",
+        choices=("parquet", "npz"),
+    )
+    dtype: str = option("float16", "of the embeddings in the files", choices=("float16", "float32"))
+    shard_images: int = option(256, "images per shard: what a stopped run does again, and what memory holds")
+    workers: int = option(
+        1,
+        "processes beside each other, of which each takes one of the GPUs; 0: one per core",
+        runtime_only=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.images:
+            raise InputError("give images (files, folders, patterns), or annotations=FILE images=DIR")
+        if self.annotations and len(self.images) > 1:
+            raise InputError(
+                "annotations=FILE goes with the one folder that its file names are relative to: images=DIR; "
+                f"found {len(self.images)} images or folders"
+            )
+        if self.regions_from == "truth" and not self.annotations:
+            raise InputError("regions_from=truth needs annotations=FILE images=DIR")
+        if self.regions_from == "none" and not self.whole_image:
+            raise InputError("regions_from=none leaves nothing to describe; give whole_image=true with it")
+        if self.regions_from != "proposals" and self.proposer["name"] != "none":
+            raise InputError(
+                f"regions_from={self.regions_from} and proposer.name={self.proposer['name']}: "
+                "give one of them"
+            )
+        if min(self.max_regions, self.shard_images, self.top_k) < 1 or self.workers < 0:
+            raise InputError("max_regions, shard_images and top_k must be at least 1, workers not negative")
+
+    @property
+    def image_folder(self) -> str:
+        """The folder that the annotations' file names are relative to; "" without annotations."""
+        return self.images[0] if self.annotations else ""
+
+    @property
+    def boxes_file(self) -> str:
+        """The file of boxes; "" when they come from elsewhere."""
+        return "" if self.regions_from in ("proposals", "truth", "none") else self.regions_from
+
+
 @dataclass(frozen=True)
 class Shard:
     """Images that follow each other in the list: from `start` to before `stop`."""
@@ -200,79 +276,3 @@ def _best(regions: Regions, images: int, limit: int) -> Regions:
     starts = np.searchsorted(index, np.arange(images))
     within = np.arange(len(index)) - starts[index]
     return regions[torch.from_numpy(within < limit).to(regions.boxes.device)]
-
-
-@dataclass
-class FeaturesConfig(DetectorOptions):
-    """Options of describing regions."""
-
-    images: list[str] = option(
-        [],
-        "images, folders of them, or quoted patterns such as 'photos/**/*.jpg'; with annotations=: the "
-        "folder that its file names are relative to",
-        positional=True,
-        renamed_from="photos",
-    )
-    vocabulary: str = option(
-        "",
-        'names of which each region gets its most probable: "cat, dog", a file with one per line, coco, '
-        "coco65, lvis; empty: none",
-    )
-    annotations: str = option("", "instances_*.json in COCO's form: which images, and their true boxes")
-    regions_from: str = option(
-        "proposals",
-        "which regions: proposals; truth, the annotations' boxes; none; or a file of boxes in COCO's results "
-        "form, matched by image_id with annotations=, else by file_name",
-        renamed_from="boxes",
-    )
-    max_regions: int = option(
-        100, "most regions per image, the best scored (regions_from=truth: all)", renamed_from="regions"
-    )
-    whole_image: bool = option(False, "the image as a whole as well, as a row of its own before its regions")
-    top_k: int = option(
-        5, "with vocabulary=: so many names a region, most probable first", renamed_from="top"
-    )
-    out: str = option("features", "folder for the files and manifest.json", runtime_only=True)
-    format: str = option(
-        "parquet",
-        "parquet: shards with one row per region; npz: NumPy arrays, one file per image",
-        choices=("parquet", "npz"),
-    )
-    dtype: str = option("float16", "of the embeddings in the files", choices=("float16", "float32"))
-    shard_images: int = option(256, "images per shard: what a stopped run does again, and what memory holds")
-    workers: int = option(
-        1,
-        "processes beside each other, of which each takes one of the GPUs; 0: one per core",
-        runtime_only=True,
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.images:
-            raise InputError("give images (files, folders, patterns), or annotations=FILE images=DIR")
-        if self.annotations and len(self.images) > 1:
-            raise InputError(
-                "annotations=FILE goes with the one folder that its file names are relative to: images=DIR; "
-                f"found {len(self.images)} images or folders"
-            )
-        if self.regions_from == "truth" and not self.annotations:
-            raise InputError("regions_from=truth needs annotations=FILE images=DIR")
-        if self.regions_from == "none" and not self.whole_image:
-            raise InputError("regions_from=none leaves nothing to describe; give whole_image=true with it")
-        if self.regions_from != "proposals" and self.proposer["name"] != "none":
-            raise InputError(
-                f"regions_from={self.regions_from} and proposer.name={self.proposer['name']}: "
-                "give one of them"
-            )
-        if min(self.max_regions, self.shard_images, self.top_k) < 1 or self.workers < 0:
-            raise InputError("max_regions, shard_images and top_k must be at least 1, workers not negative")
-
-    @property
-    def image_folder(self) -> str:
-        """The folder that the annotations' file names are relative to; "" without annotations."""
-        return self.images[0] if self.annotations else ""
-
-    @property
-    def boxes_file(self) -> str:
-        """The file of boxes; "" when they come from elsewhere."""
-        return "" if self.regions_from in ("proposals", "truth", "none") else self.regions_from

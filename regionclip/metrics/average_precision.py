@@ -25,11 +25,7 @@ from regionclip.metrics import lvis
 from regionclip.metrics.coco_api import EVALUATORS, Curves, Precision, with_faster_coco_eval
 
 NOTHING = -1.0
-
-
 AREAS = ("all", "small", "medium", "large")
-
-
 IOU_THRESHOLDS = tuple(float(threshold) for threshold in np.linspace(0.5, 0.95, 10))  # COCO's ten
 
 

@@ -39,6 +39,73 @@ from regionclip.structures.transforms import ResizeConfig, ResizeTransform
 VOCABULARY = "vocabulary.safetensors"
 
 
+@dataclass
+class MineConfig:
+    """Options of mining."""
+
+    images: str = option(REQUIRED, "folder that the captions' file names are relative to")
+    captions: str = option(REQUIRED, "captions_*.json in COCO's form")
+    weights: str = option(REQUIRED, "the teacher: a CLIP")
+    concepts: str = option(REQUIRED, "concept pool from `regionclip concepts`")
+    out: str = option(REQUIRED, "folder for shards and manifest", runtime_only=True)
+    proposer: Plugin = plugin(PROPOSERS, "rpn", "where regions come from")
+    matcher: Plugin = plugin(MATCHERS, "hybrid", "how regions find their concepts")
+    teacher: str = option("crop", "how the teacher sees a region", choices=("crop", "roi_align", "dense"))
+    teacher_scale: float = option(
+        1.0,
+        "factor on the images' size for the teacher (not for crops): it reads best near its own resolution",
+    )
+    context: float = option(1.2, "teacher=crop: side of the square crop, in longer sides of the box")
+    templates: list[str] = option(list(DEFAULT_TEMPLATES), "prompts, averaged; {} is the concept")
+    temperature: float = option(
+        0.0, "what cosines are divided by; 0: the teacher's own, 1 / exp(logit scale)"
+    )
+    resize: ResizeConfig = option(ResizeConfig(), "size of the images; nothing is mirrored")
+    language: str = option("", "spaCy model for phrases; empty: the one that the concept pool was made with")
+    batch_size: int = option(16, "images at once")
+    shard_images: int = option(2000, "images per shard")
+    precision: str = option(
+        "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
+    )
+    device: str = option("auto", "auto takes a GPU when there is one", runtime_only=True)
+    executor: str = option(
+        "local",
+        "where the processes are: local, on this machine; ray, on the Ray cluster that RAY_ADDRESS names or "
+        "that runs here (its machines see the same files at the same paths)",
+        runtime_only=True,
+        choices=EXECUTORS,
+        renamed_from="engine",
+    )
+    workers: int = option(
+        1,
+        "processes that mine shards beside each other; 0: one per core (ray: or one a GPU)",
+        runtime_only=True,
+    )
+    shard: str = option(
+        "1/1",
+        "K/N mines only the K-th of N shares of the shards, into the same folder: each machine another, and "
+        "the one that ends last writes the manifest",
+        runtime_only=True,
+        renamed_from="share",
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        if self.batch_size < 1 or self.shard_images < 1:
+            raise InputError("batch_size and shard_images must be at least 1")
+        if self.workers < 0:
+            raise InputError(f"workers must be at least 0, got {self.workers}")
+        first, count = self.shares
+        if not 1 <= first <= count:
+            raise InputError(f"shard={self.shard} must be K/N with K from 1 to N, such as 2/8")
+
+    @property
+    def shares(self) -> tuple[int, int]:
+        """K and N of `shard`; (0, 0) when it is of another form."""
+        found = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+        return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
 @dataclass(frozen=True)
 class CaptionedImage:
     """An image to mine.
@@ -241,70 +308,3 @@ def mining_parser(path: str, pool: Sequence[Concept], language: str, workers: in
         except InputError as error:
             print(f"captions are parsed anew: {error}", file=sys.stderr)
     return parser
-
-
-@dataclass
-class MineConfig:
-    """Options of mining."""
-
-    images: str = option(REQUIRED, "folder that the captions' file names are relative to")
-    captions: str = option(REQUIRED, "captions_*.json in COCO's form")
-    weights: str = option(REQUIRED, "the teacher: a CLIP")
-    concepts: str = option(REQUIRED, "concept pool from `regionclip concepts`")
-    out: str = option(REQUIRED, "folder for shards and manifest", runtime_only=True)
-    proposer: Plugin = plugin(PROPOSERS, "rpn", "where regions come from")
-    matcher: Plugin = plugin(MATCHERS, "hybrid", "how regions find their concepts")
-    teacher: str = option("crop", "how the teacher sees a region", choices=("crop", "roi_align", "dense"))
-    teacher_scale: float = option(
-        1.0,
-        "factor on the images' size for the teacher (not for crops): it reads best near its own resolution",
-    )
-    context: float = option(1.2, "teacher=crop: side of the square crop, in longer sides of the box")
-    templates: list[str] = option(list(DEFAULT_TEMPLATES), "prompts, averaged; {} is the concept")
-    temperature: float = option(
-        0.0, "what cosines are divided by; 0: the teacher's own, 1 / exp(logit scale)"
-    )
-    resize: ResizeConfig = option(ResizeConfig(), "size of the images; nothing is mirrored")
-    language: str = option("", "spaCy model for phrases; empty: the one that the concept pool was made with")
-    batch_size: int = option(16, "images at once")
-    shard_images: int = option(2000, "images per shard")
-    precision: str = option(
-        "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
-    )
-    device: str = option("auto", "auto takes a GPU when there is one", runtime_only=True)
-    executor: str = option(
-        "local",
-        "where the processes are: local, on this machine; ray, on the Ray cluster that RAY_ADDRESS names or "
-        "that runs here (its machines see the same files at the same paths)",
-        runtime_only=True,
-        choices=EXECUTORS,
-        renamed_from="engine",
-    )
-    workers: int = option(
-        1,
-        "processes that mine shards beside each other; 0: one per core (ray: or one a GPU)",
-        runtime_only=True,
-    )
-    shard: str = option(
-        "1/1",
-        "K/N mines only the K-th of N shares of the shards, into the same folder: each machine another, and "
-        "the one that ends last writes the manifest",
-        runtime_only=True,
-        renamed_from="share",
-    )
-
-    def __post_init__(self) -> None:
-        """Checks the numbers."""
-        if self.batch_size < 1 or self.shard_images < 1:
-            raise InputError("batch_size and shard_images must be at least 1")
-        if self.workers < 0:
-            raise InputError(f"workers must be at least 0, got {self.workers}")
-        first, count = self.shares
-        if not 1 <= first <= count:
-            raise InputError(f"shard={self.shard} must be K/N with K from 1 to N, such as 2/8")
-
-    @property
-    def shares(self) -> tuple[int, int]:
-        """K and N of `shard`; (0, 0) when it is of another form."""
-        found = re.fullmatch(r"(\d+)/(\d+)", self.shard)
-        return (int(found[1]), int(found[2])) if found else (0, 0)

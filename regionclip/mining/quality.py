@@ -19,6 +19,7 @@ from regionclip.metrics.matching import BACKGROUND, CORRECT, IGNORED, MISCLASSIF
 from regionclip.mining.shards import MinedRegion
 
 Box = tuple[float, float, float, float]
+SHOWN = (CORRECT, MISCLASSIFIED, BACKGROUND)
 
 
 @dataclass(frozen=True)
@@ -190,9 +191,6 @@ def canonical_name(phrase: str, categories: Collection[str]) -> str | None:
 def _same_name(categories: Sequence[str]) -> Callable[[str], str | None]:
     names = {name.casefold(): name for name in categories}
     return lambda phrase: names.get(phrase.strip().casefold())
-
-
-SHOWN = (CORRECT, MISCLASSIFIED, BACKGROUND)
 
 
 @dataclass(frozen=True)

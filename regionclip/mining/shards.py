@@ -17,10 +17,8 @@ from clip_base.runtime.files import existing, read_json, replacing
 
 VERSION = 2
 MANIFEST = "manifest.json"
-
 _ROWS = 5000  # regions made a table at once: as Python's objects they take ten times the memory
 _SKIPPED = b"skipped"
-
 # Which region of which image: mined ones have these columns, described ones (`features`) too.
 REGION_COLUMNS = [
     ("image_id", pa.int64()),

@@ -45,6 +45,109 @@ from regionclip.training.losses import (
 )
 
 
+@dataclass
+class RegionPretrainConfig:
+    """Options of region pretraining."""
+
+    mined: str = option(
+        "", "folder that `regionclip mine` has filled; empty: crops alone, on patches of images"
+    )
+    weights: str = option(REQUIRED, "the student's start: a CLIP")
+    captions: str = option(
+        "", "captions_*.json for the image-text loss; empty: those the shards were mined from"
+    )
+    images: str = option("", "folder of the images; empty: the one the shards were mined from")
+    out: str = option(REQUIRED, "folder for weights, log and metrics", runtime_only=True)
+    resize: ResizeConfig = option(ResizeConfig(), "size of the training images")
+    max_regions: int = option(
+        100, "most regions per image and step; more are sampled", renamed_from="regions"
+    )
+    max_grid: int = option(
+        6,
+        "without mined=: an image is cut into m by n patches, both drawn from 1 to this",
+        renamed_from="cells",
+    )
+    distillation: float = option(1.0, "weight of the divergence from the teacher's concepts")
+    contrastive: float = option(1.0, "weight of the region-text contrastive loss")
+    image_text: float = option(1.0, "weight of the image-text contrastive loss")
+    crop_distillation: float = option(
+        0.0,
+        "weight of the cosine distance to what the tower, as it was, makes of the regions' crops",
+        renamed_from="crops",
+    )
+    region_text: Plugin = plugin(REGION_TEXT, "softmax", "form of the region-text contrastive loss")
+    memory: int = option(0, "regions of earlier steps kept as further negatives of the contrastive loss")
+    synonyms: list[str] = option(
+        [], "class lists (LVIS's, say) whose names for one thing are no negatives of each other"
+    )
+    teacher: str = option(
+        "", "mining's CLIP, to name regions within the step over the whole pool; empty: stored concepts"
+    )
+    temperature: float = option(
+        0.0, "what cosines are divided by; 0: the student's own, 1 / exp(logit scale)"
+    )
+    learn_temperature: bool = option(False, "train the temperature, as CLIP's: never below 0.01")
+    train_text: bool = option(False, "train the text tower too; the distillation needs it frozen")
+    freeze_stages: int = option(
+        2, "stages kept as they are: 0 none, 1 the stem, 2 also layer1, … 4 also layer3"
+    )
+    freeze_batch_norm: bool = option(True, "keep the statistics and gains of batch norms as they are")
+    cache: bool = option(False, "keep decoded images in memory (for small data sets)", runtime_only=True)
+    lr_reference_batch_size: int = option(
+        0,
+        "batch that train.lr is meant for; for another it is scaled in proportion; 0: taken as it is",
+        renamed_from="lr_batch",
+    )
+    train: TrainConfig = option(
+        TrainConfig(
+            steps=600_000,
+            batch_size=96,
+            optimizer="sgd",
+            lr=0.002,
+            weight_decay=1e-4,
+            schedule="step",
+            milestones=[0.5, 0.875],
+            max_grad_norm=5.0,
+        ),
+        "the training loop; the defaults are the published recipe",
+    )
+
+    def __post_init__(self) -> None:
+        paired = max(self.distillation, self.contrastive, self.image_text)
+        softmax = self.contrastive > 0 and self.region_text["name"] != "sigmoid"
+        faults = {
+            "all losses have weight 0: give distillation, contrastive, image_text or crop_distillation one": (
+                max(paired, self.crop_distillation) <= 0
+            ),
+            "give mined=, what `regionclip mine` made, or images= with crop_distillation as the only loss": (
+                not self.mined and (paired > 0 or not self.images)
+            ),
+            "the pool's embeddings are of the frozen text tower: set distillation=0 or train_text=false": (
+                self.train_text and self.distillation > 0
+            ),
+            "train_text needs a loss that reads texts: give contrastive or image_text a weight": (
+                self.train_text and max(self.contrastive, self.image_text) <= 0
+            ),
+            "learn_temperature needs a loss with a temperature: distillation, image_text or a softmax": (
+                self.learn_temperature and max(self.distillation, self.image_text) <= 0 and not softmax
+            ),
+            "memory holds negatives of the contrastive loss: give contrastive a weight or set memory=0": (
+                self.memory > 0 and self.contrastive <= 0
+            ),
+            "teacher is for the distillation: give distillation a weight or leave teacher empty": (
+                bool(self.teacher) and self.distillation <= 0
+            ),
+            f"memory, lr_reference_batch_size and temperature must be at least 0, max_grid at "
+            f"least 1; found {self.memory}, {self.lr_reference_batch_size}, {self.temperature:g} and "
+            f"{self.max_grid}": (
+                min(self.memory, self.lr_reference_batch_size, self.temperature) < 0 or self.max_grid < 1
+            ),
+        }
+        for message, holds in faults.items():
+            if holds:
+                raise InputError(message)
+
+
 def freeze(visual: ModifiedResNet | VisionTransformer, stages: int, batch_norm: bool) -> None:
     """Freezes the first `stages` stages of a ResNet (stem, layer1, layer2, layer3), and batch norms if asked.
 
@@ -255,106 +358,3 @@ def prompts(vocabulary: Vocabulary, context: int) -> Tensor:
     templates: list[str] = json.loads(vocabulary.provenance["templates"])
     texts = [fill(template, name) for name in vocabulary.names for template in templates]
     return Tokenizer(context)(texts, truncate=True).view(len(vocabulary), len(templates), context)
-
-
-@dataclass
-class RegionPretrainConfig:
-    """Options of region pretraining."""
-
-    mined: str = option(
-        "", "folder that `regionclip mine` has filled; empty: crops alone, on patches of images"
-    )
-    weights: str = option(REQUIRED, "the student's start: a CLIP")
-    captions: str = option(
-        "", "captions_*.json for the image-text loss; empty: those the shards were mined from"
-    )
-    images: str = option("", "folder of the images; empty: the one the shards were mined from")
-    out: str = option(REQUIRED, "folder for weights, log and metrics", runtime_only=True)
-    resize: ResizeConfig = option(ResizeConfig(), "size of the training images")
-    max_regions: int = option(
-        100, "most regions per image and step; more are sampled", renamed_from="regions"
-    )
-    max_grid: int = option(
-        6,
-        "without mined=: an image is cut into m by n patches, both drawn from 1 to this",
-        renamed_from="cells",
-    )
-    distillation: float = option(1.0, "weight of the divergence from the teacher's concepts")
-    contrastive: float = option(1.0, "weight of the region-text contrastive loss")
-    image_text: float = option(1.0, "weight of the image-text contrastive loss")
-    crop_distillation: float = option(
-        0.0,
-        "weight of the cosine distance to what the tower, as it was, makes of the regions' crops",
-        renamed_from="crops",
-    )
-    region_text: Plugin = plugin(REGION_TEXT, "softmax", "form of the region-text contrastive loss")
-    memory: int = option(0, "regions of earlier steps kept as further negatives of the contrastive loss")
-    synonyms: list[str] = option(
-        [], "class lists (LVIS's, say) whose names for one thing are no negatives of each other"
-    )
-    teacher: str = option(
-        "", "mining's CLIP, to name regions within the step over the whole pool; empty: stored concepts"
-    )
-    temperature: float = option(
-        0.0, "what cosines are divided by; 0: the student's own, 1 / exp(logit scale)"
-    )
-    learn_temperature: bool = option(False, "train the temperature, as CLIP's: never below 0.01")
-    train_text: bool = option(False, "train the text tower too; the distillation needs it frozen")
-    freeze_stages: int = option(
-        2, "stages kept as they are: 0 none, 1 the stem, 2 also layer1, … 4 also layer3"
-    )
-    freeze_batch_norm: bool = option(True, "keep the statistics and gains of batch norms as they are")
-    cache: bool = option(False, "keep decoded images in memory (for small data sets)", runtime_only=True)
-    lr_reference_batch_size: int = option(
-        0,
-        "batch that train.lr is meant for; for another it is scaled in proportion; 0: taken as it is",
-        renamed_from="lr_batch",
-    )
-    train: TrainConfig = option(
-        TrainConfig(
-            steps=600_000,
-            batch_size=96,
-            optimizer="sgd",
-            lr=0.002,
-            weight_decay=1e-4,
-            schedule="step",
-            milestones=[0.5, 0.875],
-            max_grad_norm=5.0,
-        ),
-        "the training loop; the defaults are the published recipe",
-    )
-
-    def __post_init__(self) -> None:
-        paired = max(self.distillation, self.contrastive, self.image_text)
-        softmax = self.contrastive > 0 and self.region_text["name"] != "sigmoid"
-        faults = {
-            "all losses have weight 0: give distillation, contrastive, image_text or crop_distillation one": (
-                max(paired, self.crop_distillation) <= 0
-            ),
-            "give mined=, what `regionclip mine` made, or images= with crop_distillation as the only loss": (
-                not self.mined and (paired > 0 or not self.images)
-            ),
-            "the pool's embeddings are of the frozen text tower: set distillation=0 or train_text=false": (
-                self.train_text and self.distillation > 0
-            ),
-            "train_text needs a loss that reads texts: give contrastive or image_text a weight": (
-                self.train_text and max(self.contrastive, self.image_text) <= 0
-            ),
-            "learn_temperature needs a loss with a temperature: distillation, image_text or a softmax": (
-                self.learn_temperature and max(self.distillation, self.image_text) <= 0 and not softmax
-            ),
-            "memory holds negatives of the contrastive loss: give contrastive a weight or set memory=0": (
-                self.memory > 0 and self.contrastive <= 0
-            ),
-            "teacher is for the distillation: give distillation a weight or leave teacher empty": (
-                bool(self.teacher) and self.distillation <= 0
-            ),
-            f"memory, lr_reference_batch_size and temperature must be at least 0, max_grid at "
-            f"least 1; found {self.memory}, {self.lr_reference_batch_size}, {self.temperature:g} and "
-            f"{self.max_grid}": (
-                min(self.memory, self.lr_reference_batch_size, self.temperature) < 0 or self.max_grid < 1
-            ),
-        }
-        for message, holds in faults.items():
-            if holds:
-                raise InputError(message)

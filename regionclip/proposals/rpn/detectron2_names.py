@@ -22,28 +22,15 @@ from regionclip.proposals.rpn.network import (
 )
 
 OFFLINE = "offline_"  # RegionCLIP's detectors hold the network beside their own parts, under this prefix
-
-
 HEAD = "proposal_generator.rpn_head."
-
-
 BLOCKS = (3, 4, 6, 3)
-
-
 # Of the detector that a proposal network was trained in; it takes no part in proposing.
 SECOND_STAGE = "roi_heads."
-
-
 RATIOS = 3
-
-
 NORM = ("weight", "bias", "running_mean", "running_var")
-
-
 PLAIN = ("weight", "bias")
-
-
 COUNTER = "num_batches_tracked"
+NETWORK = "proposal network"
 
 
 def from_detectron2(state: Mapping[str, Tensor]) -> tuple[ProposalNetworkConfig, dict[str, Tensor]]:
@@ -193,6 +180,3 @@ def _convolution(conv: str, norm: str, theirs: str) -> Iterator[tuple[str, str]]
     yield f"{conv}.weight", f"{theirs}.weight"
     for leaf in NORM:
         yield f"{norm}.{leaf}", f"{theirs}.norm.{leaf}"
-
-
-NETWORK = "proposal network"

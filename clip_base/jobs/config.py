@@ -188,6 +188,11 @@ def fields_of(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses
             yield from fields_of(cast(type, hint), f"{prefix}{field.name}.")
 
 
+def runtime_only(schema: type) -> set[str]:
+    """Returns the dotted keys of the options that do not decide a run's result."""
+    return {key for key, field, _ in fields_of(schema) if field.metadata.get("runtime_only")}
+
+
 def default_of(field: dataclasses.Field[Any]) -> Any:
     """Returns a field's default, made when it has a factory."""
     if field.default_factory is not dataclasses.MISSING:

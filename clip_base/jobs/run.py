@@ -54,9 +54,7 @@ class RunFolder:
         remedy = "give another out= or delete that folder"
         if other_job != job:
             raise InputError(f"{self.path} holds a run of {other_job!r}, not of {job!r}; {remedy}")
-        free = {
-            key for key, field, _ in configs.fields_of(type(config)) if field.metadata.get("runtime_only")
-        }
+        free = configs.runtime_only(type(config))
         there = _flat(OmegaConf.to_container(OmegaConf.create(text)))
         here_now = _flat(OmegaConf.to_container(OmegaConf.create(configs.to_yaml(config))))
         differing = [

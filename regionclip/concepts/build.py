@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_base.jobs.config import REQUIRED, fields_of, option
+from clip_base.jobs.config import REQUIRED, option, runtime_only
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import ENCODING_HELP, existing, read_json, write_json, write_text
 from clip_base.runtime.progress import track
@@ -143,7 +143,7 @@ def _at(counts: Counter[str], cut: int) -> int:
 
 def _provenance(config: ConceptsConfig, captions: Path) -> dict[str, Any]:
     """Returns what decides the result: two runs with equal provenance write equal pools."""
-    free = {key for key, field_, _ in fields_of(ConceptsConfig) if field_.metadata.get("runtime_only")}
+    free = runtime_only(ConceptsConfig)
     options = {key: value for key, value in asdict(config).items() if key not in free and key != "out"}
     options["captions"] = captions.name
     if captions.is_dir():

@@ -27,7 +27,12 @@ from regionclip.data.categories import Split, load_split, parse_names
 from regionclip.data.results import Results, numbered_by, read_results
 from regionclip.evaluation.report_page import write_page
 from regionclip.evaluation.results_checks import Measure, box_note, order_note
-from regionclip.metrics.average_precision import Protocol, classification_accuracy, evaluate_detections
+from regionclip.metrics.average_precision import (
+    Evaluation,
+    Protocol,
+    classification_accuracy,
+    evaluate_detections,
+)
 from regionclip.metrics.matching import match_to_ground_truth
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
@@ -175,24 +180,27 @@ def _measure(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
             f"label_set={config.label_set}: split {config.split} has no {config.label_set} categories"
         )
     protocol = Protocol(config.protocol, config.evaluator, config.max_detections, config.label_set)
-    read, results = None, str(run.path / "results.json")
+
+    def measure(results: str | list[dict[str, Any]]) -> Evaluation:
+        return evaluate_detections(config.annotations, results, split, protocol)
+
+    read, entries = None, list[dict[str, Any]]()
     if config.weights:
-        metrics |= _detect(config, split, names, Path(results))
-        evaluation = evaluate_detections(config.annotations, results, split, protocol)
+        results = run.path / "results.json"
+        metrics |= _detect(config, split, names, results)
+        evaluation = measure(str(results))
     else:
         read = _read(config, truth)
         entries = _renumbered(read.entries, config, truth)
-        evaluation = evaluate_detections(config.annotations, entries, split, protocol)
+        evaluation = measure(entries)
     _write_per_class(run.path / "per_class.csv", evaluation.per_class)
     if evaluation.ignored or (read and read.unknown):
         metrics["ignored_results"] = evaluation.ignored + (read.unknown if read else 0)
     metrics |= evaluation.metrics
     if read is not None:
-
-        def measure(entries: list[dict[str, Any]]) -> float:
-            return evaluate_detections(config.annotations, entries, split, protocol).metrics["AP50"]
-
-        _say_doubts(config, truth, read, metrics["AP50"], measure)
+        _say_doubts(
+            config, truth, read, entries, metrics["AP50"], lambda tried: measure(tried).metrics["AP50"]
+        )
     if config.report or (config.results and metrics["AP50"] < DOUBTFUL):
         matches = match_to_ground_truth(truth.restrict(names), evaluation.counted)
         if config.results and metrics["AP50"] < DOUBTFUL and matches.names_do_not_fit():
@@ -231,11 +239,25 @@ def _renumbered(
 
 
 def _say_doubts(
-    config: EvaluateConfig, truth: CocoDetection, read: Results, ap50: float, measure: Measure
+    config: EvaluateConfig,
+    truth: CocoDetection,
+    read: Results,
+    entries: list[dict[str, Any]],
+    ap50: float,
+    measure: Measure,
 ) -> None:
-    """Prints in which order a class list was counted, and that boxes seem to be in another form."""
+    """Prints in which order a class list was counted, and that boxes seem to be in another form.
+
+    Args:
+        config: the options.
+        truth: the annotations.
+        read: the results with the numbers of the file.
+        entries: the same with the annotations' numbers.
+        ap50: what they give.
+        measure: gives the AP50 of others.
+    """
     sizes = {record.image_id: (record.height, record.width) for record in truth}
-    note = box_note(_renumbered(read.entries, config, truth), sizes, ap50, measure)
+    note = box_note(entries, sizes, ap50, measure)
     if note:
         print(f"note: {config.results}: {note}")
     if config.results_categories:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
-from clip_base.jobs.config import REQUIRED, Plugin, fields_of, option, plugin
+from clip_base.jobs.config import REQUIRED, Plugin, option, plugin, runtime_only
 from clip_base.jobs.run import describe
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import pick_device
@@ -88,7 +88,7 @@ class DetectorOptions(DetectorSource, ImageOptions):
 
     def identity(self) -> dict[str, Any]:
         """Returns the options that decide the result, as plain values."""
-        free = {key for key, field, _ in fields_of(type(self)) if field.metadata.get("runtime_only")}
+        free = runtime_only(type(self))
         return {key: value for key, value in describe(self).items() if key not in free}
 
     def predictor(self, proposes: bool = True) -> Predictor:

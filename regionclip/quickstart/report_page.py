@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from clip_base.images.decode import decode
-from clip_base.images.orientation import turned_as_annotated
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import read_json, read_json_lines, write_text
 from clip_base.runtime.tables import open_table
 from clip_base.training.loop import NO_LOSS
 from regionclip.data.annotations import CocoDetection, ImageAnnotations
+from regionclip.data.batches import read_record
 from regionclip.data.categories import Split
 from regionclip.metrics.matching import BACKGROUND, CORRECT, MISCLASSIFIED, MatchResult, match_to_ground_truth
 from regionclip.mining.quality import PairQuality
@@ -228,8 +227,7 @@ def _scene(record: ImageAnnotations, matches: MatchResult, threshold: float, spl
         texts.append(f"{'✗ ' * is_false}{name} {matches.scores[place]:.2f}")
         colors.append(GRAY if is_false else ORANGE if name.startswith("★") else BLUE)
     boxes = matches.boxes[drawn[::-1]].tolist()
-    pixels = turned_as_annotated(decode(record.path), record.path, (record.height, record.width))
-    image = draw(pixels, boxes=boxes, texts=texts, colors=colors)
+    image = draw(read_record(record).pixels, boxes=boxes, texts=texts, colors=colors)
     objects = np.flatnonzero(matches.object_images == record.image_id)
     taken = np.isin(objects, matches.shown[drawn[matches.outcomes[drawn] == CORRECT]])
     caption: list[tuple[str, str]] = []

@@ -15,11 +15,11 @@ from clip_base.synthetic.pictograms import TABLE
 from clip_base.synthetic.scenes import ScenesConfig, generate
 from regionclip.data.categories import parse_names
 from regionclip.inference.predictor import load
+from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import build_proposer
 from regionclip.serve import page, server
 from regionclip.serve.session import DemoSession, LoadedModel
 
-PROPOSERS = "regionclip.proposers"
 MAX_EXAMPLES = 24
 
 

@@ -215,16 +215,24 @@ def resize_bilinear(image: Pixels, width: int, height: int) -> Pixels:
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
+def evaluation_frame(height: int, width: int, side: int) -> tuple[tuple[int, int], int, int]:
+    """Returns (width, height) of CLIP's evaluation view, and left and top of the square cut out of it.
+
+    The short side is `side` pixels, the long one rounded down, as in openai/CLIP's torchvision pipeline.
+    """
+    short = min(height, width)
+    width, height = side * width // short, side * height // short
+    return (width, height), round((width - side) / 2), round((height - side) / 2)
+
+
 def middle_square(image: Pixels, side: int) -> Pixels:
     """Returns the middle [side, side, 3] of the image once its short side is `side`; CLIP's evaluation view.
 
     The frame of `clip_base.images.preprocess.Preprocess`, the filter of `resize_bicubic`.
     """
     height, width = image.shape[:2]
-    short = min(height, width)
-    image = resize_bicubic(image, side * width // short, side * height // short)
-    height, width = image.shape[:2]
-    top, left = round((height - side) / 2), round((width - side) / 2)
+    size, left, top = evaluation_frame(height, width, side)
+    image = resize_bicubic(image, *size)
     return image[top : top + side, left : left + side]
 
 

@@ -17,6 +17,7 @@ from clip_base.images.decode import (
     Pixels,
     as_rgb,
     cut,
+    evaluation_frame,
     middle_square,
     normalize,
     require_depth,
@@ -79,12 +80,9 @@ class Preprocess:
     def square(self, image: Image.Image) -> Pixels:
         """Returns [R, R, 3] RGB, the pixels before they are normalized."""
         side = self.resolution
-        width, height = image.size
-        short = min(width, height)
-        if short != side:
-            size = (side, side * height // width) if width == short else (side * width // height, side)
+        size, left, top = evaluation_frame(image.height, image.width, side)
+        if image.size != size:
             image = image.resize(size, Image.Resampling.BICUBIC)
-        left, top = round((image.width - side) / 2), round((image.height - side) / 2)
         return as_rgb(image.crop((left, top, left + side, top + side)))
 
     def __repr__(self) -> str:

@@ -113,15 +113,15 @@ class CaptionedImage:
     Attributes:
         image_id: its id in the captions file.
         file_name: relative to the images folder.
-        mentions: row of the vocabulary -> (phrase, caption) that names it first.
-        silence: why there is no mention.
+        caption_concepts: row of the vocabulary -> (phrase, caption) that names it first.
+        unmatched_reason: why no concept is named.
         size: (height, width) in pixels as the captions file states them; None: it does not.
     """
 
     image_id: int
     file_name: str
-    mentions: dict[int, tuple[str, str]]
-    silence: str = ""
+    caption_concepts: dict[int, tuple[str, str]]
+    unmatched_reason: str = ""
     size: tuple[int, int] | None = None
 
 
@@ -166,15 +166,19 @@ class Miner:
         parsed = self.parser.parse(text for image in images for text in image.captions)
         found = []
         for image in images:
-            mentions: dict[int, tuple[str, str]] = {}
-            silence = "no caption holds a noun phrase" if image.captions else "it has no caption"
+            caption_concepts: dict[int, tuple[str, str]] = {}
+            unmatched_reason = "no caption holds a noun phrase" if image.captions else "it has no caption"
             for text in image.captions:
                 for phrase in next(parsed):
-                    silence = "no caption names a concept of the pool"
+                    unmatched_reason = "no caption names a concept of the pool"
                     row = row_of(phrase, self.rows)
                     if row is not None:
-                        mentions.setdefault(row, (phrase.text, text))
-            found.append(CaptionedImage(image.image_id, image.file_name, mentions, silence, image.size))
+                        caption_concepts.setdefault(row, (phrase.text, text))
+            found.append(
+                CaptionedImage(
+                    image.image_id, image.file_name, caption_concepts, unmatched_reason, image.size
+                )
+            )
         return found
 
     def mine(
@@ -233,14 +237,14 @@ class Miner:
         """Returns an image's regions, and why there is none."""
         if not len(boxes):
             return [], "no proposals"
-        own = torch.tensor(sorted(image.mentions), dtype=torch.int64)
+        own = torch.tensor(sorted(image.caption_concepts), dtype=torch.int64)
         match = self.matcher(MatchInputs(similarity, objectness, own, self.temperature, boxes))
         originals = frame.invert_boxes(boxes)
         regions = []
         for row, ids, probs in zip(
-            match.kept.tolist(), match.concept_ids.tolist(), match.concept_probs.tolist(), strict=True
+            match.indices.tolist(), match.concept_ids.tolist(), match.concept_probs.tolist(), strict=True
         ):
-            phrase, caption = image.mentions.get(ids[0], (None, None))
+            phrase, caption = image.caption_concepts.get(ids[0], (None, None))
             regions.append(
                 MinedRegion(
                     image.image_id,
@@ -255,7 +259,7 @@ class Miner:
                     caption=caption,
                 )
             )
-        return regions, "no region matches a concept" if image.mentions else image.silence
+        return regions, "no region matches a concept" if image.caption_concepts else image.unmatched_reason
 
 
 def _entry(image: CaptionedImage, reason: str) -> dict[str, Any]:

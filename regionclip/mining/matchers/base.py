@@ -21,14 +21,14 @@ class MatchInputs:
     Attributes:
         similarity: [n, C] cosines between the teacher's region embeddings and the vocabulary.
         objectness: [n] in [0, 1].
-        own: [P] int64, the vocabulary's rows that the image's captions name, each once.
+        caption_concepts: [P] int64, the vocabulary's rows that the image's captions name, each once.
         temperature: what the cosines are divided by before a softmax.
         boxes: [n, 4] (x1, y1, x2, y2) in pixels.
     """
 
     similarity: Tensor
     objectness: Tensor
-    own: Tensor
+    caption_concepts: Tensor
     temperature: float
     boxes: Tensor
 
@@ -38,14 +38,14 @@ class Matches:
     """The regions that were kept.
 
     Attributes:
-        kept: [m] int64, rows of the evidence.
+        indices: [m] int64, rows of the inputs.
         concept_ids: [m, K] int64, most probable first.
         concept_probs: [m, K] probabilities; a row sums to at most 1, the rest is what was cut off or is
             unmatched.
         from_caption: [m] bool, whether the first concept is one that the image's own captions name.
     """
 
-    kept: Tensor
+    indices: Tensor
     concept_ids: Tensor
     concept_probs: Tensor
     from_caption: Tensor
@@ -58,7 +58,7 @@ class Matcher(Protocol):
     vocabulary's names in the order of its rows.
     """
 
-    def __call__(self, evidence: MatchInputs) -> Matches:
+    def __call__(self, inputs: MatchInputs) -> Matches:
         """Returns the regions to keep with their concepts; none when nothing matches."""
         ...
 
@@ -73,7 +73,7 @@ def check_ranges(config: object) -> None:
             raise InputError(f"matcher.k must be at least 1 concept a region, found {value}")
 
 
-def top_k(probabilities: Tensor, kept: Tensor, k: int, own: Tensor) -> Matches:
-    """Makes a Match of [n, C] probabilities: the k largest of every kept row."""
-    probs, ids = probabilities[kept].topk(min(k, probabilities.shape[1]), dim=1)
-    return Matches(kept, ids, probs, torch.isin(ids[:, 0], own))
+def top_k(probabilities: Tensor, indices: Tensor, k: int, caption_concepts: Tensor) -> Matches:
+    """Makes `Matches` of [n, C] probabilities: the k largest of every kept row."""
+    probs, ids = probabilities[indices].topk(min(k, probabilities.shape[1]), dim=1)
+    return Matches(indices, ids, probs, torch.isin(ids[:, 0], caption_concepts))

@@ -53,14 +53,14 @@ class CaptionMatcher:
         self.config = config
         self.family = concept_groups(names)
 
-    def __call__(self, evidence: MatchInputs) -> Matches:
+    def __call__(self, inputs: MatchInputs) -> Matches:
         """For every region its best phrase, for every phrase its best region; both above their thresholds."""
-        own, config = evidence.own, self.config
-        if not len(own) or not len(evidence.objectness):
-            return nothing(config.k, evidence.similarity)
-        probabilities = self.posterior(evidence)  # [n, P]
-        eligible = evidence.objectness >= config.min_objectness
-        eligible &= evidence.similarity[:, own].amax(1) >= config.min_similarity
+        own, config = inputs.caption_concepts, self.config
+        if not len(own) or not len(inputs.objectness):
+            return nothing(config.k, inputs.similarity)
+        probabilities = self.posterior(inputs)  # [n, P]
+        eligible = inputs.objectness >= config.min_objectness
+        eligible &= inputs.similarity[:, own].amax(1) >= config.min_similarity
         sure = probabilities.amax(1) >= config.min_probability
         best = probabilities.masked_fill(~eligible[:, None], -1).max(0)  # of every phrase
         sure[best.indices[best.values >= config.min_phrase]] = True
@@ -68,9 +68,9 @@ class CaptionMatcher:
         match = top_k(probabilities, kept, config.k, torch.arange(len(own)))
         return Matches(kept, own[match.concept_ids], match.concept_probs, match.from_caption)
 
-    def posterior(self, evidence: MatchInputs) -> Tensor:
+    def posterior(self, inputs: MatchInputs) -> Tensor:
         """Returns [n, P] probabilities of the own concepts; 1 minus a row's sum is the unmatched slot."""
-        own, logits = evidence.own, evidence.similarity.float() / evidence.temperature  # [n, C]
+        own, logits = inputs.caption_concepts, inputs.similarity.float() / inputs.temperature  # [n, C]
         related = torch.isin(self.family, self.family[own])
         others = logits.masked_fill(related, -math.inf)
         num_others = max(int((~related).sum()), 1)

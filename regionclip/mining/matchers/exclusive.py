@@ -44,7 +44,7 @@ class ExclusiveMatcher:
 
     Most mined regions that show no object lie half beside one, next to a region that fits it better. Within a
     concept the better one suppresses the others, measured by the share of the smaller box, so that a part of
-    an object does not stand beside the whole. What is left may be unsure as long as it is the only evidence
+    an object does not stand beside the whole. What is left may be unsure as long as it is the only inputs
     for its phrase, since the caption says that the thing is there.
     """
 
@@ -52,15 +52,15 @@ class ExclusiveMatcher:
         self.config = config
         self.caption = CaptionMatcher(CaptionConfig(caption_prior=config.caption_prior, k=config.k), names)
 
-    def __call__(self, evidence: MatchInputs) -> Matches:
+    def __call__(self, inputs: MatchInputs) -> Matches:
         """Returns the regions kept, in their order."""
-        own, config = evidence.own, self.config
-        if not len(own) or not len(evidence.objectness):
-            return nothing(config.k, evidence.similarity)
-        probabilities = self.caption.posterior(evidence)  # [n, P]
+        own, config = inputs.caption_concepts, self.config
+        if not len(own) or not len(inputs.objectness):
+            return nothing(config.k, inputs.similarity)
+        probabilities = self.caption.posterior(inputs)  # [n, P]
         best = probabilities.max(1)
-        scores = best.values * evidence.objectness  # [n]
-        kept = self._pick(evidence.boxes, scores, best.indices)
+        scores = best.values * inputs.objectness  # [n]
+        kept = self._pick(inputs.boxes, scores, best.indices)
         match = top_k(probabilities, kept, config.k, torch.arange(len(own)))
         return Matches(kept, own[match.concept_ids], match.concept_probs, match.from_caption)
 

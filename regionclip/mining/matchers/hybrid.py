@@ -33,12 +33,12 @@ class HybridMatcher:
         )
         self.pool = PoolMatcher(pool, names)
 
-    def __call__(self, evidence: MatchInputs) -> Matches:
+    def __call__(self, inputs: MatchInputs) -> Matches:
         """Returns the caption's matches, and the pool's for other regions, in the regions' order."""
-        first, second = self.caption(evidence), self.pool(evidence)
-        left = ~torch.isin(second.kept, first.kept)
+        first, second = self.caption(inputs), self.pool(inputs)
+        left = ~torch.isin(second.indices, first.indices)
         width = max(first.concept_ids.shape[1], second.concept_ids.shape[1])
-        kept = torch.cat([first.kept, second.kept[left]])
+        kept = torch.cat([first.indices, second.indices[left]])
         ids = torch.cat([_widen(first.concept_ids, width), _widen(second.concept_ids[left], width)])
         probs = torch.cat([_widen(first.concept_probs, width), _widen(second.concept_probs[left], width)])
         own = torch.cat([first.from_caption, second.from_caption[left]])

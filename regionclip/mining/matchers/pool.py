@@ -33,11 +33,11 @@ class PoolMatcher:
     def __init__(self, config: PoolConfig, names: Sequence[str]) -> None:
         self.config = config
 
-    def __call__(self, evidence: MatchInputs) -> Matches:
+    def __call__(self, inputs: MatchInputs) -> Matches:
         """Returns the regions whose best concept is probable enough."""
-        probabilities = (evidence.similarity.float() / evidence.temperature).softmax(1)  # [n, C]
-        object_like = evidence.objectness >= self.config.min_objectness
+        probabilities = (inputs.similarity.float() / inputs.temperature).softmax(1)  # [n, C]
+        object_like = inputs.objectness >= self.config.min_objectness
         sure = object_like & (probabilities.amax(1) >= self.config.min_probability)
         if self.config.keep_all_if_none and not bool(sure.any()):
             sure = object_like
-        return top_k(probabilities, torch.nonzero(sure).flatten(), self.config.k, evidence.own)
+        return top_k(probabilities, torch.nonzero(sure).flatten(), self.config.k, inputs.caption_concepts)

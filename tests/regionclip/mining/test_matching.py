@@ -52,7 +52,7 @@ def family(name: str) -> str:
 
 def naive_posterior(case: MatchInputs, row: int, trust: float) -> dict[int, float]:
     """Bayes' rule in plain numbers: own concepts share `trust`, the strangers the rest."""
-    own = case.own.tolist()
+    own = case.caption_concepts.tolist()
     relatives = {family(NAMES[concept]) for concept in own}
     strangers = [concept for concept, name in enumerate(NAMES) if family(name) not in relatives]
     likelihood = [math.exp(float(value) / case.temperature) for value in case.similarity[row]]
@@ -65,7 +65,7 @@ def naive_posterior(case: MatchInputs, row: int, trust: float) -> dict[int, floa
 def as_rows(match: Matches) -> dict[int, list[tuple[int, float]]]:
     return {
         int(kept): list(zip(ids.tolist(), probs.tolist(), strict=True))
-        for kept, ids, probs in zip(match.kept, match.concept_ids, match.concept_probs, strict=True)
+        for kept, ids, probs in zip(match.indices, match.concept_ids, match.concept_probs, strict=True)
     }
 
 
@@ -78,7 +78,7 @@ def test_pool_is_the_naive_softmax_rule(seed: int, min_probability: float, keep_
     probabilities = [softmax([float(v) / TEMPERATURE for v in row]) for row in case.similarity]
     objects = [row for row in range(9) if case.objectness[row] >= 0.3]
     sure = [row for row in objects if max(probabilities[row]) >= min_probability]
-    assert match.kept.tolist() == (sure or (objects if keep_all else []))
+    assert match.indices.tolist() == (sure or (objects if keep_all else []))
     for row, found in as_rows(match).items():
         best = sorted(range(len(NAMES)), key=lambda c, row=row: -probabilities[row][c])[:3]
         assert [concept for concept, _ in found] == best
@@ -147,7 +147,7 @@ def test_caption_keeps_sure_regions_and_every_phrases_best_one(seed: int) -> Non
         best = max(objects, key=lambda row, phrase=phrase: posterior[row][phrase])
         if posterior[best][phrase] >= 0.05:
             wanted.add(best)
-    assert match.kept.tolist() == sorted(wanted)
+    assert match.indices.tolist() == sorted(wanted)
     for row, found in as_rows(match).items():
         best_two = sorted(posterior[row], key=lambda concept, row=row: -posterior[row][concept])[:2]
         assert [concept for concept, _ in found] == best_two
@@ -156,14 +156,14 @@ def test_caption_keeps_sure_regions_and_every_phrases_best_one(seed: int) -> Non
 
 def test_a_phrases_best_region_below_min_phrase_is_left_out() -> None:
     config = CaptionConfig(caption_prior=0.01, min_probability=1.0, min_phrase=0.9)
-    assert not len(CaptionMatcher(config, NAMES)(evidence()).kept)
+    assert not len(CaptionMatcher(config, NAMES)(evidence()).indices)
 
 
 @pytest.mark.parametrize("case", [evidence(own=()), evidence(n=0)])
 def test_nothing_to_match_keeps_nothing(case: MatchInputs) -> None:
     for matcher in (CaptionMatcher(CaptionConfig(), NAMES), HybridMatcher(HybridConfig(), NAMES)):
         kept = matcher(replace(case, similarity=case.similarity * 0, temperature=1.0))
-        assert kept.kept.tolist() == []
+        assert kept.indices.tolist() == []
         assert kept.concept_ids.shape[0] == kept.concept_probs.shape[0] == len(kept.from_caption) == 0
 
 
@@ -194,7 +194,7 @@ def test_every_matcher_has_a_gate_for_objectness(kind: type) -> None:
     if kind is HybridMatcher:
         options["min_pool_probability"] = 0.0
     config = {PoolMatcher: PoolConfig, CaptionMatcher: CaptionConfig, HybridMatcher: HybridConfig}[kind]
-    kept = kind(config(**options), NAMES)(case).kept.tolist()
+    kept = kind(config(**options), NAMES)(case).indices.tolist()
     assert kept == [row for row in range(9) if case.objectness[row] >= 0.5]
     assert kept
 
@@ -202,11 +202,11 @@ def test_every_matcher_has_a_gate_for_objectness(kind: type) -> None:
 def test_a_region_unlike_every_own_concept_stays_unmatched() -> None:
     case = evidence()
     everything = CaptionConfig(min_probability=0.0, min_phrase=0.0)
-    assert CaptionMatcher(everything, NAMES)(case).kept.tolist() == list(range(9))
-    best = case.similarity[:, case.own].amax(1)
+    assert CaptionMatcher(everything, NAMES)(case).indices.tolist() == list(range(9))
+    best = case.similarity[:, case.caption_concepts].amax(1)
     level = float(best.median())
     some = CaptionConfig(min_probability=0.0, min_phrase=0.0, min_similarity=level)
-    kept = CaptionMatcher(some, NAMES)(case).kept.tolist()
+    kept = CaptionMatcher(some, NAMES)(case).indices.tolist()
     assert kept == [row for row in range(9) if best[row] >= level]
     assert len(kept) == 5
 
@@ -244,7 +244,7 @@ def test_trust_outside_its_range_is_refused() -> None:
 
 def naive_exclusive(case: MatchInputs, config: ExclusiveConfig) -> set[int]:
     """One region after another, best first: is a better one of its concept in its way?"""
-    own = case.own.tolist()
+    own = case.caption_concepts.tolist()
     found = []
     for row in range(len(case.objectness)):
         posterior = naive_posterior(case, row, config.caption_prior)
@@ -276,14 +276,14 @@ def test_an_exclusive_region_has_no_better_one_of_its_concept_beside_it(
     config = ExclusiveConfig(min_first=0.05, min_score=0.2)
     case = evidence(12, own, seed)
     match = ExclusiveMatcher(config, NAMES)(case)
-    assert set(match.kept.tolist()) == naive_exclusive(case, config)
-    assert match.kept.tolist() == sorted(match.kept.tolist())
-    assert bool(torch.isin(match.concept_ids[:, 0], case.own).all())
+    assert set(match.indices.tolist()) == naive_exclusive(case, config)
+    assert match.indices.tolist() == sorted(match.indices.tolist())
+    assert bool(torch.isin(match.concept_ids[:, 0], case.caption_concepts).all())
     assert bool(match.from_caption.all())
 
 
 def test_without_own_concepts_an_exclusive_match_is_empty() -> None:
-    assert not len(ExclusiveMatcher(ExclusiveConfig(), NAMES)(evidence(own=())).kept)
+    assert not len(ExclusiveMatcher(ExclusiveConfig(), NAMES)(evidence(own=())).indices)
 
 
 def test_an_overlap_that_is_no_share_is_refused() -> None:

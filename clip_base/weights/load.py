@@ -10,8 +10,7 @@ from clip_base.images.preprocess import Preprocess
 from clip_base.models.clip import CLIP
 from clip_base.runtime.errors import InputError, note
 from clip_base.weights import download
-from clip_base.weights.formats import Content
-from clip_base.weights.reading import PRECISIONS, Report, is_safetensors, read_clip, read_foreign
+from clip_base.weights.reading import PRECISIONS, Report, is_safetensors, read_clip
 
 
 def find(name_or_path: str | Path, folder: str | Path | None = None) -> Path:
@@ -110,18 +109,3 @@ def _tell(report: Report) -> None:
 def is_published(path: Path) -> bool:
     """Whether a file may be of another package's form: one that `torch.save` wrote."""
     return path.is_file() and not is_safetensors(path)
-
-
-def content_of(path: Path) -> Content:
-    """Returns what a RegionCLIP file, or a detectron2 file with a proposal network, holds.
-
-    Raises:
-        InputError: it is something else, damaged, or not whole.
-    """
-    content = read_foreign(path)
-    if content is None:
-        raise InputError(
-            f"{path} is neither RegionCLIP's nor a detectron2 checkpoint with a proposal network; "
-            f"`clip-base inspect {path}` shows what it is"
-        )
-    return content

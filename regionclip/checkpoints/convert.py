@@ -15,7 +15,7 @@ from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import replacing
 from clip_base.weights.formats import Content
-from clip_base.weights.load import content_of, load_clip
+from clip_base.weights.load import load_clip
 from clip_base.weights.native import read_weights
 from clip_base.weights.reading import is_safetensors
 from regionclip.checkpoints import load
@@ -29,7 +29,7 @@ from regionclip.proposals.rpn import proposer
 from regionclip.proposals.rpn.detectron2_names import OFFLINE
 from regionclip.proposals.rpn.detectron2_names import to_detectron2 as network_names
 from regionclip.proposals.rpn.network import ProposalNetwork
-from regionclip.proposals.rpn.proposer import load_network, network_of, save_network
+from regionclip.proposals.rpn.proposer import content_of, load_network, network_of, save_network
 
 # Forms that hold more than a CLIP.
 _NATIVE = (FINETUNED, RPN)

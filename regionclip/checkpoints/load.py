@@ -21,7 +21,7 @@ from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
 from clip_base.weights import infer_config
 from clip_base.weights.formats import Content, group_of
-from clip_base.weights.load import content_of, find, is_published, load_clip
+from clip_base.weights.load import find, is_published, load_clip
 from clip_base.weights.native import load_exactly, read_weights, write_weights
 from clip_base.weights.reading import read_foreign
 from regionclip.checkpoints import formats as parts
@@ -31,7 +31,7 @@ from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
 from regionclip.proposals.rpn.detectron2_names import NETWORK
 from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
-from regionclip.proposals.rpn.proposer import network_of
+from regionclip.proposals.rpn.proposer import content_of, network_of
 from regionclip.structures.transforms import ResizeConfig
 
 # As the published configurations test (`configs/` of github.com/microsoft/RegionCLIP): images, and how

@@ -19,8 +19,9 @@ from clip_base.models.resnet import EXPANSION, ModifiedResNet
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing
 from clip_base.weights.formats import Content, group_of
-from clip_base.weights.load import content_of, find, load_clip
+from clip_base.weights.load import find, load_clip
 from clip_base.weights.native import load_exactly, read_weights, write_weights
+from clip_base.weights.reading import read_foreign
 from regionclip.proposals.base import SelectionConfig
 from regionclip.proposals.rpn.backbone import trunk_hash
 from regionclip.proposals.rpn.detectron2_names import NETWORK, from_detectron2
@@ -184,6 +185,21 @@ def _resnet50_backbone(path: str, wanted: dict[str, Tensor]) -> dict[str, Tensor
     # Files written before torch 0.4.1 have no batch counters, and nothing here uses them.
     counters = {key: value for key, value in wanted.items() if key.endswith("num_batches_tracked")}
     return {**counters, **state}
+
+
+def content_of(path: Path) -> Content:
+    """Returns what a RegionCLIP file, or a detectron2 file with a proposal network, holds.
+
+    Raises:
+        InputError: it is something else, damaged, or not whole.
+    """
+    content = read_foreign(path)
+    if content is None:
+        raise InputError(
+            f"{path} is neither RegionCLIP's nor a detectron2 checkpoint with a proposal network; "
+            f"`clip-base inspect {path}` shows what it is"
+        )
+    return content
 
 
 def load_published_network(weights: str | Path) -> ProposalNetwork:

@@ -24,7 +24,8 @@ def test_every_tool_explains_itself(tool: Path) -> None:
     done = run(tool, "--help")
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout.lower()
-    assert not done.stderr
+    # On a slow machine whose cache of options is empty, the first help says what it waits for.
+    assert not [line for line in done.stderr.splitlines() if not line.startswith("importing ")]
 
 
 def test_a_tool_called_badly_ends_with_code_two() -> None:

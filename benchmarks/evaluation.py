@@ -70,7 +70,7 @@ def coco(options: argparse.Namespace) -> list[Row]:
             },
             options.rounds,
         )
-    return compare("evaluation, whole", "images/s", options.images, whole, f"{note}; {agreement(found)}")
+    return compare("evaluation, complete", "images/s", options.images, whole, f"{note}; {agreement(found)}")
 
 
 def lvis(options: argparse.Namespace) -> list[Row]:

@@ -4,7 +4,7 @@
 
 Both sides begin with the same images on disk and the same boxes, with the same random weights. The loop
 is what one writes who has open_clip: open the image, crop each box, preprocess it, encode the crops of a
-image together. "as it comes" is open_clip without options (float32); "bf16" is its `--precision
+image together. "default" is open_clip without options (float32); "bf16" is its `--precision
 amp_bf16`. Ours runs with `precision=auto`, as mining does.
 """
 
@@ -44,7 +44,7 @@ from regionclip.structures.boxes import xywh_to_xyxy
 from regionclip.structures.regions import Regions
 from regionclip.structures.transforms import ResizeConfig, resize_shortest_edge, to_batch
 
-AS_IT_COMES, BF16 = "open_clip loop as it comes", "open_clip loop bf16"
+DEFAULT, BF16 = "open_clip loop default", "open_clip loop bf16"
 MODEL, SIDE = "RN50", 224
 # Stage -> the functions that do it, as (end of the file's path, name).
 STAGES = {
@@ -138,7 +138,7 @@ def teachers(options: argparse.Namespace) -> list[Row]:
     ours, theirs = pair_of_models()
     photos = photographs(options)
     regions = sum(len(boxes) for _, boxes in photos)
-    rivals = {AS_IT_COMES: contextlib.nullcontext()}
+    rivals = {DEFAULT: contextlib.nullcontext()}
     if computes_in_bf16(torch.device("cpu")):
         rivals[BF16] = torch.autocast("cpu", torch.bfloat16)
     works = {rival: functools.partial(their_loop, theirs, photos, each) for rival, each in rivals.items()}
@@ -152,10 +152,10 @@ def teachers(options: argparse.Namespace) -> list[Row]:
         tasks[task] = functools.partial(our_regions, mapped, photos, short)
     # All in the same rounds, so that the loop is timed once.
     seconds = alternate(tasks | works, options.rounds)
-    note = f"likeness of embeddings {likeness(encoder, theirs, photos):.4f}"
+    note = f"similarity of embeddings {similarity(encoder, theirs, photos):.4f}"
     for task in tasks:
         own = {"ours": seconds[task]} | {rival: seconds[rival] for rival in works}
-        title = f"{task}; {regions / len(photos):.0f} boxes a photograph"
+        title = f"{task}; {regions / len(photos):.0f} boxes per image"
         rows += compare(title, "regions/s", regions, own, note if task.endswith("`crop`") else "")
     return rows
 
@@ -192,7 +192,7 @@ def squares(boxes: Tensor) -> list[tuple[float, ...]]:
 
 
 @torch.no_grad()
-def likeness(encoder: RegionEncoder, model: Any, photos: list[tuple[Path, Tensor]]) -> float:
+def similarity(encoder: RegionEncoder, model: Any, photos: list[tuple[Path, Tensor]]) -> float:
     """Returns the mean cosine of our embeddings and theirs of the same crops in float32, less their mean.
 
     Only squares within the image count: what lies outside is black there and gray here.

@@ -172,7 +172,7 @@ def _quickstart(folder: Path) -> None:
     detector = Detector.untrained(_clip(RESNET), DetectorConfig(max_proposals=16), network, resize=size)
     path = folder / "quickstart" / "detector-regionclip" / "model.safetensors"
     save_detector(detector, path, ["cup"])
-    shutil.copy(path, folder / "detector.safetensors")  # what docs/pictures.md and docs/serve.md look with
+    shutil.copy(path, folder / "detector.safetensors")  # what docs/detection.md and docs/serve.md look with
 
 
 def _official(folder: Path) -> None:

@@ -129,7 +129,7 @@ def test_the_documented_lines_read_the_files_back(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert regionclip("features", photos, *options[:-1])[0] == 0  # into features/, the default
-    text = (Path(__file__).parents[3] / "docs" / "pictures.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "detection.md").read_text(encoding="utf-8")
     held: Table = {}
     exec(text.partition("```python\n")[2].partition("```")[0], held)
     assert held["embeddings"].shape == (len(held["table"]), 32)

@@ -120,11 +120,11 @@ RETRIEVAL = ("image_to_text_R@1", "text_to_image_R@1")
 
 def tables(folders: Sequence[Path]) -> str:
     """Returns all tables as Markdown: percent, mean and standard deviation over the seeds that have a row."""
-    main = {"clip": "CLIP", "clip-as-trained": "CLIP, scenes at the size it was trained on"}
+    main = {"clip": "CLIP", "clip-as-trained": "CLIP, images at its training resolution"}
     main |= {f"student-{name}": student.title for name, student in STUDENTS.items()}
     varied = {f"student-{name}": student.title for name, student in ABLATIONS.items()}
     mixed = {f"student-{alpha}": f"{alpha} of our best, the rest of CLIP" for alpha in CURVE}
-    found = {f"detector-{name}": f"started from {title}" for name, title in DETECTORS.items()}
+    found = {f"detector-{name}": f"initialized from {title}" for name, title in DETECTORS.items()}
     changed = {f"detector-background-{w}": f"our best, background weight {w}" for w in BACKGROUND_WEIGHTS}
     changed |= {f"alpha-{alpha}": f"our best, α {alpha}" for alpha in ALPHAS}
     changed |= {f"detector-{alpha}": f"{alpha} of our best, the rest of its student" for alpha in CURVE}
@@ -132,7 +132,7 @@ def tables(folders: Sequence[Path]) -> str:
         [
             f"Seeds: {len(folders)}; percent, mean ± standard deviation.",
             *["", *zero_table(folders, main), "", *detector_table(folders, found)],
-            *["", "One thing changed at a time:"],
+            *["", "Ablations, one change at a time:"],
             *["", *zero_table(folders, varied | mixed), "", *detector_table(folders, changed)],
         ]
     )
@@ -157,10 +157,10 @@ def detector_table(folders: Sequence[Path], rows: dict[str, str]) -> list[str]:
 
 
 ZERO_HEADINGS = (
-    "zero-shot, true boxes: top-1 base / novel / all",
+    "zero-shot, ground-truth boxes: top-1 base / novel / all",
     "zero-shot, proposals: AP50 base / novel / all",
     "retrieval R@1 at 64 px: image to text / text to image",
-    f"the same at {SIDE} px",
+    f"retrieval R@1 at {SIDE} px: image to text / text to image",
 )
 
 

@@ -67,12 +67,12 @@ ABLATIONS = {
     "pool": Student("matcher pool", "pool"),
     "hybrid": Student("matcher hybrid", "hybrid"),
     "caption": Student("matcher caption", "caption"),
-    "crop": Student("our best, teacher sees crops", "crop"),
-    "distillation": Student("our best, distillation alone", "exclusive", ONLY["distillation"]),
-    "contrastive": Student("our best, region-text contrastive alone", "exclusive", ONLY["contrastive"]),
-    "image_text": Student("our best, image-text contrastive alone", "exclusive", ONLY["image_text"]),
-    "crops": Student("our best, and the crop loss", "exclusive", ("crop_distillation=1",)),
-    "temperature": Student("our best, temperature learnt", "exclusive", ("learn_temperature=true",)),
+    "crop": Student("our best, teacher `crop`", "crop"),
+    "distillation": Student("our best, distillation only", "exclusive", ONLY["distillation"]),
+    "contrastive": Student("our best, region-text contrastive loss only", "exclusive", ONLY["contrastive"]),
+    "image_text": Student("our best, image-text contrastive loss only", "exclusive", ONLY["image_text"]),
+    "crops": Student("our best, plus the crop loss", "exclusive", ("crop_distillation=1",)),
+    "temperature": Student("our best, learned temperature", "exclusive", ("learn_temperature=true",)),
 }
 DETECTORS = {
     "random": "random weights",

@@ -22,12 +22,13 @@ from clip_base.evaluation.ranking import require_finite
 from clip_base.images.decode import Decoded, decode_stored, normalize
 from clip_base.images.orientation import turned_as_annotated
 from clip_base.images.preprocess import square_view
+from clip_base.jobs.compute import ComputeOptions
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import ACTIVATIONS
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import replacing, write_text
-from clip_base.runtime.precision import autocast, pick_device
+from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import Progress
 from clip_base.weights.load import find, load_clip
 
@@ -35,8 +36,8 @@ LAYERS = ("embedding", "penultimate")
 _READING = "2"  # of images; to be counted on when other pixels are made of a file than before
 
 
-@dataclass
-class FeatureConfig:
+@dataclass(kw_only=True)
+class FeatureConfig(ComputeOptions):
     """Options of every job that embeds images."""
 
     weights: str = option(REQUIRED, "weights in any known form, or a published model's name")
@@ -47,17 +48,12 @@ class FeatureConfig:
     )
     batch_size: int = option(64, "images embedded at once", runtime_only=True)
     workers: int = option(2, "threads that decode images", runtime_only=True)
-    precision: str = option(
-        "auto", "of the computation; auto: as the processor likes", choices=("auto", "fp32", "bf16")
-    )
-    device: str = option("auto", "auto takes a GPU when there is one", runtime_only=True)
     max_broken: float = option(0.1, "share of unusable images above which the run stops")
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.workers < 1:
-            raise InputError(
-                f"batch_size and workers must be at least 1, found {self.batch_size} and {self.workers}"
-            )
+        super().__post_init__()
+        if self.workers < 1:
+            raise InputError(f"workers must be at least 1, found {self.workers}")
         if not 0 <= self.max_broken <= 1:
             raise InputError(f"max_broken must be in [0, 1], found {self.max_broken}")
 
@@ -92,7 +88,7 @@ class Embedder:
     def __init__(self, config: FeatureConfig, out: Path, layer: str = "embedding") -> None:
         self.config, self.layer = config, layer
         self.folder = Path(config.features) if config.features else out / "features"
-        self.device = pick_device(config.device)
+        self.device = config.pick_device()
         self.path = find(config.weights)
 
     @functools.cached_property

@@ -16,12 +16,11 @@ from clip_base.images.decode import DEVIATION, MEAN
 from clip_base.jobs import plugins
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.models.clip import CLIP, to_openai_names
-from clip_base.models.configs import ACTIVATIONS
 from clip_base.models.tokenizer import VOCAB_SIZE
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import replacing, write_json
 from clip_base.weights import formats, infer_config, key_names
-from clip_base.weights.load import find, read_any
+from clip_base.weights.load import WeightsFile, find, read_any
 from clip_base.weights.native import save_clip, write_weights
 from clip_base.weights.reading import CONFIG_KEY, PRECISIONS, read_foreign
 
@@ -31,13 +30,11 @@ _PICKLES = (".pt", ".pth", ".bin")
 
 
 @dataclass
-class ConvertConfig:
+class ConvertConfig(WeightsFile):
     """Options of `convert`."""
 
-    file: str = option(REQUIRED, "weights file or folder, or a published model's name", positional=True)
     out: str = option(REQUIRED, "file to write; a folder for huggingface; either for open_clip")
     to: str = option("native", "form to write", choices=(*FORMS, *OTHERS))
-    activation: str = option("", "activation of a file that does not say it", choices=("", *ACTIVATIONS))
     precision: str = option(
         "stored", "type of the numbers to write; stored: as they are", choices=("stored", *PRECISIONS)
     )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from clip_base.jobs.config import option
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import replacing
 
@@ -27,6 +28,15 @@ TOLERANCE = 1e-3  # what a file's numbers may differ from PyTorch's
 NEEDED = "onnx", "onnxscript", "onnxruntime"
 
 Run = Callable[[dict[str, Tensor]], list[Tensor]]
+
+
+@dataclass(kw_only=True)
+class GraphFormats:
+    """In which forms a model is written."""
+
+    formats: list[str] = option(
+        ["onnx"], "onnx, torch (a .pt2 of torch.export), or both", renamed_from="forms"
+    )
 
 
 @dataclass(frozen=True)

@@ -14,34 +14,29 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from clip_base.export import graphs
+from clip_base.export.graphs import GraphFormats
 from clip_base.export.hf_tokenizer import write_tokenizer
 from clip_base.images.decode import normalize
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
 from clip_base.models.clip import CLIP
-from clip_base.models.configs import ACTIVATIONS
 from clip_base.models.tokenizer import VOCAB_SIZE
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import write_json
-from clip_base.weights.load import load_clip
+from clip_base.weights.load import WeightsFile, load_clip
 
 TOWERS = ("image", "text")
 EMBEDDINGS = ("embeddings",)  # what both graphs return
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(GraphFormats, WeightsFile):
     """Options of `export`."""
 
-    file: str = option(REQUIRED, "weights file or folder, or a published model's name", positional=True)
     out: str = option(
         REQUIRED, "folder for image.onnx, text.onnx, tokenizer.json and clip.json", runtime_only=True
     )
-    formats: list[str] = option(
-        ["onnx"], "onnx, torch (a .pt2 of torch.export), or both", renamed_from="forms"
-    )
     towers: list[str] = option(["image", "text"], "which towers to write")
-    activation: str = option("", "activation of a file that does not say it", choices=("", *ACTIVATIONS))
 
     def __post_init__(self) -> None:
         """Checks the towers' names."""

@@ -210,8 +210,11 @@ def job_help(command: str, job: Description) -> str:
 
 
 def _rows(described: Description, prefix: str = "", note: str = "") -> Iterator[Word]:
-    """Yields the options with their meanings, and below one that names a plugin those of all plugins."""
-    for option in described.options:
+    """Yields the options with their meanings, and below one that names a plugin those of all plugins.
+
+    Those that must be given come first.
+    """
+    for option in sorted(described.options, key=lambda option: not option.required):
         kind, key = "|".join(option.choices) or option.kind, f"{prefix}{option.key}"
         shown = "required" if option.required else f"default {option.default!r}"
         if not option.group:

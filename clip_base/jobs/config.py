@@ -1,13 +1,15 @@
 """One dataclass is a job's schema: YAML and `key=value` overrides are merged into it and checked.
 
 A field is declared with `option(default, meaning)`; a field that names a plugin with
-`plugin(group, name, meaning)`. The same declarations make `--help`.
+`plugin(group, name, meaning)`. The same declarations make `--help`. Options that several jobs share are a
+dataclass of their own (`kw_only=True`) that the jobs' inherit from; see `ordered_fields`.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -98,8 +100,10 @@ def check(schema: type[T], values: dict[str, Any], where: str) -> T:
 
 
 def to_yaml(config: Any) -> str:
-    """Returns a resolved config as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    """Returns a resolved config as YAML, a job's own options first."""
+    plain = dataclasses.asdict(config)
+    ordered = {field.name: plain[field.name] for field in ordered_fields(type(config))}
+    return OmegaConf.to_yaml(OmegaConf.create(ordered))
 
 
 def _read_yaml(path: Path) -> DictConfig:
@@ -178,10 +182,21 @@ def _check_fields(config: Any, where: str, prefix: str = "") -> None:
             object.__setattr__(config, field.name, {"name": name, **dataclasses.asdict(checked)})
 
 
+def ordered_fields(schema: type) -> list[dataclasses.Field[Any]]:
+    """Returns a config's fields: its own first, then those of the groups that it inherits from, as listed.
+
+    `dataclasses.fields` puts inherited ones first, which would open every help with how a job computes. A
+    field that a class declares again, with a default of its own, stands where that class has it (as an
+    argument of `__init__` it does not: such a class has `kw_only=True`).
+    """
+    declared = [name for base in schema.__mro__ for name in inspect.get_annotations(base)]
+    return sorted(dataclasses.fields(schema), key=lambda field: declared.index(field.name))
+
+
 def fields_of(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
     """Yields (dotted key, field, type) for every option of a schema, nested ones included."""
     hints = typing.get_type_hints(schema)
-    for field in dataclasses.fields(schema):
+    for field in ordered_fields(schema):
         hint = hints[field.name]
         yield f"{prefix}{field.name}", field, hint
         if dataclasses.is_dataclass(hint):

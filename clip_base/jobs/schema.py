@@ -17,14 +17,14 @@ import sys
 import sysconfig
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from clip_base.jobs import plugins
-from clip_base.jobs.config import REQUIRED, default_of
+from clip_base.jobs.config import REQUIRED, default_of, ordered_fields
 from clip_base.runtime.files import write_json
 from clip_base.runtime.lazy import LOADED_AT
 
@@ -90,7 +90,7 @@ def options_of(schema: type, instance: Any = None, prefix: str = "") -> Iterator
         prefix: stands before every key.
     """
     hints = get_type_hints(schema)
-    for field in fields(schema):
+    for field in ordered_fields(schema):
         key, hint, told = f"{prefix}{field.name}", hints[field.name], field.metadata
         default = default_of(field) if instance is None else getattr(instance, field.name)
         if is_dataclass(hint):

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from clip_base.jobs.config import option
+from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
 from clip_base.models.clip import set_checkpointing
 from clip_base.runtime import distributed
@@ -79,6 +79,14 @@ class TrainConfig:
             raise InputError(f"batch_size must be at least 1, found {self.batch_size}")
         if not 0 <= self.ema < 1:
             raise InputError(f"ema must be in [0, 1), found {self.ema:g}; 0.9999 is usual for long runs")
+
+
+@dataclass(kw_only=True)
+class TrainingOptions:
+    """Where a training writes, and what it keeps of its data."""
+
+    out: str = option(REQUIRED, "folder for weights, log and metrics", runtime_only=True)
+    cache: bool = option(False, "keep decoded images in memory (for small data sets)", runtime_only=True)
 
 
 class Batch(Protocol):

@@ -19,7 +19,7 @@ from clip_base.data.mixture import weights_of
 from clip_base.data.sources import SOURCES, Pairs, Source
 from clip_base.images.decode import ImageStore, Pixels, normalize, size_of, to_tensor
 from clip_base.images.preprocess import cut_and_resize
-from clip_base.jobs.config import REQUIRED, Plugin, build_plugin, option, plugin
+from clip_base.jobs.config import Plugin, build_plugin, option, plugin
 from clip_base.jobs.run import RunFolder
 from clip_base.models import zoo
 from clip_base.models.clip import CLIP
@@ -29,7 +29,7 @@ from clip_base.models.resnet import recompute_contexts
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
 from clip_base.training import checkpoint as checkpoints
-from clip_base.training.loop import NO_LOSS, TrainConfig, fit
+from clip_base.training.loop import NO_LOSS, TrainConfig, TrainingOptions, fit
 from clip_base.training.losses import OBJECTIVES, Contrastive, ContrastiveConfig, PairEmbeddings
 from clip_base.training.validation import Validation, ValidationConfig
 from clip_base.weights.load import load_clip
@@ -39,10 +39,9 @@ MAX_LOGIT_SCALE = math.log(100)  # arXiv 2103.00020, section 2.5
 
 
 @dataclass
-class PretrainConfig:
+class PretrainConfig(TrainingOptions):
     """Options of contrastive pretraining."""
 
-    out: str = option(REQUIRED, "folder for weights, log and metrics", runtime_only=True)
     source: Plugin = plugin(SOURCES, "coco", "where image-text pairs come from")
     model: str = option("", "a published tower by name, such as RN50; empty: the sizes under `tower`")
     tower: CLIPConfig = option(CLIPConfig(), "sizes of the towers when `model` is empty")
@@ -51,7 +50,6 @@ class PretrainConfig:
     objective: Plugin = plugin(OBJECTIVES, "contrastive", "the loss over the batch's embeddings")
     accumulate: int = option(1, "parts in which a batch is embedded, to save memory; its loss stays whole")
     replacement: bool = option(False, "draw pairs independently instead of each once an epoch")
-    cache: bool = option(False, "keep decoded images in memory (for small data sets)", runtime_only=True)
     evaluate: ValidationConfig = option(ValidationConfig(), "what is measured along the way")
     train: TrainConfig = option(TrainConfig(epochs=32), "the training loop")
 

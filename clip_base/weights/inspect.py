@@ -11,21 +11,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from clip_base.jobs.config import REQUIRED, option
-from clip_base.models.configs import ACTIVATIONS, CLIPConfig
+from clip_base.models.configs import CLIPConfig
 from clip_base.runtime.errors import InputError
 from clip_base.weights import download, formats, native
-from clip_base.weights.load import find
+from clip_base.weights.load import WeightsFile, find
 from clip_base.weights.native import read_weights, require_finite
 from clip_base.weights.reading import FRAMEWORKS, is_safetensors, read_clip, read_foreign
 
 
 @dataclass
-class InspectConfig:
+class InspectConfig(WeightsFile):
     """Options of `inspect`."""
-
-    file: str = option(REQUIRED, "weights file or folder, or a published model's name", positional=True)
-    activation: str = option("", "activation of a file that does not say it", choices=("", *ACTIVATIONS))
 
 
 def inspect(config: InspectConfig) -> None:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from clip_base.images.preprocess import Preprocess
+from clip_base.jobs.config import REQUIRED, option
 from clip_base.models.clip import CLIP
+from clip_base.models.configs import ACTIVATIONS
 from clip_base.runtime.errors import InputError, note
 from clip_base.weights import download
 from clip_base.weights.reading import PRECISIONS, Report, is_safetensors, read_clip
+
+
+@dataclass(kw_only=True)
+class WeightsFile:
+    """Which weights a job on one file reads."""
+
+    file: str = option(REQUIRED, "weights file or folder, or a published model's name", positional=True)
+    activation: str = option("", "activation of a file that does not say it", choices=("", *ACTIVATIONS))
 
 
 def find(name_or_path: str | Path, folder: str | Path | None = None) -> Path:

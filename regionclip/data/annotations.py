@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from clip_base.data.coco import read_instances
+from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing
@@ -68,6 +69,14 @@ class ImageAnnotations:
         return dataclasses.replace(
             self, boxes=self.boxes[which], labels=self.labels[which], iscrowd=self.iscrowd[which]
         )
+
+
+@dataclass(kw_only=True)
+class AnnotatedImages:
+    """Which images with boxes a job reads."""
+
+    annotations: str = option(REQUIRED, "instances_*.json in COCO's form")
+    images: str = option(REQUIRED, "folder that the annotations' file names are relative to")
 
 
 class CocoDetection(Sequence[ImageAnnotations]):

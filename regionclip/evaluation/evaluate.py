@@ -13,20 +13,20 @@ from typing import Any
 import torch
 
 from clip_base.data.coco import coco_entry
-from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
-from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
+from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, write_json, write_text
-from clip_base.runtime.precision import autocast, pick_device
+from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import Progress
-from regionclip.checkpoints.load import load_detector, vocabulary_for
-from regionclip.data.annotations import CocoDetection, ImageAnnotations
+from regionclip.checkpoints.load import vocabulary_for
+from regionclip.data.annotations import AnnotatedImages, CocoDetection, ImageAnnotations
 from regionclip.data.batches import LoadedBatch, read_batches, read_record, write_skipped
 from regionclip.data.categories import Split, load_split, parse_names
 from regionclip.data.results import Results, numbered_by, read_results
 from regionclip.evaluation.report_page import write_page
 from regionclip.evaluation.results_checks import Measure, box_note, order_note
+from regionclip.inference.options import DetectorOptions
 from regionclip.metrics.average_precision import (
     Evaluation,
     Protocol,
@@ -35,14 +35,11 @@ from regionclip.metrics.average_precision import (
 )
 from regionclip.metrics.matching import match_to_ground_truth
 from regionclip.models.detector import Detector
-from regionclip.models.postprocess import DetectorConfig
-from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import Proposer, build_proposer
 from regionclip.proposals.precomputed import TruthProposer
 from regionclip.structures.boxes import xyxy_to_xywh
 from regionclip.structures.detections import Detections
 from regionclip.structures.regions import Regions
-from regionclip.structures.transforms import ResizeConfig
 
 PER_CLASS = ("name", "category_id", "novel", "boxes", "detections", "AP", "AP50")
 DOUBTFUL = 0.02
@@ -52,11 +49,10 @@ _RENUMBER = (
 )
 
 
-@dataclass
-class EvaluateConfig:
+@dataclass(kw_only=True)
+class EvaluateConfig(AnnotatedImages, DetectorOptions):
     """Options of the evaluation."""
 
-    annotations: str = option(REQUIRED, "instances_*.json in COCO's form")
     out: str = option(
         REQUIRED, "folder for metrics.json, per_class.csv, results.json and report.html", runtime_only=True
     )
@@ -88,29 +84,6 @@ class EvaluateConfig:
         "what is named: proposals; truth (the true boxes, the best five names of each); truth_suppressed "
         "(the true boxes as proposals, as RegionCLIP's authors test); or the boxes of a results file",
     )
-    proposer: Plugin = plugin(
-        PROPOSERS, "none", "for a CLIP: where regions come from; none: a detector's own network"
-    )
-    detector: DetectorConfig = option(
-        DetectorConfig(), "scores and suppression, for a CLIP or with use_checkpoint_config=false"
-    )
-    use_checkpoint_config: bool = option(
-        True,
-        "a detector sees and scores as it was trained to, not as `resize` and `detector` say",
-        renamed_from="own_settings",
-    )
-    templates: list[str] = option(list(DEFAULT_TEMPLATES), "prompts, averaged; {} is the class name")
-    embeddings: str = option(
-        "", "file of the class names' embeddings, such as RegionCLIP's .pth; empty: names are embedded"
-    )
-    text_weights: str = option(
-        "",
-        "CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none",
-        renamed_from="text",
-    )
-    resize: ResizeConfig = option(
-        ResizeConfig(), "size of the images, for a CLIP or with use_checkpoint_config=false"
-    )
     protocol: str = option(
         "auto",
         "coco; lvis, the federated one; auto takes lvis when the annotations tell what was looked for",
@@ -126,13 +99,9 @@ class EvaluateConfig:
         0, "best detections that count, of an image and category (LVIS: of an image); 0: 100 (LVIS: 300)"
     )
     report: bool = option(True, "write report.html: curves, confusions, images when images= is given")
-    batch_size: int = option(8, "images at once")
-    precision: str = option(
-        "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
-    )
-    device: str = option("auto", "auto takes a GPU when there is one", runtime_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if bool(self.results) == bool(self.weights):
             raise InputError(
                 "give either results=FILE (to evaluate it) or weights=FILE images=DIR (to detect first)"
@@ -280,10 +249,8 @@ def _detect(
 ) -> dict[str, Any]:
     whole = CocoDetection(config.annotations, config.images)
     dataset = whole.restrict(names)
-    device = pick_device(config.device)
-    detector = load_detector(
-        config.weights, config.detector, config.resize, config.use_checkpoint_config, config.text_weights
-    ).to(device)
+    device = config.pick_device()
+    detector = config.load().to(device)
     proposer: Proposer | None = None
     if config.proposer["name"] != "none":
         proposer = build_proposer(config.proposer, device)

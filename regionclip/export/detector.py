@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from clip_base.export import graphs
+from clip_base.export.graphs import GraphFormats
 from clip_base.export.towers import write_text_tower
 from clip_base.images.decode import MEAN, Pixels, resize
 from clip_base.images.inputs import picture_files, read_upright
@@ -28,7 +29,7 @@ from clip_base.runtime.files import replacing, write_json
 from regionclip.checkpoints.load import vocabulary_for
 from regionclip.data.categories import parse_names
 from regionclip.export.detector_graph import DetectorGraph
-from regionclip.inference.options import DetectorSource
+from regionclip.inference.options import VOCABULARY_HELP, DetectorSource
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
 from regionclip.proposals.rpn.proposer import load_network
@@ -44,18 +45,16 @@ STEP = 32  # pixels: sides that every backbone halves evenly
 LEAST_TORCH = "2.9"  # torch.export of 2.8 refuses images of any size
 
 
-@dataclass
-class ExportDetectorConfig(DetectorSource):
+@dataclass(kw_only=True)
+class ExportDetectorConfig(DetectorSource, GraphFormats):
     """Options of exporting a detector."""
 
     weights: str = option(
         REQUIRED, "a detector (ours or RegionCLIP's), or a CLIP with network=FILE", positional=True
     )
+    vocabulary: str = option(REQUIRED, VOCABULARY_HELP)
     out: str = option(
         REQUIRED, "folder for detector.onnx, detector.json and what belongs to them", runtime_only=True
-    )
-    formats: list[str] = option(
-        ["onnx"], "onnx, torch (a .pt2 of torch.export), or both", renamed_from="forms"
     )
     dynamic_vocabulary: bool = option(
         False,

@@ -26,7 +26,7 @@ from clip_base.runtime.progress import Progress
 from clip_base.weights.load import find
 from regionclip.data.batches import DecodedImage, read_batches, read_upright
 from regionclip.data.categories import parse_names
-from regionclip.inference.options import DetectorOptions
+from regionclip.inference.options import VOCABULARY_HELP, DetectorOptions
 from regionclip.inference.predictor import Predictor
 from regionclip.structures.detections import Detections
 from regionclip.structures.drawing import draw, save_picture
@@ -47,6 +47,7 @@ class DetectConfig(DetectorOptions):
         positional=True,
         renamed_from="photos",
     )
+    vocabulary: str = option(REQUIRED, VOCABULARY_HELP)
     out: str = option(
         "detections",
         "folder for what is drawn, detections.json (COCO's results form) and detections.csv",

@@ -21,7 +21,6 @@ from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, read_json, write_json, write_text
 from clip_base.runtime.json_stream import stream_entries
-from clip_base.runtime.precision import pick_device
 from clip_base.runtime.progress import Progress
 from clip_base.runtime.workers import run
 from clip_base.weights.load import find
@@ -94,7 +93,7 @@ def _describe_all(
             progress.advance(images, f"{seen / (time.monotonic() - begun):.2f} images/s")
 
         start = functools.partial(RegionFeatureExtractor, config, files, boxes)
-        gpus = torch.cuda.device_count() if pick_device(config.device).type == "cuda" else 0
+        gpus = torch.cuda.device_count() if config.pick_device().type == "cuda" else 0
         for _ in run("local", start, missing, config.workers, watch, gpus):
             pass
     return seen / max(time.monotonic() - begun, 1e-9)

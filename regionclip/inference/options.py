@@ -1,4 +1,4 @@
-"""The options that every job which looks at images with a detector has, and the detector they mean."""
+"""The options of every job that uses a detector, and the detector they mean."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
+from clip_base.jobs.compute import ComputeOptions
 from clip_base.jobs.config import REQUIRED, Plugin, option, plugin, runtime_only
 from clip_base.jobs.run import describe
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.precision import pick_device
 from regionclip.checkpoints.load import load_detector
 from regionclip.inference.predictor import Predictor
 from regionclip.models.detector import Detector
@@ -18,27 +18,25 @@ from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import build_proposer
 from regionclip.structures.transforms import ResizeConfig
 
-
-@dataclass
-class ImageOptions:
-    """What to look at."""
-
-    images: list[str] = option(
-        REQUIRED,
-        "images, folders of them, or quoted patterns such as 'photos/**/*.jpg'",
-        positional=True,
-        renamed_from="photos",
-    )
+VOCABULARY_HELP = 'names to look for: "cat, dog", a file with one per line, coco, coco65, lvis'
 
 
-@dataclass
-class DetectorSource:
-    """Which detector, and what it is to look for."""
+@dataclass(kw_only=True)
+class DetectorFile:
+    """Which file holds the detector."""
 
     weights: str = option(REQUIRED, "a detector (ours or RegionCLIP's), or a CLIP (then give a proposer)")
-    vocabulary: str = option(
-        REQUIRED, 'names to look for: "cat, dog", a file with one per line, coco, coco65, lvis'
+    text_weights: str = option(
+        "",
+        "CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none",
+        renamed_from="text",
     )
+
+
+@dataclass(kw_only=True)
+class DetectorSource(DetectorFile):
+    """Which detector, and how it embeds the names that it looks for."""
+
     detector: DetectorConfig = option(
         DetectorConfig(), "scores and suppression, for a CLIP or with use_checkpoint_config=false"
     )
@@ -50,11 +48,6 @@ class DetectorSource:
     templates: list[str] = option(list(DEFAULT_TEMPLATES), "prompts, averaged; {} is the name")
     embeddings: str = option(
         "", "file of the names' embeddings, such as RegionCLIP's .pth; empty: names are embedded"
-    )
-    text_weights: str = option(
-        "",
-        "CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none",
-        renamed_from="text",
     )
     resize: ResizeConfig = option(
         ResizeConfig(), "size of the images, for a CLIP or with use_checkpoint_config=false"
@@ -71,20 +64,11 @@ class DetectorSource:
         )
 
 
-@dataclass
-class DetectorOptions(DetectorSource, ImageOptions):
-    """What to look at, and with which detector."""
+@dataclass(kw_only=True)
+class DetectorOptions(DetectorSource, ComputeOptions):
+    """Which detector, where its regions come from, and how it computes."""
 
     proposer: Plugin = plugin(PROPOSERS, "none", "where regions come from; none: the detector's own network")
-    batch_size: int = option(8, "images at once")
-    precision: str = option(
-        "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
-    )
-    device: str = option("auto", "auto takes a GPU when there is one", runtime_only=True)
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise InputError(f"batch_size must be at least 1 image, found {self.batch_size}")
 
     def identity(self) -> dict[str, Any]:
         """Returns the options that decide the result, as plain values."""
@@ -100,7 +84,7 @@ class DetectorOptions(DetectorSource, ImageOptions):
         Raises:
             InputError: a file is missing, damaged or does not fit, or a CLIP was given no proposer.
         """
-        device = pick_device(self.device)
+        device = self.pick_device()
         detector = self.load().to(device)
         named = self.proposer["name"] != "none"
         if proposes and not named and detector.network is None:

@@ -19,7 +19,6 @@ from clip_base.jobs.run import RunFolder
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, read_json, replacing, write_json
-from clip_base.runtime.precision import pick_device
 from clip_base.runtime.progress import Progress
 from clip_base.runtime.workers import run
 from clip_base.weights import download
@@ -87,7 +86,7 @@ def _mine_shards(config: MineConfig, listed: Path, parts: Sequence[ImageRange]) 
             progress.advance(images, note)
 
         start = functools.partial(Miner, _anywhere(config), listed.absolute())
-        gpus = torch.cuda.device_count() if pick_device(config.device).type == "cuda" else 0
+        gpus = torch.cuda.device_count() if config.pick_device().type == "cuda" else 0
         for one, regions in run(config.executor, start, missing, config.workers, watch, gpus):
             # Those that did not decode, or that an executor without reports mined.
             progress.advance(one.count - seen.pop(one.number, 0), f"{regions} regions in shard {one.number}")
@@ -159,7 +158,7 @@ def _embed(config: MineConfig) -> Vocabulary:
     names = [concept.concept for concept in read_concepts(config.concepts)]
     if not names:
         raise InputError(f"concept pool {config.concepts} is empty; lower min_count of `regionclip concepts`")
-    teacher = load_clip(config.weights).to(pick_device(config.device))
+    teacher = load_clip(config.weights).to(config.pick_device())
     return embed(teacher, Tokenizer(teacher.config.text.context_length), names, config.templates)
 
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
+from clip_base.jobs.compute import ComputeOptions
 from clip_base.jobs.config import REQUIRED, Plugin, build_plugin, option, plugin
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing
-from clip_base.runtime.precision import autocast, pick_device
+from clip_base.runtime.precision import autocast
 from clip_base.runtime.workers import EXECUTORS, Report
 from clip_base.weights.load import load_clip
 from regionclip.concepts.phrase_cache import StoredPhrases, phrases_file
@@ -39,8 +40,8 @@ from regionclip.structures.transforms import ResizeConfig, ResizeTransform
 VOCABULARY = "vocabulary.safetensors"
 
 
-@dataclass
-class MineConfig:
+@dataclass(kw_only=True)
+class MineConfig(ComputeOptions):
     """Options of mining."""
 
     images: str = option(REQUIRED, "folder that the captions' file names are relative to")
@@ -64,10 +65,6 @@ class MineConfig:
     language: str = option("", "spaCy model for phrases; empty: the one that the concept pool was made with")
     batch_size: int = option(16, "images at once")
     shard_images: int = option(2000, "images per shard")
-    precision: str = option(
-        "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
-    )
-    device: str = option("auto", "auto takes a GPU when there is one", runtime_only=True)
     executor: str = option(
         "local",
         "where the processes are: local, on this machine; ray, on the Ray cluster that RAY_ADDRESS names or "
@@ -91,8 +88,9 @@ class MineConfig:
 
     def __post_init__(self) -> None:
         """Checks the numbers."""
-        if self.batch_size < 1 or self.shard_images < 1:
-            raise InputError("batch_size and shard_images must be at least 1")
+        super().__post_init__()
+        if self.shard_images < 1:
+            raise InputError(f"shard_images must be at least 1, found {self.shard_images}")
         if self.workers < 0:
             raise InputError(f"workers must be at least 0, got {self.workers}")
         first, count = self.shares
@@ -134,7 +132,7 @@ class Miner:
     """
 
     def __init__(self, config: MineConfig, images: Path) -> None:
-        self.config, self.device = config, pick_device(config.device)
+        self.config, self.device = config, config.pick_device()
         self.folder = existing(config.images, "images folder")
         self.images = CaptionIndex(images)
         self.pool = read_concepts(config.concepts)

@@ -20,21 +20,31 @@ GROUP = "regionclip.proposers"
 
 
 @dataclass(kw_only=True)
-class SelectionConfig:
-    """Which proposals of a network are kept."""
+class BoxLimits:
+    """Which boxes of an image are kept."""
 
     limit: int = option(300, "most boxes per image, the best scored ones")
-    nms: float = option(0.7, "IoU above which the lower scored of two boxes is dropped")
-    min_score: float = option(0.0, "boxes with less objectness are left out, 0…1")
+    min_score: float = option(0.0, "boxes scored lower are left out, 0…1")
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
         if self.limit < 1:
             raise InputError(f"limit must be at least 1 box an image, got {self.limit}")
-        if not 0 < self.nms <= 1:
-            raise InputError(f"nms must be above 0 and at most 1, got {self.nms}")
         if not 0 <= self.min_score <= 1:
             raise InputError(f"min_score must be in 0…1, got {self.min_score}")
+
+
+@dataclass(kw_only=True)
+class SelectionConfig(BoxLimits):
+    """Which proposals of a network are kept."""
+
+    nms: float = option(0.7, "IoU above which the lower scored of two boxes is dropped")
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        super().__post_init__()
+        if not 0 < self.nms <= 1:
+            raise InputError(f"nms must be above 0 and at most 1, got {self.nms}")
 
 
 class Proposer(Protocol):

@@ -19,7 +19,7 @@ from clip_base.runtime.json_stream import stream_entries
 from regionclip.data.annotations import ImageAnnotations
 from regionclip.data.box_format import other_forms
 from regionclip.data.file_names import FileNames, name_images
-from regionclip.proposals.base import collect, frame_scale
+from regionclip.proposals.base import BoxLimits, collect, frame_scale
 from regionclip.proposals.storage import ProposalTable
 from regionclip.structures.boxes import xywh_to_xyxy, xyxy_to_xywh
 from regionclip.structures.regions import ImageInfo, Regions
@@ -47,7 +47,7 @@ FIRST_IMAGES, FEW = 100, 10
 
 
 @dataclass
-class PrecomputedConfig:
+class PrecomputedConfig(BoxLimits):
     """Options of the proposer `precomputed`."""
 
     file: str = option(
@@ -56,15 +56,6 @@ class PrecomputedConfig:
         "`detect` writes; or what `propose format=parquet`, `mine` or `features` wrote: a .parquet file or a "
         "folder of them. Images are found by file_name where the file has them, else by image_id",
     )
-    limit: int = option(300, "most boxes per image, the best scored ones")
-    min_score: float = option(0.0, "boxes scored lower are left out, 0…1")
-
-    def __post_init__(self) -> None:
-        """Checks the ranges."""
-        if self.limit < 1:
-            raise InputError(f"limit must be at least 1 box an image, got {self.limit}")
-        if not 0 <= self.min_score <= 1:
-            raise InputError(f"min_score must be in 0…1, got {self.min_score}")
 
 
 class PrecomputedProposer:

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from clip_base.jobs.compute import ComputeOptions
 from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
 from clip_base.jobs.run import RunFolder
-from clip_base.runtime.precision import autocast, pick_device
+from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import Progress
-from regionclip.data.annotations import CocoDetection, ImageAnnotations
+from regionclip.data.annotations import AnnotatedImages, CocoDetection, ImageAnnotations
 from regionclip.data.batches import LoadedBatch, read_batches, read_record, write_skipped
 from regionclip.data.categories import load_split
 from regionclip.metrics.recall import RecallMeter, described
@@ -22,14 +23,10 @@ from regionclip.structures.regions import Regions
 from regionclip.structures.transforms import ResizeConfig
 
 
-@dataclass
-class ProposeConfig:
+@dataclass(kw_only=True)
+class ProposeConfig(AnnotatedImages, ComputeOptions):
     """Options of proposing."""
 
-    annotations: str = option(
-        REQUIRED, "instances_*.json in COCO's form: which images, and true boxes for recall"
-    )
-    images: str = option(REQUIRED, "folder that its file names are relative to")
     split: str = option(
         "", "coco or a JSON file: recall of base and novel classes apart; empty: of all together"
     )
@@ -42,10 +39,6 @@ class ProposeConfig:
     proposer: Plugin = plugin(PROPOSERS, "rpn", "where regions come from")
     resize: ResizeConfig = option(ResizeConfig(), "size of the images")
     batch_size: int = option(16, "images at once")
-    precision: str = option(
-        "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
-    )
-    device: str = option("auto", "auto takes a GPU when there is one", runtime_only=True)
 
 
 def propose(config: ProposeConfig) -> None:
@@ -61,7 +54,7 @@ def propose(config: ProposeConfig) -> None:
     if split is not None:
         dataset = dataset.restrict(split.all)
     print(dataset.report())
-    device = pick_device(config.device)
+    device = config.pick_device()
     proposer = build_proposer(config.proposer, device)
     skipped: dict[int, str] = {}
     meter, images, count = RecallMeter(apart=split is not None), 0, 0

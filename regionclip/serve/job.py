@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from clip_base.images.inputs import picture_files
-from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
+from clip_base.jobs.compute import DeviceOptions
+from clip_base.jobs.config import Plugin, option, plugin
 from clip_base.runtime.errors import InputError
 from clip_base.synthetic.pictograms import TABLE
 from clip_base.synthetic.scenes import ScenesConfig, generate
 from regionclip.data.categories import parse_names
+from regionclip.inference.options import DetectorFile
 from regionclip.inference.predictor import load
 from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import build_proposer
@@ -24,10 +26,9 @@ MAX_EXAMPLES = 24
 
 
 @dataclass
-class ServeConfig:
+class ServeConfig(DetectorFile, DeviceOptions):
     """Options of the page."""
 
-    weights: str = option(REQUIRED, "a detector (ours or RegionCLIP's), or a CLIP (then give a proposer)")
     compare: str = option("", "a second one, shown beside the first; empty: none")
     vocabulary: str = option(
         "", 'names at first: "cat, dog", a file of names, coco; empty: the examples\' own'
@@ -44,13 +45,6 @@ class ServeConfig:
     proposer: Plugin = plugin(
         PROPOSERS, "none", "where regions come from for weights without a proposal network"
     )
-    text_weights: str = option(
-        "",
-        "CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none",
-        renamed_from="text",
-    )
-    precision: str = option("auto", "auto: bf16 where the processor has it", choices=("auto", "fp32", "bf16"))
-    device: str = option("auto", "auto takes a GPU when there is one")
 
     def __post_init__(self) -> None:
         """Checks the numbers."""

@@ -24,7 +24,7 @@ from clip_base.models.tokenizer import Tokenizer
 from clip_base.models.vit import VisionTransformer
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError
-from clip_base.training.loop import TrainConfig
+from clip_base.training.loop import TrainConfig, TrainingOptions
 from clip_base.training.losses import row_entropy
 from clip_base.training.pretrain import MAX_LOGIT_SCALE
 from clip_base.weights.load import load_clip
@@ -45,8 +45,18 @@ from regionclip.training.losses import (
 )
 
 
+@dataclass(kw_only=True)
+class FreezeOptions:
+    """What of a vision tower is not trained."""
+
+    freeze_stages: int = option(
+        2, "stages kept as they are: 0 none, 1 the stem, 2 also layer1, … 4 also layer3"
+    )
+    freeze_batch_norm: bool = option(True, "keep the statistics and gains of batch norms as they are")
+
+
 @dataclass
-class RegionPretrainConfig:
+class RegionPretrainConfig(FreezeOptions, TrainingOptions):
     """Options of region pretraining."""
 
     mined: str = option(
@@ -57,7 +67,6 @@ class RegionPretrainConfig:
         "", "captions_*.json for the image-text loss; empty: those the shards were mined from"
     )
     images: str = option("", "folder of the images; empty: the one the shards were mined from")
-    out: str = option(REQUIRED, "folder for weights, log and metrics", runtime_only=True)
     resize: ResizeConfig = option(ResizeConfig(), "size of the training images")
     max_regions: int = option(
         100, "most regions per image and step; more are sampled", renamed_from="regions"
@@ -88,11 +97,6 @@ class RegionPretrainConfig:
     )
     learn_temperature: bool = option(False, "train the temperature, as CLIP's: never below 0.01")
     train_text: bool = option(False, "train the text tower too; the distillation needs it frozen")
-    freeze_stages: int = option(
-        2, "stages kept as they are: 0 none, 1 the stem, 2 also layer1, … 4 also layer3"
-    )
-    freeze_batch_norm: bool = option(True, "keep the statistics and gains of batch norms as they are")
-    cache: bool = option(False, "keep decoded images in memory (for small data sets)", runtime_only=True)
     lr_reference_batch_size: int = option(
         0,
         "batch that train.lr is meant for; for another it is scaled in proportion; 0: taken as it is",

@@ -13,14 +13,43 @@ from torch import Tensor, nn
 from clip_base.data.loader import Loader
 from clip_base.images.decode import ImageStore, Pixels
 from clip_base.images.orientation import turned_as_annotated
+from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
 from clip_base.training.loop import TrainConfig, fit
-from regionclip.data.annotations import CocoDetection, ImageAnnotations
+from regionclip.data.annotations import AnnotatedImages, CocoDetection, ImageAnnotations
 from regionclip.data.categories import Split, load_split
 from regionclip.structures.regions import RegionBatch, Regions
 from regionclip.structures.transforms import ResizeConfig, ResizeTransform, random_resize, to_batch
+
+
+@dataclass(kw_only=True)
+class BaseClassImages(AnnotatedImages):
+    """What a training on base classes sees."""
+
+    annotations: str = option(
+        REQUIRED, "instances_*.json in COCO's form; only boxes of base classes are read"
+    )
+    split: str = option("coco", "coco (48 base, 17 novel), or a JSON file with base and novel names")
+    keep_empty: bool = option(False, "train on images without base boxes too")
+
+    def read(self) -> tuple[CocoDetection, Split]:
+        """Reads the images and their single objects of base classes, and prints how many there are.
+
+        Raises:
+            InputError: a malformed file, a split that does not fit it, or no image that is left.
+        """
+        everything = CocoDetection(self.annotations, self.images)
+        split = load_split(self.split, everything.categories, everything.frequencies)
+        dataset = everything.restrict(split.base, self.keep_empty).without_crowds()
+        print(dataset.report())
+        if not len(dataset):
+            raise InputError(
+                f"nothing to train on: no image of {self.annotations} has a usable box of the "
+                f"{len(split.base)} base classes; keep_empty=true trains on images without boxes too"
+            )
+        return dataset, split
 
 
 @dataclass(frozen=True)
@@ -143,30 +172,6 @@ def patches(height: int, width: int, rows: int, columns: int) -> Tensor:
     size = torch.tensor([width / columns, height / rows])
     corner = torch.cartesian_prod(torch.arange(columns), torch.arange(rows)) * size
     return torch.cat([corner, corner + size], 1)
-
-
-def base_records(annotations: str, images: str, split: str, keep_empty: bool) -> tuple[CocoDetection, Split]:
-    """Reads what a training on base classes may see, single objects of theirs, and says how many there are.
-
-    Args:
-        annotations: instances in COCO's form.
-        images: the folder of the images.
-        split: see `load_split`.
-        keep_empty: whether images without base boxes stay.
-
-    Raises:
-        InputError: a malformed file, a split that does not fit it, or no image that is left.
-    """
-    everything = CocoDetection(annotations, images)
-    chosen = load_split(split, everything.categories, everything.frequencies)
-    dataset = everything.restrict(chosen.base, keep_empty).without_crowds()
-    print(dataset.report())
-    if not len(dataset):
-        raise InputError(
-            f"nothing to train on: no image of {annotations} has a usable box of the {len(chosen.base)} base "
-            "classes; keep_empty=true trains on images without boxes too"
-        )
-    return dataset, chosen
 
 
 def fit_on(

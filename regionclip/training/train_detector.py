@@ -21,7 +21,7 @@ from clip_base.jobs.run import RunFolder
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
-from clip_base.training.loop import TrainConfig
+from clip_base.training.loop import TrainConfig, TrainingOptions
 from clip_base.training.pretrain import last_loss
 from clip_base.weights.load import load_clip
 from regionclip.checkpoints.load import save_detector
@@ -34,19 +34,14 @@ from regionclip.proposals.rpn.proposer import load_network
 from regionclip.structures.boxes import encode_deltas, iou
 from regionclip.structures.regions import FeatureMaps, RegionBatch, Regions
 from regionclip.structures.transforms import ResizeConfig
-from regionclip.training.region_text import freeze
-from regionclip.training.samples import RegionDataset, Sample, base_records, fit_on
+from regionclip.training.region_text import FreezeOptions, freeze
+from regionclip.training.samples import BaseClassImages, RegionDataset, Sample, fit_on
 
 
 @dataclass
-class TrainDetectorConfig:
+class TrainDetectorConfig(BaseClassImages, FreezeOptions, TrainingOptions):
     """Options of the detector's training. The defaults are the published COCO recipe but for `box_head`."""
 
-    annotations: str = option(
-        REQUIRED, "instances_*.json in COCO's form; only boxes of base classes are read"
-    )
-    images: str = option(REQUIRED, "folder that its file names are relative to")
-    split: str = option("coco", "coco (48 base, 17 novel), or a JSON file with base and novel names")
     weights: str = option(REQUIRED, "CLIP to start from, such as what `regionclip pretrain` wrote")
     rpn: str = option(
         REQUIRED,
@@ -56,11 +51,9 @@ class TrainDetectorConfig:
     network: ProposalNetworkConfig = option(
         ProposalNetworkConfig(), "rpn=shared: the proposal network; its backbone is the CLIP's"
     )
-    out: str = option(REQUIRED, "folder for weights, log and metrics", runtime_only=True)
     detector: DetectorConfig = option(DetectorConfig(), "scores and suppression; kept in the weights file")
     resize: ResizeConfig = option(ResizeConfig(), "size of the training images")
     templates: list[str] = option(list(DEFAULT_TEMPLATES), "prompts, averaged; {} is the class name")
-    keep_empty: bool = option(False, "train on images without base boxes too")
     max_proposals: int = option(
         1000, "proposals per image from which regions are sampled", renamed_from="proposals"
     )
@@ -96,11 +89,6 @@ class TrainDetectorConfig:
     repeat_threshold: float = option(
         0.0, "images are repeated for categories that fewer than this share of images hold (LVIS: 0.001)"
     )
-    freeze_stages: int = option(
-        2, "stages kept as they are: 0 none, 1 the stem, 2 also layer1, … 4 also layer3"
-    )
-    freeze_batch_norm: bool = option(True, "keep the statistics and gains of batch norms as they are")
-    cache: bool = option(False, "keep decoded images in memory (for small data sets)", runtime_only=True)
     train: TrainConfig = option(
         TrainConfig(
             steps=90_000,
@@ -278,7 +266,7 @@ def train_detector(config: TrainDetectorConfig) -> None:
     if run.finished() is not None:
         print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
         return
-    dataset, split = base_records(config.annotations, config.images, config.split, config.keep_empty)
+    dataset, split = config.read()
     clip = load_clip(config.weights)
     torch.manual_seed(config.train.seed)
     network = proposal_network(config, clip)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.config import option
 from clip_base.jobs.run import RunFolder
 from clip_base.runtime import distributed
 from clip_base.runtime.precision import autocast, pick_device
 from clip_base.runtime.progress import track
-from clip_base.training.loop import TrainConfig
+from clip_base.training.loop import TrainConfig, TrainingOptions
 from clip_base.training.pretrain import last_loss
 from clip_base.weights.load import load_clip
 from regionclip.data.annotations import CocoDetection
@@ -25,19 +25,13 @@ from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkCon
 from regionclip.proposals.rpn.proposer import build_network, save_network
 from regionclip.structures.regions import RegionBatch
 from regionclip.structures.transforms import ResizeConfig
-from regionclip.training.samples import RegionDataset, Sample, base_records, fit_on
+from regionclip.training.samples import BaseClassImages, RegionDataset, Sample, fit_on
 
 
 @dataclass
-class TrainRPNConfig:
+class TrainRPNConfig(BaseClassImages, TrainingOptions):
     """Options of the proposal network's training."""
 
-    annotations: str = option(
-        REQUIRED, "instances_*.json in COCO's form; only boxes of base classes are read"
-    )
-    images: str = option(REQUIRED, "folder that its file names are relative to")
-    split: str = option("coco", "coco (48 base, 17 novel), or a JSON file with base and novel names")
-    out: str = option(REQUIRED, "folder for weights, log and metrics", runtime_only=True)
     val_annotations: str = option(
         "", "instances_*.json whose boxes measure recall at the end; empty: not measured"
     )
@@ -46,8 +40,6 @@ class TrainRPNConfig:
     objectness_weight: float = option(1.0, "factor of the loss that tells objects from background")
     box_weight: float = option(1.0, "factor of the loss that fits anchors to boxes")
     resize: ResizeConfig = option(ResizeConfig(), "size of the images")
-    keep_empty: bool = option(False, "train on images without base boxes too")
-    cache: bool = option(False, "keep decoded images in memory (for small data sets)", runtime_only=True)
     train: TrainConfig = option(
         TrainConfig(
             steps=90_000, batch_size=16, optimizer="sgd", lr=0.02, weight_decay=1e-4, schedule="step"
@@ -93,7 +85,7 @@ def train_rpn(config: TrainRPNConfig) -> None:
     if run.finished() is not None:
         print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
         return
-    dataset, _ = base_records(config.annotations, config.images, config.split, config.keep_empty)
+    dataset, _ = config.read()
     network = make_network(config)
     task = RPNTask(network, config.objectness_weight, config.box_weight)
     data = RegionDataset([Sample.of_record(record) for record in dataset], config.resize, cache=config.cache)

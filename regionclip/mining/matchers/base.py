@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from clip_base.jobs.config import option
 from clip_base.runtime.errors import InputError
 
 GROUP = "regionclip.matchers"
@@ -51,6 +52,24 @@ class Matches:
     from_caption: Tensor
 
 
+@dataclass(kw_only=True)
+class MatcherOptions:
+    """How many concepts a matcher stores. Those of a config that inherits from it are checked, too."""
+
+    k: int = option(5, "concepts stored per region, the most probable ones")
+
+    def __post_init__(self) -> None:
+        """Checks thresholds (options called min_…), priors and counts."""
+        for name, value in vars(self).items():
+            least = -1 if name == "min_similarity" else 0
+            if name.startswith("min_") and not least <= value <= 1:
+                raise InputError(f"matcher.{name} must be in {least}…1, found {value}")
+            if name.endswith("_prior") and not 0 < value < 1:
+                raise InputError(f"matcher.{name} must be between 0 and 1, found {value}")
+        if self.k < 1:
+            raise InputError(f"matcher.k must be at least 1 concept per region, found {self.k}")
+
+
 class Matcher(Protocol):
     """Matches one image's regions with concepts.
 
@@ -61,16 +80,6 @@ class Matcher(Protocol):
     def __call__(self, inputs: MatchInputs) -> Matches:
         """Returns the regions to keep with their concepts; none when nothing matches."""
         ...
-
-
-def check_ranges(config: object) -> None:
-    """Raises an InputError unless a matcher's thresholds (options called min_…) and `k` can be met."""
-    for name, value in vars(config).items():
-        least = -1 if name == "min_similarity" else 0
-        if name.startswith("min_") and not least <= value <= 1:
-            raise InputError(f"matcher.{name} must be in {least}…1, found {value}")
-        if name == "k" and value < 1:
-            raise InputError(f"matcher.k must be at least 1 concept a region, found {value}")
 
 
 def top_k(probabilities: Tensor, indices: Tensor, k: int, caption_concepts: Tensor) -> Matches:

@@ -11,18 +11,23 @@ import torch
 from torch import Tensor
 
 from clip_base.jobs.config import option
-from clip_base.runtime.errors import InputError
 from regionclip.concepts.synonyms import concept_groups
-from regionclip.mining.matchers.base import Matches, MatchInputs, check_ranges, top_k
+from regionclip.mining.matchers.base import MatcherOptions, Matches, MatchInputs, top_k
 
 
-@dataclass
-class CaptionConfig:
-    """Options of the caption matcher."""
+@dataclass(kw_only=True)
+class CaptionPrior(MatcherOptions):
+    """How far an image's captions are believed."""
 
     caption_prior: float = option(
         0.9, "prior probability that a region shows something the image's captions name", renamed_from="trust"
     )
+
+
+@dataclass
+class CaptionConfig(CaptionPrior):
+    """Options of the caption matcher."""
+
     min_probability: float = option(0.5, "regions whose best own concept is less probable stay unmatched")
     min_phrase: float = option(
         0.2, "a phrase's best region is kept, though unsure, when it is at least this probable; 1: never"
@@ -31,13 +36,6 @@ class CaptionConfig:
         -1.0, "regions whose cosine with their best own concept is lower stay unmatched; -1: any will do"
     )
     min_objectness: float = option(0.0, "regions with less objectness, in [0, 1], are dropped")
-    k: int = option(5, "concepts stored a region, the most probable ones")
-
-    def __post_init__(self) -> None:
-        """Checks the ranges."""
-        check_ranges(self)
-        if not 0 < self.caption_prior < 1:
-            raise InputError(f"matcher.caption_prior must lie between 0 and 1, found {self.caption_prior}")
 
 
 class CaptionMatcher:

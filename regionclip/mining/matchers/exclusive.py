@@ -11,30 +11,24 @@ from torch import Tensor
 
 from clip_base.jobs.config import option
 from clip_base.runtime.errors import InputError
-from regionclip.mining.matchers.base import Matches, MatchInputs, check_ranges, top_k
-from regionclip.mining.matchers.caption import CaptionConfig, CaptionMatcher, nothing
+from regionclip.mining.matchers.base import Matches, MatchInputs, top_k
+from regionclip.mining.matchers.caption import CaptionConfig, CaptionMatcher, CaptionPrior, nothing
 from regionclip.structures.boxes import area, intersection
 
 
 @dataclass
-class ExclusiveConfig:
+class ExclusiveConfig(CaptionPrior):
     """Options of the exclusive matcher. Score: the probability of a concept times the objectness."""
 
-    caption_prior: float = option(
-        0.9, "prior probability that a region shows something the image's captions name", renamed_from="trust"
-    )
     min_first: float = option(0.1, "a concept's best region is kept when it scores at least this")
     min_score: float = option(0.5, "further regions of a concept are kept when they score at least this")
     overlap: float = option(
         0.3, "a region that shares more of the smaller one with a better one of its concept is dropped"
     )
-    k: int = option(5, "concepts stored a region, the most probable ones")
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        check_ranges(self)
-        if not 0 < self.caption_prior < 1:
-            raise InputError(f"matcher.caption_prior must lie between 0 and 1, found {self.caption_prior}")
+        super().__post_init__()
         if not 0 <= self.overlap <= 1:
             raise InputError(f"matcher.overlap must be in 0…1, found {self.overlap}")
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from clip_base.jobs.config import option
-from regionclip.mining.matchers.base import Matches, MatchInputs, check_ranges, top_k
+from regionclip.mining.matchers.base import MatcherOptions, Matches, MatchInputs, top_k
 
 
 @dataclass
-class PoolConfig:
+class PoolConfig(MatcherOptions):
     """Options of the pool matcher; the defaults are the released code's (arXiv 2112.09106)."""
 
     min_probability: float = option(
@@ -20,11 +20,6 @@ class PoolConfig:
     )
     min_objectness: float = option(0.0, "regions with less objectness, in [0, 1], are dropped")
     keep_all_if_none: bool = option(True, "keep all regions of an image when none reaches min_probability")
-    k: int = option(5, "concepts stored a region, the most probable ones")
-
-    def __post_init__(self) -> None:
-        """Checks the ranges."""
-        check_ranges(self)
 
 
 class PoolMatcher:

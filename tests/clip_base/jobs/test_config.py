@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clip_base.jobs import config as configs
-from clip_base.jobs.config import REQUIRED, Plugin, option, plugin, resolve
+from clip_base.jobs.config import REQUIRED, Plugin, fields_of, option, plugin, resolve, to_yaml
 from clip_base.jobs.schema import options_of
 from clip_base.runtime.errors import InputError
 
@@ -223,3 +223,23 @@ def test_a_renamed_option_is_an_error_that_names_the_new_one(
     file.write_text(line + "\n")
     with pytest.raises(InputError, match=now):
         resolve(Outer, file)
+
+
+@dataclass(kw_only=True)
+class SharedOptions:
+    device: str = option("auto", "where")
+    rows: int = option(8, "at once")
+
+
+@dataclass(kw_only=True)
+class JobConfig(SharedOptions):
+    file: str = option(REQUIRED, "which")
+    rows: int = option(16, "at once, more than elsewhere")
+    out: str = option("out", "where to")
+
+
+def test_a_jobs_own_options_come_before_those_of_the_groups_it_shares(tmp_path: Path) -> None:
+    assert [key for key, _, _ in fields_of(JobConfig)] == ["file", "rows", "out", "device"]
+    made = resolve(JobConfig, None, ["file=a", "device=cpu"])
+    assert made == JobConfig(file="a", rows=16, device="cpu")
+    assert to_yaml(made).splitlines() == ["file: a", "rows: 16", "out: out", "device: cpu"]

@@ -267,4 +267,4 @@ def test_a_second_proposal_network_is_refused(detector_file: Path, rpn_file: Pat
 @pytest.mark.parametrize("size", [[64], [16, 64], [64, 64, 3]])
 def test_sizes_that_are_none_are_refused(size: list[int]) -> None:
     with pytest.raises(InputError, match="a height and a width of at least 32 pixels"):
-        ExportDetectorConfig("model.safetensors", "cup", out="out", size=size)
+        ExportDetectorConfig(weights="model.safetensors", vocabulary="cup", out="out", size=size)

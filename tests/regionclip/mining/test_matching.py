@@ -112,7 +112,7 @@ def test_caption_posterior_is_bayes_rule(own: tuple[int, ...]) -> None:
 def test_posterior_is_finite_and_leaves_the_unmatched_slot_its_share(
     seed: int, own: list[int], temperature: float, trust: float
 ) -> None:
-    posterior = CaptionMatcher(CaptionConfig(trust), NAMES).posterior(
+    posterior = CaptionMatcher(CaptionConfig(caption_prior=trust), NAMES).posterior(
         evidence(own=tuple(own), seed=seed, temperature=temperature)
     )
     assert bool(posterior.isfinite().all())

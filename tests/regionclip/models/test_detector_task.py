@@ -20,7 +20,7 @@ from regionclip.training.train_detector import DetectorTask, TrainDetectorConfig
 
 
 def config(**options: object) -> TrainDetectorConfig:
-    return TrainDetectorConfig("a", "i", weights="w", rpn="r", out="o", **options)  # type: ignore[arg-type]
+    return TrainDetectorConfig(annotations="a", images="i", weights="w", rpn="r", out="o", **options)  # type: ignore[arg-type]
 
 
 def proposals_and_truth() -> tuple[Regions, Regions]:

@@ -255,7 +255,7 @@ def test_the_result_loads_as_a_clip(trained: Path) -> None:
 
 
 def test_the_defaults_are_the_published_recipe() -> None:
-    published = RegionPretrainConfig("mined", "weights", out="out")
+    published = RegionPretrainConfig(mined="mined", weights="weights", out="out")
     assert (published.distillation, published.contrastive, published.image_text) == (1, 1, 1)
     assert (published.freeze_stages, published.freeze_batch_norm) == (2, True)
     assert published.train == TrainConfig(

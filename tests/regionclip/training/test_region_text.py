@@ -33,7 +33,7 @@ MakeClip = Callable[..., CLIP]
 
 
 def config(**options: object) -> RegionPretrainConfig:
-    return RegionPretrainConfig("mined", "weights", out="out", **options)  # type: ignore[arg-type]
+    return RegionPretrainConfig(mined="mined", weights="weights", out="out", **options)  # type: ignore[arg-type]
 
 
 def batch_of(mined: Path, context: int = 24) -> RegionBatch:

@@ -54,7 +54,7 @@ TRAINING = [
 
 
 def config(network_file: str = "r", **options: object) -> TrainDetectorConfig:
-    return TrainDetectorConfig("a", "i", weights="w", rpn=network_file, out="o", **options)  # type: ignore[arg-type]
+    return TrainDetectorConfig(annotations="a", images="i", weights="w", rpn=network_file, out="o", **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,11 @@ from clip_base.evaluation.features import LAYERS, Embedder, FeatureConfig, note_
 from clip_base.evaluation.ranking import ranks_of_best
 from clip_base.evaluation.tables import print_classes, summarize, to_csv
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.jobs.run import RunFolder
+from clip_base.jobs.run import RunFolder, files_of
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import write_text
 from clip_base.runtime.progress import Progress
+from clip_base.weights.load import weight_files
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -98,7 +99,8 @@ class Fits:
 
 def linear_probe(config: LinearProbeConfig) -> None:
     """Fits a linear classifier to frozen features; leaves metrics.json, per_class.csv, few_shot.csv."""
-    run = RunFolder(config.out, config, "linear-probe")
+    inputs = {**weight_files(config, "weights"), **files_of(config, "train_annotations", "test_annotations")}
+    run = RunFolder(config.out, config, "linear-probe", inputs)
     done = run.finished()
     if done is not None:
         print(f"{run.path} is complete: top1 {done['top1']:.4f} with C {done['C']:.3g}")

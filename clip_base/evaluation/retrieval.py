@@ -21,13 +21,14 @@ from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
 from clip_base.evaluation.ranking import Answers, ranks_of_best, ranks_of_classes
 from clip_base.evaluation.tables import to_csv
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.jobs.run import RunFolder
+from clip_base.jobs.run import RunFolder, files_of
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, write_text
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import track
+from clip_base.weights.load import weight_files
 
 KS = (1, 5, 10)
 _DIRECTIONS = ("image_to_text", "text_to_image")
@@ -52,7 +53,8 @@ class RetrievalConfig(FeatureConfig):
 
 def retrieval(config: RetrievalConfig) -> None:
     """Finds captions by image and images by caption; leaves metrics.json, per_query.csv and skipped.jsonl."""
-    run = RunFolder(config.out, config, "retrieval")
+    inputs = {**weight_files(config, "weights"), **files_of(config, "captions")}
+    run = RunFolder(config.out, config, "retrieval", inputs)
     done = run.finished()
     if done is not None:
         _print(done)

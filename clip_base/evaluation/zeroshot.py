@@ -16,11 +16,12 @@ from clip_base.evaluation.prompts import classifier, read_templates
 from clip_base.evaluation.ranking import ranks_of_classes
 from clip_base.evaluation.tables import print_classes, summarize, to_csv
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.jobs.run import RunFolder
+from clip_base.jobs.run import RunFolder, files_of
 from clip_base.runtime.errors import InputError, note
 from clip_base.runtime.files import is_file, read_text, write_text
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.tables import CLASS_FILES, read_class_list
+from clip_base.weights.load import weight_files
 
 
 @dataclass
@@ -47,7 +48,8 @@ class ZeroshotConfig(FeatureConfig):
 
 def zeroshot(config: ZeroshotConfig) -> None:
     """Classifies images by class names alone; leaves metrics.json, per_class.csv and skipped.jsonl."""
-    run = RunFolder(config.out, config, "zeroshot")
+    inputs = {**weight_files(config, "weights"), **files_of(config, "annotations", "names", "templates")}
+    run = RunFolder(config.out, config, "zeroshot", inputs)
     done = run.finished()
     if done is not None:
         print(f"{run.path} is complete: top1 {done['top1']:.4f}, top5 {done['top5']:.4f}")

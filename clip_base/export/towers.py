@@ -23,7 +23,7 @@ from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import VOCAB_SIZE
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import write_json
-from clip_base.weights.load import WeightsFile, load_clip
+from clip_base.weights.load import WeightsFile, load_clip, weight_files
 
 TOWERS = ("image", "text")
 EMBEDDINGS = ("embeddings",)  # what both graphs return
@@ -50,7 +50,7 @@ class ExportConfig(GraphFormats, WeightsFile):
 def export(config: ExportConfig) -> None:
     """Writes CLIP's towers as ONNX files that run without PyTorch, checked in onnxruntime."""
     graphs.check_formats(config.formats)
-    run = RunFolder(config.out, config, "export")
+    run = RunFolder(config.out, config, "export", weight_files(config, "file"))
     if run.finished() is not None:
         print(f"{config.out} already exists, made with the same options")
         return

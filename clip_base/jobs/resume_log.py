@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -96,11 +95,3 @@ class ResumeLog:
 
 def _line(kind: str, value: Any) -> str:
     return json.dumps([kind, value], ensure_ascii=False) + "\n"
-
-
-def fingerprint(lines: Iterable[object]) -> str:
-    """Returns a hash of some things' texts in their order, such as the files a run looks at."""
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(f"{line}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()

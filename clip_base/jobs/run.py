@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,39 @@ from omegaconf import OmegaConf
 
 from clip_base.jobs import config as configs
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json, write_json, write_text
+from clip_base.runtime.files import is_file, read_json, write_json, write_text
+from clip_base.runtime.hashing import content_hash
+
+Inputs = Mapping[str, Path | str]
+CONFIG, INPUTS = "config.yaml", ".inputs.json"
+REMEDY = "give another out= or delete that folder"
 
 
 class RunFolder:
     """The folder `out` of one run of one job.
 
+    Args:
+        out: the folder.
+        config: the job's options.
+        job: its name.
+        inputs: what decides the result besides the options, by what it is called to the user: paths of files
+            and of folders of weights, whose contents count, and texts.
+
+    Attributes:
+        inputs: the hashes of the paths' contents, and the texts.
+
     Raises:
-        InputError: the folder holds another run; the options that differ are named.
+        InputError: the folder holds another run; the options that differ, or the inputs that changed since it
+            began, are named. An input does not exist.
     """
 
-    def __init__(self, out: str, config: Any, job: str) -> None:
+    def __init__(self, out: str, config: Any, job: str, inputs: Inputs | None = None) -> None:
         self.path = Path(out)
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"out={out} is a file; give a folder")
-        here, held = self.path / "config.yaml", f"# {job}\n{configs.to_yaml(config)}"
-        if here.exists() and not self._only_begun():
+        here, held = self.path / CONFIG, f"# {job}\n{configs.to_yaml(config)}"
+        is_run = here.exists() and not self._only_begun()
+        if is_run:
             self._same_run(here, config, job)
         elif (
             not here.exists()
@@ -40,30 +58,43 @@ class RunFolder:
             and any(not _is_leftover(path) for path in self.path.iterdir())
         ):
             raise InputError(f"{out} is not empty and holds no run of {job}; give another out= or empty it")
+        self.inputs = hashes_of(inputs or {})
+        if is_run and inputs:
+            self._same_inputs(inputs)
         if _writes():
             write_text(here, held)
+            if self.inputs and not is_run:
+                write_json(self.path / INPUTS, self.inputs)
         self.log_path = self.path / "log.jsonl"
 
     def _only_begun(self) -> bool:
         """Whether nothing but the config was written: a call that failed at once holds no run."""
-        return all(path.name == "config.yaml" or _is_leftover(path) for path in self.path.iterdir())
+        return all(path.name in (CONFIG, INPUTS) or _is_leftover(path) for path in self.path.iterdir())
+
+    def _same_inputs(self, inputs: Inputs) -> None:
+        record = self.path / INPUTS
+        if not record.exists():
+            raise InputError(f"{self.path} does not say which files its run read; {REMEDY}")
+        there = read_json(record, "record of the inputs")
+        changed = [
+            f"{what} ({inputs[what]})" if isinstance(inputs.get(what), Path) else what
+            for what in {**there, **self.inputs}
+            if there.get(what) != self.inputs.get(what)
+        ]
+        if changed:
+            raise InputError(f"{' and '.join(changed)} changed since the run in {self.path} began; {REMEDY}")
 
     def _same_run(self, here: Path, config: Any, job: str) -> None:
         text = here.read_text(encoding="utf-8")
         other_job = text.partition("\n")[0].removeprefix("# ")
-        remedy = "give another out= or delete that folder"
         if other_job != job:
-            raise InputError(f"{self.path} holds a run of {other_job!r}, not of {job!r}; {remedy}")
+            raise InputError(f"{self.path} holds a run of {other_job!r}, not of {job!r}; {REMEDY}")
         free = configs.runtime_only(type(config))
         there = _flat(OmegaConf.to_container(OmegaConf.create(text)))
         here_now = _flat(OmegaConf.to_container(OmegaConf.create(configs.to_yaml(config))))
-        differing = [
-            f"{key}={there.get(key)!r} there, {here_now.get(key)!r} here"
-            for key in sorted(there.keys() | here_now.keys())
-            if there.get(key) != here_now.get(key) and key not in free
-        ]
+        differing = differences(there, here_now, free)
         if differing:
-            raise InputError(f"{self.path} holds another run ({'; '.join(differing[:3])}); {remedy}")
+            raise InputError(f"{self.path} holds another run ({'; '.join(differing[:3])}); {REMEDY}")
 
     @property
     def metrics_path(self) -> Path:
@@ -113,7 +144,43 @@ def _writes() -> bool:
 
 def _is_leftover(path: Path) -> bool:
     """Whether a kill left this file of `replacing`."""
-    return path.name.startswith(".config.yaml.") and path.name.endswith(".tmp")
+    return path.name.startswith((f".{CONFIG}.", f".{INPUTS}.")) and path.name.endswith(".tmp")
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
+    """Returns a sentence for each key, but the `free` ones, whose values differ."""
+    return [
+        f"{key}={there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key) and key not in free
+    ]
+
+
+def hashes_of(inputs: Inputs) -> dict[str, str]:
+    """Returns what identifies inputs: the hashes of the paths' contents, and the texts as they are."""
+    return {what: content_hash(i) if isinstance(i, Path) else i for what, i in inputs.items()}
+
+
+def files_of(config: Any, *keys: str) -> dict[str, Path]:
+    """Returns the files among some options' values, for `RunFolder`'s `inputs`.
+
+    Args:
+        config: a job's options.
+        keys: options that may name a file, or several with commas between them; of one that is a list, a
+            plugin or a group, all in it may.
+    """
+    named: dict[str, Any] = {}
+    for key in keys:
+        value = getattr(config, key)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = dataclasses.asdict(value)
+        entries = dict(enumerate(value)) if isinstance(value, list) else value
+        nested = isinstance(entries, dict)
+        named |= {f"{key}.{name}": entry for name, entry in entries.items()} if nested else {key: entries}
+    texts = {key: value for key, value in named.items() if isinstance(value, str)}
+    for key, text in {k: text for k, text in texts.items() if not is_file(text)}.items():
+        texts |= {f"{key}[{number}]": part.strip() for number, part in enumerate(text.split(","))}
+    return {key: Path(text) for key, text in texts.items() if is_file(text)}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -20,7 +20,7 @@ from clip_base.data.sources import SOURCES, Pairs, Source
 from clip_base.images.decode import ImageStore, Pixels, normalize, size_of, to_tensor
 from clip_base.images.preprocess import cut_and_resize
 from clip_base.jobs.config import Plugin, build_plugin, option, plugin
-from clip_base.jobs.run import RunFolder
+from clip_base.jobs.run import RunFolder, files_of
 from clip_base.models import zoo
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig
@@ -32,7 +32,7 @@ from clip_base.training import checkpoint as checkpoints
 from clip_base.training.loop import NO_LOSS, TrainConfig, TrainingOptions, fit
 from clip_base.training.losses import OBJECTIVES, Contrastive, ContrastiveConfig, PairEmbeddings
 from clip_base.training.validation import Validation, ValidationConfig
-from clip_base.weights.load import load_clip
+from clip_base.weights.load import load_clip, weight_files
 from clip_base.weights.native import load_exactly, save_clip
 
 MAX_LOGIT_SCALE = math.log(100)  # arXiv 2103.00020, section 2.5
@@ -196,7 +196,8 @@ def pretrain(config: PretrainConfig) -> None:
 
     With `train.ema` those are the averaged weights, and `out/model_raw.safetensors` holds the last step's.
     """
-    run = RunFolder(config.out, config, "pretrain")
+    inputs = {**weight_files(config, "init"), **files_of(config, "source")}
+    run = RunFolder(config.out, config, "pretrain", inputs)
     if run.finished() is not None:
         print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
         return

@@ -10,7 +10,6 @@ the checksum is the folder of each file. Other packages declare tables of theirs
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import os
 import sys
@@ -24,6 +23,7 @@ from typing import IO, Any
 
 from clip_base.jobs import plugins
 from clip_base.runtime.errors import InputError
+from clip_base.runtime.hashing import file_hash
 from clip_base.runtime.progress import Progress
 
 GROUP = "clip_base.published"
@@ -122,7 +122,7 @@ def _by_hand(file: Published, folder: Path) -> Path:
         if place.is_file():
             if not file.sha256:
                 print(f"note: {place} cannot be verified, its publishers give no checksum", file=sys.stderr)
-            elif _sha256(place) != file.sha256:
+            elif file_hash(place) != file.sha256:
                 raise InputError(f"{place} is not the published file: its sha256 is not {file.sha256}")
             return place
     raise InputError(
@@ -158,12 +158,12 @@ def download(file: Published, folder: Path, timeout: float = _TIMEOUT, pause: fl
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder / f".{file.name}.lock"):
             if target.is_file():
-                if _sha256(target) == file.sha256:
+                if file_hash(target) == file.sha256:
                     return target
                 print(f"{target} is not the published file; downloading it again", file=sys.stderr)
             for _ in range(2):  # once more from the beginning when what came was wrong
                 _receive(file, part, timeout, pause)
-                if _sha256(part) == file.sha256:
+                if file_hash(part) == file.sha256:
                     part.replace(target)
                     return target
                 part.unlink()
@@ -227,11 +227,6 @@ def _copy(answer: Any, out: IO[bytes], progress: Progress) -> None:
 
 def _length(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from clip_base.models.configs import CLIPConfig
 from clip_base.runtime.errors import InputError
+from clip_base.runtime.hashing import file_hash
 from clip_base.weights import download, formats, native
 from clip_base.weights.load import WeightsFile, find
 from clip_base.weights.native import read_weights, require_finite
@@ -100,7 +101,7 @@ def _towers(config: CLIPConfig) -> tuple[str, str]:
 def _published_name(path: Path) -> str:
     """Says which published file this is, by its checksum or, where none is known, by its name."""
     known = download.files()
-    name = download.recognize(native.file_hash(path))
+    name = download.recognize(file_hash(path))
     if name is not None:
         owner = "OpenAI's " if name in download.FILES else ""
         return f"yes: {owner}{name}, sha256 equal"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,6 +45,12 @@ def find(name_or_path: str | Path, folder: str | Path | None = None) -> Path:
         f"there is no weights file {name_or_path} and no published model of that name; "
         f"published are {', '.join(known)}"
     )
+
+
+def weight_files(config: Any, *keys: str) -> dict[str, Path]:
+    """Returns the files that some options name as `find` does, but the empty ones: `RunFolder`'s `inputs`."""
+    named = {key: getattr(config, key) for key in keys}
+    return {key: find(value) for key, value in named.items() if value}
 
 
 def read_any(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,12 +41,6 @@ def load_clip(path: str | Path) -> CLIP:
     model = CLIP(configs.check(CLIPConfig, json.loads(metadata["config"]), f"sizes in {path}"))
     load_exactly(model, weights, path)
     return model.eval().to(memory_format=torch.channels_last)
-
-
-def file_hash(path: str | Path) -> str:
-    """Returns the sha256 of a file, in hex."""
-    with existing(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe(metadata: dict[str, str]) -> dict[str, Any]:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from clip_base.jobs.config import REQUIRED, option, runtime_only
+from clip_base.jobs.run import differences
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import ENCODING_HELP, existing, read_json, write_json, write_text
+from clip_base.runtime.hashing import content_hash, text_hash
 from clip_base.runtime.progress import track
 from clip_base.runtime.workers import cores
 from regionclip.concepts.phrase_cache import PhraseStore, phrases_file
@@ -148,20 +150,14 @@ def _provenance(config: ConceptsConfig, captions: Path) -> dict[str, Any]:
     options["captions"] = captions.name
     if captions.is_dir():
         raise InputError(f"captions={captions} is a folder; give the file of captions in it")
-    with captions.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "format": FORMAT,
         "version": VERSION,
         "options": options,
-        "captions_sha256": digest,
-        "classes_sha256": _hash(given_classes(config.classes)),
-        "stop_words_sha256": _hash(sorted(read_stop_words(config.stop_words))),
+        "captions_sha256": content_hash(captions),
+        "classes_sha256": text_hash(given_classes(config.classes)),
+        "stop_words_sha256": text_hash(sorted(read_stop_words(config.stop_words))),
     }
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _require_same(out: Path, meta_path: Path, provenance: dict[str, Any]) -> None:
@@ -173,11 +169,7 @@ def _require_same(out: Path, meta_path: Path, provenance: dict[str, Any]) -> Non
     meta = read_json(meta_path, "description of the pool")
     there = (meta.get("options") or {}) | {key: meta.get(key) for key in SAME}
     here = provenance["options"] | {key: provenance[key] for key in SAME}
-    differing = [
-        f"{key}={there.get(key)!r} there, {here.get(key)!r} here"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
-    ]
+    differing = differences(there, here)
     if differing:
         raise InputError(f"{out} was made with other options ({'; '.join(differing[:3])}); {remedy}")
 

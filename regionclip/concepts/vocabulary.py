@@ -27,6 +27,7 @@ from clip_base.evaluation.prompts import (
 from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, replacing
+from clip_base.runtime.hashing import content_hash
 from regionclip.data.categories import check_names
 
 FORMAT = "regionclip.vocabulary"
@@ -171,7 +172,7 @@ class Vocabulary:
         if names is None:
             raise InputError(f"vocabulary {path} holds no names; give the list of its names with it")
         embeddings = _unit(_rows_are_names(matrix, len(names), path).float(), names, str(path))
-        return cls(tuple(names), embeddings, None, {"source": path.name, "sha256": _sha256(path)})
+        return cls(tuple(names), embeddings, None, {"source": path.name, "sha256": content_hash(path)})
 
     def _hint(self, name: str) -> str:
         return did_you_mean(name, list(self.names)) if len(self) <= 50 else _closest(name, self.names)
@@ -311,7 +312,3 @@ def _closest(name: str, names: Sequence[str]) -> str:
 def _bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if len(flat) else b""
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -14,11 +14,12 @@ import torch
 
 from clip_base.data.coco import coco_entry
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.jobs.run import RunFolder
+from clip_base.jobs.run import RunFolder, files_of
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, write_json, write_text
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import Progress
+from clip_base.weights.load import weight_files
 from regionclip.checkpoints.load import vocabulary_for
 from regionclip.data.annotations import AnnotatedImages, CocoDetection, ImageAnnotations
 from regionclip.data.batches import LoadedBatch, read_batches, read_record, write_skipped
@@ -123,7 +124,9 @@ class EvaluateConfig(AnnotatedImages, DetectorOptions):
 
 def evaluate(config: EvaluateConfig) -> None:
     """Measures detections: AP of novel, base and all classes, and with true boxes top-1 and top-5."""
-    run = RunFolder(config.out, config, "region-evaluate")
+    files = ("annotations", "results", "results_categories", "boxes", "split", "embeddings", "proposer")
+    inputs = {**weight_files(config, "weights", "text_weights"), **files_of(config, *files)}
+    run = RunFolder(config.out, config, "region-evaluate", inputs)
     metrics = run.finished()
     if metrics is None:
         metrics = _measure(config, run)

@@ -23,7 +23,7 @@ from clip_base.export.towers import write_text_tower
 from clip_base.images.decode import MEAN, Pixels, resize
 from clip_base.images.inputs import picture_files, read_upright
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.jobs.run import RunFolder
+from clip_base.jobs.run import RunFolder, files_of
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import replacing, write_json
 from regionclip.checkpoints.load import vocabulary_for
@@ -85,7 +85,8 @@ def export_detector(config: ExportDetectorConfig) -> None:
             "pip install --upgrade torch torchvision"
         )
     names = parse_names(config.vocabulary)
-    run = RunFolder(config.out, config, "region-export-detector")
+    inputs = config.inputs() | files_of(config, "network", "vocabulary")
+    run = RunFolder(config.out, config, "region-export-detector", inputs)
     if run.finished() is not None:
         print(f"{config.out} already exists, made with the same options")
         return

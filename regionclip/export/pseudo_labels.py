@@ -17,8 +17,8 @@ import torch
 from clip_base.jobs import plugins
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError
+from clip_base.runtime.hashing import content_hash
 from clip_base.runtime.progress import Progress
-from clip_base.weights.native import file_hash
 from regionclip.concepts.synonyms import aliases_of, given_classes
 from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.export.label_writers import LABEL_WRITERS, LabeledImage, LabelTarget, LabelWriter
@@ -86,7 +86,7 @@ def export(config: ExportConfig) -> None:
     options = {key: value for key, value in asdict(config).items() if key != "out"}
     made = {
         "description": "region-phrase pairs mined by regionclip; no box was drawn by hand",
-        "manifest_sha256": file_hash(Path(config.mined) / MANIFEST),
+        "manifest_sha256": content_hash(Path(config.mined) / MANIFEST),
         "options": options,
     }
     concepts = Vocabulary.load(Path(config.mined) / "vocabulary.safetensors").names

@@ -19,11 +19,12 @@ from clip_base.images.folders import IMAGE_SUFFIXES
 from clip_base.images.inputs import picture_files
 from clip_base.images.video import CODECS, VIDEOS, Video, VideoFrame, writing_video
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.jobs.resume_log import ResumeLog, fingerprint
+from clip_base.jobs.resume_log import ResumeLog
+from clip_base.jobs.run import hashes_of
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import replacing, write_text
+from clip_base.runtime.hashing import text_hash
 from clip_base.runtime.progress import Progress
-from clip_base.weights.load import find
 from regionclip.data.batches import DecodedImage, read_batches, read_upright
 from regionclip.data.categories import parse_names
 from regionclip.inference.options import VOCABULARY_HELP, DetectorOptions
@@ -139,12 +140,11 @@ def detect(config: DetectConfig) -> None:
 
 def _header(config: DetectConfig, names: Sequence[str], files: Sequence[Path]) -> dict[str, Any]:
     """Returns what decides the result, by what it is called to the user."""
-    stamp = find(config.weights).stat()
     return {
         **config.identity(),
         "names": list(names),
-        "list of images": fingerprint(files),
-        "weights' size and date": [stamp.st_size, stamp.st_mtime],
+        "list of images": text_hash(files),
+        **hashes_of({f"content of {what}": path for what, path in config.inputs().items()}),
     }
 
 

@@ -16,15 +16,13 @@ from typing import Any
 import torch
 
 from clip_base.images.inputs import picture_files
-from clip_base.jobs.resume_log import fingerprint
-from clip_base.jobs.run import RunFolder
+from clip_base.jobs.run import Inputs, RunFolder
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, read_json, write_json, write_text
+from clip_base.runtime.hashing import text_hash
 from clip_base.runtime.json_stream import stream_entries
 from clip_base.runtime.progress import Progress
 from clip_base.runtime.workers import run
-from clip_base.weights.load import find
-from clip_base.weights.native import file_hash
 from regionclip.data.annotations import CocoDetection
 from regionclip.data.file_names import FileNames
 from regionclip.inference.feature_extractor import FeaturesConfig, RegionFeatureExtractor, Shard, record_path
@@ -34,17 +32,14 @@ from regionclip.proposals.storage import ProposalTable, writing
 from regionclip.structures.boxes import xywh_to_xyxy
 
 VERSION = 1
-INPUTS, BOXES = ".inputs.json", ".boxes.parquet"
+BOXES = ".boxes.parquet"
 
 
 def features(config: FeaturesConfig) -> None:
     """Embeds the regions of many images, in batches, into Parquet or npz files; a stopped run resumes."""
     files = [] if config.annotations else picture_files(config.images)
-    folder = RunFolder(config.out, config, "region-features")
-    inputs = _inputs(config, files)
-    record = folder.path / INPUTS
-    if record.exists():
-        _require_same(read_json(record, "record of the inputs"), inputs, folder.path)
+    inputs: Inputs = {**config.inputs(), "list of images": text_hash(files)}
+    folder = RunFolder(config.out, config, "region-features", inputs)
     if folder.finished() is not None:
         held = read_json(folder.path / MANIFEST, "manifest")
         print(f"{folder.path} is complete: {held['regions']} regions of {held['images']} images")
@@ -60,11 +55,12 @@ def features(config: FeaturesConfig) -> None:
         for number, start in enumerate(range(0, count, config.shard_images))
     ]
     try:
-        rate = _describe_all(config, files, boxes, shards, inputs)
+        rate = _describe_all(config, files, boxes, shards)
     finally:
-        if not record.exists():  # it failed at once: nothing shall be left that a fixed call had to equal
+        # If it failed at once, nothing may be left that a corrected call would have to equal.
+        if not any(record_path(folder.path, one.number).exists() for one in shards):
             (folder.path / BOXES).unlink(missing_ok=True)
-    manifest = _finish(folder, config, inputs, shards)
+    manifest = _finish(folder, config, shards)
     print(
         f"{folder.path}: {manifest['regions']} regions of {manifest['images']} images, "
         f"{manifest['skipped']} skipped, {rate:.2f} images/s"
@@ -76,10 +72,8 @@ def _describe_all(
     files: Sequence[Path],
     boxes: str,
     shards: Sequence[Shard],
-    inputs: dict[str, str],
 ) -> float:
     """Describes the shards that are not there yet; returns how many images it did a second."""
-    record = Path(config.out) / INPUTS
     missing = [one for one in shards if not record_path(Path(config.out), one.number).exists()]
     total, left = (sum(one.stop - one.start for one in some) for some in (shards, missing))
     begun, seen = time.monotonic(), 0
@@ -87,8 +81,6 @@ def _describe_all(
 
         def watch(_: Shard, images: int, __: str) -> None:
             nonlocal seen
-            if not record.exists():  # before the first file of a shard
-                write_json(record, inputs)
             seen += images
             progress.advance(images, f"{seen / (time.monotonic() - begun):.2f} images/s")
 
@@ -97,37 +89,6 @@ def _describe_all(
         for _ in run("local", start, missing, config.workers, watch, gpus):
             pass
     return seen / max(time.monotonic() - begun, 1e-9)
-
-
-def _inputs(config: FeaturesConfig, files: Sequence[Path]) -> dict[str, str]:
-    """Returns what decides the result besides the options: hashes of the files, and the list of images."""
-    named = {
-        "weights": str(find(config.weights)),
-        "annotations": config.annotations,
-        "boxes": config.boxes_file,
-    }
-    named |= {f"proposer.{key}": value for key, value in config.proposer.items() if _is_file(value)}
-    hashes = {what: _hash(existing(path, what)) for what, path in named.items() if path}
-    return {**hashes, "list of images": fingerprint(files)}
-
-
-def _is_file(value: Any) -> bool:
-    return isinstance(value, str) and Path(value).is_file()
-
-
-def _hash(path: Path) -> str:
-    if path.is_file():
-        return file_hash(path)
-    return fingerprint((file.name, file.stat().st_size) for file in sorted(path.iterdir()))
-
-
-def _require_same(before: dict[str, str], now: dict[str, str], out: Path) -> None:
-    changed = [what for what in {**before, **now} if before.get(what) != now.get(what)]
-    if changed:
-        raise InputError(
-            f"{' and '.join(changed)} changed since the run in {out} began; "
-            "give another out= or delete that folder"
-        )
 
 
 def _boxes(config: FeaturesConfig, files: Sequence[Path], out: Path) -> str:
@@ -164,9 +125,7 @@ def _boxes(config: FeaturesConfig, files: Sequence[Path], out: Path) -> str:
     return str(out / BOXES)
 
 
-def _finish(
-    folder: RunFolder, config: FeaturesConfig, inputs: dict[str, str], shards: Sequence[Shard]
-) -> dict[str, Any]:
+def _finish(folder: RunFolder, config: FeaturesConfig, shards: Sequence[Shard]) -> dict[str, Any]:
     """Writes what makes a folder of shards a finished one: skipped images, manifest, metrics."""
     parts = [read_json(record_path(folder.path, shard.number), "record of a shard") for shard in shards]
     skipped = [entry for part in parts for entry in part["skipped"]]
@@ -179,7 +138,7 @@ def _finish(
         **({"shards": tables} if config.format == "parquet" else {}),
         **counts,
         "skipped": len(skipped),
-        **inputs,
+        **folder.inputs,
         "config": config.identity(),
     }
     write_json(folder.path / MANIFEST, manifest, indent=2)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clip_base.data.batch import ImageBatch
 from clip_base.jobs.config import option
+from clip_base.jobs.run import files_of
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import write_json
 from clip_base.runtime.precision import autocast
@@ -102,6 +103,10 @@ class FeaturesConfig(DetectorOptions):
             )
         if min(self.max_regions, self.shard_images, self.top_k) < 1 or self.workers < 0:
             raise InputError("max_regions, shard_images and top_k must be at least 1, workers not negative")
+
+    def inputs(self) -> dict[str, Path]:
+        """See `DetectorOptions`; and the annotations, the file of boxes, the list of names."""
+        return super().inputs() | files_of(self, "annotations", "regions_from", "vocabulary")
 
     @property
     def image_folder(self) -> str:

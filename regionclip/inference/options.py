@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
 from clip_base.jobs.compute import ComputeOptions
 from clip_base.jobs.config import REQUIRED, Plugin, option, plugin, runtime_only
-from clip_base.jobs.run import describe
+from clip_base.jobs.run import describe, files_of
 from clip_base.runtime.errors import InputError
+from clip_base.weights.load import weight_files
 from regionclip.checkpoints.load import load_detector
 from regionclip.inference.predictor import Predictor
 from regionclip.models.detector import Detector
@@ -53,6 +55,10 @@ class DetectorSource(DetectorFile):
         ResizeConfig(), "size of the images, for a CLIP or with use_checkpoint_config=false"
     )
 
+    def inputs(self) -> dict[str, Path]:
+        """Returns the files and folders that decide the result besides the options."""
+        return {**weight_files(self, "weights", "text_weights"), **files_of(self, "embeddings")}
+
     def load(self) -> Detector:
         """Returns the detector, without a vocabulary.
 
@@ -69,6 +75,10 @@ class DetectorOptions(DetectorSource, ComputeOptions):
     """Which detector, where its regions come from, and how it computes."""
 
     proposer: Plugin = plugin(PROPOSERS, "none", "where regions come from; none: the detector's own network")
+
+    def inputs(self) -> dict[str, Path]:
+        """See `DetectorSource`; and the proposer's files."""
+        return super().inputs() | files_of(self, "proposer")
 
     def identity(self) -> dict[str, Any]:
         """Returns the options that decide the result, as plain values."""

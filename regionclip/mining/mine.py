@@ -7,7 +7,6 @@ so that executors, numbers of processes and interruptions change nothing about t
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,12 +17,11 @@ import torch
 from clip_base.jobs.run import RunFolder
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing, read_json, replacing, write_json
+from clip_base.runtime.files import existing, replacing, write_json
 from clip_base.runtime.progress import Progress
 from clip_base.runtime.workers import run
 from clip_base.weights import download
 from clip_base.weights.load import find, load_clip
-from clip_base.weights.native import file_hash
 from regionclip.concepts.pool import pool_language, read_concepts
 from regionclip.concepts.spacy_models import model_name
 from regionclip.concepts.vocabulary import Vocabulary, embed
@@ -31,30 +29,23 @@ from regionclip.data.caption_index import CaptionIndex, ImageRange, write_captio
 from regionclip.mining.miner import VOCABULARY, MineConfig, Miner
 from regionclip.mining.shards import MANIFEST, VERSION, read_manifest, read_skipped, shard_path
 
-INPUTS = ".inputs.json"
-
 
 def mine(config: MineConfig) -> None:
     """Mines region-phrase pairs from captioned images into Parquet shards with a manifest."""
-    folder = RunFolder(config.out, config, "region-mine")
-    config = _fetched(config)
-    record, inputs = folder.path / INPUTS, _inputs(config)
-    begun = record.exists()
-    if begun:
-        _require_same(record, inputs, config)
+    given, config = config, _fetched(config)
+    folder = RunFolder(config.out, given, "region-mine", _inputs(config))
     if folder.finished() is not None and is_whole(folder.path):
         print(f"{folder.path} is complete: {read_manifest(folder.path)['regions']} regions")
         return
     existing(config.images, "images folder")
     path = folder.path / VOCABULARY
-    vocabulary = Vocabulary.load(path) if begun and path.exists() else _embed(config)
+    vocabulary = Vocabulary.load(path) if path.exists() else _embed(config)
     first, shares = config.shares
     listed = folder.path / f".images-{first}-of-{shares}.db"
-    if not (begun and listed.exists()):
+    if not listed.exists():
         write_caption_index(config.captions, listed)
     # Only now, so that a call that failed at once leaves nothing that a fixed one would have to equal.
     vocabulary.save(path)
-    write_json(record, inputs)
     images = CaptionIndex(listed)
     parts = images.slices(config.shard_images)
     mine_here = [one for one in parts if one.number % shares == first - 1]
@@ -66,7 +57,7 @@ def mine(config: MineConfig) -> None:
             f"{folder.path}: share {config.shard} is mined; {missing} of {shards} shards are others' to mine"
         )
         return
-    manifest = _finish(folder, config, vocabulary, shards, len(images), inputs)
+    manifest = _finish(folder, config, vocabulary, shards, len(images))
     print(
         f"{folder.path}: {manifest['regions']} regions of {manifest['images']} images, "
         f"{manifest['skipped']} skipped"
@@ -123,34 +114,12 @@ def is_whole(folder: Path) -> bool:
     )
 
 
-def _inputs(config: MineConfig) -> dict[str, str]:
-    """Returns what decides the result besides the options: the hashes of all files, and the spaCy model."""
-    hashes = {what: _hash(existing(file)) for what, file in _files(config).items()}
-    return hashes | {"language_model": model_name(config.language or pool_language(config.concepts))}
-
-
-def _files(config: MineConfig) -> dict[str, str]:
+def _inputs(config: MineConfig) -> dict[str, Path | str]:
+    """Returns what decides the result besides the options: all files, and the spaCy model."""
     files = {"teacher": config.weights, "captions": config.captions, "concepts": config.concepts}
-    return files | {f"proposer_{key}": value for key, value in config.proposer.items() if _is_file(value)}
-
-
-def _hash(path: Path) -> str:
-    """Returns the sha256 of a file, or of all files of a folder (weights in transformers' form)."""
-    if path.is_file():
-        return file_hash(path)
-    lines = [f"{file.name} {file_hash(file)}" for file in sorted(path.iterdir()) if file.is_file()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _require_same(record: Path, inputs: dict[str, str], config: MineConfig) -> None:
-    """Raises an InputError unless mining into this folder began with the same inputs."""
-    before, files = read_json(record, "record of the inputs"), _files(config)
-    changed = [files.get(what, found) for what, found in inputs.items() if before.get(what) != found]
-    if changed:
-        raise InputError(
-            f"{' and '.join(changed)} changed since mining into {record.parent} began; "
-            "give another out= or delete that folder"
-        )
+    files |= {f"proposer_{key}": value for key, value in config.proposer.items() if _is_file(value)}
+    paths = {what: existing(file) for what, file in files.items()}
+    return {**paths, "language_model": model_name(config.language or pool_language(config.concepts))}
 
 
 def _embed(config: MineConfig) -> Vocabulary:
@@ -168,7 +137,6 @@ def _finish(
     vocabulary: Vocabulary,
     shards: int,
     images: int,
-    inputs: dict[str, str],
 ) -> dict[str, Any]:
     """Writes what makes a folder of shards a finished one: skipped images, manifest, metrics."""
     paths = [shard_path(folder.path, number) for number in range(shards)]
@@ -185,7 +153,7 @@ def _finish(
         "images_folder": str(Path(config.images).absolute()),
         "regions": regions,
         "skipped": skipped,
-        **inputs,
+        **folder.inputs,
         "vocabulary": vocabulary.fingerprint,
         "proposer": config.proposer,
         "matcher": config.matcher,

@@ -9,7 +9,7 @@ import torch
 
 from clip_base.jobs.compute import ComputeOptions
 from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
-from clip_base.jobs.run import RunFolder
+from clip_base.jobs.run import RunFolder, files_of
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import Progress
 from regionclip.data.annotations import AnnotatedImages, CocoDetection, ImageAnnotations
@@ -43,7 +43,8 @@ class ProposeConfig(AnnotatedImages, ComputeOptions):
 
 def propose(config: ProposeConfig) -> None:
     """Writes a proposer's boxes to `out/proposals.json` (COCO's results form), and measures their recall."""
-    run = RunFolder(config.out, config, "region-propose")
+    read = files_of(config, "annotations", "split", "proposer")
+    run = RunFolder(config.out, config, "region-propose", read)
     path = run.path / f"proposals.{config.format}"
     if run.finished() is not None:
         print(f"{run.path} is complete: {path}")

@@ -10,7 +10,7 @@ import torch
 
 from clip_base.data.coco import read_captions
 from clip_base.images.folders import list_images
-from clip_base.jobs.run import RunFolder
+from clip_base.jobs.run import RunFolder, files_of
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime import distributed
@@ -18,11 +18,11 @@ from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing
 from clip_base.training.loop import TrainConfig
 from clip_base.training.pretrain import last_loss
-from clip_base.weights.load import load_clip
+from clip_base.weights.load import load_clip, weight_files
 from clip_base.weights.native import save_clip
 from regionclip.concepts.synonyms import synonym_sets
 from regionclip.concepts.vocabulary import Vocabulary
-from regionclip.mining.shards import MinedRegion, read_manifest, read_regions
+from regionclip.mining.shards import MANIFEST, MinedRegion, read_manifest, read_regions
 from regionclip.training.region_text import RegionPretrainConfig, RegionTextTask, Teacher
 from regionclip.training.samples import GridPatchDataset, RegionDataset, Sample, fit_on
 
@@ -84,7 +84,11 @@ def scaled(train: TrainConfig, lr_reference_batch_size: int) -> TrainConfig:
 
 def pretrain(config: RegionPretrainConfig) -> None:
     """Trains regions of a CLIP against mined concepts or crops; leaves `out/model.safetensors`."""
-    run = RunFolder(config.out, config, "region-pretrain")
+    inputs = {**weight_files(config, "weights", "teacher"), **files_of(config, "captions", "synonyms")}
+    manifest = Path(config.mined) / MANIFEST
+    if config.mined and manifest.exists():  # else reading the shards says what is wrong
+        inputs["mined"] = manifest
+    run = RunFolder(config.out, config, "region-pretrain", inputs)
     if run.finished() is not None:
         print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
         return

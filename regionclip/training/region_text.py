@@ -24,11 +24,11 @@ from clip_base.models.tokenizer import Tokenizer
 from clip_base.models.vit import VisionTransformer
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError
+from clip_base.runtime.hashing import content_hash
 from clip_base.training.loop import TrainConfig, TrainingOptions
 from clip_base.training.losses import row_entropy
 from clip_base.training.pretrain import MAX_LOGIT_SCALE
 from clip_base.weights.load import load_clip
-from clip_base.weights.native import file_hash
 from regionclip.concepts.synonyms import concept_groups
 from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.models.region_encoder import RegionEncoder
@@ -187,7 +187,7 @@ class Teacher:
         Raises:
             InputError: the file is not the one that mined.
         """
-        if file_hash(weights) != manifest["teacher"]:
+        if content_hash(weights) != manifest["teacher"]:
             raise InputError(
                 f"teacher={weights} is not the file that mined, {manifest['config']['weights']} as it was "
                 "then; give that one, or leave teacher= empty"

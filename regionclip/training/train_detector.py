@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.jobs.run import RunFolder
+from clip_base.jobs.run import RunFolder, files_of
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
 from clip_base.training.loop import TrainConfig, TrainingOptions
 from clip_base.training.pretrain import last_loss
-from clip_base.weights.load import load_clip
+from clip_base.weights.load import load_clip, weight_files
 from regionclip.checkpoints.load import save_detector
 from regionclip.concepts.vocabulary import embed
 from regionclip.models.box_head import BOX_HEADS
@@ -262,7 +262,8 @@ def proposal_network(config: TrainDetectorConfig, clip: CLIP) -> ProposalNetwork
 
 def train_detector(config: TrainDetectorConfig) -> None:
     """Trains an open-vocabulary detector on base classes; leaves `out/model.safetensors`."""
-    run = RunFolder(config.out, config, "region-train-detector")
+    inputs = {**weight_files(config, "weights"), **files_of(config, "annotations", "split", "rpn")}
+    run = RunFolder(config.out, config, "region-train-detector", inputs)
     if run.finished() is not None:
         print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
         return

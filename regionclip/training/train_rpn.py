@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_base.jobs.config import option
-from clip_base.jobs.run import RunFolder
+from clip_base.jobs.run import RunFolder, files_of
 from clip_base.runtime import distributed
 from clip_base.runtime.precision import autocast, pick_device
 from clip_base.runtime.progress import track
@@ -81,7 +81,8 @@ def make_network(config: TrainRPNConfig) -> ProposalNetwork:
 
 def train_rpn(config: TrainRPNConfig) -> None:
     """Trains a class-agnostic proposal network on base-class boxes; leaves `out/model.safetensors`."""
-    run = RunFolder(config.out, config, "region-train-rpn")
+    inputs = files_of(config, "annotations", "val_annotations", "split", "network")
+    run = RunFolder(config.out, config, "region-train-rpn", inputs)
     if run.finished() is not None:
         print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
         return

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from clip_base.jobs.config import option
-from clip_base.jobs.run import RunFolder
+from clip_base.jobs.run import RunFolder, files_of
 from clip_base.runtime.errors import InputError
 
 
@@ -88,3 +88,62 @@ def test_rewinding_the_log_drops_later_steps_and_a_line_cut_off(tmp_path: Path) 
     run.log({"step": 3, "again": True})
     lines = [json.loads(line) for line in run.log_path.read_text().splitlines()]
     assert lines == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A folder of weights."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "model.bin").write_bytes(b"abcd")
+    return folder
+
+
+def test_an_input_of_another_content_is_refused_by_name(tmp_path: Path, weights: Path) -> None:
+    out, inputs = tmp_path / "out", {"weights": weights, "captions": weights / "model.bin", "language": "en"}
+    RunFolder(str(out), Job(), "job", inputs).log({"step": 1})
+    assert RunFolder(str(out), Job(), "job", inputs).finished() is None
+    (weights / "model.bin").write_bytes(b"abcx")  # of the same size
+    with pytest.raises(InputError) as caught:
+        RunFolder(str(out), Job(inner=Inner(workers=2)), "job", inputs | {"language": "de"})
+    told = f"weights ({weights}) and captions ({weights / 'model.bin'}) and language changed since the run in"
+    assert told in str(caught.value)
+    assert "another out=" in str(caught.value)
+    assert "workers: 0" in (out / "config.yaml").read_text()
+
+
+def test_after_a_call_that_failed_at_once_inputs_may_change(tmp_path: Path, weights: Path) -> None:
+    RunFolder(str(tmp_path / "out"), Job(), "job", {"weights": weights})
+    (weights / "model.bin").write_bytes(b"corrected")
+    RunFolder(str(tmp_path / "out"), Job(), "job", {"weights": weights}).log({"step": 1})
+    RunFolder(str(tmp_path / "out"), Job(), "job", {"weights": weights})
+
+
+def test_a_run_that_does_not_say_what_it_read_is_refused(tmp_path: Path, weights: Path) -> None:
+    RunFolder(str(tmp_path / "out"), Job(), "job").log({"step": 1})
+    with pytest.raises(InputError, match="does not say which files its run read"):
+        RunFolder(str(tmp_path / "out"), Job(), "job", {"weights": weights})
+
+
+def test_files_are_found_wherever_options_may_name_them(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("base.txt", "novel.txt", "names.txt", "w.pt")]
+    for path in paths:
+        path.write_text("cat\n")
+    base, novel, names, weights = map(str, paths)
+
+    @dataclass
+    class Options:
+        split: str = f"{base},{novel}"
+        names: list[str] = field(default_factory=lambda: ["dog", names])
+        proposer: dict[str, object] = field(default_factory=lambda: {"weights": weights, "max": 3})
+        inner: Inner = field(default_factory=Inner)
+        empty: str = ""
+        text: str = "x" * 5000
+
+    found = files_of(Options(), "split", "names", "proposer", "inner", "empty", "text")
+    assert found == {
+        "split[0]": paths[0],
+        "split[1]": paths[1],
+        "names.1": paths[2],
+        "proposer.weights": paths[3],
+    }

@@ -179,12 +179,8 @@ def test_the_class_table_is_csv_whatever_the_names(world: Path, tmp_path: Path) 
     content["categories"][0]["name"] = 'a "quoted", crème'
     write_json(tmp_path / "instances.json", content)
     write_json(tmp_path / "results.json", [])
-    command = [
-        "evaluate",
-        f"annotations={tmp_path / 'instances.json'}",
-        f"results={tmp_path / 'results.json'}",
-    ]
-    assert main_regionclip([*command, f"out={tmp_path / 'out'}"]) == 0
+    files = [f"annotations={tmp_path / 'instances.json'}", f"results={tmp_path / 'results.json'}"]
+    assert main_regionclip(["evaluate", *files, f"out={tmp_path / 'out'}"]) == 0
     with (tmp_path / "out" / "per_class.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["name"] == 'a "quoted", crème'
@@ -198,6 +194,19 @@ def test_a_second_call_measures_nothing_anew(measured: Path, options: list[str],
     command = ["evaluate", *options, f"weights={clip_file}", "proposer.name=grid", "detector.nms_type=nms"]
     assert main_regionclip([*command, f"out={measured}"]) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_results_that_changed_since_are_not_answered_with_the_old_figures(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results.json"
+    results.write_text("[]")
+    truth, out = world / "instances_val.json", tmp_path / "out"
+    command = ["evaluate", f"annotations={truth}", f"results={results}", f"out={out}"]
+    assert main_regionclip(command) == 0
+    results.write_text("[] ")
+    assert main_regionclip(command) == 2
+    assert f"results ({results}) changed since the run in {out} began" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("proposer", ["rpn", "precomputed", "grid"])

@@ -19,7 +19,7 @@ import pytest
 
 from clip_base.jobs.cli import main_regionclip
 from clip_base.runtime.files import read_json, write_json
-from clip_base.weights.native import file_hash
+from clip_base.runtime.hashing import content_hash
 from regionclip.concepts.phrase_cache import PhraseStore, phrases_file
 from regionclip.concepts.phrases import Phrase
 from regionclip.concepts.pool import Concept
@@ -263,9 +263,9 @@ def test_the_manifest_names_its_inputs_by_hash(
     mined: Path, clip_file: Path, concepts_file: Path, world: Path
 ) -> None:
     found = read_manifest(mined)
-    assert found["teacher"] == file_hash(clip_file)
-    assert found["concepts"] == file_hash(concepts_file)
-    assert found["captions"] == file_hash(world / "captions_train.json")
+    assert found["teacher"] == content_hash(clip_file)
+    assert found["concepts"] == content_hash(concepts_file)
+    assert found["captions"] == content_hash(world / "captions_train.json")
     assert found["vocabulary"] == Vocabulary.load(mined / "vocabulary.safetensors").fingerprint
     assert found["regions"] == len(list(read_regions(mined)))
     assert found["language_model"] == model_name()

@@ -52,7 +52,7 @@ def test_a_file_that_changed_since_mining_began_is_refused(
     before = {path: path.read_bytes() for path in (tmp_path / "mined").iterdir()}
     code, told = regionclip(*command)
     assert code == 2
-    assert f"{copy} changed since mining into {tmp_path / 'mined'} began" in told
+    assert f"({copy}) changed since the run in {tmp_path / 'mined'} began" in told
     assert {path: path.read_bytes() for path in (tmp_path / "mined").iterdir()} == before
 
 
@@ -62,7 +62,7 @@ def test_another_spacy_model_is_refused(
     monkeypatch.setattr(mine, "model_name", lambda language: "en_other 1.0")
     code, told = regionclip("mine", *mining_options, f"out={mined}")
     assert code == 2
-    assert "en_other 1.0 changed since mining" in told
+    assert "language_model changed since the run" in told
 
 
 def test_a_call_that_failed_at_once_leaves_nothing_in_the_way(

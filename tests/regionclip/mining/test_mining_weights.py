@@ -11,9 +11,9 @@ import pytest
 from clip_base.jobs.cli import main
 from clip_base.models.clip import CLIP
 from clip_base.runtime.files import read_json
+from clip_base.runtime.hashing import content_hash
 from clip_base.weights import download
-from clip_base.weights.native import file_hash, save_clip
-from regionclip.mining.mine import INPUTS
+from clip_base.weights.native import save_clip
 
 Command = Callable[..., tuple[int, str]]
 Swap = Callable[..., list[str]]
@@ -27,14 +27,14 @@ def test_a_published_name_is_a_teacher_and_its_content_is_noted(
     swapped: Swap,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    digest = file_hash(clip_file)
+    digest = content_hash(clip_file)
     file = download.Published("tiny.safetensors", digest, page="a page")
     monkeypatch.setattr(download, "files", lambda: {"tiny": file})
     monkeypatch.setenv("CLIP_BASE_CACHE", str(tmp_path))
     shutil.copy(clip_file, tmp_path / "tiny.safetensors")
     code, told = regionclip("mine", *swapped(mining_options, weights="tiny", out=tmp_path / "mined"))
     assert code == 0, told
-    assert read_json(tmp_path / "mined" / INPUTS, "inputs")["teacher"] == digest
+    assert read_json(tmp_path / "mined" / ".inputs.json", "inputs")["teacher"] == digest
 
 
 def test_a_folder_of_weights_is_a_teacher(
@@ -53,4 +53,4 @@ def test_a_folder_of_weights_is_a_teacher(
     (folder / "model.safetensors").write_bytes(b"other weights")
     code, told = regionclip("mine", *options)
     assert code == 2
-    assert f"{folder} changed since mining" in told
+    assert f"teacher ({folder}) changed since the run" in told

@@ -38,7 +38,8 @@ from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.evaluation.evaluate import EvaluateConfig, evaluate
 from regionclip.models.detector import DELTA_WEIGHTS, Detector
 from regionclip.models.postprocess import DetectorConfig, postprocess, score
-from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn.config import ProposalNetworkConfig
+from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.structures.boxes import decode_deltas, iou, soft_nms
 from regionclip.structures.regions import ImageInfo, Regions
 from regionclip.structures.transforms import ResizeTransform

@@ -8,6 +8,7 @@ hold the numbers. The code in the archive is not looked at.
 
 from __future__ import annotations
 
+import _codecs
 import pickle
 import re
 import zipfile
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +36,8 @@ _STORAGES = {
     "BoolStorage": torch.bool,
 }
 _LISTS = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
+# What NumPy pickles arrays and numbers with; its module is called otherwise in each major version.
+_ARRAY_PARTS = {"_reconstruct": np.zeros(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
 _DEEPEST = 64  # modules inside modules; CLIP needs nine
 # What reading a damaged or foreign pickle, or a zip file around it, can raise.
 _FAULTS = (
@@ -178,6 +182,47 @@ def read_pickle(path: Path) -> Any:
         raise _damaged(path, error) from None
     except _FAULTS as error:
         raise _damaged(path, error) from None
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Rebuilds NumPy's arrays in plain containers; knows no other name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 pickles bytes for Python 2
+            return _codecs.encode
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in _ARRAY_PARTS:
+            return _ARRAY_PARTS[name]
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        raise Forbidden(f"{module}.{name}")
+
+
+def read_arrays(path: Path) -> dict[str, Any]:
+    """Returns the dictionary in a pickle of NumPy arrays, as tensors; Caffe2 and detectron2 write such.
+
+    Raises:
+        InputError: the file is damaged, or holds anything but arrays, texts and numbers in plain containers.
+    """
+    try:
+        with path.open("rb") as file:
+            held = _ArrayUnpickler(file, encoding="latin1").load()
+        if not isinstance(held, dict):
+            raise Forbidden(f"a {type(held).__name__} where a dictionary should be")
+        return {str(key): _as_tensors(value) for key, value in held.items()}
+    except Forbidden as error:
+        raise _refusal(path, str(error)) from None
+    except _FAULTS as error:
+        raise _damaged(path, error) from None
+
+
+def _as_tensors(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+        return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), copy=True))
+    if isinstance(value, dict):
+        return {str(key): _as_tensors(one) for key, one in value.items()}
+    return value
 
 
 def _refusal(path: Path, found: str) -> InputError:

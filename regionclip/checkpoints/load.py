@@ -29,8 +29,9 @@ from regionclip.concepts.vocabulary import Vocabulary, embed
 from regionclip.data.categories import parse_names
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
+from regionclip.proposals.rpn.config import ProposalNetworkConfig
 from regionclip.proposals.rpn.detectron2_names import NETWORK
-from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.proposals.rpn.proposer import content_of, network_of
 from regionclip.structures.transforms import ResizeConfig
 

@@ -7,7 +7,6 @@ is trained with the detector.
 # B images, N sampled regions of a batch, C base names, D embedding size
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,7 +28,8 @@ from regionclip.concepts.vocabulary import embed
 from regionclip.models.box_head import BOX_HEADS
 from regionclip.models.detector import DELTA_WEIGHTS, Detector
 from regionclip.models.postprocess import DetectorConfig
-from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn.config import ProposalHeadConfig, ProposalNetworkConfig
+from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.proposals.rpn.proposer import load_network
 from regionclip.structures.boxes import encode_deltas, iou
 from regionclip.structures.regions import FeatureMaps, RegionBatch, Regions
@@ -48,8 +48,8 @@ class TrainDetectorConfig(BaseClassImages, FreezeOptions, TrainingOptions):
         "proposal network from `regionclip train-rpn`, becomes part of the detector and stays frozen unless "
         "it stands on this CLIP's trunk; shared: a new one on this CLIP's trunk, trained with the detector",
     )
-    network: ProposalNetworkConfig = option(
-        ProposalNetworkConfig(), "rpn=shared: the proposal network; its backbone is the CLIP's"
+    network: ProposalHeadConfig = option(
+        ProposalHeadConfig(), "rpn=shared: the proposal network on the CLIP's trunk"
     )
     detector: DetectorConfig = option(DetectorConfig(), "scores and suppression; kept in the weights file")
     resize: ResizeConfig = option(ResizeConfig(), "size of the training images")
@@ -256,7 +256,7 @@ def proposal_network(config: TrainDetectorConfig, clip: CLIP) -> ProposalNetwork
         )
     if config.rpn != "shared":
         return load_network(config.rpn, visual)
-    sizes = dataclasses.replace(config.network, backbone="clip", vision=clip.config.vision, share_trunk=True)
+    sizes = ProposalNetworkConfig.of(config.network, vision=clip.config.vision, share_trunk=True)
     return ProposalNetwork(sizes, visual).eval()
 
 

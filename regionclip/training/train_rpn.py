@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clip_base.jobs.config import option
 from clip_base.jobs.run import RunFolder, files_of
+from clip_base.models.configs import VisionConfig
 from clip_base.runtime import distributed
 from clip_base.runtime.precision import autocast, pick_device
 from clip_base.runtime.progress import track
@@ -21,7 +22,8 @@ from regionclip.data.annotations import CocoDetection
 from regionclip.data.batches import read_batches, read_record, write_skipped
 from regionclip.data.categories import load_split
 from regionclip.metrics.recall import RecallMeter, described
-from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn.config import ProposalNetworkOptions
+from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.proposals.rpn.proposer import build_network, save_network
 from regionclip.structures.regions import RegionBatch
 from regionclip.structures.transforms import ResizeConfig
@@ -36,7 +38,7 @@ class TrainRPNConfig(BaseClassImages, TrainingOptions):
         "", "instances_*.json whose boxes measure recall at the end; empty: not measured"
     )
     val_images: str = option("", "folder of the validation images; empty: the same as `images`")
-    network: ProposalNetworkConfig = option(ProposalNetworkConfig(), "the proposal network")
+    network: ProposalNetworkOptions = option(ProposalNetworkOptions(), "the proposal network")
     objectness_weight: float = option(1.0, "factor of the loss that tells objects from background")
     box_weight: float = option(1.0, "factor of the loss that fits anchors to boxes")
     resize: ResizeConfig = option(ResizeConfig(), "size of the images")
@@ -70,9 +72,9 @@ class RPNTask(nn.Module):
 
 
 def make_network(config: TrainRPNConfig) -> ProposalNetwork:
-    """Returns the network to train; a backbone that starts from a CLIP file takes that tower's sizes."""
+    """Returns the network to train; a CLIP's trunk has that file's sizes unless others are given."""
     network = config.network
-    if network.backbone == "clip" and network.backbone_weights:
+    if network.backbone == "clip" and network.backbone_weights and network.vision == VisionConfig():
         vision = load_clip(network.backbone_weights).config.vision
         network = dataclasses.replace(network, vision=vision)
     torch.manual_seed(config.train.seed)

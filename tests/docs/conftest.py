@@ -26,8 +26,9 @@ from regionclip.checkpoints.load import save_detector
 from regionclip.data.categories import parse_names
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
+from regionclip.proposals.rpn.config import ProposalNetworkConfig
 from regionclip.proposals.rpn.detectron2_names import to_detectron2
-from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.structures.transforms import ResizeConfig
 
 ROOT = Path(__file__).parents[2]

@@ -23,7 +23,8 @@ from clip_base.weights.native import save_clip
 from regionclip.checkpoints.load import save_detector
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
-from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn.config import ProposalNetworkConfig
+from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.proposals.rpn.proposer import save_network
 
 RESNET = VisionConfig(layers=[1, 1, 1, 1], width=8, head_width=32, resolution=64)

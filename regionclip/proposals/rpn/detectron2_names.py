@@ -12,14 +12,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, note
 from regionclip.proposals.rpn.backbone import CAFFE_MEAN
-from regionclip.proposals.rpn.network import (
-    PYRAMID_CHANNELS,
-    ProposalNetwork,
-    ProposalNetworkConfig,
-    anchor_shapes,
-)
+from regionclip.proposals.rpn.config import ProposalNetworkConfig
+from regionclip.proposals.rpn.network import PYRAMID_CHANNELS, ProposalNetwork, anchor_shapes
 
 OFFLINE = "offline_"  # RegionCLIP's detectors hold the network beside their own parts, under this prefix
 HEAD = "proposal_generator.rpn_head."
@@ -61,9 +57,28 @@ def from_detectron2(state: Mapping[str, Tensor]) -> tuple[ProposalNetworkConfig,
             f"{len(unknown)} unknown ({', '.join(unknown[:3])})"
         )
     ours = {key: state[theirs] for key, theirs in names.items()}
+    if not config.pyramid_norm and has_statistics(ours):
+        note(
+            "the proposal network's frozen batch norms hold statistics, MSRA's ResNet-50 has none: it may "
+            "stand on another, but is used as the published networks are (strides in 1x1 convolutions, "
+            "Caffe's pixels); measure its recall with `regionclip propose`"
+        )
     # Only norms that train count batches there, and nothing here looks at the count.
     norms = (key.removesuffix("running_mean") for key in ours if key.endswith("running_mean"))
     return config, {**ours, **{f"{norm}{COUNTER}": torch.tensor(0) for norm in norms}}
+
+
+def has_statistics(state: Mapping[str, Tensor]) -> bool:
+    """Whether batch norms have seen images: means off 0 or variances off 1, up to detectron2's 1e-5."""
+    means = [value for key, value in state.items() if key.endswith("running_mean")]
+    variances = [value - 1 for key, value in state.items() if key.endswith("running_var")]
+    return any(float(value.abs().max()) > 1e-3 for value in means + variances)
+
+
+def folded(state: Mapping[str, Tensor]) -> bool:
+    """Whether batch norms are nothing but gains and biases of trained weights, as in MSRA's files."""
+    gains = [value for key, value in state.items() if key.endswith(".weight") and value.ndim == 1]
+    return not has_statistics(state) and any(float((value - 1).abs().max()) > 1e-3 for value in gains)
 
 
 def to_detectron2(network: ProposalNetwork) -> dict[str, Tensor]:

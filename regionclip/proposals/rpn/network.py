@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +21,7 @@ from torchvision.ops import FeaturePyramidNetwork, batched_nms
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from clip_base.data.batch import ImageBatch
-from clip_base.jobs.config import option
-from clip_base.models.configs import VisionConfig
 from clip_base.models.resnet import ModifiedResNet
-from clip_base.runtime.errors import InputError
 from regionclip.proposals.base import collect
 from regionclip.proposals.rpn.backbone import (
     BACKBONES,
@@ -36,115 +32,11 @@ from regionclip.proposals.rpn.backbone import (
     fit_frame,
     freeze_stages,
 )
+from regionclip.proposals.rpn.config import ProposalNetworkConfig
 from regionclip.structures.boxes import clip_boxes, decode_deltas, encode_deltas, valid_boxes
 from regionclip.structures.regions import FeatureMaps, RegionBatch, Regions
 
 PYRAMID_CHANNELS = 256  # arXiv 1612.03144, section 3
-
-
-@dataclass
-class ProposalNetworkConfig:
-    """Sizes of a proposal network, how it samples anchors in training and how it picks proposals.
-
-    The defaults suit small images with objects of 20 to 80 pixels. The published networks are written down
-    in `configs/region-train-rpn`: coco_c4.yaml, lvis_fpn.yaml, lvis_fpn_lsj.yaml.
-    """
-
-    backbone: str = option("clip", "clip (the trunk of CLIP's ResNet) or resnet50", choices=tuple(BACKBONES))
-    vision: VisionConfig = option(VisionConfig(), "sizes of the CLIP trunk, when backbone=clip")
-    share_trunk: bool = option(
-        False, "sit on the trunk of the CLIP that uses the proposals, frozen, instead of on a copy of it"
-    )
-    backbone_weights: str = option("", "weights file to start the backbone from; empty: random weights")
-    stride_in_1x1: bool = option(False, "resnet50 halves maps in 1x1 convolutions, as MSRA's weights want")
-    pixels: str = option(
-        "clip",
-        "what resnet50 is shown: clip (RGB, normalized) or caffe (BGR in 0…255 less its mean)",
-        choices=("clip", "caffe"),
-    )
-    frozen_stages: int = option(
-        0, "backbone stages kept as they are: 1 is the stem, 2 adds layer1, … 5 is all"
-    )
-    frozen_batch_norm: bool = option(False, "keep the backbone's batch statistics: for small batches")
-    design: str = option("fpn", "c4 (one map of stride 16) or fpn (a pyramid)", choices=("c4", "fpn"))
-    strides: list[int] = option([8, 16], "strides of the maps in pixels, each twice the one before")
-    anchor_sizes: list[float] = option(
-        [20.0, 32.0, 50.0, 80.0], "roots of the anchors' areas in pixels, dealt out evenly over the strides"
-    )
-    ratios: list[float] = option([0.5, 1.0, 2.0], "height of an anchor divided by its width")
-    channels: int = option(0, "channels of pyramid and head; 0: 256 for fpn, the map's own for c4")
-    pyramid_norm: bool = option(False, "batch norms in the pyramid, as in detectron2's large-scale jitter")
-    head_convs: int = option(1, "3x3 convolutions of the head")
-    positive_iou: float = option(0.7, "anchors that overlap a box at least so much are objects")
-    negative_iou: float = option(0.3, "anchors that overlap every box less are background; between: not used")
-    samples: int = option(256, "anchors per image in the loss; what the sum of their losses is divided by")
-    positive_fraction: float = option(
-        0.5, "largest share of objects among the sampled anchors", renamed_from="positive_share"
-    )
-    smooth_l1_beta: float = option(
-        0.0, "box loss: deltas off by less than this are squared; 0: L1, as in detectron2; torchvision: 1/9"
-    )
-    pre_nms: int = option(1000, "best anchors a level that go into non-maximum suppression")
-    nms: float = option(0.7, "IoU above which the lower scored of two proposals is dropped")
-    merge_levels: bool = option(True, "suppress over all levels together; false: within each, as published")
-    min_size: float = option(1.0, "proposals must be wider and higher than this, in pixels")
-
-    def __post_init__(self) -> None:
-        """Checks that the network can be built."""
-        _require(self.backbone in BACKBONES, f"backbone must be clip or resnet50, got {self.backbone!r}")
-        _require(
-            self.backbone != "clip" or self.vision.kind == "resnet",
-            "backbone=clip needs vision.kind=resnet: a vit has no trunk of stride 16",
-        )
-        _require(
-            self.backbone == "clip" or not self.share_trunk,
-            "share_trunk=true needs backbone=clip: it is CLIP's trunk that is shared",
-        )
-        _require(
-            self.backbone == "resnet50" or (self.pixels == "clip" and not self.stride_in_1x1),
-            "stride_in_1x1 and pixels=caffe need backbone=resnet50",
-        )
-        maps = BACKBONES[self.backbone]
-        doubling = all(b == 2 * a for a, b in zip(self.strides, self.strides[1:], strict=False))
-        if self.design == "c4":
-            _require(self.strides == [16], f"design=c4 has one map: set strides=[16], got {self.strides}")
-        else:
-            _require(
-                bool(self.strides)
-                and self.strides[0] in maps
-                and 16 <= self.strides[-1] <= 2 * maps[-1]
-                and doubling,
-                f"strides of a pyramid on {self.backbone} start at one of {list(maps)}, double, and end in "
-                f"16…{2 * maps[-1]}; got {self.strides}",
-            )
-        _require(
-            bool(self.anchor_sizes) and len(self.anchor_sizes) % len(self.strides) == 0,
-            f"{len(self.anchor_sizes)} anchor_sizes cannot be split evenly over {len(self.strides)} strides",
-        )
-        _require(
-            bool(self.ratios) and min(*self.anchor_sizes, *self.ratios) > 0,
-            f"anchor_sizes and ratios must be above 0, got {self.anchor_sizes} and {self.ratios}",
-        )
-        _require(
-            0 <= self.negative_iou <= self.positive_iou <= 1,
-            f"0 ≤ negative_iou ≤ positive_iou ≤ 1 must hold, got {self.negative_iou} and {self.positive_iou}",
-        )
-        _require(
-            min(self.samples, self.pre_nms) > 0 <= min(self.channels, self.min_size, self.smooth_l1_beta),
-            "samples and pre_nms must be above 0, channels, min_size and smooth_l1_beta not below it",
-        )
-        _require(self.head_convs > 0, f"head_convs must be at least 1, got {self.head_convs}")
-        _require(self.design == "fpn" or not self.pyramid_norm, "pyramid_norm=true needs design=fpn")
-        for name in ("positive_fraction", "nms"):
-            _require(
-                0 < getattr(self, name) <= 1,
-                f"{name} must be above 0 and at most 1, got {getattr(self, name)}",
-            )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
 
 
 class ProposalNetwork(nn.Module):

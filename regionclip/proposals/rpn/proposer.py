@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,18 +17,17 @@ from clip_base.jobs import config as configs
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.models.resnet import EXPANSION, ModifiedResNet
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing
 from clip_base.weights.formats import Content, group_of
 from clip_base.weights.load import find, load_clip
 from clip_base.weights.native import load_exactly, read_weights, write_weights
 from clip_base.weights.reading import read_foreign
 from regionclip.proposals.base import SelectionConfig
 from regionclip.proposals.rpn.backbone import trunk_hash
+from regionclip.proposals.rpn.backbone_file import FORMAT, read_resnet50
+from regionclip.proposals.rpn.config import ProposalNetworkConfig, ProposalNetworkOptions
 from regionclip.proposals.rpn.detectron2_names import NETWORK, from_detectron2
-from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.structures.regions import ImageInfo, Regions
-
-FORMAT = "regionclip.proposals/1"
 
 
 @dataclass
@@ -114,30 +113,31 @@ def load_network(path: str | Path, trunk: ModifiedResNet | None = None) -> Propo
     return network.eval().to(memory_format=torch.channels_last)
 
 
-def build_network(config: ProposalNetworkConfig) -> ProposalNetwork:
+def build_network(options: ProposalNetworkOptions) -> ProposalNetwork:
     """Returns a network to train: its backbone from `backbone_weights`, everything else random.
 
-    A shared trunk is in evaluation mode and frozen.
+    A ResNet-50 has the strides and pixels that its file asks for. A shared trunk is in evaluation mode and
+    frozen.
 
     Raises:
         InputError: the backbone's file cannot be read or does not fit, or a trunk to share is not named.
     """
-    path = config.backbone_weights
-    if config.share_trunk:
+    path = options.backbone_weights
+    if options.share_trunk:
         if not path:
             raise InputError(
                 "network.share_trunk=true needs network.backbone_weights=FILE: whose trunk is shared"
             )
-        trunk = _fitting_tower(config).eval().requires_grad_(False)
-        return ProposalNetwork(config, trunk).to(memory_format=torch.channels_last)
-    network = ProposalNetwork(config)
+        trunk = _fitting_tower(options).eval().requires_grad_(False)
+        return ProposalNetwork(ProposalNetworkConfig.of(options), trunk).to(memory_format=torch.channels_last)
+    found, facts = dict[str, Tensor](), dict[str, Any]()
+    if path and options.backbone == "clip":
+        found = dict(_fitting_tower(options).state_dict())
+    elif path:
+        found, facts = read_resnet50(path)
+    network = ProposalNetwork(ProposalNetworkConfig.of(options, **facts))
     if path:
         backbone = network.trunk
-        wanted = backbone.state_dict()
-        if config.backbone == "clip":
-            found = dict(_fitting_tower(config).state_dict())
-        else:
-            found = _resnet50_backbone(path, wanted)
         # Both files hold a whole classifier; what lies above the maps is not part of a proposal network.
         above = tuple(f"{name}." for name in ("layer4", "attnpool", "fc") if not hasattr(backbone, name))
         kept = {key: value for key, value in found.items() if not key.startswith(above)}
@@ -159,7 +159,7 @@ def clip_tower(path: str) -> ModifiedResNet:
     return model.map_tower
 
 
-def _fitting_tower(config: ProposalNetworkConfig) -> ModifiedResNet:
+def _fitting_tower(config: ProposalNetworkOptions) -> ModifiedResNet:
     """Returns the tower in `backbone_weights`, whose trunk has the sizes of `config.vision`."""
     tower = clip_tower(config.backbone_weights)
     found = (tower.trunk_channels // (4 * EXPANSION), [len(getattr(tower, f"layer{n}")) for n in (1, 2, 3)])
@@ -169,22 +169,6 @@ def _fitting_tower(config: ProposalNetworkConfig) -> ModifiedResNet:
             f"{config.vision.width} and {config.vision.layers[:3]}; set network.vision to fit"
         )
     return tower
-
-
-def _resnet50_backbone(path: str, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns ResNet-50 weights from torchvision's .pth file, or from safetensors with the same names."""
-    if path.endswith(".safetensors"):
-        return read_weights(path)[0]
-    try:
-        state = torch.load(existing(path, "weights file"), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"weights file {path} cannot be read ({reason}); was it cut off?") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"weights file {path} holds no state dict; give torchvision's resnet50 file")
-    # Files written before torch 0.4.1 have no batch counters, and nothing here uses them.
-    counters = {key: value for key, value in wanted.items() if key.endswith("num_batches_tracked")}
-    return {**counters, **state}
 
 
 def content_of(path: Path) -> Content:

@@ -39,8 +39,9 @@ from regionclip.data.categories import parse_names
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
 from regionclip.proposals.precomputed import TruthProposer
+from regionclip.proposals.rpn.config import ProposalNetworkConfig
 from regionclip.proposals.rpn.detectron2_names import from_detectron2, to_detectron2
-from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.proposals.rpn.proposer import RPNConfig, RPNProposer, load_network, save_network
 from regionclip.structures.regions import ImageInfo
 

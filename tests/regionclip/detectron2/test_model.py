@@ -22,7 +22,8 @@ from regionclip.data.batches import read_batches, read_record
 from regionclip.data.categories import load_split
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
-from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn.config import ProposalNetworkConfig
+from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.structures.detections import Detections
 from regionclip.structures.transforms import ResizeConfig
 from regionclip.training.samples import RegionDataset, Sample

@@ -13,8 +13,9 @@ from clip_base.images.decode import normalize
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import read_json
 from regionclip.detectron2.proposer import Detectron2Config, Detectron2Proposer
+from regionclip.proposals.rpn.config import ProposalNetworkConfig
 from regionclip.proposals.rpn.detectron2_names import to_detectron2
-from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.structures.regions import ImageInfo
 
 pytest.importorskip("detectron2")

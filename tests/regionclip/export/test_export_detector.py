@@ -34,7 +34,8 @@ from regionclip.export.detector import (
 )
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
-from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn.config import ProposalNetworkConfig
+from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.structures.detections import Detections
 from regionclip.structures.transforms import ResizeConfig
 

@@ -12,7 +12,7 @@ from clip_base.data.batch import ImageBatch
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.weights.native import save_clip
-from regionclip.proposals.rpn.network import ProposalNetworkConfig
+from regionclip.proposals.rpn.config import ProposalNetworkConfig
 from regionclip.structures.regions import RegionBatch, Regions
 
 VISION = VisionConfig(layers=[1, 1, 1, 1], width=16, resolution=64)

@@ -24,7 +24,7 @@ from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.models.box_head import EmbeddingBoxes
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
-from regionclip.proposals.rpn.network import ProposalNetworkConfig
+from regionclip.proposals.rpn.config import ProposalHeadConfig
 from regionclip.structures.regions import ImageInfo, RegionBatch, Regions
 from regionclip.structures.transforms import ResizeTransform
 from regionclip.training import train_detector as training
@@ -261,7 +261,7 @@ def test_the_proposal_loss_reaches_the_shared_trunk(make_clip: Callable[..., CLI
 
 
 def shared_task(clip: CLIP) -> DetectorTask:
-    sizes = ProposalNetworkConfig(channels=16)
+    sizes = ProposalHeadConfig(channels=16)
     network = proposal_network(config("shared", network=sizes), clip)
     detector = Detector.untrained(clip, DetectorConfig(max_proposals=20), network)
     embeddings = F.normalize(torch.randn(3, 32), dim=1)

@@ -13,8 +13,9 @@ from clip_base.images.decode import normalize
 from clip_base.runtime.errors import InputError
 from clip_base.weights.native import load_exactly
 from regionclip.proposals.rpn.backbone import CAFFE_MEAN, caffe_pixels, fit_frame
+from regionclip.proposals.rpn.config import ProposalNetworkConfig
 from regionclip.proposals.rpn.detectron2_names import from_detectron2, to_detectron2
-from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn.network import ProposalNetwork
 
 Small = Callable[..., ProposalNetworkConfig]
 SIZES = [32.0, 64.0, 128.0, 256.0, 512.0]

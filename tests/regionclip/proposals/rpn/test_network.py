@@ -12,7 +12,8 @@ from clip_base.data.batch import ImageBatch
 from clip_base.jobs import config as configs
 from clip_base.models.configs import VisionConfig
 from clip_base.runtime.errors import InputError
-from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn.config import ProposalNetworkConfig
+from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.structures.boxes import iou
 from regionclip.structures.regions import RegionBatch, Regions
 from regionclip.training.train_rpn import RPNTask, TrainRPNConfig

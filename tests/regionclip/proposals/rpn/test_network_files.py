@@ -11,7 +11,8 @@ import torch
 from clip_base.models.configs import VisionConfig
 from clip_base.runtime.errors import InputError
 from clip_base.weights.load import load_clip
-from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn.config import ProposalNetworkConfig
+from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.proposals.rpn.proposer import (
     RPNConfig,
     RPNProposer,

@@ -17,7 +17,8 @@ from clip_base.runtime.errors import InputError
 from clip_base.weights.load import load_clip
 from clip_base.weights.native import read_weights
 from regionclip.proposals.rpn.backbone import trunk_hash
-from regionclip.proposals.rpn.network import ProposalNetwork, ProposalNetworkConfig
+from regionclip.proposals.rpn.config import ProposalNetworkConfig
+from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.proposals.rpn.proposer import (
     RPNConfig,
     RPNProposer,

@@ -25,7 +25,7 @@ from regionclip.concepts import vocabulary as vocabularies
 from regionclip.concepts.vocabulary import Vocabulary, embed
 from regionclip.data.categories import parse_names
 from regionclip.models.detector import Detector
-from regionclip.proposals.rpn import proposer
+from regionclip.proposals.rpn import config as proposals
 from regionclip.proposals.rpn.detectron2_names import OFFLINE
 from regionclip.proposals.rpn.detectron2_names import to_detectron2 as network_names
 from regionclip.proposals.rpn.network import ProposalNetwork
@@ -66,7 +66,7 @@ def to_regionclip(path: Path, out: Path) -> str:
         rows = Vocabulary.load(path).embeddings
         _save(rows, out)
         return f"{out}: {len(rows)} embeddings, for MODEL.CLIP.TEXT_EMB_PATH; their names have no place there"
-    if form == proposer.FORMAT:
+    if form == proposals.FORMAT:
         _save({"model": _network(load_network(path), path)}, out)
         return f"{out}, for MODEL.CLIP.BB_RPN_WEIGHTS"
     if form == load.FORMAT:
@@ -92,7 +92,7 @@ def to_detectron2(path: Path, out: Path) -> str:
         InputError: the file holds neither, or a network that detectron2 has no names for.
     """
     form = _form(path)
-    if form == proposer.FORMAT:
+    if form == proposals.FORMAT:
         network = load_network(path)
         _save({"model": _network(network, path)}, out)
         kind = "C4" if network.config.design == "c4" else "FPN"
@@ -103,7 +103,7 @@ def to_detectron2(path: Path, out: Path) -> str:
         return f"{out}, for MODEL.WEIGHTS of an OpenVocabularyRCNN"
     raise InputError(
         f"{path} holds {form or 'no form of ours'}; detectron2 has a place for proposal networks "
-        f"({proposer.FORMAT}) and detectors ({load.FORMAT})"
+        f"({proposals.FORMAT}) and detectors ({load.FORMAT})"
     )
 
 

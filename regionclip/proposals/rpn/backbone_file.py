@@ -21,9 +21,9 @@ from clip_base.runtime.files import existing
 from clip_base.weights.key_names import unwrap
 from clip_base.weights.native import read_weights
 from clip_base.weights.unpickle import read_arrays, read_pickle
+from regionclip.proposals.rpn.config import FORMAT
 from regionclip.proposals.rpn.detectron2_names import COUNTER, HEAD, folded, from_detectron2
 
-FORMAT = "regionclip.proposals/1"  # of our own files
 MSRA = {"stride_in_1x1": True, "pixels": "caffe"}
 TORCHVISION = {"stride_in_1x1": False, "pixels": "clip"}
 # The names in detectron2's R-50.pkl, which are Caffe2's, and detectron2's own, each with torchvision's.

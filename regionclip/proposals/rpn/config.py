@@ -11,6 +11,8 @@ from clip_base.models.configs import VisionConfig
 from clip_base.runtime.errors import InputError
 from regionclip.proposals.rpn.backbone import BACKBONES
 
+FORMAT = "regionclip.proposals/1"  # of a file that holds a network, and its config as metadata
+
 
 @dataclass
 class ProposalHeadConfig:

@@ -23,8 +23,8 @@ from clip_base.weights.native import load_exactly, read_weights, write_weights
 from clip_base.weights.reading import read_foreign
 from regionclip.proposals.base import SelectionConfig
 from regionclip.proposals.rpn.backbone import trunk_hash
-from regionclip.proposals.rpn.backbone_file import FORMAT, read_resnet50
-from regionclip.proposals.rpn.config import ProposalNetworkConfig, ProposalNetworkOptions
+from regionclip.proposals.rpn.backbone_file import read_resnet50
+from regionclip.proposals.rpn.config import FORMAT, ProposalNetworkConfig, ProposalNetworkOptions
 from regionclip.proposals.rpn.detectron2_names import NETWORK, from_detectron2
 from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.structures.regions import ImageInfo, Regions

@@ -312,7 +312,14 @@ def read_detector_file(
     settings = config or configs.check(DetectorConfig, json.loads(metadata["detector"]), where)
     size = resize or configs.check(ResizeConfig, json.loads(metadata["resize"]), where)
     network = ProposalNetwork(proposals, shared)
-    detector = Detector.untrained(clip, settings, network, metadata["boxes"], size)
+    kind = metadata["boxes"]
+    try:
+        detector = Detector.untrained(clip, settings, network, kind, size)
+    except InputError as error:
+        raise InputError(
+            f"{path} was trained with box_head={kind}, which is not installed ({error}); install the package "
+            "that declares it"
+        ) from None
     load_exactly(detector, weights, path)
     detector.eval().to(memory_format=torch.channels_last)
     return detector, tuple(json.loads(metadata["base"]))

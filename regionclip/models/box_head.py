@@ -1,22 +1,57 @@
-"""What moves a detector's boxes: four numbers a region, from its embedding or from layer4's map of it."""
+"""What moves a detector's boxes: four numbers per region, from its embedding or from layer4's map of it.
+
+A box head is a `BoxHead` that a package declares in the entry-point group `regionclip.box_heads`. The file of
+a detector names its head, so that it is made again when the file is read.
+"""
 
 # N regions, C channels and s side of layer4's map of a region, D embedding size
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
+from clip_base.jobs import plugins
 from clip_base.models.configs import CLIPConfig
 
+BOX_HEADS = "regionclip.box_heads"
 CHANNELS, HIDDEN = 64, 256  # of the head that reads maps
 
 
-class EmbeddingBoxes(nn.Linear):
+@dataclass(frozen=True)
+class BoxHeadConfig:
+    """The sizes of what a box head reads."""
+
+    embed_dim: int  # D
+    channels: int  # C
+    side: int  # s
+
+
+class BoxHead(nn.Module):
+    """Moves boxes. A subclass is made of a `BoxHeadConfig`, and so that boxes hardly move yet.
+
+    Attributes:
+        kind: the name in `regionclip.box_heads` that it was made by, kept in detectors' files.
+    """
+
+    kind = ""
+
+    def deltas(self, embeddings: Tensor, maps: Tensor) -> Tensor:
+        """Returns [N, 4] deltas: of the centers in widths and heights, and the logarithms of the factors.
+
+        Args:
+            embeddings: [N, D], of the regions, not of unit length.
+            maps: [N, C, s, s], layer4's maps of the regions.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define deltas")
+
+
+class EmbeddingBoxes(nn.Linear, BoxHead):
     """The published head: linear in a region's embedding."""
 
-    kind = "embedding"
-
-    def __init__(self, embed_dim: int) -> None:
-        super().__init__(embed_dim, 4)
+    def __init__(self, config: BoxHeadConfig) -> None:
+        super().__init__(config.embed_dim, 4)
+        begin_still(self)
 
     def deltas(self, embeddings: Tensor, maps: Tensor) -> Tensor:
         """Returns [N, 4] deltas of regions' embeddings [N, D]; their maps are not read."""
@@ -24,21 +59,15 @@ class EmbeddingBoxes(nn.Linear):
         return found
 
 
-class MapBoxes(nn.Module):
-    """Reads where an object begins and ends off layer4's map [N, C, s, s], before it is pooled.
+class MapBoxes(BoxHead):
+    """Reads where an object begins and ends off layer4's map [N, C, s, s], before it is pooled."""
 
-    Args:
-        channels: C.
-        side: s.
-    """
-
-    kind = "map"
-
-    def __init__(self, channels: int, side: int) -> None:
+    def __init__(self, config: BoxHeadConfig) -> None:
         super().__init__()
-        self.reduce = nn.Conv2d(channels, CHANNELS, 1)
-        self.hidden = nn.Linear(CHANNELS * side * side, HIDDEN)
+        self.reduce = nn.Conv2d(config.channels, CHANNELS, 1)
+        self.hidden = nn.Linear(CHANNELS * config.side**2, HIDDEN)
         self.moves = nn.Linear(HIDDEN, 4)
+        begin_still(self.moves)
 
     def deltas(self, embeddings: Tensor, maps: Tensor) -> Tensor:
         """Returns [N, 4] deltas of regions' maps; their embeddings are not read."""
@@ -52,29 +81,28 @@ class MapBoxes(nn.Module):
         return deltas
 
 
-BoxHead = EmbeddingBoxes | MapBoxes
-BOX_HEADS = (EmbeddingBoxes.kind, MapBoxes.kind)
+def begin_still(last: nn.Linear) -> None:
+    """Initializes a head's last layer so that its boxes hardly move yet."""
+    nn.init.normal_(last.weight, std=0.001)
+    nn.init.zeros_(last.bias)
 
 
 def make_box_head(kind: str, clip: CLIPConfig) -> BoxHead:
     """Returns a head whose boxes hardly move yet.
 
     Args:
-        kind: "embedding", the published one, is linear in the region's embedding; "map" reads layer4's map.
+        kind: a name in `regionclip.box_heads`: "embedding", the published one, is linear in the region's
+            embedding; "map" reads layer4's map; other packages may declare more.
         clip: the sizes of the CLIP whose ResNet tower it stands on.
 
     Raises:
-        ValueError: there is no such kind.
+        InputError: there is no such head.
+        TypeError: what is declared under that name is no `BoxHead`.
     """
-    if kind not in BOX_HEADS:
-        raise ValueError(f"boxes must be one of {', '.join(BOX_HEADS)}, got {kind!r}")
-    head: BoxHead
-    last: nn.Linear
-    if kind == EmbeddingBoxes.kind:
-        last = head = EmbeddingBoxes(clip.embed_dim)
-    else:
-        head = MapBoxes(clip.vision.width * 32, clip.vision.resolution // 32)
-        last = head.moves
-    nn.init.normal_(last.weight, std=0.001)
-    nn.init.zeros_(last.bias)
+    head = plugins.load(BOX_HEADS, kind)(
+        BoxHeadConfig(clip.embed_dim, clip.vision.width * 32, clip.vision.resolution // 32)
+    )
+    if not isinstance(head, BoxHead):
+        raise TypeError(f"{BOX_HEADS}: {kind!r} makes a {type(head).__name__}, which is no BoxHead")
+    head.kind = kind
     return head

@@ -96,7 +96,7 @@ class Detector(nn.Module):
             clip: with a ResNet tower.
             config: see the class, as for the rest.
             network: see the class.
-            boxes: what the box head reads, one of `BOX_HEADS`.
+            boxes: the name of the box head, see `make_box_head`.
             resize: see the class.
             class_embeddings: [C, D], see the class.
         """

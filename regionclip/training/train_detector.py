@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
+from clip_base.jobs import plugins
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.models.clip import CLIP
@@ -76,8 +77,9 @@ class TrainDetectorConfig(BaseClassImages, FreezeOptions, TrainingOptions):
     proposal_weight: float = option(1.0, "shared trunk: weight of the proposals' box regression loss")
     box_head: str = option(
         "map",
-        "what the box head reads: map (layer4's map of the region) or embedding (as published)",
-        choices=BOX_HEADS,
+        "what moves boxes: map (reads layer4's map of the region), embedding (as published), or another "
+        "package's box head",
+        choices=sorted(plugins.found(BOX_HEADS)),
         renamed_from="boxes",
     )
     background_embedding: str = option(

@@ -1,10 +1,11 @@
-"""Someone else's package adds a job, a proposer and formats by declaring them; nothing here knows of it."""
+"""Someone else's package adds a job, parts and formats by declaring them; nothing here knows of it."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
+
+from clip_base.jobs.cli import main_regionclip
+from clip_base.models.clip import CLIP
+from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
+from clip_base.weights.native import read_weights, save_clip
 
 PACKAGE = Path(__file__).parent / "shapes_plugin"
 
@@ -147,6 +154,46 @@ def test_its_annotation_format_serves_every_job(installed: Path, dataset: Path) 
     assert "bad.boxes, line 1 is not FILE HEIGHT WIDTH NAME" in bad[2]
 
 
+@pytest.fixture
+def clip_file(tmp_path: Path) -> Path:
+    """A CLIP of a few thousand weights."""
+    torch.manual_seed(0)
+    vision = VisionConfig(layers=[1, 1, 1, 1], width=8, head_width=32, resolution=64)
+    text = TextConfig(width=32, heads=1, layers=1, context_length=24)
+    save_clip(CLIP(CLIPConfig(32, vision, text)), tmp_path / "clip.safetensors")
+    return tmp_path / "clip.safetensors"
+
+
+def test_its_box_head_is_trained_saved_and_loaded_again(
+    installed: Path, dataset: Path, clip_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (dataset / "split.json").write_text(json.dumps({"base": ["thing"], "novel": []}))
+    train = ["main_regionclip", "train-detector", f"annotations={dataset / 'instances.json'}"]
+    train += [f"images={dataset / 'images'}", f"split={dataset / 'split.json'}", f"weights={clip_file}"]
+    train += ["rpn=shared", "network.channels=16", "resize.short=[64]", "resize.long=96"]
+    train += ["train.steps=2", "train.batch_size=2", "train.workers=0", "train.device=cpu"]
+    weights = dataset / "trained" / "model.safetensors"
+    detect = ["main_regionclip", "detect", str(dataset / "images"), f"weights={weights}", "vocabulary=thing"]
+    calls = [
+        ["main_regionclip", "train-detector", "--help"],
+        [*train, "box_head=mean", f"out={weights.parent}"],
+        [*detect, f"out={dataset / 'found'}", "device=cpu"],
+    ]
+    explained, trained, detected = commands(installed, *calls)
+    assert "embedding|map|mean" in explained[1]
+    assert trained[0] == 0, trained[2]
+    assert detected[0] == 0, detected[2]
+    assert json.loads((dataset / "found" / "detections.json").read_text())
+    tensors, metadata = read_weights(weights)
+    assert metadata["boxes"] == "mean"
+    assert tensors["box_head.both.weight"].shape == (4, 32 + 8 * 32)
+    assert bool(tensors["box_head.both.bias"].any())  # it was trained
+    assert main_regionclip([*detect[1:], f"out={dataset / 'elsewhere'}"]) == 2  # without the package
+    told = capsys.readouterr().err
+    assert f"{weights} was trained with box_head=mean" in told
+    assert "install the package" in told
+
+
 def test_pip_writes_the_metadata_that_we_wrote(installed: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("setuptools") is None or importlib.util.find_spec("pip") is None:
         pytest.skip("setuptools and pip are not installed here")
@@ -157,3 +204,16 @@ def test_pip_writes_the_metadata_that_we_wrote(installed: Path, tmp_path: Path) 
     (metadata,) = target.glob("shapes_plugin-*.dist-info/entry_points.txt")
     ours = installed / "shapes_plugin-1.0.dist-info" / "entry_points.txt"
     assert metadata.read_text().split() == ours.read_text().split()
+
+
+def test_a_part_takes_at_most_three_files_to_add() -> None:
+    """The page names them: those of the project, and the package's own `pyproject.toml`."""
+    root = PACKAGE.parent.parent.parent
+    table = (root / "docs" / "plugins.md").read_text().partition("## What to read")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith(("| a ", "| an ", "| other "))]
+    assert len(rows) == 5
+    for row in rows:
+        files = re.findall(r"`([\w/]+\.py)`", row)
+        assert 1 <= len(files) <= 2
+        for file in files:
+            assert (root / file).is_file(), row

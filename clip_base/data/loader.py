@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clip_base.data.sampler import epoch_length, epoch_order
 from clip_base.runtime import distributed
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.files import write_text
 
 Item = TypeVar("Item", covariant=True)
@@ -47,7 +47,7 @@ class Loader(Generic[B]):
         workers: processes that load; 0: this one.
         skipped: a file to list unusable samples in; each is replaced by its neighbor. What it already lists
             counts, so that a resumed run ends with the same list.
-        max_broken: the share of unusable samples above which the run stops.
+        max_skipped: the share of unusable samples above which the run stops.
         weights: [N], how often an epoch shows each sample on average; None: once. See `epoch_order`.
         replacement: draw samples independently of each other instead of each once an epoch.
     """
@@ -61,14 +61,14 @@ class Loader(Generic[B]):
         seed: int = 0,
         workers: int = 0,
         skipped: Path | None = None,
-        max_broken: float = 0.1,
+        max_skipped: float = 0.1,
         weights: torch.Tensor | None = None,
         replacement: bool = False,
     ) -> None:
         if not len(items):
             raise InputError("there is nothing to train on: the data holds no usable sample")
         self.items, self.collate, self.batch_size = items, collate, batch_size
-        self.seed, self.workers, self.max_broken = seed, workers, max_broken
+        self.seed, self.workers, self.max_skipped = seed, workers, max_skipped
         self.weights, self.replacement = weights, replacement
         self.epoch_length = epoch_length(len(items), weights)
         self.broken: dict[int, str] = {}
@@ -147,11 +147,13 @@ class Loader(Generic[B]):
             lines = [json.dumps({"sample": i, "reason": reason}) + "\n" for i, reason in new.items()]
             with self._skipped.open("a", encoding="utf-8") as file:
                 file.writelines(lines)
-        if len(self.broken) > max(self.max_broken * len(self.items) / distributed.world(), 1):
+        if len(self.broken) > max(self.max_skipped * len(self.items) / distributed.world(), 1):
             where = f"; all are listed in {self._skipped}" if self._skipped else ""
             share = f"{len(self.broken)} of {len(self.items)} samples are unusable"
             last = next(reversed(new.values()))
-            raise InputError(f"{share}, more than {self.max_broken:.0%}; the last: {last}{where}")
+            raise JobError(
+                f"{share}, more than train.max_skipped={self.max_skipped:g} allows; the last: {last}{where}"
+            )
 
 
 class _Fetch:
@@ -181,7 +183,7 @@ class _Fetch:
             except InputError as error:
                 broken[place] = str(error)
         last = next(reversed(broken.values()))
-        raise InputError(f"{shift + 1} samples in a row are unusable; the last: {last}")
+        raise JobError(f"{shift + 1} samples in a row are unusable; the last: {last}")
 
 
 def _as_it_is(batch: Any) -> Any:

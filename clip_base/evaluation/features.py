@@ -24,6 +24,7 @@ from clip_base.images.orientation import turned_as_annotated
 from clip_base.images.preprocess import square_view
 from clip_base.jobs.compute import ComputeOptions
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.skipped import max_skipped_option, require_share, require_usable
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import ACTIVATIONS
 from clip_base.runtime.errors import InputError
@@ -48,14 +49,13 @@ class FeatureConfig(ComputeOptions):
     )
     batch_size: int = option(64, "images embedded at once", runtime_only=True)
     workers: int = option(2, "threads that decode images", runtime_only=True)
-    max_broken: float = option(0.1, "share of unusable images above which the run stops")
+    max_skipped: float = max_skipped_option(0.1, renamed_from="max_broken")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.workers < 1:
             raise InputError(f"workers must be at least 1, found {self.workers}")
-        if not 0 <= self.max_broken <= 1:
-            raise InputError(f"max_broken must be in [0, 1], found {self.max_broken}")
+        require_share(self.max_skipped)
 
 
 @dataclass(frozen=True)
@@ -174,14 +174,10 @@ class Embedder:
         return self.model.encode_image(pixels)
 
 
-def note_skipped(skipped: list[dict[str, Any]], total: int, max_broken: float, path: Path) -> None:
-    """Lists unusable images in `path`; InputError when they are too many of `total`."""
+def note_skipped(skipped: list[dict[str, Any]], total: int, max_skipped: float, path: Path) -> None:
+    """Lists unusable images in `path`; JobError when they are too many of `total`."""
     write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped))
-    if skipped and (len(skipped) > max_broken * total or len(skipped) == total):
-        raise InputError(
-            f"{len(skipped)} of {total} images cannot be used, more than max_broken={max_broken} "
-            f"(first: {skipped[0]['reason']}); all are listed in {path}"
-        )
+    require_usable([entry["reason"] for entry in skipped], total, max_skipped, path)
 
 
 def _square(side: int, image: Decoded) -> Tensor:

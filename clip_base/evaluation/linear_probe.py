@@ -24,7 +24,7 @@ from clip_base.evaluation.ranking import ranks_of_best
 from clip_base.evaluation.tables import print_classes, summarize, to_csv
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder, files_of
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.files import write_text
 from clip_base.runtime.progress import Progress
 from clip_base.weights.load import weight_files
@@ -113,7 +113,7 @@ def linear_probe(config: LinearProbeConfig) -> None:
         raise InputError(f"train and test must have the same classes; found {first} and {second}")
     skipped += skipped_test
     total = len(train) + len(test) + len(skipped)
-    note_skipped(skipped, total, config.max_broken, run.path / "skipped.jsonl")
+    note_skipped(skipped, total, config.max_skipped, run.path / "skipped.jsonl")
     fits = Fits()
     with Progress("probes") as fits.progress:
         held, rest = split(train.labels, config.validation, config.seed)
@@ -139,7 +139,7 @@ def _read(
     names, pictures = coco_pictures(annotations, folder) if annotations else folder_pictures(folder)
     found = embed(pictures, f"{which} images")
     if not len(found.kept):
-        raise InputError(f"{which}={folder}: no image can be used (first: {found.skipped[0]['reason']})")
+        raise JobError(f"{which}={folder}: no image can be used (first: {found.skipped[0]['reason']})")
     labels = np.array([pictures[index].label for index in found.kept.tolist()], np.int64)
     return names, LabeledFeatures(found.values.numpy(), labels), found.skipped
 

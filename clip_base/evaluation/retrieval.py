@@ -63,7 +63,7 @@ def retrieval(config: RetrievalConfig) -> None:
     embed = Embedder(config, run.path)
     found = embed(pictures, "images")
     skipped = unread + found.skipped
-    note_skipped(skipped, len(pictures) + len(unread), config.max_broken, run.path / "skipped.jsonl")
+    note_skipped(skipped, len(pictures) + len(unread), config.max_skipped, run.path / "skipped.jsonl")
     limit = config.captions_per_image or None
     texts: list[str] = []
     owners: list[int] = []

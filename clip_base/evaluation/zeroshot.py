@@ -65,7 +65,7 @@ def zeroshot(config: ZeroshotConfig) -> None:
         note(f"the prompts are CLIP's 80; templates={own} takes the dataset's own, as CLIP_benchmark does")
     embed = Embedder(config, run.path)
     found = embed(pictures, "zero-shot images")
-    note_skipped(found.skipped, len(pictures), config.max_broken, run.path / "skipped.jsonl")
+    note_skipped(found.skipped, len(pictures), config.max_skipped, run.path / "skipped.jsonl")
     with autocast(config.precision, embed.device):
         directions = classifier(embed.model, names, templates, config.batch_size)  # [C, D]
     embed.require_finite(directions, "class names")

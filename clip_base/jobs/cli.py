@@ -58,16 +58,23 @@ def _run(program: str, prefix: str, arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except InputError as error:
-        return _end(str(error), 2, debug)
+        return _end(str(error), error.exit_code, debug)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" while writing {error.filename}" if error.filename else ""
             remedy = "make room and give the same command again: what was written before is kept"
             return _end(f"the disk is full{where}; {remedy}", 1, debug)
-        return _end(f"{error}", 1, debug)
+        return _end(_told(error), 1, debug)
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         return _end(f"failed: {type(error).__name__}: {first} (--debug shows where)", 1, debug)
+
+
+def _told(error: OSError) -> str:
+    """Returns what the system refused, without its number."""
+    if error.strerror is None:
+        return " ".join(str(error).split())
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 
 @contextlib.contextmanager

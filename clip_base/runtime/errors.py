@@ -1,4 +1,4 @@
-"""The one error, and the one kind of note, that a person who types a command should ever read."""
+"""The kinds of errors and notes that a person who types a command should ever read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ class InputError(ValueError):
     Its message is one line that says what was wrong, what was found and how to fix it. The command line
     prints it without a traceback and ends with exit code 2.
     """
+
+    exit_code = 2
+
+
+class JobError(InputError):
+    """A job did not do its work: nothing of what it was given could be used, or too little of it.
+
+    The call itself was right; the command line ends with exit code 1.
+    """
+
+    exit_code = 1
 
 
 class InputNote(UserWarning):

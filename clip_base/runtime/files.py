@@ -242,6 +242,21 @@ def _first_words(text: str) -> str:
     return next((line for line in lines if not line.isascii()), "") or " ".join(text.split())[:40]
 
 
+def make_folder(path: str | Path) -> Path:
+    """Returns a folder, which is made with those above it where they are missing.
+
+    Raises:
+        InputError: a file stands in its place.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(place for place in (path, *path.parents) if place.exists())
+        raise InputError(f"{file} is a file; give a folder") from None
+    return path
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is flushed to disk and renamed over `path`.
@@ -249,7 +264,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     When the body raises (a full disk, say), the temporary file is removed and `path` is left as it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -9,6 +9,7 @@ import torch
 
 from clip_base.runtime.errors import InputError
 
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -24,11 +25,19 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"device={name} is none; give auto, cpu, cuda or cuda:1, say") from None
+    if device.type not in DEVICES:
+        raise InputError(f"device={name}: models do not run there; give auto or one of {', '.join(DEVICES)}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"device={name}: PyTorch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices; "
             "give device=auto"
         )
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(
+            f"device={name}: PyTorch {torch.__version__} has no such device here; give device=auto"
+        ) from None
     return device
 
 

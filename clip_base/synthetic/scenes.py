@@ -23,7 +23,7 @@ from clip_base.data.coco import coco_entry
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json, write_json
+from clip_base.runtime.files import make_folder, read_json, write_json
 from clip_base.runtime.progress import Progress
 from clip_base.runtime.workers import Report, cores, run
 from clip_base.synthetic.captions import Seen, Style, describe
@@ -109,7 +109,7 @@ def generate(config: ScenesConfig) -> None:
         for start in range(0, counts[split], _CHUNK)
     ]
     for split in SPLITS:
-        (folder / "images" / split).mkdir(parents=True, exist_ok=True)
+        make_folder(folder / "images" / split)
     _begin_parts(parts, finished)
     missing = [task for task in tasks if not _part(parts, task).exists()]
     total = sum(counts.values())

@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import naming_full_disk
+from clip_base.runtime.files import make_folder, naming_full_disk
 
 KEPT = 2
 
 
 def save(folder: Path, step: int, weights: dict[str, Tensor], training: dict[str, Any]) -> None:
     """Writes the checkpoint of `step` and removes all but the newest two."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     target, temporary = folder / f"{step:08d}", folder / f".{step:08d}.tmp"
     for leftover in folder.glob(".*.tmp"):
         shutil.rmtree(leftover)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
+from clip_base.jobs.skipped import max_skipped_option, require_share
 from clip_base.models.clip import set_checkpointing
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError
@@ -66,6 +67,7 @@ class TrainConfig:
         runtime_only=True,
     )
     ema: float = option(0.0, "decay of the moving average that becomes the final weights; 0: none")
+    max_skipped: float = max_skipped_option(0.1)
     seed: int = option(0, "decides initial weights, order and augmentation")
     workers: int = option(0, "processes that load data; 0: the training process itself", runtime_only=True)
     save_every: float = option(60.0, "seconds between checkpoints", runtime_only=True)
@@ -77,6 +79,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise InputError(f"batch_size must be at least 1, found {self.batch_size}")
+        require_share(self.max_skipped)
         if not 0 <= self.ema < 1:
             raise InputError(f"ema must be in [0, 1), found {self.ema:g}; 0.9999 is usual for long runs")
 

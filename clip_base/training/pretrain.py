@@ -216,6 +216,7 @@ def pretrain(config: PretrainConfig) -> None:
         seed=train.seed,
         workers=train.workers,
         skipped=run.path / "skipped.jsonl",
+        max_skipped=train.max_skipped,
         weights=weights_of(pairs),
         replacement=config.replacement,
     )

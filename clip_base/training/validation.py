@@ -19,6 +19,7 @@ from clip_base.evaluation.retrieval import embed_texts, recall_at
 from clip_base.images.decode import Stored, decode_stored, normalize
 from clip_base.images.preprocess import square_view
 from clip_base.jobs.config import Plugin, build_plugin, option, plugin
+from clip_base.jobs.skipped import MAX_SKIPPED, require_usable
 from clip_base.models.clip import CLIP
 from clip_base.runtime.errors import InputError, note
 
@@ -69,7 +70,8 @@ class Validation:
         """Returns shares in [0, 1]: `val_{image_to_text,text_to_image}_R@1`, `val_zeroshot_top1`.
 
         Raises:
-            InputError: no image decodes, or an embedding is not finite.
+            InputError: an embedding is not finite.
+            JobError: too few of the images decode.
         """
         figures: dict[str, float] = {}
         source = f"the model at step {step}"
@@ -102,26 +104,32 @@ class Validation:
         """Returns [N, D], unit length, and which images they are: those that do not decode are left out."""
         side = self.model.visual.resolution
 
-        def load(image: Stored) -> Tensor | None:
+        def load(image: Stored) -> Tensor | str:
             try:
                 pixels = square_view(decode_stored(image, least=2 * side), side)  # [R, R, 3]
-            except InputError:
-                return None  # training on this source would list it; here one fewer is measured
+            except InputError as error:
+                return str(error)
             return torch.from_numpy(pixels).permute(2, 0, 1)  # [3, R, R]
 
         features: list[Tensor] = []
         kept: list[int] = []
+        reasons: list[str] = []
         size, device = self.config.batch_size, self.model.logit_scale.device
         with ThreadPoolExecutor(_THREADS) as pool:
             for start in range(0, len(images), size):
                 loaded = list(pool.map(load, images[start : start + size]))
-                kept += [start + place for place, pixels in enumerate(loaded) if pixels is not None]
-                whole = [pixels for pixels in loaded if pixels is not None]
+                kept += [start + place for place, pixels in enumerate(loaded) if isinstance(pixels, Tensor)]
+                whole = [pixels for pixels in loaded if isinstance(pixels, Tensor)]
+                reasons += [pixels for pixels in loaded if isinstance(pixels, str)]
                 if whole:
                     embedded = self.model.encode_image(normalize(torch.stack(whole).to(device)))
                     features.append(F.normalize(embedded.float(), dim=-1))
-        if not features:
-            raise InputError(f"none of the {len(images)} images to evaluate on decodes; {images[0]}, for one")
+        require_usable(reasons, len(images), MAX_SKIPPED, what="images to evaluate on")
+        if reasons:
+            note(
+                f"{len(reasons):,} of {len(images):,} images to evaluate on are left out, the first: "
+                f"{reasons[0]}"
+            )
         return torch.cat(features), kept
 
 
@@ -133,12 +141,11 @@ def _usable(pairs: Pairs, indices: list[int]) -> list[Pair]:
             found.append(pairs[index])
         except InputError as error:
             reasons.append(str(error))
+    require_usable(reasons, len(indices), MAX_SKIPPED, what="pairs to evaluate on")
     if reasons:
         note(
             f"{len(reasons):,} of {len(indices):,} pairs to evaluate on are left out, the first: {reasons[0]}"
         )
-    if not found:
-        raise InputError(f"none of the {len(indices)} pairs to evaluate on can be used")
     return found
 
 

@@ -23,6 +23,7 @@ from typing import IO, Any
 
 from clip_base.jobs import plugins
 from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import make_folder
 from clip_base.runtime.hashing import file_hash
 from clip_base.runtime.progress import Progress
 
@@ -155,7 +156,7 @@ def download(file: Published, folder: Path, timeout: float = _TIMEOUT, pause: fl
     """
     target, part = folder / file.name, folder / f"{file.name}.part"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with _alone(folder / f".{file.name}.lock"):
             if target.is_file():
                 if file_hash(target) == file.sha256:

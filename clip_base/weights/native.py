@@ -71,11 +71,24 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
+        if _is_pickle(path):
+            raise InputError(
+                f"weights file {path} is no safetensors file but what torch.save writes: rename it to .pth"
+            ) from None
         reason = str(error).splitlines()[0]
         raise InputError(
             f"weights file {path} cannot be read ({reason}); it was cut off or is no safetensors file: "
             "copy it again"
         ) from None
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file that is no safetensors file begins as a pickle or the archive of one."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(9)
+    return head[:2] == b"PK" or (head[:1] == b"\x80" and head[8:] != b"{")
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> str:

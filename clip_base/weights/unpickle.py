@@ -11,6 +11,7 @@ from __future__ import annotations
 import _codecs
 import pickle
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -173,12 +174,15 @@ def read_pickle(path: Path) -> Any:
         InputError: the file is damaged, or holds anything else, such as whole modules or a program.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Given a path that ends in .safetensors, torch reads another form.
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that torch.save did not write, which are refused
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|class|global|function) ([A-Za-z_][\w.]*\.[\w.]+)", str(error))
         asks = found[1].rstrip(".") if found else None
         if asks or "nsupported" in str(error):
-            raise _refusal(path, asks or str(error).splitlines()[0]) from None
+            raise _refusal(path, asks or "operations that torch.save does not write") from None
         raise _damaged(path, error) from None
     except _FAULTS as error:
         raise _damaged(path, error) from None

@@ -18,7 +18,7 @@ from typing import Any
 
 from clip_base.jobs.config import REQUIRED, option, runtime_only
 from clip_base.jobs.run import differences
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.files import ENCODING_HELP, existing, read_json, write_json, write_text
 from clip_base.runtime.hashing import content_hash, text_hash
 from clip_base.runtime.progress import track
@@ -174,15 +174,15 @@ def _require_same(out: Path, meta_path: Path, provenance: dict[str, Any]) -> Non
         raise InputError(f"{out} was made with other options ({'; '.join(differing[:3])}); {remedy}")
 
 
-def _nothing_left(config: ConceptsConfig, tally: ConceptCounts) -> InputError:
+def _nothing_left(config: ConceptsConfig, tally: ConceptCounts) -> JobError:
     if not tally.counts:
-        return InputError(
+        return JobError(
             f"no noun phrase was found in {config.captions}; is language={config.language or 'en'} right?"
         )
     name, most = max(tally.counts.items(), key=lambda item: item[1])
     # About the hundred most frequent concepts, so that the suggestion leaves a pool and not one name.
     hundredth = sorted(tally.counts.values(), reverse=True)[:100][-1]
-    return InputError(
+    return JobError(
         f"no concept of {config.captions} is named by {config.min_count} captions; the most frequent, "
         f"{name!r}, by {most}: try min_count={max(min(hundredth, most), 1)}"
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import naming_full_disk
+from clip_base.runtime.files import make_folder, naming_full_disk
 from regionclip.concepts.phrases import Found, LRUPhraseCache, Phrase
 
 _AT_ONCE = 500  # captions that one query asks for; SQLite's oldest limit is 999
@@ -31,7 +31,7 @@ class PhraseStore:
 
     def __init__(self, path: str | Path, fingerprint: str, captions: str = "") -> None:
         self._where = Path(path or ".")
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(path).parent)
         try:
             self._open(str(path), [fingerprint, captions])
         except sqlite3.OperationalError:

@@ -16,10 +16,11 @@ from clip_base.data.batch import ImageBatch
 from clip_base.images.decode import Pixels, decode
 from clip_base.images.inputs import Picture, read_picture
 from clip_base.images.orientation import turned_as_annotated, turned_upright
+from clip_base.jobs.skipped import require_usable
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import write_text
 from clip_base.runtime.workers import cores, in_turn
-from regionclip.data.annotations import ImageAnnotations
+from regionclip.data.annotations import CocoDetection, ImageAnnotations
 from regionclip.structures.regions import ImageInfo
 from regionclip.structures.transforms import ResizeConfig, ResizeTransform, resize_shortest_edge, to_batch
 
@@ -222,8 +223,15 @@ def _batch(
     )
 
 
-def write_skipped(path: Path, skipped: Mapping[int, str]) -> None:
-    """Writes one line for every image that could not be read: its id and the reason. None: no file."""
+def note_skipped(path: Path, skipped: Mapping[int, str], dataset: CocoDetection, max_skipped: float) -> None:
+    """Writes one line for every image that could not be read: its id and the reason. None: no file.
+
+    Raises:
+        JobError: they and the images that are not in the folder are more than the share `max_skipped`.
+    """
     if skipped:
         lines = (json.dumps({"image_id": key, "reason": reason}) + "\n" for key, reason in skipped.items())
         write_text(path, "".join(lines))
+    reasons = [*skipped.values(), *(f"image {file} does not exist" for file in dataset.missing)]
+    total = len(dataset) + len(dataset.missing)
+    require_usable(reasons, total, max_skipped, path if skipped else None)

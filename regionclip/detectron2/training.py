@@ -20,7 +20,7 @@ from detectron2.utils.events import TensorboardXWriter
 from torch import nn
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import write_json
+from clip_base.runtime.files import make_folder, write_json
 from regionclip.checkpoints.load import save_detector
 from regionclip.detectron2.backbone import to_detector
 from regionclip.detectron2.catalog import class_names, register_listed
@@ -65,7 +65,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):  # type: ignore[misc]
             return None
         entries = list(itertools.chain.from_iterable(gathered))
         if self.out is not None:
-            Path(self.out).mkdir(parents=True, exist_ok=True)
+            make_folder(self.out)
             write_json(Path(self.out) / "results.json", entries)
         metadata = MetadataCatalog.get(self.dataset)
         protocol = Protocol(max_detections=self.max_detections, label_set=getattr(metadata, "part", "all"))

@@ -15,6 +15,7 @@ import torch
 from clip_base.data.coco import coco_entry
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder, files_of
+from clip_base.jobs.skipped import max_skipped_option, require_share
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, write_json, write_text
 from clip_base.runtime.precision import autocast
@@ -22,7 +23,7 @@ from clip_base.runtime.progress import Progress
 from clip_base.weights.load import weight_files
 from regionclip.checkpoints.load import vocabulary_for
 from regionclip.data.annotations import AnnotatedImages, CocoDetection, ImageAnnotations
-from regionclip.data.batches import LoadedBatch, read_batches, read_record, write_skipped
+from regionclip.data.batches import LoadedBatch, note_skipped, read_batches, read_record
 from regionclip.data.categories import Split, load_split, parse_names
 from regionclip.data.results import Results, numbered_by, read_results
 from regionclip.evaluation.report_page import write_page
@@ -99,6 +100,7 @@ class EvaluateConfig(AnnotatedImages, DetectorOptions):
     max_detections: int = option(
         0, "best detections that count, of an image and category (LVIS: of an image); 0: 100 (LVIS: 300)"
     )
+    max_skipped: float = max_skipped_option()
     report: bool = option(True, "write report.html: curves, confusions, images when images= is given")
 
     def __post_init__(self) -> None:
@@ -107,6 +109,7 @@ class EvaluateConfig(AnnotatedImages, DetectorOptions):
             raise InputError(
                 "give either results=FILE (to evaluate it) or weights=FILE images=DIR (to detect first)"
             )
+        require_share(self.max_skipped)
         if self.weights and not self.images:
             raise InputError("weights= needs images=DIR, the folder of the annotated images")
         if self.label_set != "all" and not self.split:
@@ -295,7 +298,7 @@ def _detect(
                     for record, _, detections in group.map(detect_batch):
                         entries += detections.to_coco(record.image_id, dataset.category_ids)
             progress.advance(group.count)
-    write_skipped(results.with_name("skipped.jsonl"), skipped)
+    note_skipped(results.with_name("skipped.jsonl"), skipped, dataset, config.max_skipped)
     write_json(results, entries)
     metrics: dict[str, Any] = {"images": len(dataset) - len(skipped), "skipped": len(skipped)}
     if dataset.missing:

@@ -17,7 +17,7 @@ from typing import Any, Protocol, Self
 
 from clip_base.data.coco import coco_entry
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing, read_json, replacing, write_json, write_text
+from clip_base.runtime.files import existing, make_folder, read_json, replacing, write_json, write_text
 from clip_base.runtime.json_stream import stream_entries
 
 LABEL_WRITERS = "regionclip.label_writers"
@@ -232,7 +232,7 @@ def link_images(link: Path, images_folder: str) -> None:
     """Makes a link to the images folder, beside the labels."""
     if not link.is_symlink():
         target = existing(images_folder, "images folder").absolute()
-        link.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(link.parent)
         link.symlink_to(target, target_is_directory=True)
 
 

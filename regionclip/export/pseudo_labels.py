@@ -16,7 +16,7 @@ import torch
 
 from clip_base.jobs import plugins
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.hashing import content_hash
 from clip_base.runtime.progress import Progress
 from regionclip.concepts.synonyms import aliases_of, given_classes
@@ -103,10 +103,15 @@ def export(config: ExportConfig) -> None:
             counts.update(image.labels)
             images += 1
             progress.advance()
+        if not counts:
+            raise JobError(
+                f"no box of {config.mined} passes min_probability={config.min_probability:g} and "
+                f"min_objectness={config.min_objectness:g}; lower them"
+            )
     often = ", ".join(f"{categories.names[label]} {count:,}" for label, count in counts.most_common(5))
     print(
         f"{config.out}: {counts.total():,} boxes of {len(counts):,} of {len(categories.names):,} categories "
-        f"in {images:,} images; most frequent: {often or 'none'}"
+        f"in {images:,} images; most frequent: {often}"
     )
 
 

@@ -21,7 +21,8 @@ from clip_base.images.video import CODECS, VIDEOS, Video, VideoFrame, writing_vi
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.resume_log import ResumeLog
 from clip_base.jobs.run import hashes_of
-from clip_base.runtime.errors import InputError
+from clip_base.jobs.skipped import max_skipped_option, require_share, require_usable
+from clip_base.runtime.errors import InputError, note
 from clip_base.runtime.files import replacing, write_text
 from clip_base.runtime.hashing import text_hash
 from clip_base.runtime.progress import Progress
@@ -64,6 +65,7 @@ class DetectConfig(DetectorOptions):
     )
     draw: bool = option(True, "draw boxes; false: only detections.json and detections.csv")
     frame_stride: int = option(1, "videos: look at every n-th frame, and write these", renamed_from="every")
+    max_skipped: float = max_skipped_option()
     video_codec: str = option(
         "mp4v",
         "videos: mp4v for VLC, QuickTime and Windows; vp09 for browsers too, slow to write; avc1 (H.264) for "
@@ -74,6 +76,7 @@ class DetectConfig(DetectorOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_share(self.max_skipped)
         if self.frame_stride < 1 or self.top_k < 0 or not 0 <= self.score_threshold <= 1:
             raise InputError(
                 f"frame_stride={self.frame_stride} must be at least 1, top_k={self.top_k} not negative, "
@@ -132,10 +135,9 @@ def detect(config: DetectConfig) -> None:
     unread = sum(Path(entry["file_name"]).suffix.lower() not in VIDEOS for entry in skipped)
     print(f"{out}: {count} detections in {journal.images - unread} images, {rate:.1f} pictures/s")
     if skipped:
-        raise InputError(
-            f"{len(skipped)} of {len(files)} images could not be read, the others are done: "
-            f"{skipped[0]['reason']}"
-        )
+        reasons = [entry["reason"] for entry in skipped]
+        require_usable(reasons, len(files), config.max_skipped, out / SKIPPED)
+        note(f"{len(skipped)} of {len(files)} images could not be read, see {out / SKIPPED}: {reasons[0]}")
 
 
 def _header(config: DetectConfig, names: Sequence[str], files: Sequence[Path]) -> dict[str, Any]:

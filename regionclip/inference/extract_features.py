@@ -17,7 +17,8 @@ import torch
 
 from clip_base.images.inputs import picture_files
 from clip_base.jobs.run import Inputs, RunFolder
-from clip_base.runtime.errors import InputError
+from clip_base.jobs.skipped import require_usable
+from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.files import existing, read_json, write_json, write_text
 from clip_base.runtime.hashing import text_hash
 from clip_base.runtime.json_stream import stream_entries
@@ -132,6 +133,11 @@ def _finish(folder: RunFolder, config: FeaturesConfig, shards: Sequence[Shard]) 
     if skipped:
         write_text(folder.path / "skipped.jsonl", "".join(json.dumps(entry) + "\n" for entry in skipped))
     counts = {key: sum(part[key] for part in parts) for key in ("images", "regions")}
+    total = counts["images"] + len(skipped)
+    reasons = [entry["reason"] for entry in skipped]
+    require_usable(reasons, total, config.max_skipped, folder.path / "skipped.jsonl")
+    if not counts["regions"] and config.regions_from != "truth":
+        raise JobError(f"regions_from={config.regions_from} gives no region in any of {total} images")
     tables = [shard_path(folder.path, shard.number).name for shard in shards]
     manifest = {
         "version": VERSION,

@@ -15,6 +15,7 @@ from torch import Tensor
 from clip_base.data.batch import ImageBatch
 from clip_base.jobs.config import option
 from clip_base.jobs.run import files_of
+from clip_base.jobs.skipped import max_skipped_option, require_share
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import write_json
 from clip_base.runtime.precision import autocast
@@ -76,6 +77,7 @@ class FeaturesConfig(DetectorOptions):
         choices=("parquet", "npz"),
     )
     dtype: str = option("float16", "of the embeddings in the files", choices=("float16", "float32"))
+    max_skipped: float = max_skipped_option()
     shard_images: int = option(256, "images per shard: what a stopped run does again, and what memory holds")
     workers: int = option(
         1,
@@ -101,6 +103,7 @@ class FeaturesConfig(DetectorOptions):
                 f"regions_from={self.regions_from} and proposer.name={self.proposer['name']}: "
                 "give one of them"
             )
+        require_share(self.max_skipped)
         if min(self.max_regions, self.shard_images, self.top_k) < 1 or self.workers < 0:
             raise InputError("max_regions, shard_images and top_k must be at least 1, workers not negative")
 

@@ -7,6 +7,7 @@ so that executors, numbers of processes and interruptions change nothing about t
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 
 from clip_base.jobs.run import RunFolder
+from clip_base.jobs.skipped import require_usable
 from clip_base.models.tokenizer import Tokenizer
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.files import existing, replacing, write_json
 from clip_base.runtime.progress import Progress
 from clip_base.runtime.workers import run
@@ -26,7 +28,7 @@ from regionclip.concepts.pool import pool_language, read_concepts
 from regionclip.concepts.spacy_models import model_name
 from regionclip.concepts.vocabulary import Vocabulary, embed
 from regionclip.data.caption_index import CaptionIndex, ImageRange, write_caption_index
-from regionclip.mining.miner import VOCABULARY, MineConfig, Miner
+from regionclip.mining.miner import UNREADABLE, VOCABULARY, MineConfig, Miner
 from regionclip.mining.shards import MANIFEST, VERSION, read_manifest, read_skipped, shard_path
 
 
@@ -44,6 +46,7 @@ def mine(config: MineConfig) -> None:
     listed = folder.path / f".images-{first}-of-{shares}.db"
     if not listed.exists():
         write_caption_index(config.captions, listed)
+        _require_images(config, listed)
     # Only now, so that a call that failed at once leaves nothing that a fixed one would have to equal.
     vocabulary.save(path)
     images = CaptionIndex(listed)
@@ -62,6 +65,19 @@ def mine(config: MineConfig) -> None:
         f"{folder.path}: {manifest['regions']} regions of {manifest['images']} images, "
         f"{manifest['skipped']} skipped"
     )
+
+
+def _require_images(config: MineConfig, listed: Path) -> None:
+    """Raises an InputError, and leaves no list, when the folder holds none of the first images."""
+    index = CaptionIndex(listed)
+    first = next(index.slices(100), None)
+    names = [entry.file_name for entry in index.read(first)] if first else []
+    if names and not any((Path(config.images) / name).exists() for name in names):
+        listed.unlink()
+        raise JobError(
+            f"images={config.images} holds none of the first {len(names)} images of {config.captions}, such "
+            f"as {names[0]}; give the folder that the file names are relative to"
+        )
 
 
 def _mine_shards(config: MineConfig, listed: Path, parts: Sequence[ImageRange]) -> None:
@@ -140,19 +156,22 @@ def _finish(
 ) -> dict[str, Any]:
     """Writes what makes a folder of shards a finished one: skipped images, manifest, metrics."""
     paths = [shard_path(folder.path, number) for number in range(shards)]
-    regions, skipped = 0, 0
-    with replacing(folder.path / "skipped.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
-        for path in paths:
-            lines, count = read_skipped(path)
-            file.write(lines)
-            regions, skipped = regions + count, skipped + lines.count("\n")
+    listed = folder.path / "skipped.jsonl"
+    regions, skipped = _gather(paths, listed)
+    unreadable = [reason for reason, broken in skipped if broken]
+    require_usable(unreadable, images, config.max_skipped, listed)
+    if not regions:
+        raise JobError(
+            f"no region was mined from {images} images, whose reasons are in {listed}; loosen the matcher or "
+            "give another concept pool, and another out="
+        )
     manifest = {
         "version": VERSION,
         "shards": [path.name for path in paths],
         "images": images,
         "images_folder": str(Path(config.images).absolute()),
         "regions": regions,
-        "skipped": skipped,
+        "skipped": len(skipped),
         **folder.inputs,
         "vocabulary": vocabulary.fingerprint,
         "proposer": config.proposer,
@@ -164,5 +183,22 @@ def _finish(
     # What killed processes were writing, and what only unfinished runs need.
     for leftover in (*folder.path.glob(".shard-*.tmp"), *folder.path.glob(".images-*")):
         leftover.unlink(missing_ok=True)
-    folder.finish({"images": images, "regions": regions, "skipped": skipped})
+    folder.finish({"images": images, "regions": regions, "skipped": len(skipped)})
     return manifest
+
+
+def _gather(shards: Sequence[Path], listed: Path) -> tuple[int, list[tuple[str, bool]]]:
+    """Lists the skipped images of all shards in a file.
+
+    Returns:
+        How many regions there are; and for each skipped image the reason, and whether it was unreadable.
+    """
+    regions, skipped = 0, list[tuple[str, bool]]()
+    with replacing(listed) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for shard in shards:
+            lines, count = read_skipped(shard)
+            file.write(lines)
+            entries = (json.loads(line) for line in lines.split("\n") if line)
+            skipped += [(entry["reason"], UNREADABLE in entry) for entry in entries]
+            regions += count
+    return regions, skipped

@@ -17,6 +17,7 @@ from torch import Tensor
 from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
 from clip_base.jobs.compute import ComputeOptions
 from clip_base.jobs.config import REQUIRED, Plugin, build_plugin, option, plugin
+from clip_base.jobs.skipped import max_skipped_option, require_share
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing
 from clip_base.runtime.precision import autocast
@@ -38,6 +39,7 @@ from regionclip.proposals.base import build_proposer
 from regionclip.structures.transforms import ResizeConfig, ResizeTransform
 
 VOCABULARY = "vocabulary.safetensors"
+UNREADABLE = "unreadable"  # in the entry of a skipped image: it could not be read, others have no region
 
 
 @dataclass(kw_only=True)
@@ -64,6 +66,7 @@ class MineConfig(ComputeOptions):
     resize: ResizeConfig = option(ResizeConfig(), "size of the images; nothing is mirrored")
     language: str = option("", "spaCy model for phrases; empty: the one that the concept pool was made with")
     batch_size: int = option(16, "images at once")
+    max_skipped: float = max_skipped_option()
     shard_images: int = option(2000, "images per shard")
     executor: str = option(
         "local",
@@ -89,6 +92,7 @@ class MineConfig(ComputeOptions):
     def __post_init__(self) -> None:
         """Checks the numbers."""
         super().__post_init__()
+        require_share(self.max_skipped)
         if self.shard_images < 1:
             raise InputError(f"shard_images must be at least 1, found {self.shard_images}")
         if self.workers < 0:
@@ -192,7 +196,7 @@ class Miner:
         count = 0
 
         def skip(image: CaptionedImage, reason: str) -> None:
-            skipped.append(_entry(image, reason))
+            skipped.append({**_entry(image, reason), UNREADABLE: True})
 
         groups = read_batches(
             images, self._read, self.config.resize, self.config.batch_size, self.device, on_skip=skip
@@ -202,7 +206,7 @@ class Miner:
                 count += len(regions)
                 yield from regions
                 if not regions:
-                    skip(image, reason)
+                    skipped.append(_entry(image, reason))
             report(group.count, f"{count} regions in this shard")
 
     def _read(self, image: CaptionedImage) -> DecodedImage:

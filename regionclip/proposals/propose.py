@@ -10,10 +10,12 @@ import torch
 from clip_base.jobs.compute import ComputeOptions
 from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
 from clip_base.jobs.run import RunFolder, files_of
+from clip_base.jobs.skipped import max_skipped_option, require_share
+from clip_base.runtime.errors import JobError
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import Progress
 from regionclip.data.annotations import AnnotatedImages, CocoDetection, ImageAnnotations
-from regionclip.data.batches import LoadedBatch, read_batches, read_record, write_skipped
+from regionclip.data.batches import LoadedBatch, note_skipped, read_batches, read_record
 from regionclip.data.categories import load_split
 from regionclip.metrics.recall import RecallMeter, described
 from regionclip.proposals.base import GROUP as PROPOSERS
@@ -39,6 +41,11 @@ class ProposeConfig(AnnotatedImages, ComputeOptions):
     proposer: Plugin = plugin(PROPOSERS, "rpn", "where regions come from")
     resize: ResizeConfig = option(ResizeConfig(), "size of the images")
     batch_size: int = option(16, "images at once")
+    max_skipped: float = max_skipped_option()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_share(self.max_skipped)
 
 
 def propose(config: ProposeConfig) -> None:
@@ -89,7 +96,9 @@ def propose(config: ProposeConfig) -> None:
                 meter.add(single.boxes, regions.boxes, is_novel[single.labels])
                 count, images = count + len(regions), images + 1
             progress.advance(group.count)
-    write_skipped(run.path / "skipped.jsonl", skipped)
+        note_skipped(run.path / "skipped.jsonl", skipped, dataset, config.max_skipped)
+        if not count:
+            raise JobError(f"proposer.name={config.proposer['name']} proposed nothing in {images} images")
     metrics: dict[str, Any] = {"images": images, "proposals": count, "skipped": len(skipped)}
     recall = meter.metrics()
     run.finish(metrics | recall)

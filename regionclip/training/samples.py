@@ -193,6 +193,7 @@ def fit_on(
         seed=train.seed,
         workers=train.workers,
         skipped=run.path / "skipped.jsonl",
+        max_skipped=train.max_skipped,
         weights=weights,
     )
     return fit(task, loader, train, run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from clip_base.jobs.config import option
 from clip_base.jobs.run import RunFolder, files_of
+from clip_base.jobs.skipped import MAX_SKIPPED
 from clip_base.models.configs import VisionConfig
 from clip_base.runtime import distributed
 from clip_base.runtime.precision import autocast, pick_device
@@ -19,7 +21,7 @@ from clip_base.training.loop import TrainConfig, TrainingOptions
 from clip_base.training.pretrain import last_loss
 from clip_base.weights.load import load_clip
 from regionclip.data.annotations import CocoDetection
-from regionclip.data.batches import read_batches, read_record, write_skipped
+from regionclip.data.batches import note_skipped, read_batches, read_record
 from regionclip.data.categories import load_split
 from regionclip.metrics.recall import RecallMeter, described
 from regionclip.proposals.rpn.config import ProposalNetworkOptions
@@ -100,28 +102,27 @@ def train_rpn(config: TrainRPNConfig) -> None:
     save_network(network, run.path / "model.safetensors")
     metrics: dict[str, Any] = {"steps": steps, "images": len(dataset), "loss": last_loss(run.log_path)}
     if config.val_annotations:
-        skipped: dict[int, str] = {}
-        found = recall(network.eval(), config, skipped)
-        write_skipped(run.path / "val_skipped.jsonl", skipped)
-        metrics |= {**found, "val_skipped": len(skipped)}
+        found, skipped = recall(network.eval(), config, run.path / "val_skipped.jsonl")
+        metrics |= {**found, "val_skipped": skipped}
         print(described(found))
     run.finish(metrics)
     print(f"{run.path / 'model.safetensors'}: {steps} steps on {len(dataset)} images")
 
 
-def recall(network: ProposalNetwork, config: TrainRPNConfig, skipped: dict[int, str]) -> dict[str, float]:
-    """Returns recall on the validation boxes, base and novel apart.
+def recall(network: ProposalNetwork, config: TrainRPNConfig, listed: Path) -> tuple[dict[str, float], int]:
+    """Returns recall on the validation boxes, base and novel apart, and how many images are unreadable.
 
     Args:
         network: in evaluation mode.
         config: names the validation images.
-        skipped: takes the reason of every image that could not be read, by id.
+        listed: the file that lists the unreadable images.
     """
     dataset = CocoDetection(config.val_annotations, config.val_images or config.images)
     split = load_split(config.split, dataset.categories, dataset.frequencies)
     dataset = dataset.restrict(split.all).without_crowds()
     print(f"validation: {dataset.report()}")
     device = pick_device(config.train.device)
+    skipped: dict[int, str] = {}
     meter, is_novel = RecallMeter(apart=True), torch.tensor(split.is_novel(dataset.categories))
     groups = read_batches(
         dataset,
@@ -137,4 +138,5 @@ def recall(network: ProposalNetwork, config: TrainRPNConfig, skipped: dict[int, 
         for slot, (record, transform) in enumerate(zip(batch.items, batch.transforms, strict=True)):
             boxes = transform.invert_boxes(found.of_image(slot).boxes)
             meter.add(record.boxes, boxes, is_novel[record.labels])
-    return meter.metrics()
+    note_skipped(listed, skipped, dataset, MAX_SKIPPED)
+    return meter.metrics(), len(skipped)

@@ -118,7 +118,8 @@ def test_a_resumed_list_of_broken_samples_is_an_undisturbed_one(tmp_path: Path) 
 def test_too_many_broken_samples_stop_the_run_with_one_line(tmp_path: Path, workers: int) -> None:
     skipped = tmp_path / "skipped.jsonl"
     with pytest.raises(
-        InputError, match=r"of 10 samples are unusable, more than 10%; the last: sample \d is"
+        InputError,
+        match=r"of 10 samples are unusable, more than train.max_skipped=0.1 allows; the last: sample \d is",
     ) as caught:
         batches(20, broken=(1, 2, 3), skipped=skipped, workers=workers)
     assert str(skipped) in str(caught.value)
@@ -128,7 +129,7 @@ def test_too_many_broken_samples_stop_the_run_with_one_line(tmp_path: Path, work
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_without_one_usable_sample_stop_with_one_line(workers: int) -> None:
     with pytest.raises(InputError, match="unusable") as caught:
-        batches(1, size=3, broken=(0, 1, 2), max_broken=1.0, workers=workers)
+        batches(1, size=3, broken=(0, 1, 2), max_skipped=1.0, workers=workers)
     assert "\n" not in str(caught.value)
 
 

@@ -130,7 +130,7 @@ def test_too_many_broken_pictures_and_a_prompt_without_a_place_are_refused(
     weights: str, captions: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="1 of 13 images cannot be used"):
-        run(weights, captions, tmp_path / "out", max_broken=0.05)
+        run(weights, captions, tmp_path / "out", max_skipped=0.05)
     with pytest.raises(InputError, match=r"has no \{\}"):
         run(weights, captions, tmp_path / "prompt", prompt="a photo")
 

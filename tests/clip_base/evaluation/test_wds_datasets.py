@@ -145,7 +145,8 @@ def test_retrieval_gives_what_files_give(weights: str, tmp_path: Path) -> None:
         "tars": {"captions": str(root)},
         "files": {"captions": str(tmp_path / "captions.json"), "images": str(tmp_path / "images")},
     }.items():
-        retrieval(RetrievalConfig(weights, str(tmp_path / name), precision="fp32", max_broken=0.2, **options))
+        given = RetrievalConfig(weights, str(tmp_path / name), precision="fp32", max_skipped=0.2, **options)
+        retrieval(given)
         found.append(json.loads((tmp_path / name / "metrics.json").read_text()))
     assert found[0].pop("skipped") == 1  # the record without captions
     assert found[1].pop("skipped") == 0

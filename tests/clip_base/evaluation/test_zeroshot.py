@@ -141,7 +141,7 @@ def test_broken_images_are_skipped_and_listed_and_too_many_stop(weights: str, fo
     assert entry["image"].endswith("bad.jpg")
     assert "does not decode" in entry["reason"]
     with pytest.raises(InputError, match="1 of 13 images cannot be used"):
-        run(weights, folder, tmp_path / "strict", templates="simple", max_broken=0.05)
+        run(weights, folder, tmp_path / "strict", templates="simple", max_skipped=0.05)
     assert not (tmp_path / "strict" / "metrics.json").exists()
 
 
@@ -191,7 +191,7 @@ def coco(tmp_path: Path) -> dict[str, Any]:
 
 def test_boxes_of_a_coco_file_are_cut_out_and_classified(model: CLIP, weights: str, tmp_path: Path):
     coco(tmp_path)
-    options = {"annotations": str(tmp_path / "instances.json"), "templates": "simple", "max_broken": 0.5}
+    options = {"annotations": str(tmp_path / "instances.json"), "templates": "simple", "max_skipped": 0.5}
     metrics = run(weights, tmp_path / "coco", tmp_path / "out", **options)
     assert (metrics["images"], metrics["skipped"], metrics["classes"]) == (3, 1, 2)
     rows = list(csv.DictReader((tmp_path / "out" / "per_class.csv").open()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from clip_base.runtime.files import replacing, write_json
 from clip_base.weights import formats, infer_config, key_names
 from clip_base.weights.load import WeightsFile, find, read_any
 from clip_base.weights.native import save_clip, write_weights
-from clip_base.weights.reading import CONFIG_KEY, PRECISIONS, read_foreign
+from clip_base.weights.reading import CONFIG_KEY, PRECISIONS, is_safetensors, read_foreign, read_notes
 
 FORMS = ("native", "open_clip", "huggingface")
 OTHERS = tuple(plugins.found(formats.WRITERS))  # of other packages
@@ -69,17 +70,19 @@ def convert(config: ConvertConfig) -> None:
         raise InputError(f"out={out} is the file that is read; give another place")
     for note in report.notes:
         print(f"note: {note}")
-    written = {"native": write_native, "open_clip": write_open_clip, "huggingface": write_huggingface}[
-        config.to
-    ](model, out)
+    if config.to == "native":
+        told = content.metadata if content else read_notes(path) if is_safetensors(path) else {}
+        written = write_native(model, out, told)
+    else:
+        written = {"open_clip": write_open_clip, "huggingface": write_huggingface}[config.to](model, out)
     print(f"{report.path} ({report.form}) -> {written}")
 
 
-def write_native(model: CLIP, out: Path) -> str:
-    """Writes our safetensors; returns what was written, in words."""
+def write_native(model: CLIP, out: Path, notes: Mapping[str, str]) -> str:
+    """Writes our safetensors with the file's notes, see `save_clip`; returns what was written, in words."""
     if out.suffix != ".safetensors":
         raise InputError(f"out={out}: our form is a .safetensors file, give such a name")
-    save_clip(model, out)
+    save_clip(model, out, notes)
     return str(out)
 
 

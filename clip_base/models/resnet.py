@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clip_base.models.configs import VisionConfig
 from clip_base.models.positions import resample_positions
-from clip_base.models.transformer import all_untouched, attend_once
+from clip_base.models.transformer import all_untouched, attend_once, untouched
 
 M = TypeVar("M", bound=nn.Module)
 EXPANSION = 4  # output channels of a block per inner channel
@@ -75,9 +75,18 @@ def convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
             return F.batch_norm(out, mean, variance, norm.weight, norm.bias, training=True, eps=norm.eps)
         normed: Tensor = norm(out)
         return normed
-    scale = norm.weight * torch.rsqrt(variance + norm.eps)
-    weight, bias = conv.weight * scale[:, None, None, None], norm.bias - mean * scale
+    weight, bias = folded(conv, norm)
     return F.conv2d(x, weight, bias, conv.stride, conv.padding)
+
+
+def folded(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Returns weight and bias of the convolution that is `norm(conv(x))`; the norm takes no statistics."""
+    assert isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d)
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    scale = norm.weight * torch.rsqrt(variance + norm.eps)
+    return conv.weight * scale[:, None, None, None], norm.bias - mean * scale
 
 
 class Bottleneck(nn.Module):
@@ -110,17 +119,48 @@ class Bottleneck(nn.Module):
         # Hooks on the block itself see it called; only those below it need the slower way.
         if not all_untouched(*self._modules.values()):
             return self._called(x)
-        out = convolve(x, self.conv1, self.bn1).relu_()
-        out = convolve(out, self.conv2, self.bn2).relu_()
-        shortcut = x
-        if self.stride > 1:
-            out, shortcut = F.avg_pool2d(out, self.stride), F.avg_pool2d(x, self.stride)
-        out = convolve(out, self.conv3, self.bn3)
+        shortcut = x if self.stride == 1 else F.avg_pool2d(x, self.stride)
         if self.downsample is not None:
             _, conv, norm = self.downsample
             assert isinstance(conv, nn.Conv2d)
             shortcut = convolve(shortcut, conv, norm)
-        return out.add_(shortcut).relu_()
+        return self._rest(convolve(x, self.conv1, self.bn1), shortcut)
+
+    def _rest(self, inner: Tensor, shortcut: Tensor) -> Tensor:
+        """Computes the block from the first convolution's output and the shortcut; writes over both."""
+        out = convolve(inner.relu_(), self.conv2, self.bn2).relu_()
+        if self.stride > 1:
+            out = F.avg_pool2d(out, self.stride)
+        return convolve(out, self.conv3, self.bn3).add_(shortcut).relu_()
+
+    def splits(self) -> bool:
+        """Whether `linear_parts` and `from_linear_parts` may be used: no batch norm takes statistics."""
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        return (
+            self.downsample is not None
+            and not any(norm.training for norm in norms)
+            and all_untouched(*self._modules.values())
+        )
+
+    def linear_parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the first convolution [N, inner, H, W] of x and the shortcut's [N, 4 · inner, H, W].
+
+        They are without biases, and the shortcut is not yet pooled, so that weighted sums of cells may be
+        taken of them before `from_linear_parts`.
+        """
+        assert self.downsample is not None
+        _, conv, norm = self.downsample
+        assert isinstance(conv, nn.Conv2d)
+        return F.conv2d(x, folded(self.conv1, self.bn1)[0]), F.conv2d(x, folded(conv, norm)[0])
+
+    def from_linear_parts(self, inner: Tensor, shortcut: Tensor) -> Tensor:
+        """Returns the block's output of `linear_parts`, the shortcut's pooled; writes over both."""
+        assert self.downsample is not None
+        _, conv, norm = self.downsample
+        assert isinstance(conv, nn.Conv2d)
+        inner += folded(self.conv1, self.bn1)[1].to(inner.dtype)[:, None, None]
+        shortcut += folded(conv, norm)[1].to(shortcut.dtype)[:, None, None]
+        return self._rest(inner, shortcut)
 
     def _called(self, x: Tensor) -> Tensor:
         """Computes the same by calling every part, and writes over nothing that a hook may have kept."""
@@ -134,6 +174,8 @@ class Bottleneck(nn.Module):
 
 class AttentionPool(nn.Module):
     """One layer of multi-head attention whose single query is the mean of the map (arXiv 2103.00020, 2.4)."""
+
+    folded = True
 
     def __init__(self, side: int, channels: int, heads: int, embed_dim: int) -> None:
         super().__init__()
@@ -242,6 +284,31 @@ class ModifiedResNet(nn.Module):
             feature_map = F.interpolate(feature_map, (max(height, 2), max(width, 2)), mode="nearest")
         x = feature_map.contiguous(memory_format=torch.channels_last)
         return self._layer(self.layer4, x)
+
+    def layer4_splits(self) -> bool:
+        """Whether layer4 may be computed by `layer4_inputs` and `layer4_rest`; see `Bottleneck.splits`."""
+        first = self.layer4[0]
+        return isinstance(first, Bottleneck) and untouched(self.layer4) and first.splits()
+
+    def layer4_inputs(self, feature_map: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns what layer4 does first and linearly to the trunk's map; see `Bottleneck.linear_parts`."""
+        first = self.layer4[0]
+        assert isinstance(first, Bottleneck)
+        return first.linear_parts(feature_map.contiguous(memory_format=torch.channels_last))
+
+    def layer4_rest(self, inner: Tensor, shortcut: Tensor) -> Tensor:
+        """Returns layer4's output [N, 2 · C, h / 2, w / 2] of regions' inputs; writes over them.
+
+        Args:
+            inner: [N, C / 2, h, w], pooled from the first of `layer4_inputs`.
+            shortcut: [N, 2 · C, h / 2, w / 2], pooled from the second.
+        """
+        first = self.layer4[0]
+        assert isinstance(first, Bottleneck)
+        x = first.from_linear_parts(inner, shortcut)
+        for block in self.layer4[1:]:
+            x = block(x)
+        return x
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns [B, D], one embedding an image, not normalized.

@@ -11,7 +11,7 @@ holds tensors that nobody knows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -62,6 +62,7 @@ class Content:
         notes: what the file does not say and was assumed.
         check: a function of this and the path that raises an `InputError` when the tensors do not fit.
         native: writes that in our form, when it is more than a CLIP.
+        metadata: what is known of the weights, as the metadata of our own files says it.
     """
 
     form: str
@@ -71,6 +72,7 @@ class Content:
     notes: tuple[str, ...] = ()
     check: Callable[[Content, Path], None] | None = None
     native: Reader | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def unused(self) -> tuple[str, ...]:
         """Returns a sentence for each group that nothing here uses."""

@@ -23,10 +23,16 @@ from clip_base.runtime.files import existing, naming_full_disk, replacing
 FORMAT = "clip_base.clip/1"
 
 
-def save_clip(model: CLIP, path: str | Path) -> None:
-    """Writes a CLIP with its sizes, atomically."""
+def save_clip(model: CLIP, path: str | Path, notes: Mapping[str, str] | None = None) -> None:
+    """Writes a CLIP with its sizes, atomically.
+
+    Args:
+        model: what to write.
+        path: where.
+        notes: what else the file's metadata shall say of the weights, for packages that stand on this one.
+    """
     sizes = json.dumps(dataclasses.asdict(model.config))
-    write_weights(path, model.state_dict(), {"format": FORMAT, "config": sizes})
+    write_weights(path, model.state_dict(), {**(notes or {}), "format": FORMAT, "config": sizes})
 
 
 def load_clip(path: str | Path) -> CLIP:
@@ -71,15 +77,32 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        if _is_pickle(path):
-            raise InputError(
-                f"weights file {path} is no safetensors file but what torch.save writes: rename it to .pth"
-            ) from None
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"weights file {path} cannot be read ({reason}); it was cut off or is no safetensors file: "
-            "copy it again"
-        ) from None
+        raise _unreadable(path, error) from None
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Returns the metadata of a safetensors file without reading its tensors.
+
+    Raises:
+        InputError: the file is missing, cut off or no safetensors file.
+    """
+    path = existing(path, "weights file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    if _is_pickle(path):
+        return InputError(
+            f"weights file {path} is no safetensors file but what torch.save writes: rename it to .pth"
+        )
+    return InputError(
+        f"weights file {path} cannot be read ({str(error).splitlines()[0]}); it was cut off or is no "
+        "safetensors file: copy it again"
+    )
 
 
 def _is_pickle(path: Path) -> bool:

@@ -19,7 +19,7 @@ from clip_base.models.configs import ACTIVATIONS, CLIPConfig
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, read_json
 from clip_base.weights import formats, infer_config, key_names, unpickle
-from clip_base.weights.native import FORMAT, load_exactly, read_weights
+from clip_base.weights.native import FORMAT, load_exactly, read_metadata, read_weights
 
 # Names of dtypes, not dtypes: `--help` lists them without PyTorch.
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -306,6 +306,19 @@ def read_foreign(path: Path) -> formats.Content | None:
     if _is_pickle(path):
         return None if unpickle.is_torchscript(path) else formats.recognize(formats.read(path), path)
     return formats.recognize(key_names.strip(read_weights(path)[0]), path)
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """Returns what a file says of its weights beside their sizes: see `save_clip`; {} for most files.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    if path.is_file() and is_safetensors(path):
+        said = read_metadata(path)
+        return {key: value for key, value in said.items() if key not in ("format", "config", CONFIG_KEY)}
+    content = read_foreign(path)
+    return {} if content is None else dict(content.metadata)
 
 
 def is_safetensors(path: Path) -> bool:

@@ -17,7 +17,7 @@ from clip_base.runtime.files import replacing
 from clip_base.weights.formats import Content
 from clip_base.weights.load import load_clip
 from clip_base.weights.native import read_weights
-from clip_base.weights.reading import is_safetensors
+from clip_base.weights.reading import is_safetensors, read_notes
 from regionclip.checkpoints import load
 from regionclip.checkpoints.formats import FINETUNED, PRETRAINED, RPN, recognize
 from regionclip.checkpoints.load import check_published, detector_of, read_detector_file, save_detector
@@ -25,6 +25,7 @@ from regionclip.concepts import vocabulary as vocabularies
 from regionclip.concepts.vocabulary import Vocabulary, embed
 from regionclip.data.categories import parse_names
 from regionclip.models.detector import Detector
+from regionclip.models.region_heads import KEY, PerRegionHead
 from regionclip.proposals.rpn import config as proposals
 from regionclip.proposals.rpn.detectron2_names import OFFLINE
 from regionclip.proposals.rpn.detectron2_names import to_detectron2 as network_names
@@ -71,12 +72,14 @@ def to_regionclip(path: Path, out: Path) -> str:
         return f"{out}, for MODEL.CLIP.BB_RPN_WEIGHTS"
     if form == load.FORMAT:
         detector, base = read_detector_file(path)
+        _require_published_head(path)
         state = {**_clip(detector.clip, path), **_head(detector, base, path)}
         if detector.network is not None:
             network = _network(detector.network, path)
             state |= {f"{OFFLINE}{name}": value for name, value in network.items()}
         _save({"model": state}, out)
         return f"{out}, for MODEL.WEIGHTS; how it scores and the names of its classes have no place there"
+    _require_published_head(path)
     _save({"model": _clip(load_clip(path), path)}, out)
     return f"{out}, for MODEL.WEIGHTS"
 
@@ -98,6 +101,7 @@ def to_detectron2(path: Path, out: Path) -> str:
         kind = "C4" if network.config.design == "c4" else "FPN"
         return f"{out}, for MODEL.WEIGHTS of a {kind} model on ResNet-50"
     if form == load.FORMAT:
+        _require_published_head(path)
         state = {part_of(name): value for name, value in read_weights(path)[0].items()}
         _save({"model": state}, out)
         return f"{out}, for MODEL.WEIGHTS of an OpenVocabularyRCNN"
@@ -105,6 +109,16 @@ def to_detectron2(path: Path, out: Path) -> str:
         f"{path} holds {form or 'no form of ours'}; detectron2 has a place for proposal networks "
         f"({proposals.FORMAT}) and detectors ({load.FORMAT})"
     )
+
+
+def _require_published_head(path: Path) -> None:
+    """Raises an InputError for weights of another region head than other packages' code has."""
+    head = read_notes(path).get(KEY, PerRegionHead.kind)
+    if head != PerRegionHead.kind:
+        raise InputError(
+            f"{path} was trained with region_head={head}, and RegionCLIP's form has no place to say so: its "
+            f"code runs layer4 on each region. Train with region_head={PerRegionHead.kind} to convert it"
+        )
 
 
 def part_of(name: str) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from clip_base.runtime.errors import InputError
 from clip_base.weights import key_names
 from clip_base.weights.formats import Content, Group
+from regionclip.models.region_heads import KEY, PerRegionHead
 from regionclip.proposals.rpn.detectron2_names import NETWORK
 
 # What cosines are divided by in every published configuration; the files do not hold it.
@@ -130,7 +131,8 @@ def _model(state: Mapping[str, Tensor], path: Path) -> Content:
             notes.append(
                 f"the file does not hold the temperature; it is {TEMPERATURE:g} in published configurations"
             )
-    return Content(form, groups, clip, "quick_gelu", tuple(notes))
+    # Its code runs layer4 on each region.
+    return Content(form, groups, clip, "quick_gelu", tuple(notes), metadata={KEY: PerRegionHead.kind})
 
 
 def _twice(state: Mapping[str, Tensor], path: Path) -> Content:

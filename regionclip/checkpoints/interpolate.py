@@ -11,10 +11,12 @@ from torch import Tensor
 
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError
-from clip_base.weights.load import load_clip
+from clip_base.weights.load import find, load_clip
 from clip_base.weights.native import FORMAT as CLIP
 from clip_base.weights.native import read_weights, write_weights
+from clip_base.weights.reading import read_notes
 from regionclip.checkpoints.load import FORMAT as DETECTOR
+from regionclip.models.region_heads import KEY
 
 PREFIX = "clip."  # of a CLIP's weights in a detector's file
 
@@ -50,7 +52,7 @@ class Weights:
         path: the file.
         tensors: by the names of a detector, a CLIP's own behind `PREFIX`.
         clip: sizes of the CLIP, JSON.
-        metadata: the file's; a CLIP's has format and sizes only.
+        metadata: the file's; a CLIP's has format, sizes and what it says of its region head.
     """
 
     path: str
@@ -73,7 +75,7 @@ def read(path: str) -> Weights:
     model = load_clip(path)
     sizes = json.dumps(dataclasses.asdict(model.config))
     tensors = {f"{PREFIX}{name}": value for name, value in model.state_dict().items()}
-    return Weights(path, tensors, sizes, {"format": CLIP, "config": sizes})
+    return Weights(path, tensors, sizes, {**read_notes(find(path)), "format": CLIP, "config": sizes})
 
 
 def mix(first: Tensor, second: Tensor, alpha: float) -> Tensor:
@@ -112,6 +114,21 @@ def between(first: Weights, second: Weights, alpha: float) -> dict[str, Tensor]:
     return {**first.tensors, **second.tensors, **mixed}
 
 
+def region_head_of(first: Weights, second: Weights) -> dict[str, str]:
+    """Returns what the mixed file says of its region head; {} when neither file says anything.
+
+    Raises:
+        InputError: the two were trained with different ones.
+    """
+    heads = {path.metadata[KEY]: path.path for path in (first, second) if KEY in path.metadata}
+    if len(heads) > 1:
+        raise InputError(
+            f"{first.path} was trained with region_head={first.metadata[KEY]}, {second.path} with "
+            f"region_head={second.metadata[KEY]}; only models of one region head can be mixed"
+        )
+    return {KEY: next(iter(heads))} if heads else {}
+
+
 def interpolate(config: InterpolateConfig) -> None:
     """Writes weights between two CLIPs, two detectors, or a CLIP and the detector trained from it."""
     first, second = read(config.first), read(config.second)
@@ -122,9 +139,10 @@ def interpolate(config: InterpolateConfig) -> None:
         if any(file.resolve() == Path(given).resolve() for file in files):
             raise InputError(f"out={config.out} would be written over {given}; give another place")
     whole = second if second.is_detector or not first.is_detector else first
-    metadata = whole.metadata
+    head = region_head_of(first, second)
+    metadata = {**whole.metadata, **head}
     if config.part == "clip":
-        metadata = {"format": CLIP, "config": whole.clip}
+        metadata = {"format": CLIP, "config": whole.clip, **head}
     for alpha, file in zip(config.alpha, files, strict=True):
         tensors = between(first, second, alpha)
         if metadata["format"] == CLIP:

@@ -29,6 +29,7 @@ from regionclip.concepts.vocabulary import Vocabulary, embed
 from regionclip.data.categories import parse_names
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
+from regionclip.models.region_heads import KEY, PerRegionHead, choose_head
 from regionclip.proposals.rpn.config import ProposalNetworkConfig
 from regionclip.proposals.rpn.detectron2_names import NETWORK
 from regionclip.proposals.rpn.network import ProposalNetwork
@@ -282,6 +283,7 @@ def save_detector(detector: Detector, path: str | Path, base: Sequence[str]) -> 
         "clip": json.dumps(dataclasses.asdict(detector.clip.config)),
         "proposals": json.dumps(proposals),
         "boxes": detector.box_head.kind,
+        KEY: detector.encoder.region_head,
         "detector": json.dumps(dataclasses.asdict(detector.config)),
         "resize": json.dumps(dataclasses.asdict(detector.resize)),
         "base": json.dumps(list(base)),
@@ -313,8 +315,9 @@ def read_detector_file(
     size = resize or configs.check(ResizeConfig, json.loads(metadata["resize"]), where)
     network = ProposalNetwork(proposals, shared)
     kind = metadata["boxes"]
+    head = metadata.get(KEY, PerRegionHead.kind)  # files of earlier versions do not say it
     try:
-        detector = Detector.untrained(clip, settings, network, kind, size)
+        detector = Detector.untrained(clip, settings, network, kind, size, region_head=head)
     except InputError as error:
         raise InputError(
             f"{path} was trained with box_head={kind}, which is not installed ({error}); install the package "
@@ -331,6 +334,7 @@ def load_detector(
     resize: ResizeConfig | None = None,
     use_checkpoint_config: bool = True,
     text_weights: str = "",
+    region_head: str = "auto",
 ) -> Detector:
     """Returns a detector from a detector's file, ours or RegionCLIP's, or a zero-shot one from a CLIP's.
 
@@ -340,10 +344,12 @@ def load_detector(
         resize: the size at which images are seen; None: the same.
         use_checkpoint_config: a detector keeps its own; `config` and `resize` are for a CLIP.
         text_weights: a CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none.
+        region_head: how a ResNet embeds regions, see `choose_head`.
 
     Raises:
         InputError: a file is missing, damaged or does not fit.
     """
+    head = choose_head(region_head, weights)
     settings, size = (None, None) if use_checkpoint_config else (config, resize)
     is_ours = weights.endswith(".safetensors")
     published = None if is_ours else load_published_detector(weights, settings, text_weights, size)
@@ -353,4 +359,4 @@ def load_detector(
         raise InputError(f"{weights} has a text tower of its own; drop text_weights={text_weights}")
     if is_ours and read_weights(weights)[1].get("format") == FORMAT:
         return read_detector_file(weights, settings, size)[0]
-    return Detector(load_clip(weights), config or DetectorConfig(), resize=resize).eval()
+    return Detector(load_clip(weights), config or DetectorConfig(), resize=resize, region_head=head).eval()

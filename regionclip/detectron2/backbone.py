@@ -64,7 +64,8 @@ def read_detector(
             "this one is a ViT"
         )
     if trained and not detector.trained:
-        return Detector.untrained(detector.clip, config, boxes=box_head).eval()
+        head = detector.encoder.region_head
+        return Detector.untrained(detector.clip, config, boxes=box_head, region_head=head).eval()
     return detector
 
 
@@ -103,10 +104,11 @@ def to_detector(model: nn.Module, resize: ResizeConfig | None = None) -> Detecto
     half: Detector = parts.roi_heads.detector
     clip = CLIP(half.clip.config)
     own = ProposalNetwork(network.config, clip.map_tower if network.config.share_trunk else None)
+    head = half.encoder.region_head
     if half.box_head is None:
-        whole = Detector(clip, half.config, own, resize=resize)
+        whole = Detector(clip, half.config, own, resize=resize, region_head=head)
     else:
-        whole = Detector.untrained(clip, half.config, own, half.box_head.kind, resize)
+        whole = Detector.untrained(clip, half.config, own, half.box_head.kind, resize, region_head=head)
     load_exactly(whole, to_our_names(model.state_dict()), "of the model's parts")
     return whole.eval()
 

@@ -149,7 +149,8 @@ class OpenVocabularyROIHeads(nn.Module):
         if whole.trained and not trained:
             raise InputError(f"{weights} is a trained detector; set MODEL.REGIONCLIP.TRAINED to True")
         head_of(whole.clip.visual)
-        half = Detector(whole.clip, detector, None, whole.box_head, whole.background, whole.resize)
+        parts = (whole.box_head, whole.background, whole.resize)
+        half = Detector(whole.clip, detector, None, *parts, region_head=whole.encoder.region_head)
         self.detector, self.templates = half, training.templates
         # In a tuple, because the detector that it trains is registered already.
         self._task = (DetectorTask(half, half.classifier, training),) if trained else ()

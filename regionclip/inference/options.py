@@ -16,6 +16,7 @@ from regionclip.checkpoints.load import load_detector
 from regionclip.inference.predictor import Predictor
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
+from regionclip.models.region_heads import RegionHeadOptions
 from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import build_proposer
 from regionclip.structures.transforms import ResizeConfig
@@ -36,7 +37,7 @@ class DetectorFile:
 
 
 @dataclass(kw_only=True)
-class DetectorSource(DetectorFile):
+class DetectorSource(RegionHeadOptions, DetectorFile):
     """Which detector, and how it embeds the names that it looks for."""
 
     detector: DetectorConfig = option(
@@ -66,7 +67,12 @@ class DetectorSource(DetectorFile):
             InputError: a file is missing, damaged or does not fit.
         """
         return load_detector(
-            self.weights, self.detector, self.resize, self.use_checkpoint_config, self.text_weights
+            self.weights,
+            self.detector,
+            self.resize,
+            self.use_checkpoint_config,
+            self.text_weights,
+            self.region_head,
         )
 
 

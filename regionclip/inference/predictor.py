@@ -57,6 +57,7 @@ def load(
     templates: Sequence[str] = DEFAULT_TEMPLATES,
     embeddings: str = "",
     text_weights: str = "",
+    region_head: str = "auto",
 ) -> Predictor:
     """Loads a detector, or a CLIP to detect with, ready for images.
 
@@ -73,6 +74,8 @@ def load(
         templates: prompts for the text tower, averaged; `{}` is the name, `{article}` "a" or "an".
         embeddings: file of the names' embeddings, such as RegionCLIP's `.pth`; "": names are embedded.
         text_weights: CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none.
+        region_head: a ResNet CLIP: "per_region" runs layer4 on each region, "shared" once per image; "auto":
+            as the weights were trained, else per_region.
 
     Raises:
         InputError: a file is missing, damaged or does not fit; there is no such device or precision, or no
@@ -80,7 +83,12 @@ def load(
     """
     place_ = pick_device(str(device))
     detector = load_detector(
-        str(weights), config, resize, use_checkpoint_config=False, text_weights=text_weights
+        str(weights),
+        config,
+        resize,
+        use_checkpoint_config=False,
+        text_weights=text_weights,
+        region_head=region_head,
     ).to(place_)
     source: Proposer | None = None
     if proposer is not None:

@@ -28,13 +28,15 @@ from regionclip.concepts.pool import pool_language, read_concepts
 from regionclip.concepts.spacy_models import model_name
 from regionclip.concepts.vocabulary import Vocabulary, embed
 from regionclip.data.caption_index import CaptionIndex, ImageRange, write_caption_index
-from regionclip.mining.miner import UNREADABLE, VOCABULARY, MineConfig, Miner
+from regionclip.mining.miner import UNREADABLE, VOCABULARY, MineConfig, Miner, teacher_head
 from regionclip.mining.shards import MANIFEST, VERSION, read_manifest, read_skipped, shard_path
+from regionclip.models.region_heads import KEY
 
 
 def mine(config: MineConfig) -> None:
     """Mines region-phrase pairs from captioned images into Parquet shards with a manifest."""
     given, config = config, _fetched(config)
+    head = teacher_head(config)  # which may raise, before anything is written
     folder = RunFolder(config.out, given, "region-mine", _inputs(config))
     if folder.finished() is not None and is_whole(folder.path):
         print(f"{folder.path} is complete: {read_manifest(folder.path)['regions']} regions")
@@ -60,7 +62,7 @@ def mine(config: MineConfig) -> None:
             f"{folder.path}: share {config.shard} is mined; {missing} of {shards} shards are others' to mine"
         )
         return
-    manifest = _finish(folder, config, vocabulary, shards, len(images))
+    manifest = _finish(folder, config, vocabulary, shards, len(images), head)
     print(
         f"{folder.path}: {manifest['regions']} regions of {manifest['images']} images, "
         f"{manifest['skipped']} skipped"
@@ -153,6 +155,7 @@ def _finish(
     vocabulary: Vocabulary,
     shards: int,
     images: int,
+    head: str,
 ) -> dict[str, Any]:
     """Writes what makes a folder of shards a finished one: skipped images, manifest, metrics."""
     paths = [shard_path(folder.path, number) for number in range(shards)]
@@ -173,6 +176,7 @@ def _finish(
         "regions": regions,
         "skipped": len(skipped),
         **folder.inputs,
+        KEY: head,
         "vocabulary": vocabulary.fingerprint,
         "proposer": config.proposer,
         "matcher": config.matcher,

@@ -34,6 +34,7 @@ from regionclip.mining.matchers.base import GROUP as MATCHERS
 from regionclip.mining.matchers.base import Matcher, MatchInputs
 from regionclip.mining.shards import MinedRegion, shard_path, write_shard
 from regionclip.models.region_encoder import RegionEncoder
+from regionclip.models.region_heads import PerRegionHead, RegionHeadOptions, choose_head
 from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import build_proposer
 from regionclip.structures.transforms import ResizeConfig, ResizeTransform
@@ -43,7 +44,7 @@ UNREADABLE = "unreadable"  # in the entry of a skipped image: it could not be re
 
 
 @dataclass(kw_only=True)
-class MineConfig(ComputeOptions):
+class MineConfig(RegionHeadOptions, ComputeOptions):
     """Options of mining."""
 
     images: str = option(REQUIRED, "folder that the captions' file names are relative to")
@@ -97,6 +98,10 @@ class MineConfig(ComputeOptions):
             raise InputError(f"shard_images must be at least 1, found {self.shard_images}")
         if self.workers < 0:
             raise InputError(f"workers must be at least 0, got {self.workers}")
+        if self.region_head != "auto" and self.teacher != "roi_align":
+            raise InputError(
+                f"region_head={self.region_head} is for teacher=roi_align, this is teacher={self.teacher}"
+            )
         first, count = self.shares
         if not 1 <= first <= count:
             raise InputError(f"shard={self.shard} must be K/N with K from 1 to N, such as 2/8")
@@ -106,6 +111,17 @@ class MineConfig(ComputeOptions):
         """K and N of `shard`; (0, 0) when it is of another form."""
         found = re.fullmatch(r"(\d+)/(\d+)", self.shard)
         return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def teacher_head(config: MineConfig) -> str:
+    """Returns the region head with which the teacher embeds regions.
+
+    Raises:
+        InputError: the teacher's weights were trained with another one than the options say.
+    """
+    if config.teacher != "roi_align":
+        return PerRegionHead.kind
+    return choose_head(config.region_head, config.weights)
 
 
 @dataclass(frozen=True)
@@ -145,7 +161,11 @@ class Miner:
         teacher = load_clip(config.weights).to(self.device)
         self.temperature = config.temperature or float(torch.exp(-teacher.logit_scale.detach()))
         self.encoder = RegionEncoder(
-            teacher.visual, config.teacher, config.context, scale=config.teacher_scale
+            teacher.visual,
+            config.teacher,
+            config.context,
+            scale=config.teacher_scale,
+            region_head=teacher_head(config),
         )
         self.proposer = build_proposer(config.proposer, self.device)
         self.matcher: Matcher = build_plugin(MATCHERS, config.matcher, names=self.vocabulary.names)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from clip_base.jobs import plugins
 from clip_base.models.configs import CLIPConfig
+from regionclip.models.region_heads import RegionMaps
 
 BOX_HEADS = "regionclip.box_heads"
 CHANNELS, HIDDEN = 64, 256  # of the head that reads maps
@@ -36,12 +37,13 @@ class BoxHead(nn.Module):
 
     kind = ""
 
-    def deltas(self, embeddings: Tensor, maps: Tensor) -> Tensor:
+    def deltas(self, embeddings: Tensor, maps: RegionMaps) -> Tensor:
         """Returns [N, 4] deltas: of the centers in widths and heights, and the logarithms of the factors.
 
         Args:
             embeddings: [N, D], of the regions, not of unit length.
-            maps: [N, C, s, s], layer4's maps of the regions.
+            maps: layer4's maps of the regions; `maps.whole()` is [N, C, s, s], `maps.convolved(conv)` a 1×1
+                convolution of it, which the shared region head computes once per image.
         """
         raise NotImplementedError(f"{type(self).__name__} must define deltas")
 
@@ -53,7 +55,7 @@ class EmbeddingBoxes(nn.Linear, BoxHead):
         super().__init__(config.embed_dim, 4)
         begin_still(self)
 
-    def deltas(self, embeddings: Tensor, maps: Tensor) -> Tensor:
+    def deltas(self, embeddings: Tensor, maps: RegionMaps) -> Tensor:
         """Returns [N, 4] deltas of regions' embeddings [N, D]; their maps are not read."""
         found: Tensor = self(embeddings)
         return found
@@ -69,14 +71,14 @@ class MapBoxes(BoxHead):
         self.moves = nn.Linear(HIDDEN, 4)
         begin_still(self.moves)
 
-    def deltas(self, embeddings: Tensor, maps: Tensor) -> Tensor:
+    def deltas(self, embeddings: Tensor, maps: RegionMaps) -> Tensor:
         """Returns [N, 4] deltas of regions' maps; their embeddings are not read."""
         found: Tensor = self(maps)
         return found
 
-    def forward(self, maps: Tensor) -> Tensor:
+    def forward(self, maps: RegionMaps) -> Tensor:
         """Returns [N, 4] deltas."""
-        x = self.reduce(maps).relu_().flatten(1)  # [N, 64 · s · s]
+        x = maps.convolved(self.reduce).relu_().flatten(1)  # [N, 64 · s · s]
         deltas: Tensor = self.moves(self.hidden(x).relu_())
         return deltas
 

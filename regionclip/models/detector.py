@@ -15,6 +15,7 @@ from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.models.box_head import BoxHead, make_box_head
 from regionclip.models.postprocess import DetectorConfig, postprocess, score, to_unit_interval
 from regionclip.models.region_encoder import RegionEncoder
+from regionclip.models.region_heads import PerRegionHead
 from regionclip.proposals.base import Proposer
 from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.structures.boxes import clip_boxes, decode_deltas
@@ -42,6 +43,8 @@ class Detector(nn.Module):
         resize: the size at which it sees images.
         class_embeddings: [C, D], the embeddings of names that a RegionCLIP file brings along, without the
             names.
+        region_head: how a ResNet tower embeds regions, one of `REGION_HEADS`: the one that the weights were
+            trained with.
 
     Attributes:
         encoder: embeds regions with the CLIP's vision tower.
@@ -50,6 +53,8 @@ class Detector(nn.Module):
     Raises:
         ValueError: a box head without a background or without a tower whose map it could read, or the other
             way round.
+        InputError: the tower has no such region head, or its maps would not cover images padded as `resize`
+            says.
     """
 
     classifier: Tensor
@@ -64,9 +69,10 @@ class Detector(nn.Module):
         background: nn.Parameter | None = None,
         resize: ResizeConfig | None = None,
         class_embeddings: Tensor | None = None,
+        region_head: str = PerRegionHead.kind,
     ) -> None:
         super().__init__()
-        self.encoder = RegionEncoder.of_maps(clip.visual, otherwise="crop")
+        self.encoder = RegionEncoder.of_maps(clip.visual, otherwise="crop", region_head=region_head)
         if (box_head is None) != (background is None):
             raise ValueError("a detector has a box head and a background, or neither")
         if box_head is not None and not self.encoder.pools_maps:
@@ -74,6 +80,7 @@ class Detector(nn.Module):
         self.clip, self.config, self.network = clip, config, network
         self.box_head, self.background = box_head, background
         self.resize = resize or ResizeConfig()
+        self.encoder.check_padding(self.resize.multiple)
         self.class_embeddings = class_embeddings
         self.vocabulary: Vocabulary | None = None
         width = clip.config.embed_dim
@@ -89,6 +96,7 @@ class Detector(nn.Module):
         boxes: str = "embedding",
         resize: ResizeConfig | None = None,
         class_embeddings: Tensor | None = None,
+        region_head: str = PerRegionHead.kind,
     ) -> Detector:
         """Returns a detector with a new box head and background, to be trained or filled from a file.
 
@@ -99,14 +107,15 @@ class Detector(nn.Module):
             boxes: the name of the box head, see `make_box_head`.
             resize: see the class.
             class_embeddings: [C, D], see the class.
+            region_head: see the class.
         """
         background = nn.Parameter(torch.zeros(clip.config.embed_dim))
         head = make_box_head(boxes, clip.config)
-        return cls(clip, config, network, head, background, resize, class_embeddings)
+        return cls(clip, config, network, head, background, resize, class_embeddings, region_head)
 
     def with_network(self, network: ProposalNetwork) -> Detector:
         """Returns a detector of the same parts with this proposal network."""
-        parts = (self.box_head, self.background, self.resize, self.class_embeddings)
+        parts = (self.box_head, self.background, self.resize, self.class_embeddings, self.encoder.region_head)
         return Detector(self.clip, self.config, network, *parts)
 
     @property
@@ -196,12 +205,8 @@ class Detector(nn.Module):
         """
         if not self.encoder.pools_maps:
             return self.encoder(maps.images, regions), None
-        embeddings, deltas = [], []
-        for rows, deep in self.encoder.roi_heads(maps, regions):  # [n, D], [n, C, s, s]
-            embeddings.append(rows)
-            if self.box_head is not None:
-                deltas.append(self.box_head.deltas(rows, deep).float())
-        return torch.cat(embeddings), torch.cat(deltas) if deltas else None
+        head = None if self.box_head is None else self.box_head.deltas
+        return self.encoder.roi_heads(maps, regions, head)
 
     @torch.no_grad()
     def classify(self, maps: FeatureMaps, regions: Regions, background: bool) -> tuple[Tensor, Tensor]:

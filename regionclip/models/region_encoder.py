@@ -3,7 +3,7 @@
 # B images, N regions in all, C channels of the map, s side of a region on the map, D embedding size
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -15,9 +15,12 @@ from clip_base.data.batch import ImageBatch
 from clip_base.models.resnet import ModifiedResNet
 from clip_base.models.vit import VisionTransformer
 from clip_base.runtime.errors import InputError
+from regionclip.models.pooling import pool_regions
+from regionclip.models.region_heads import HEADS, REGION_HEADS, PerRegionHead, RegionHead, RegionMaps
 from regionclip.structures.regions import FeatureMaps, Regions, whole_images
 
 MODES = ("roi_align", "crop", "dense")
+BoxDeltas = Callable[[Tensor, RegionMaps], Tensor]
 
 
 class RegionEncoder:
@@ -35,6 +38,8 @@ class RegionEncoder:
         chunk: crops or regions embedded at once, to bound memory.
         scale: factor on the images' size before they are embedded, so that a tower sees things as large as
             it did in training; crops have their own size and take none.
+        region_head: mode roi_align: "per_region" runs layer4 on each region, "shared" once on the map; see
+            `regionclip.models.region_heads`.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class RegionEncoder:
         context: float = 1.2,
         chunk: int = 256,
         scale: float = 1.0,
+        region_head: str = PerRegionHead.kind,
     ) -> None:
         if mode not in MODES:
             raise InputError(f"region mode {mode!r} is not one of {', '.join(MODES)}")
@@ -55,7 +61,17 @@ class RegionEncoder:
             raise InputError("mode dense needs a ViT tower; use roi_align or crop")
         if scale <= 0:
             raise InputError(f"the scale at which regions are seen must be above 0, found {scale}")
+        if region_head not in REGION_HEADS:
+            raise InputError(f"region_head={region_head} is not one of {', '.join(REGION_HEADS)}")
+        if region_head != PerRegionHead.kind and mode != "roi_align":
+            raise InputError(
+                f"region_head={region_head} is for regions of a ResNet's map (roi_align), not for mode {mode}"
+            )
         self.visual, self.mode, self.context, self.chunk, self.scale = visual, mode, context, chunk, scale
+        self.region_head = region_head
+        self._head: RegionHead | None = None
+        if mode == "roi_align" and isinstance(visual, ModifiedResNet):
+            self._head = HEADS[region_head](visual, chunk)
 
     def __call__(self, images: ImageBatch, regions: Regions) -> Tensor:
         """Returns [N, D] unit-length embeddings of the regions."""
@@ -63,7 +79,7 @@ class RegionEncoder:
             return F.normalize(self._of_crops(images, regions).float(), dim=-1)
         if self.scale != 1:
             images, regions = _scaled(images, regions, self.scale)
-        pixels = _to_whole_cells(images.pixels, self.visual.stride)
+        pixels = _to_whole_cells(images.pixels, self._head.cell if self._head else self.visual.stride)
         if isinstance(self.visual, VisionTransformer):
             features = self.visual.dense(pixels).float()  # [B, D, h, w]
             pooled = pool_regions(features, regions.rois(), 4, 1 / self.visual.stride)  # [N, D, 4, 4]
@@ -72,15 +88,27 @@ class RegionEncoder:
 
     @classmethod
     def of_maps(
-        cls, visual: ModifiedResNet | VisionTransformer, otherwise: Literal["crop", "dense"]
+        cls,
+        visual: ModifiedResNet | VisionTransformer,
+        otherwise: Literal["crop", "dense"],
+        region_head: str = PerRegionHead.kind,
     ) -> RegionEncoder:
         """Returns an encoder that pools the tower's map; where its head pools none, one of another mode."""
-        return cls(visual, "roi_align" if isinstance(visual, ModifiedResNet) else otherwise)
+        mode = "roi_align" if isinstance(visual, ModifiedResNet) else otherwise
+        return cls(visual, mode, region_head=region_head)
 
     @property
     def pools_maps(self) -> bool:
         """Whether regions are cut from the trunk's map, which proposals may share."""
         return self.mode == "roi_align"
+
+    def check_padding(self, multiple: int) -> None:
+        """Raises an InputError unless maps of images padded to multiples of so many pixels cover them."""
+        if self.region_head != PerRegionHead.kind and self._head and multiple % self._head.cell:
+            raise InputError(
+                f"region_head={self.region_head} needs images padded to multiples of {self._head.cell} "
+                f"pixels; set resize.multiple={self._head.cell}, found {multiple}"
+            )
 
     def feature_maps(self, images: ImageBatch, every_level: bool = False) -> FeatureMaps:
         """Returns the images with the trunk's maps; without maps where regions are embedded from pixels.
@@ -100,16 +128,21 @@ class RegionEncoder:
             return self(maps.images, regions)
         return F.normalize(self.encode_rois(maps.regions_level, regions).float(), dim=-1)
 
-    def roi_heads(self, maps: FeatureMaps, regions: Regions) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields embeddings [n, D], not normalized, and layer4's maps [n, C, s, s], for all regions in order.
+    def roi_heads(
+        self, maps: FeatureMaps, regions: Regions, box_head: BoxDeltas | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns regions' embeddings [N, D], not normalized, and what a box head makes of them, [N, 4].
+
+        Args:
+            maps: of the images that the regions are in.
+            regions: N regions.
+            box_head: takes embeddings [n, D] and layer4's maps of the same regions, and returns [n, 4]; None:
+                the second is None.
 
         Raises:
             ValueError: regions are embedded from the pixels.
         """
-        feature_map, visual = maps.regions_level, self.visual
-        assert isinstance(visual, ModifiedResNet)
-        for deep in self.layer4_features(feature_map, regions):
-            yield visual.attnpool(deep).float(), deep
+        return self._embed(maps.regions_level, regions, box_head)
 
     def encode_image(self, images: ImageBatch) -> Tensor:
         """Returns [B, D] unit-length embeddings of whole images, their padding left out."""
@@ -117,18 +150,20 @@ class RegionEncoder:
 
     def encode_rois(self, feature_map: Tensor, regions: Regions) -> Tensor:
         """Returns [N, D], not normalized: regions of a ResNet trunk's map [B, C, H/16, W/16]."""
-        visual = self.visual
-        assert isinstance(visual, ModifiedResNet)
-        return torch.cat([visual.attnpool(deep) for deep in self.layer4_features(feature_map, regions)])
+        return self._embed(feature_map, regions)[0]
 
-    def layer4_features(self, feature_map: Tensor, regions: Regions) -> Iterator[Tensor]:
-        """Yields [n, 2 · C, s / 2, s / 2], layer4's maps of the regions of a ResNet trunk's map, in order."""
-        visual = self.visual
-        assert isinstance(visual, ModifiedResNet)
-        side = visual.region_size
-        for rois in torch.split(regions.rois(), self.chunk):
-            # [n, C, s, s]; with one sample a bin, a box that covers the image gives the image's own map back
-            yield visual.layer4_map(pool_regions(feature_map, rois, side, 1 / visual.stride))
+    def _embed(
+        self, feature_map: Tensor, regions: Regions, box_head: BoxDeltas | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        assert self._head is not None
+        order, embeddings, deltas = [], [], []
+        for which, found, layer4 in self._head(feature_map, regions):
+            order.append(which)
+            embeddings.append(found.float())
+            if box_head is not None:
+                deltas.append(box_head(embeddings[-1], layer4).float())
+        places = torch.cat(order)
+        return _in_order(embeddings, places), _in_order(deltas, places) if box_head is not None else None
 
     def _of_crops(self, images: ImageBatch, regions: Regions) -> Tensor:
         side = self.visual.resolution
@@ -170,71 +205,6 @@ def square_rois(regions: Regions, context: float) -> Tensor:
     return torch.stack([regions.image_index.to(x.dtype), x - half, y - half, x + half, y + half], 1)
 
 
-def pool_regions(feature_map: Tensor, rois: Tensor, side: int, scale: float) -> Tensor:
-    """Returns the regions' own maps by RoIAlign (Mask R-CNN, arXiv 1703.06870, section 3).
-
-    What torchvision's `roi_align(…, sampling_ratio=0, aligned=True)` computes, of which this takes an eighth
-    of the time on a processor when the map is channels-last and no gradient is asked for; else, and in graphs
-    that are exported, it is called.
-
-    Args:
-        feature_map: [B, C, H, W].
-        rois: [N, 5] float32: image index and box (x1, y1, x2, y2) in pixels.
-        side: s.
-        scale: cells of the map a pixel.
-
-    Returns:
-        [N, C, s, s], channels-last, of the map's type; computed in float32.
-    """
-    asked = feature_map.requires_grad and torch.is_grad_enabled()
-    if asked or feature_map.device.type != "cpu" or torch.compiler.is_compiling():
-        aligned: Tensor = roi_align(feature_map.float(), rois, side, scale, 0, aligned=True)
-        return aligned.to(feature_map.dtype).contiguous(memory_format=torch.channels_last)
-    height, width = feature_map.shape[-2:]
-    edges = rois[:, 1:].float() * scale - 0.5
-    down = bin_weights(edges[:, 1], edges[:, 3], side, height)  # [N, s, H]
-    across = bin_weights(edges[:, 0], edges[:, 2], side, width)  # [N, s, W]
-    cells = feature_map.permute(0, 2, 3, 1)  # [B, H, W, C]
-    pooled = feature_map.new_empty(len(rois), side, side, feature_map.shape[1])  # [N, s, s, C]
-    spans = zip(rois[:, 0].long().tolist(), _spans(down), _spans(across), strict=True)
-    for region, (image, (top, bottom), (left, right)) in enumerate(spans):
-        window = cells[image, top:bottom, left:right].float()  # [h, w, C], what the region looks at
-        rows = (down[region, :, top:bottom] @ window.flatten(1)).view(side, *window.shape[1:])  # [s, w, C]
-        pooled[region] = across[region, :, left:right] @ rows  # [s, s, C]
-    return pooled.permute(0, 3, 1, 2)
-
-
-def bin_weights(starts: Tensor, ends: Tensor, side: int, extent: int) -> Tensor:
-    """Returns with which weight each bin of a region takes each cell, along one axis.
-
-    A bin is the mean of its samples, one for each cell that it begins; a sample lies between two cells and
-    takes of each what is left of a cell's width. Samples beyond the map take nothing.
-
-    Args:
-        starts: [N], where the regions begin, in cells.
-        ends: [N], where they end.
-        side: s, bins a region.
-        extent: E, cells of the map along this axis.
-
-    Returns:
-        [N, s, E].
-    """
-    lengths = (ends - starts) / side  # of a bin
-    samples = lengths.ceil().clamp(min=0)  # [N]
-    number = torch.arange(max(int(samples.max()) if len(samples) else 0, 1))  # [k]
-    offsets = (number + 0.5) / samples.clamp(min=1)[:, None]  # [N, k], in bins
-    bins = torch.arange(side)[:, None] + offsets[:, None]  # [N, s, k]
-    points = starts[:, None, None] + bins * lengths[:, None, None]
-    taken = (points >= -1) & (points <= extent) & (number < samples[:, None, None])
-    points = points.clamp(0, extent - 1)
-    weights = 1 - (points[..., None] - torch.arange(extent)).abs()  # [N, s, k, E]
-    weights = weights.clamp_(min=0).mul_(taken[..., None])
-    return weights.sum(2) / samples.clamp(min=1)[:, None, None]
-
-
-def _spans(weights: Tensor) -> list[tuple[int, int]]:
-    """Returns for each region of weights [N, s, E] the first cell it takes and the one after the last."""
-    taken = (weights > 0).any(1).byte()  # [N, E]
-    first = taken.argmax(1)
-    end = taken.shape[1] - taken.flip(1).argmax(1)
-    return list(zip(first.tolist(), end.tolist(), strict=True))
+def _in_order(parts: list[Tensor], places: Tensor) -> Tensor:
+    """Joins parts of all rows, whose places are given."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)[places.argsort()]

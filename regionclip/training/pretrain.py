@@ -23,6 +23,7 @@ from clip_base.weights.native import save_clip
 from regionclip.concepts.synonyms import synonym_sets
 from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.mining.shards import MANIFEST, MinedRegion, read_manifest, read_regions
+from regionclip.models.region_heads import KEY, choose_head
 from regionclip.training.region_text import RegionPretrainConfig, RegionTextTask, Teacher
 from regionclip.training.samples import GridPatchDataset, RegionDataset, Sample, fit_on
 
@@ -97,7 +98,8 @@ def pretrain(config: RegionPretrainConfig) -> None:
     torch.manual_seed(config.train.seed)
     task, data = _on_shards(config, model) if config.mined else _on_pictures(config, model)
     steps = fit_on(data, task, scaled(config.train, config.lr_reference_batch_size), run)
-    save_clip(model, run.path / "model.safetensors")
+    notes = {KEY: task.encoder.region_head} if task.encoder.pools_maps else {}
+    save_clip(model, run.path / "model.safetensors", notes)
     regions = sum(len(sample.boxes) for sample in data.samples)
     loss = last_loss(run.log_path)
     run.finish({"steps": steps, "images": len(data), "regions": regions, "loss": loss})
@@ -111,7 +113,8 @@ def _on_shards(config: RegionPretrainConfig, model: CLIP) -> tuple[RegionTextTas
     vocabulary = Vocabulary.load(Path(config.mined) / "vocabulary.safetensors")
     vocabulary.require_width(model.config.embed_dim, config.weights)
     teacher = Teacher.from_manifest(config.teacher, manifest) if config.teacher else None
-    task = RegionTextTask(model, vocabulary, config, teacher, synonym_sets(manifest, config.synonyms))
+    synonyms, head = synonym_sets(manifest, config.synonyms), choose_head(config.region_head, config.weights)
+    task = RegionTextTask(model, vocabulary, config, teacher, synonyms, head)
     tokenizer = Tokenizer(model.config.text.context_length)
     return task, RegionDataset(samples, config.resize, config.max_regions, tokenizer, config.cache)
 
@@ -119,4 +122,5 @@ def _on_shards(config: RegionPretrainConfig, model: CLIP) -> tuple[RegionTextTas
 def _on_pictures(config: RegionPretrainConfig, model: CLIP) -> tuple[RegionTextTask, RegionDataset]:
     samples = picture_samples(config.images)
     data = GridPatchDataset(samples, config.max_grid, config.resize, config.max_regions, cache=config.cache)
-    return RegionTextTask(model, None, config), data
+    head = choose_head(config.region_head, config.weights)
+    return RegionTextTask(model, None, config, region_head=head), data

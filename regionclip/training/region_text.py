@@ -32,6 +32,7 @@ from clip_base.weights.load import load_clip
 from regionclip.concepts.synonyms import concept_groups
 from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.models.region_encoder import RegionEncoder
+from regionclip.models.region_heads import KEY, PerRegionHead, RegionHeadOptions
 from regionclip.structures.regions import RegionBatch, Regions, whole_images
 from regionclip.structures.transforms import ResizeConfig
 from regionclip.training.losses import (
@@ -56,7 +57,7 @@ class FreezeOptions:
 
 
 @dataclass
-class RegionPretrainConfig(FreezeOptions, TrainingOptions):
+class RegionPretrainConfig(RegionHeadOptions, FreezeOptions, TrainingOptions):
     """Options of region pretraining."""
 
     mined: str = option(
@@ -194,7 +195,11 @@ class Teacher:
             )
         clip, mined = load_clip(weights), manifest["config"]
         encoder = RegionEncoder(
-            frozen(clip.visual), mined["teacher"], mined["context"], scale=mined["teacher_scale"]
+            frozen(clip.visual),
+            mined["teacher"],
+            mined["context"],
+            scale=mined["teacher_scale"],
+            region_head=manifest.get(KEY, PerRegionHead.kind),
         )
         return cls(encoder, mined["temperature"] or float(torch.exp(-clip.logit_scale.detach())))
 
@@ -214,6 +219,7 @@ class RegionTextTask(nn.Module):
         config: weights of the losses, temperature, what is frozen.
         teacher: names regions within the step; None: the concepts stored with them count.
         synonyms: lists of names of one thing, see `concept_groups`.
+        region_head: how a ResNet student embeds regions, one of `REGION_HEADS`.
     """
 
     concepts: Tensor
@@ -228,6 +234,7 @@ class RegionTextTask(nn.Module):
         config: RegionPretrainConfig,
         teacher: Teacher | None = None,
         synonyms: Sequence[Sequence[str]] = (),
+        region_head: str = PerRegionHead.kind,
     ) -> None:
         super().__init__()
         self.model, self.config, self.teacher = model, config, teacher
@@ -237,7 +244,8 @@ class RegionTextTask(nn.Module):
             if config.crop_distillation
             else None
         )
-        self.encoder = RegionEncoder.of_maps(model.visual, otherwise="dense")
+        self.encoder = RegionEncoder.of_maps(model.visual, otherwise="dense", region_head=region_head)
+        self.encoder.check_padding(config.resize.multiple)
         freeze(model.visual, config.freeze_stages, config.freeze_batch_norm)
         model.text.requires_grad_(config.train_text)
         if config.temperature and config.learn_temperature:

@@ -29,6 +29,7 @@ from regionclip.concepts.vocabulary import embed
 from regionclip.models.box_head import BOX_HEADS
 from regionclip.models.detector import DELTA_WEIGHTS, Detector
 from regionclip.models.postprocess import DetectorConfig
+from regionclip.models.region_heads import RegionHeadOptions, choose_head
 from regionclip.proposals.rpn.config import ProposalHeadConfig, ProposalNetworkConfig
 from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.proposals.rpn.proposer import load_network
@@ -40,7 +41,7 @@ from regionclip.training.samples import BaseClassImages, RegionDataset, Sample, 
 
 
 @dataclass
-class TrainDetectorConfig(BaseClassImages, FreezeOptions, TrainingOptions):
+class TrainDetectorConfig(RegionHeadOptions, BaseClassImages, FreezeOptions, TrainingOptions):
     """Options of the detector's training. The defaults are the published COCO recipe but for `box_head`."""
 
     weights: str = option(REQUIRED, "CLIP to start from, such as what `regionclip pretrain` wrote")
@@ -273,7 +274,10 @@ def train_detector(config: TrainDetectorConfig) -> None:
     clip = load_clip(config.weights)
     torch.manual_seed(config.train.seed)
     network = proposal_network(config, clip)
-    detector = Detector.untrained(clip, config.detector, network, config.box_head, config.resize)
+    head = choose_head(config.region_head, config.weights)
+    detector = Detector.untrained(
+        clip, config.detector, network, config.box_head, config.resize, region_head=head
+    )
     tokenizer = Tokenizer(clip.config.text.context_length)
     classifier = embed(clip, tokenizer, split.base, config.templates).embeddings
     task = DetectorTask(detector, classifier, config)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from regionclip.models.region_encoder import bin_weights, pool_regions
+from regionclip.models.pooling import bin_weights, pool_regions
 
 
 def some_map(height: int, width: int, batch: int = 2, channels: int = 24) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from regionclip.models.box_head import BoxHead, BoxHeadConfig, begin_still
+from regionclip.models.region_heads import RegionMaps
 
 
 class MeanBoxes(BoxHead):
@@ -16,7 +17,7 @@ class MeanBoxes(BoxHead):
         self.both = nn.Linear(config.embed_dim + config.channels, 4)
         begin_still(self.both)
 
-    def deltas(self, embeddings: Tensor, maps: Tensor) -> Tensor:
+    def deltas(self, embeddings: Tensor, maps: RegionMaps) -> Tensor:
         """See `BoxHead`."""
-        moved: Tensor = self.both(torch.cat([embeddings, maps.mean((2, 3))], 1))
+        moved: Tensor = self.both(torch.cat([embeddings, maps.whole().mean((2, 3))], 1))
         return moved

@@ -34,7 +34,7 @@ from regionclip.proposals.rpn.config import ProposalNetworkConfig
 from regionclip.proposals.rpn.detectron2_names import NETWORK
 from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.proposals.rpn.proposer import content_of, network_of
-from regionclip.structures.transforms import ResizeConfig
+from regionclip.structures.transforms import ResizeConfig, TrainingResizeConfig
 
 # As the published configurations test (`configs/` of github.com/microsoft/RegionCLIP): images, and how
 # regions become detections, by the number of names that boxes were trained on.
@@ -312,7 +312,7 @@ def read_detector_file(
     proposals = configs.check(ProposalNetworkConfig, json.loads(metadata["proposals"]), where)
     shared = clip.map_tower if proposals.share_trunk else None
     settings = config or configs.check(DetectorConfig, json.loads(metadata["detector"]), where)
-    size = resize or configs.check(ResizeConfig, json.loads(metadata["resize"]), where)
+    size = resize or configs.check(TrainingResizeConfig, json.loads(metadata["resize"]), where)
     network = ProposalNetwork(proposals, shared)
     kind = metadata["boxes"]
     head = metadata.get(KEY, PerRegionHead.kind)  # files of earlier versions do not say it

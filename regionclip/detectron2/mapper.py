@@ -15,7 +15,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from clip_base.images.decode import decode
 from clip_base.images.orientation import turned_as_annotated, turned_upright
 from clip_base.runtime.errors import InputError
-from regionclip.structures.transforms import ResizeConfig, random_resize, resize_shortest_edge
+from regionclip.structures.transforms import TrainingResizeConfig, random_resize, resize_shortest_edge
 
 
 class RegionMapper:
@@ -27,7 +27,7 @@ class RegionMapper:
     """
 
     @configurable  # type: ignore[untyped-decorator]
-    def __init__(self, is_train: bool, resize: ResizeConfig) -> None:
+    def __init__(self, is_train: bool, resize: TrainingResizeConfig) -> None:
         # A LazyConfig hands over lists of its own kind, which cannot be written into a detector's file.
         self.is_train, self.resize = is_train, dataclasses.replace(resize, short=list(resize.short))
 
@@ -50,7 +50,7 @@ class RegionMapper:
         short = given.MIN_SIZE_TRAIN if is_train else given.MIN_SIZE_TEST
         return {
             "is_train": is_train,
-            "resize": ResizeConfig(
+            "resize": TrainingResizeConfig(
                 short=list(short) if isinstance(short, Sequence) else [short],
                 long=given.MAX_SIZE_TRAIN if is_train else given.MAX_SIZE_TEST,
                 flip=given.RANDOM_FLIP == "horizontal",

@@ -64,7 +64,7 @@ class MineConfig(RegionHeadOptions, ComputeOptions):
     temperature: float = option(
         0.0, "what cosines are divided by; 0: the teacher's own, 1 / exp(logit scale)"
     )
-    resize: ResizeConfig = option(ResizeConfig(), "size of the images; nothing is mirrored")
+    resize: ResizeConfig = option(ResizeConfig(), "size of the images")
     language: str = option("", "spaCy model for phrases; empty: the one that the concept pool was made with")
     batch_size: int = option(16, "images at once")
     max_skipped: float = max_skipped_option()

@@ -41,8 +41,6 @@ class ResizeConfig:
 
     short: list[int] = option([800], "pixels of the short side; of several, training draws one per image")
     long: int = option(1333, "pixels that the long side may have at most")
-    flip: bool = option(True, "mirror half of the training images")
-    jitter: JitterConfig = option(JitterConfig(), "jitter in training, instead of `short` and `long`")
     filter: str = option(
         "area",
         "area averages on the way down and is the faster; bilinear is Pillow's, detectron2's way",
@@ -59,6 +57,14 @@ class ResizeConfig:
             )
         if self.multiple < 1:
             raise InputError(f"resize.multiple must be at least 1 pixel, found {self.multiple}")
+
+
+@dataclass
+class TrainingResizeConfig(ResizeConfig):
+    """How large images are made in training, and what is drawn for each."""
+
+    flip: bool = option(True, "mirror half of the images")
+    jitter: JitterConfig = option(JitterConfig(), "large-scale jitter, instead of `short` and `long`")
 
     @property
     def training_multiple(self) -> int:
@@ -147,7 +153,7 @@ def resize_shortest_edge(
 
 
 def random_resize(
-    image: Pixels, config: ResizeConfig, generator: torch.Generator
+    image: Pixels, config: TrainingResizeConfig, generator: torch.Generator
 ) -> tuple[Pixels, ResizeTransform]:
     """Draws how a training image is in its frame, and places it there.
 
@@ -176,7 +182,7 @@ def _resized(image: Pixels, width: int, height: int, flip: bool, filter: str) ->
     return placed[:, ::-1].copy() if flip else placed
 
 
-def draw_placement(config: ResizeConfig, generator: torch.Generator) -> tuple[int, bool]:
+def draw_placement(config: TrainingResizeConfig, generator: torch.Generator) -> tuple[int, bool]:
     """Draws a training image's short side and whether it is mirrored."""
     short = config.short[int(torch.randint(len(config.short), (1,), generator=generator))]
     return short, config.flip and bool(torch.rand(1, generator=generator) < 0.5)

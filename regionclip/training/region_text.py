@@ -34,7 +34,7 @@ from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.models.region_encoder import RegionEncoder
 from regionclip.models.region_heads import KEY, PerRegionHead, RegionHeadOptions
 from regionclip.structures.regions import RegionBatch, Regions, whole_images
-from regionclip.structures.transforms import ResizeConfig
+from regionclip.structures.transforms import TrainingResizeConfig
 from regionclip.training.losses import (
     REGION_TEXT,
     CrossBatchMemory,
@@ -68,7 +68,7 @@ class RegionPretrainConfig(RegionHeadOptions, FreezeOptions, TrainingOptions):
         "", "captions_*.json for the image-text loss; empty: those the shards were mined from"
     )
     images: str = option("", "folder of the images; empty: the one the shards were mined from")
-    resize: ResizeConfig = option(ResizeConfig(), "size of the training images")
+    resize: TrainingResizeConfig = option(TrainingResizeConfig(), "size of the training images")
     max_regions: int = option(
         100, "most regions per image and step; more are sampled", renamed_from="regions"
     )

@@ -21,7 +21,7 @@ from clip_base.training.loop import TrainConfig, fit
 from regionclip.data.annotations import AnnotatedImages, CocoDetection, ImageAnnotations
 from regionclip.data.categories import Split, load_split
 from regionclip.structures.regions import RegionBatch, Regions
-from regionclip.structures.transforms import ResizeConfig, ResizeTransform, random_resize, to_batch
+from regionclip.structures.transforms import ResizeTransform, TrainingResizeConfig, random_resize, to_batch
 
 
 @dataclass(kw_only=True)
@@ -94,7 +94,7 @@ class RegionDataset:
     def __init__(
         self,
         samples: Sequence[Sample],
-        resize: ResizeConfig,
+        resize: TrainingResizeConfig,
         max_boxes: int = 0,
         tokenizer: Tokenizer | None = None,
         cache: bool = False,
@@ -149,7 +149,7 @@ class GridPatchDataset(RegionDataset):
         self,
         samples: Sequence[Sample],
         max_grid: int,
-        resize: ResizeConfig,
+        resize: TrainingResizeConfig,
         max_boxes: int = 0,
         cache: bool = False,
     ) -> None:

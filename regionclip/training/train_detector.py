@@ -35,7 +35,7 @@ from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.proposals.rpn.proposer import load_network
 from regionclip.structures.boxes import encode_deltas, iou
 from regionclip.structures.regions import FeatureMaps, RegionBatch, Regions
-from regionclip.structures.transforms import ResizeConfig
+from regionclip.structures.transforms import TrainingResizeConfig
 from regionclip.training.region_text import FreezeOptions, freeze
 from regionclip.training.samples import BaseClassImages, RegionDataset, Sample, fit_on
 
@@ -54,7 +54,7 @@ class TrainDetectorConfig(RegionHeadOptions, BaseClassImages, FreezeOptions, Tra
         ProposalHeadConfig(), "rpn=shared: the proposal network on the CLIP's trunk"
     )
     detector: DetectorConfig = option(DetectorConfig(), "scores and suppression; kept in the weights file")
-    resize: ResizeConfig = option(ResizeConfig(), "size of the training images")
+    resize: TrainingResizeConfig = option(TrainingResizeConfig(), "size of the training images")
     templates: list[str] = option(list(DEFAULT_TEMPLATES), "prompts, averaged; {} is the class name")
     max_proposals: int = option(
         1000, "proposals per image from which regions are sampled", renamed_from="proposals"

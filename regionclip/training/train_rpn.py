@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,11 @@ from torch import Tensor, nn
 from clip_base.jobs.config import option
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.jobs.skipped import MAX_SKIPPED
-from clip_base.models.configs import VisionConfig
 from clip_base.runtime import distributed
 from clip_base.runtime.precision import autocast, pick_device
 from clip_base.runtime.progress import track
 from clip_base.training.loop import TrainConfig, TrainingOptions
 from clip_base.training.pretrain import last_loss
-from clip_base.weights.load import load_clip
 from regionclip.data.annotations import CocoDetection
 from regionclip.data.batches import note_skipped, read_batches, read_record
 from regionclip.data.categories import load_split
@@ -28,7 +25,7 @@ from regionclip.proposals.rpn.config import ProposalNetworkOptions
 from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.proposals.rpn.proposer import build_network, save_network
 from regionclip.structures.regions import RegionBatch
-from regionclip.structures.transforms import ResizeConfig
+from regionclip.structures.transforms import TrainingResizeConfig
 from regionclip.training.samples import BaseClassImages, RegionDataset, Sample, fit_on
 
 
@@ -43,7 +40,7 @@ class TrainRPNConfig(BaseClassImages, TrainingOptions):
     network: ProposalNetworkOptions = option(ProposalNetworkOptions(), "the proposal network")
     objectness_weight: float = option(1.0, "factor of the loss that tells objects from background")
     box_weight: float = option(1.0, "factor of the loss that fits anchors to boxes")
-    resize: ResizeConfig = option(ResizeConfig(), "size of the images")
+    resize: TrainingResizeConfig = option(TrainingResizeConfig(), "size of the images")
     train: TrainConfig = option(
         TrainConfig(
             steps=90_000, batch_size=16, optimizer="sgd", lr=0.02, weight_decay=1e-4, schedule="step"
@@ -73,16 +70,6 @@ class RPNTask(nn.Module):
         return {name: self.weights[name] * loss for name, loss in self.network.losses(batch).items()}
 
 
-def make_network(config: TrainRPNConfig) -> ProposalNetwork:
-    """Returns the network to train; a CLIP's trunk has that file's sizes unless others are given."""
-    network = config.network
-    if network.backbone == "clip" and network.backbone_weights and network.vision == VisionConfig():
-        vision = load_clip(network.backbone_weights).config.vision
-        network = dataclasses.replace(network, vision=vision)
-    torch.manual_seed(config.train.seed)
-    return build_network(network)
-
-
 def train_rpn(config: TrainRPNConfig) -> None:
     """Trains a class-agnostic proposal network on base-class boxes; leaves `out/model.safetensors`."""
     inputs = files_of(config, "annotations", "val_annotations", "split", "network")
@@ -91,7 +78,8 @@ def train_rpn(config: TrainRPNConfig) -> None:
         print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
         return
     dataset, _ = config.read()
-    network = make_network(config)
+    torch.manual_seed(config.train.seed)
+    network = build_network(config.network)
     task = RPNTask(network, config.objectness_weight, config.box_weight)
     data = RegionDataset([Sample.of_record(record) for record in dataset], config.resize, cache=config.cache)
     if network.config.share_trunk:

@@ -23,7 +23,7 @@ from regionclip.detectron2 import (
     RegionProposals,
 )
 from regionclip.models.postprocess import DetectorConfig
-from regionclip.structures.transforms import ResizeConfig
+from regionclip.structures.transforms import TrainingResizeConfig
 from regionclip.training.train_detector import TrainDetectorConfig
 
 STEPS, SIDE = 250, 128
@@ -58,7 +58,7 @@ model = L(OpenVocabularyRCNN)(
     ),
 )
 
-resize = L(ResizeConfig)(short=[SIDE], long=SIDE)
+resize = L(TrainingResizeConfig)(short=[SIDE], long=SIDE)
 dataloader = {
     "train": L(build_detection_train_loader)(
         dataset=L(get_detection_dataset_dicts)(names="world_b_train"),

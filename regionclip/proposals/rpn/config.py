@@ -79,7 +79,6 @@ class ProposalNetworkOptions(ProposalHeadConfig):
     """A whole proposal network to train."""
 
     backbone: str = option("clip", "clip (the trunk of CLIP's ResNet) or resnet50", choices=tuple(BACKBONES))
-    vision: VisionConfig = option(VisionConfig(), "sizes of the CLIP trunk, when backbone=clip")
     share_trunk: bool = option(
         False, "sit on the trunk of the CLIP that uses the proposals, frozen, instead of on a copy of it"
     )
@@ -97,10 +96,6 @@ class ProposalNetworkOptions(ProposalHeadConfig):
         """Checks that the network can be built."""
         super().__post_init__()
         _require(self.backbone in BACKBONES, f"backbone must be clip or resnet50, got {self.backbone!r}")
-        _require(
-            self.backbone != "clip" or self.vision.kind == "resnet",
-            "backbone=clip needs vision.kind=resnet: a vit has no trunk of stride 16",
-        )
         _require(
             self.backbone == "clip" or not self.share_trunk,
             "share_trunk=true needs backbone=clip: it is CLIP's trunk that is shared",
@@ -123,16 +118,22 @@ class ProposalNetworkConfig(ProposalNetworkOptions):
     """A proposal network as it is stored: its options, and facts about its backbone's weights.
 
     Attributes:
+        vision: sizes of the CLIP whose trunk it is, when backbone=clip.
         stride_in_1x1: resnet50 halves maps in 1x1 convolutions, as MSRA's weights want.
         pixels: what resnet50 is shown: clip (RGB, normalized) or caffe (BGR in 0…255 less its mean).
     """
 
+    vision: VisionConfig = dataclasses.field(default_factory=VisionConfig)
     stride_in_1x1: bool = False
     pixels: str = "clip"
 
     def __post_init__(self) -> None:
         """Checks that the facts fit the backbone."""
         super().__post_init__()
+        _require(
+            self.backbone != "clip" or self.vision.kind == "resnet",
+            "backbone=clip needs a CLIP with a resnet: a vit has no trunk of stride 16",
+        )
         _require(self.pixels in ("clip", "caffe"), f"pixels must be clip or caffe, got {self.pixels!r}")
         _require(
             self.backbone == "resnet50" or (self.pixels == "clip" and not self.stride_in_1x1),

@@ -15,7 +15,8 @@ from torch import Tensor
 from clip_base.data.batch import ImageBatch
 from clip_base.jobs import config as configs
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.models.resnet import EXPANSION, ModifiedResNet
+from clip_base.models.configs import VisionConfig
+from clip_base.models.resnet import ModifiedResNet
 from clip_base.runtime.errors import InputError
 from clip_base.weights.formats import Content, group_of
 from clip_base.weights.load import find, load_clip
@@ -50,7 +51,7 @@ class RPNProposer:
 
     def __init__(self, config: RPNConfig, device: str | torch.device = "cpu") -> None:
         self.config = config
-        trunk = clip_tower(config.clip).eval().to(device) if config.clip else None
+        trunk = clip_tower(config.clip)[0].eval().to(device) if config.clip else None
         self.network = load_network(config.weights, trunk).to(device)
         if trunk is not None and not self.network.config.share_trunk:
             raise InputError(f"{config.weights} has a backbone of its own; leave clip={config.clip} out")
@@ -116,25 +117,26 @@ def load_network(path: str | Path, trunk: ModifiedResNet | None = None) -> Propo
 def build_network(options: ProposalNetworkOptions) -> ProposalNetwork:
     """Returns a network to train: its backbone from `backbone_weights`, everything else random.
 
-    A ResNet-50 has the strides and pixels that its file asks for. A shared trunk is in evaluation mode and
-    frozen.
+    A CLIP's trunk has the sizes that its file has, a ResNet-50 the strides and pixels that its file asks for.
+    A shared trunk is in evaluation mode and frozen.
 
     Raises:
         InputError: the backbone's file cannot be read or does not fit, or a trunk to share is not named.
     """
-    path = options.backbone_weights
-    if options.share_trunk:
-        if not path:
-            raise InputError(
-                "network.share_trunk=true needs network.backbone_weights=FILE: whose trunk is shared"
-            )
-        trunk = _fitting_tower(options).eval().requires_grad_(False)
-        return ProposalNetwork(ProposalNetworkConfig.of(options), trunk).to(memory_format=torch.channels_last)
-    found, facts = dict[str, Tensor](), dict[str, Any]()
+    path, facts, found = options.backbone_weights, dict[str, Any](), dict[str, Tensor]()
     if path and options.backbone == "clip":
-        found = dict(_fitting_tower(options).state_dict())
+        tower, facts["vision"] = clip_tower(path)
+        if options.share_trunk:
+            shared = tower.eval().requires_grad_(False)
+            config = ProposalNetworkConfig.of(options, **facts)
+            return ProposalNetwork(config, shared).to(memory_format=torch.channels_last)
+        found = dict(tower.state_dict())
     elif path:
         found, facts = read_resnet50(path)
+    elif options.share_trunk:
+        raise InputError(
+            "network.share_trunk=true needs network.backbone_weights=FILE: whose trunk is shared"
+        )
     network = ProposalNetwork(ProposalNetworkConfig.of(options, **facts))
     if path:
         backbone = network.trunk
@@ -145,8 +147,8 @@ def build_network(options: ProposalNetworkOptions) -> ProposalNetwork:
     return network.to(memory_format=torch.channels_last)
 
 
-def clip_tower(path: str) -> ModifiedResNet:
-    """Returns the vision tower of a CLIP file.
+def clip_tower(path: str) -> tuple[ModifiedResNet, VisionConfig]:
+    """Returns the vision tower of a CLIP file, and its sizes.
 
     Raises:
         InputError: the file cannot be read, or its tower is no ResNet.
@@ -156,19 +158,7 @@ def clip_tower(path: str) -> ModifiedResNet:
         raise InputError(
             f"{path} holds a {model.config.vision.kind}; the proposal network needs a CLIP with a resnet"
         )
-    return model.map_tower
-
-
-def _fitting_tower(config: ProposalNetworkOptions) -> ModifiedResNet:
-    """Returns the tower in `backbone_weights`, whose trunk has the sizes of `config.vision`."""
-    tower = clip_tower(config.backbone_weights)
-    found = (tower.trunk_channels // (4 * EXPANSION), [len(getattr(tower, f"layer{n}")) for n in (1, 2, 3)])
-    if found != (config.vision.width, config.vision.layers[:3]):
-        raise InputError(
-            f"{config.backbone_weights} has width {found[0]} and layers {found[1]}, the network asks for "
-            f"{config.vision.width} and {config.vision.layers[:3]}; set network.vision to fit"
-        )
-    return tower
+    return model.map_tower, model.config.vision
 
 
 def content_of(path: Path) -> Content:

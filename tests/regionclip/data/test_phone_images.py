@@ -15,7 +15,7 @@ from PIL import Image
 from clip_base.jobs.cli import main_regionclip
 from clip_base.runtime.files import read_json, write_json
 from regionclip.data.annotations import CocoDetection
-from regionclip.structures.transforms import ResizeConfig
+from regionclip.structures.transforms import TrainingResizeConfig
 from regionclip.training.samples import RegionDataset, Sample
 
 Swap = Callable[..., list[str]]
@@ -144,7 +144,7 @@ def test_detection(orientation: int, ending: str, phone: Phone, detector_file: P
 
 @each_phone
 def test_training_samples(orientation: int, ending: str, phone: Phone) -> None:
-    resize = ResizeConfig(short=[64], long=96, flip=False)
+    resize = TrainingResizeConfig(short=[64], long=96, flip=False)
     items = []
     for folder in (phone(1, ending), phone(orientation, ending)):
         dataset = CocoDetection(folder / "instances_train.json", folder / "images")
@@ -160,7 +160,7 @@ def test_detectron2s_mapper(orientation: int, ending: str, phone: Phone) -> None
     pytest.importorskip("detectron2")
     from regionclip.detectron2 import RegionMapper
 
-    mapper = RegionMapper(is_train=False, resize=ResizeConfig(short=[64], long=96))
+    mapper = RegionMapper(is_train=False, resize=TrainingResizeConfig(short=[64], long=96))
     mapped = []
     for folder in (phone(1, ending), phone(orientation, ending)):
         entry = read_json(folder / "instances_train.json")["images"][0]

@@ -25,7 +25,7 @@ from regionclip.models.postprocess import DetectorConfig
 from regionclip.proposals.rpn.config import ProposalNetworkConfig
 from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.structures.detections import Detections
-from regionclip.structures.transforms import ResizeConfig
+from regionclip.structures.transforms import TrainingResizeConfig
 from regionclip.training.samples import RegionDataset, Sample
 from regionclip.training.train_detector import DetectorTask, TrainDetectorConfig
 
@@ -41,7 +41,7 @@ from regionclip.detectron2.backbone import to_detector
 from regionclip.detectron2.mapper import RegionMapper
 from regionclip.detectron2.structures import from_instances
 
-RESIZE = ResizeConfig(short=[64], long=64, flip=False)
+RESIZE = TrainingResizeConfig(short=[64], long=64, flip=False)
 MakeCfg = Callable[..., Any]
 
 

@@ -16,6 +16,7 @@ from regionclip.structures.transforms import (
     JitterConfig,
     ResizeConfig,
     ResizeTransform,
+    TrainingResizeConfig,
     draw_placement,
     random_resize,
     resize_shortest_edge,
@@ -92,7 +93,7 @@ def test_no_boxes_stay_no_boxes() -> None:
 
 
 def test_placements_are_drawn_from_the_generator_alone() -> None:
-    config = ResizeConfig([64, 80, 96], 128)
+    config = TrainingResizeConfig([64, 80, 96], 128)
 
     def draws(seed: int) -> list[tuple[int, bool]]:
         generator = torch.Generator().manual_seed(seed)
@@ -128,8 +129,8 @@ def test_sizes_that_cannot_be_are_refused(short: list[int], long: int) -> None:
 
 def jittered(
     low: float, high: float, side: int = 64, flip: bool = False, visible: float = 0.25
-) -> ResizeConfig:
-    return ResizeConfig([32], 64, flip, JitterConfig(side, low, high, visible))
+) -> TrainingResizeConfig:
+    return TrainingResizeConfig([32], 64, flip=flip, jitter=JitterConfig(side, low, high, visible))
 
 
 def marked(height: int, width: int) -> tuple[np.ndarray, torch.Tensor]:
@@ -208,7 +209,7 @@ def test_jittered_batches_fill_the_square() -> None:
 
 
 def test_without_jitter_training_images_are_placed_as_ever() -> None:
-    config, image = ResizeConfig([32, 48], 64), marked(50, 90)[0]
+    config, image = TrainingResizeConfig([32, 48], 64), marked(50, 90)[0]
     pixels, frame = random_resize(image, config, torch.Generator().manual_seed(4))
     short, flip = draw_placement(config, torch.Generator().manual_seed(4))
     wanted, wanted_frame = resize_shortest_edge(image, short, 64, flip)

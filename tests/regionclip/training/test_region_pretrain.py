@@ -23,7 +23,7 @@ from clip_base.training.loop import TrainConfig
 from clip_base.weights.native import load_clip, read_weights, save_clip
 from regionclip.mining.shards import read_regions
 from regionclip.models.region_encoder import RegionEncoder
-from regionclip.structures.transforms import ResizeConfig
+from regionclip.structures.transforms import TrainingResizeConfig
 from regionclip.training.pretrain import mined_samples
 from regionclip.training.region_text import RegionPretrainConfig
 from regionclip.training.samples import GridPatchDataset, Sample
@@ -205,7 +205,7 @@ def test_a_vits_dense_map_comes_to_agree_with_its_crops(
     data = GridPatchDataset(
         [Sample(path, torch.zeros(0, 4)) for path in sorted((world / "images").rglob("*.jpg"))],
         3,
-        ResizeConfig([64], 64, False),
+        TrainingResizeConfig([64], 64, flip=False),
     )
     batch = data.collate([data.item(index, torch.Generator().manual_seed(9)) for index in range(8)])
     with torch.no_grad():

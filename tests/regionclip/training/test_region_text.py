@@ -24,7 +24,7 @@ from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.mining.shards import read_manifest
 from regionclip.models.region_encoder import RegionEncoder
 from regionclip.structures.regions import RegionBatch, Regions
-from regionclip.structures.transforms import ResizeConfig
+from regionclip.structures.transforms import TrainingResizeConfig
 from regionclip.training.pretrain import mined_samples
 from regionclip.training.region_text import RegionPretrainConfig, RegionTextTask, Teacher, freeze
 from regionclip.training.samples import RegionDataset
@@ -38,7 +38,7 @@ def config(**options: object) -> RegionPretrainConfig:
 
 def batch_of(mined: Path, context: int = 24) -> RegionBatch:
     samples = mined_samples(str(mined), "", "")
-    data = RegionDataset(samples, ResizeConfig([64], 64, False), 6, Tokenizer(context))
+    data = RegionDataset(samples, TrainingResizeConfig([64], 64, flip=False), 6, Tokenizer(context))
     return data.collate([data.item(index, torch.Generator().manual_seed(0)) for index in range(4)])
 
 

@@ -13,10 +13,10 @@ from clip_base.data.loader import Loader
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
 from regionclip.data.annotations import CocoDetection
-from regionclip.structures.transforms import ResizeConfig
+from regionclip.structures.transforms import TrainingResizeConfig
 from regionclip.training.samples import GridPatchDataset, RegionDataset, Sample, patches
 
-FIXED = ResizeConfig([64], 64, flip=False)
+FIXED = TrainingResizeConfig([64], 64, flip=False)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_boxes_keep_their_labels_and_image(records: CocoDetection) -> None:
 
 
 def test_mirrored_images_have_mirrored_boxes(records: CocoDetection) -> None:
-    data = RegionDataset([Sample.of_record(records[0])], ResizeConfig([64], 64))
+    data = RegionDataset([Sample.of_record(records[0])], TrainingResizeConfig([64], 64))
     seen = {}
     for seed in range(20):
         pixels, regions, _ = data.item(0, generator(seed))
@@ -110,7 +110,7 @@ def test_boxes_follow_what_is_done_to_their_image(tmp_path: Path) -> None:
     pixels[30:75, 16:80] = 255
     cv2.imwrite(str(tmp_path / "one.png"), pixels)
     sample = Sample(tmp_path / "one.png", torch.tensor([[16.0, 30.0, 80.0, 75.0]]))
-    data = RegionDataset([sample], ResizeConfig([48, 96, 144], 160))
+    data = RegionDataset([sample], TrainingResizeConfig([48, 96, 144], 160))
     frames = set()
     for seed in range(12):
         placed, regions, _ = data.item(0, generator(seed))
@@ -141,7 +141,9 @@ def test_patches_are_drawn_anew_each_time_within_the_limits(records: CocoDetecti
 
 
 def test_items_are_a_function_of_the_seed(records: CocoDetection) -> None:
-    data = RegionDataset([Sample.of_record(record) for record in records], ResizeConfig([48, 64], 64), 1)
+    data = RegionDataset(
+        [Sample.of_record(record) for record in records], TrainingResizeConfig([48, 64], 64), 1
+    )
     first, second = (next(iter(Loader(data, data.collate, 4, seed=9))) for _ in range(2))
     assert torch.equal(first.images.pixels, second.images.pixels)
     assert torch.equal(first.regions.boxes, second.regions.boxes)

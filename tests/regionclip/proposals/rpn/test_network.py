@@ -245,7 +245,7 @@ def test_frozen_stages_stay_as_they_are(small: Small, rectangles: Rectangles) ->
         ({"anchor_sizes": [8.0, 16.0, 32.0]}, "evenly"),
         ({"ratios": [0.0]}, "above 0"),
         ({"positive_iou": 0.2}, "negative_iou"),
-        ({"vision": VisionConfig(kind="vit", layers=[1], width=64)}, "vision.kind=resnet"),
+        ({"vision": VisionConfig(kind="vit", layers=[1], width=64)}, "needs a CLIP with a resnet"),
     ],
 )
 def test_impossible_networks_are_refused(options: dict[str, object], message: str, small: Small) -> None:
@@ -260,9 +260,9 @@ def test_the_config_is_read_from_overrides() -> None:
             "annotations=a.json",
             "images=a",
             "out=b",
-            "network.vision.width=32",
+            "network.channels=32",
             "network.anchor_sizes=[16,64]",
         ],
     )
-    assert config.network.vision.width == 32
+    assert config.network.channels == 32
     assert config.network.anchor_sizes == [16.0, 64.0]

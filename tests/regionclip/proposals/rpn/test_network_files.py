@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip_base.models.configs import VisionConfig
 from clip_base.runtime.errors import InputError
 from clip_base.weights.load import load_clip
-from regionclip.proposals.rpn.config import ProposalNetworkConfig
+from regionclip.proposals.rpn.config import ProposalNetworkConfig, ProposalNetworkOptions
 from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.proposals.rpn.proposer import (
     RPNConfig,
@@ -70,11 +69,10 @@ def test_weights_that_do_not_fit_are_listed(tmp_path: Path, small: Small) -> Non
 
 def test_the_backbone_starts_from_clip(tmp_path: Path, small: Small, tiny_clip: TinyClip) -> None:
     path = tiny_clip(tmp_path)
-    network, tower = build_network(small(backbone_weights=str(path))), load_clip(path).visual
+    options = ProposalNetworkOptions(backbone_weights=str(path), channels=32)
+    network, tower = build_network(options), load_clip(path).visual
     assert torch.equal(network.trunk.layer3[0].conv2.weight, tower.layer3[0].conv2.weight)
-    wider = VisionConfig(layers=[1, 1, 1, 1], width=32, resolution=64)
-    with pytest.raises(InputError, match=r"set network\.vision"):
-        build_network(small(backbone_weights=str(path), vision=wider))
+    assert network.config.vision == load_clip(path).config.vision
 
 
 def test_the_backbone_starts_from_a_local_resnet50(tmp_path: Path, small: Small) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, note
 
 
 class FileNames:
@@ -76,6 +76,47 @@ def name_images(names: dict[int, str], pairs: Iterable[tuple[int, str]], where: 
                 f"{where}: image_id {image_id} belongs to both {names[image_id]} and {name}; give every "
                 "image an id of its own, or leave file_name out"
             )
+
+
+def ids_by_name(own: Mapping[int, str], images: Mapping[int, str], source: str, where: str) -> dict[int, int]:
+    """Returns for each image of one file the id that another file has for its file name.
+
+    Numbers alone say nothing: two files may number the same images otherwise. That some of them have another
+    id, or are not there, is noted.
+
+    Args:
+        own: file name of each image, by id.
+        images: the same of the other file.
+        source: what the first file is, for messages.
+        where: what the other one is.
+
+    Returns:
+        The other file's id, by id; images that it does not have are left out.
+
+    Raises:
+        InputError: it has none of them, or a name means several of its images.
+    """
+    known = FileNames(images, where)
+    found = {image_id: known.find(name) for image_id, name in own.items()}
+    there = {image_id: other for image_id, other in found.items() if other is not None}
+    if own and not there:
+        raise InputError(
+            f"{where} has none of the {len(own):,} images of {source}, such as {next(iter(own.values()))}; "
+            "give the file of the same images"
+        )
+    if len(there) < len(own):
+        absent = next(name for image_id, name in own.items() if image_id not in there)
+        note(
+            f"{len(own) - len(there):,} of {len(own):,} images of {source} are not in {where}, such as "
+            f"{absent}"
+        )
+    moved = sum(image_id != other for image_id, other in there.items())
+    if moved:
+        note(
+            f"images are found by file_name: {moved:,} of {len(own):,} images of {source} have another id in "
+            f"{where}"
+        )
+    return there
 
 
 def _parts(name: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from regionclip.data.annotations import CocoDetection
 from regionclip.data.categories import Split
+from regionclip.data.file_names import FileNames, ids_by_name
 from regionclip.metrics.average_precision import NOTHING
 from regionclip.metrics.matching import BACKGROUND, CORRECT, IGNORED, MISCLASSIFIED, OUTCOMES, match_image
 from regionclip.mining.shards import MinedRegion
@@ -27,12 +28,12 @@ class Pair:
     """A mined region and the phrase that was given to it.
 
     Attributes:
-        image_id: as in the annotations.
+        image_id: as in the annotations; None: they do not have the image.
         box: (x1, y1, x2, y2) in pixels of the original image.
         name: the phrase.
     """
 
-    image_id: int
+    image_id: int | None
     box: Box
     name: str
 
@@ -152,7 +153,7 @@ def label_pairs(
     named = torch.tensor([labels[pair.name] for pair in pairs], dtype=torch.int64)  # [P]
     boxes = torch.tensor([pair.box for pair in pairs], dtype=torch.float32).reshape(-1, 4)  # [P, 4]
     outcomes, shown = torch.full_like(named, IGNORED), torch.full_like(named, -1)
-    of_image: dict[int, list[int]] = {}
+    of_image: dict[int | None, list[int]] = {}
     for place, pair in enumerate(pairs):
         of_image.setdefault(pair.image_id, []).append(place)
     cover, objects = [named.new_zeros(0, 2)], [named.new_zeros(0)]
@@ -299,20 +300,35 @@ def _f1(row: Mapping[str, float]) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
+def _known(images: Collection[str], there: Mapping[int, str]) -> set[int]:
+    """Returns the ids of the images that the truth has."""
+    known = FileNames(there, "the annotations")
+    return {image_id for name in images if (image_id := known.find(name)) is not None}
+
+
 def measure_pairs(
     regions: Sequence[MinedRegion],
     truth: CocoDetection,
     split: Split | None,
-    images: Collection[int] | None = None,
+    images: Collection[str] | None = None,
 ) -> PairQuality:
-    """Judges mined regions by their first concept, which names a category as `canonical_name` says.
+    """Evaluates mined regions by their first concept, which names a category as `canonical_name` says.
+
+    Regions find their images by file name: the annotations may number them otherwise than the captions.
 
     Args:
         regions: as mined.
         truth: annotations of all categories: an object outside the split is an object too.
         split: base and novel categories.
-        images: the ids of the images that were mined; None: all that the truth lists.
+        images: file names of the images that were mined; None: all that the truth lists.
+
+    Raises:
+        InputError: the truth has none of the images, or has several of one name.
     """
-    pairs = [Pair(region.image_id, region.box, region.concept) for region in regions]
+    own = {region.image_id: region.file_name for region in regions}
+    there = {record.image_id: str(record.path) for record in truth}
+    ids = ids_by_name(own, there, "the mined regions", "the annotations")
+    pairs = [Pair(ids.get(region.image_id), region.box, region.concept) for region in regions]
+    mined = None if images is None else _known(images, there) | set(ids.values())
     names = {name: canonical_name(name, truth.categories) for name in {pair.name for pair in pairs}}
-    return PairQuality(regions, label_pairs(pairs, truth, names.get, images=images), split)
+    return PairQuality(regions, label_pairs(pairs, truth, names.get, images=mined), split)

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from regionclip.concepts.pool import read_concepts
 from regionclip.data.annotations import CocoDetection
 from regionclip.data.captions import cleaned
 from regionclip.data.categories import load_split
+from regionclip.data.file_names import ids_by_name
 from regionclip.mining.coverage import cover
 from regionclip.mining.miner import mining_parser, rows_of
 from regionclip.mining.quality import measure_pairs
@@ -100,17 +101,22 @@ def read_data(config: ReportConfig) -> ReportData:
         raise InputError(f"concept pool {pool_file} is empty: nothing was mined with it; give another pool=")
     truth = CocoDetection(config.annotations, None) if config.annotations else None
     regions = list(read_regions(config.mined))
+    own = {region.image_id: region.file_name for region in regions}
+    ids = ids_by_name(own, names, "the mined regions", f"captions file {file}")
     matches = None
     if truth is not None:
         split = load_split(config.split, truth.categories, truth.frequencies) if config.split else None
-        matches = measure_pairs(regions, truth, split, images=names.keys())
+        matches = measure_pairs(regions, truth, split, images=names.values())
     parser = mining_parser(str(pool_file), pool, mining["language"], config.workers)
 
     def parse(texts: Sequence[str]) -> Iterable[list[Phrase]]:
         return track(parser.parse(texts), "phrases", len(texts))
 
     concepts = [concept.concept for concept in pool]
-    coverage = cover(regions, captions, names, concepts, rows_of(pool), parse, read_stop_words())
+    captioned = [
+        replace(region, image_id=ids[region.image_id]) for region in regions if region.image_id in ids
+    ]
+    coverage = cover(captioned, captions, names, concepts, rows_of(pool), parse, read_stop_words())
     return ReportData(manifest, folder, regions, coverage, _skipped(Path(config.mined)), matches)
 
 

@@ -22,6 +22,7 @@ from clip_base.weights.load import load_clip, weight_files
 from clip_base.weights.native import save_clip
 from regionclip.concepts.synonyms import synonym_sets
 from regionclip.concepts.vocabulary import Vocabulary
+from regionclip.data.file_names import ids_by_name
 from regionclip.mining.shards import MANIFEST, MinedRegion, read_manifest, read_regions
 from regionclip.models.region_heads import KEY, choose_head
 from regionclip.training.region_text import RegionPretrainConfig, RegionTextTask, Teacher
@@ -34,17 +35,23 @@ def mined_samples(mined: str, images: str, captions: str) -> list[Sample]:
     Args:
         mined: folder of shards.
         images: folder of the images; "" is the manifest's.
-        captions: COCO captions; "" is the manifest's.
+        captions: COCO captions, which find their images by file name; "" is the manifest's.
+
+    Raises:
+        InputError: there are no regions, or the captions are of other images.
     """
     manifest = read_manifest(mined)
     folder = existing(images or manifest["images_folder"], "images folder")
-    texts, _ = read_captions(captions or manifest["config"]["captions"])
+    file = captions or manifest["config"]["captions"]
+    texts, names = read_captions(file)
     regions = list(read_regions(mined))
     if not regions:
         raise InputError(f"{mined} holds no regions; see its skipped.jsonl, loosen the matcher's thresholds")
+    own = {region.image_id: region.file_name for region in regions}
+    ids = ids_by_name(own, names, "the mined regions", f"captions file {file}")
     width = max(len(region.concept_ids) for region in regions)
     return [
-        _sample(folder, list(group), tuple(texts.get(image_id, ())), width)
+        _sample(folder, list(group), tuple(texts.get(ids[image_id], ()) if image_id in ids else ()), width)
         for image_id, group in groupby(regions, key=lambda region: region.image_id)
     ]
 

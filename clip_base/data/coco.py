@@ -7,6 +7,7 @@ error that names the file, the entry and what it needs.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,38 +15,64 @@ from typing import Any, TypeGuard
 
 from clip_base.jobs import plugins
 from clip_base.runtime.errors import InputError, quote, shortened
-from clip_base.runtime.files import existing, read_json
+from clip_base.runtime.files import existing, is_file, read_json
+from clip_base.runtime.hashing import text_hash
 
 ANNOTATION_FORMATS = "clip_base.annotation_formats"
 AnnotationFormat = Callable[[Path], dict[str, Any] | None]
 # A form's lists, and what must be a whole number in each one's entries.
 INSTANCES = {"images": ("id",), "annotations": ("image_id", "category_id"), "categories": ("id",)}
 CAPTIONS = {"images": ("id",), "annotations": ("image_id",)}
+_FOREIGN = (".xml", ".yaml", ".yml", ".txt", ".csv", ".tsv")  # files that are never COCO's JSON
 _CROWD = {0: False, 1: True, "0": False, "1": True, None: False}
 _TOO_LARGE = 1 << 63  # ids are 64-bit numbers in Parquet, SQLite and tensors
 _EXACT = 1 << 53  # whole numbers up to which a float has room for each
 
 
 def read_instances(path: str | Path) -> dict[str, Any]:
-    """Reads annotations in COCO's instances form, see `check_instances`.
+    """Reads annotations in COCO's instances form, see `check_instances`, or in another known format.
 
     Every job reads its annotations here, so that a format of another package serves all of them. Such a
     format is a function in the group `clip_base.annotation_formats`: of a path, it returns the content in
     COCO's form, or None when the file is not of its format.
 
         [project.entry-points."clip_base.annotation_formats"]
-        voc = "my_package.voc:read_voc"
+        via = "my_package.via:read_via"
+
+    Args:
+        path: a file or a folder; what stands behind a `#` is for the format, such as a split's name.
 
     Raises:
         InputError: the file is missing, malformed, or of no known format.
     """
-    where = f"annotations file {path}"
+    where, named = f"annotations file {path}", Path(path)
+    file = named if named.exists() else Path(str(path).partition("#")[0])
+    existing(file, "annotations file")
     for name in plugins.found(ANNOTATION_FORMATS):
         reader: AnnotationFormat = plugins.load(ANNOTATION_FORMATS, name)
-        content = reader(existing(path, "annotations file"))
+        content = reader(named)
         if content is not None:
             return check_instances(content, f"{where} ({name})")
+    if file.is_dir() or file.suffix.lower() in _FOREIGN:
+        known = ", ".join(plugins.found(ANNOTATION_FORMATS))
+        raise InputError(f"{where} is of no known format; known are COCO's JSON and {known}")
     return check_instances(read_json(path, "annotations file"), where)
+
+
+def annotation_inputs(config: Any, *keys: str) -> dict[str, Path | str]:
+    """Returns the annotations that some options name, but the empty ones: `RunFolder`'s `inputs`.
+
+    A file counts by its bytes; a folder, or a part that is named behind a `#`, by what is read of it.
+
+    Raises:
+        InputError: see `read_instances`.
+    """
+    named = {key: str(getattr(config, key)) for key in keys}
+    return {
+        key: Path(value) if is_file(value) else text_hash([json.dumps(read_instances(value))])
+        for key, value in named.items()
+        if value
+    }
 
 
 def check_instances(content: Any, where: str) -> dict[str, Any]:

@@ -18,12 +18,13 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from clip_base.data.coco import annotation_inputs
 from clip_base.evaluation.datasets import coco_pictures, folder_pictures
 from clip_base.evaluation.features import LAYERS, Embedder, FeatureConfig, note_skipped
 from clip_base.evaluation.ranking import ranks_of_best
 from clip_base.evaluation.tables import print_classes, summarize, to_csv
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.jobs.run import RunFolder, files_of
+from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.files import write_text
 from clip_base.runtime.progress import Progress
@@ -99,7 +100,8 @@ class Fits:
 
 def linear_probe(config: LinearProbeConfig) -> None:
     """Fits a linear classifier to frozen features; leaves metrics.json, per_class.csv, few_shot.csv."""
-    inputs = {**weight_files(config, "weights"), **files_of(config, "train_annotations", "test_annotations")}
+    inputs = annotation_inputs(config, "train_annotations", "test_annotations")
+    inputs |= weight_files(config, "weights")
     run = RunFolder(config.out, config, "linear-probe", inputs)
     done = run.finished()
     if done is not None:

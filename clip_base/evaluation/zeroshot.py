@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from clip_base.data.coco import annotation_inputs
 from clip_base.evaluation.datasets import beside_tars, coco_pictures, folder_pictures
 from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
 from clip_base.evaluation.prompts import classifier, read_templates
@@ -48,7 +49,8 @@ class ZeroshotConfig(FeatureConfig):
 
 def zeroshot(config: ZeroshotConfig) -> None:
     """Classifies images by class names alone; leaves metrics.json, per_class.csv and skipped.jsonl."""
-    inputs = {**weight_files(config, "weights"), **files_of(config, "annotations", "names", "templates")}
+    inputs = {**weight_files(config, "weights"), **annotation_inputs(config, "annotations")}
+    inputs |= files_of(config, "names", "templates")
     run = RunFolder(config.out, config, "zeroshot", inputs)
     done = run.finished()
     if done is not None:

@@ -55,6 +55,21 @@ def orientation_of(path: str | Path) -> tuple[int, bool]:
         return 1, False  # a damaged note is no note: whether the pixels decode is seen elsewhere
 
 
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """Returns an image's (height, width) as people see it, from its file's header.
+
+    Raises:
+        InputError: the file is missing or its header cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            sideways = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
+        raise InputError(f"image {path} cannot be read: {error}") from None
+    return (width, height) if sideways else (height, width)
+
+
 def turn(image: Kind, orientation: int) -> Kind:
     """Turns an image as EXIF's orientation 1 to 8 says (EXIF 2.3, section 4.6.4)."""
     if orientation == 1:

@@ -161,7 +161,7 @@ def hashes_of(inputs: Inputs) -> dict[str, str]:
     return {what: content_hash(i) if isinstance(i, Path) else i for what, i in inputs.items()}
 
 
-def files_of(config: Any, *keys: str) -> dict[str, Path]:
+def files_of(config: Any, *keys: str) -> dict[str, Path | str]:
     """Returns the files among some options' values, for `RunFolder`'s `inputs`.
 
     Args:

@@ -47,7 +47,7 @@ def find(name_or_path: str | Path, folder: str | Path | None = None) -> Path:
     )
 
 
-def weight_files(config: Any, *keys: str) -> dict[str, Path]:
+def weight_files(config: Any, *keys: str) -> dict[str, Path | str]:
     """Returns the files that some options name as `find` does, but the empty ones: `RunFolder`'s `inputs`."""
     named = {key: getattr(config, key) for key in keys}
     return {key: find(value) for key, value in named.items() if value}

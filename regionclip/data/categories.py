@@ -142,7 +142,8 @@ def load_split(name_or_path: str | Path, categories: Sequence[str], frequencies:
     Args:
         name_or_path: "coco" (48 base and 17 novel); "lvis" (frequent and common categories are base, rare
             ones novel: LVIS v1 has 866 and 337; ViLD, arXiv 2104.13921, section 4.1); a JSON file
-            `{"base": [names], "novel": [names]}`; or two class lists "BASE.txt,NOVEL.txt", one name per line.
+            `{"base": [names], "novel": [names]}`; two class lists "BASE.txt,NOVEL.txt", one name per line;
+            or "": all categories are base.
         categories: the names in the annotations, in which every name of the split must occur. A name that
             is written with spaces means the category with underscores, as LVIS writes its names.
         frequencies: LVIS's `frequency` of each category: "f", "c" or "r".
@@ -151,6 +152,8 @@ def load_split(name_or_path: str | Path, categories: Sequence[str], frequencies:
         InputError: no such split, a malformed file, or names that the annotations do not have.
     """
     given = str(name_or_path)
+    if not given:
+        return Split(tuple(categories), ())
     if given == LVIS:
         return _by_frequency(categories, frequencies)
     if given in PUBLISHED:

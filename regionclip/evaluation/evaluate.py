@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from clip_base.data.coco import coco_entry
+from clip_base.data.coco import annotation_inputs, coco_entry
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.jobs.skipped import max_skipped_option, require_share
@@ -127,8 +127,9 @@ class EvaluateConfig(AnnotatedImages, DetectorOptions):
 
 def evaluate(config: EvaluateConfig) -> None:
     """Measures detections: AP of novel, base and all classes, and with true boxes top-1 and top-5."""
-    files = ("annotations", "results", "results_categories", "boxes", "split", "embeddings", "proposer")
-    inputs = {**weight_files(config, "weights", "text_weights"), **files_of(config, *files)}
+    files = ("results", "results_categories", "boxes", "split", "embeddings", "proposer")
+    inputs = annotation_inputs(config, "annotations") | files_of(config, *files)
+    inputs |= weight_files(config, "weights", "text_weights")
     run = RunFolder(config.out, config, "region-evaluate", inputs)
     metrics = run.finished()
     if metrics is None:

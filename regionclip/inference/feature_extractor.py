@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from clip_base.data.batch import ImageBatch
+from clip_base.data.coco import annotation_inputs
 from clip_base.jobs.config import option
 from clip_base.jobs.run import files_of
 from clip_base.jobs.skipped import max_skipped_option, require_share
@@ -107,9 +108,10 @@ class FeaturesConfig(DetectorOptions):
         if min(self.max_regions, self.shard_images, self.top_k) < 1 or self.workers < 0:
             raise InputError("max_regions, shard_images and top_k must be at least 1, workers not negative")
 
-    def inputs(self) -> dict[str, Path]:
+    def inputs(self) -> dict[str, Path | str]:
         """See `DetectorOptions`; and the annotations, the file of boxes, the list of names."""
-        return super().inputs() | files_of(self, "annotations", "regions_from", "vocabulary")
+        annotations = annotation_inputs(self, "annotations")
+        return super().inputs() | annotations | files_of(self, "regions_from", "vocabulary")
 
     @property
     def image_folder(self) -> str:

@@ -56,7 +56,7 @@ class DetectorSource(RegionHeadOptions, DetectorFile):
         ResizeConfig(), "size of the images, for a CLIP or with use_checkpoint_config=false"
     )
 
-    def inputs(self) -> dict[str, Path]:
+    def inputs(self) -> dict[str, Path | str]:
         """Returns the files and folders that decide the result besides the options."""
         return {**weight_files(self, "weights", "text_weights"), **files_of(self, "embeddings")}
 
@@ -82,7 +82,7 @@ class DetectorOptions(DetectorSource, ComputeOptions):
 
     proposer: Plugin = plugin(PROPOSERS, "none", "where regions come from; none: the detector's own network")
 
-    def inputs(self) -> dict[str, Path]:
+    def inputs(self) -> dict[str, Path | str]:
         """See `DetectorSource`; and the proposer's files."""
         return super().inputs() | files_of(self, "proposer")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from clip_base.data.coco import annotation_inputs
 from clip_base.jobs.compute import ComputeOptions
 from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
 from clip_base.jobs.run import RunFolder, files_of
@@ -50,7 +51,7 @@ class ProposeConfig(AnnotatedImages, ComputeOptions):
 
 def propose(config: ProposeConfig) -> None:
     """Writes a proposer's boxes to `out/proposals.json` (COCO's results form), and measures their recall."""
-    read = files_of(config, "annotations", "split", "proposer")
+    read = annotation_inputs(config, "annotations") | files_of(config, "split", "proposer")
     run = RunFolder(config.out, config, "region-propose", read)
     path = run.path / f"proposals.{config.format}"
     if run.finished() is not None:

@@ -31,7 +31,11 @@ class BaseClassImages(AnnotatedImages):
     annotations: str = option(
         REQUIRED, "instances_*.json in COCO's form; only boxes of base classes are read"
     )
-    split: str = option("coco", "coco (48 base, 17 novel), or a JSON file with base and novel names")
+    split: str = option(
+        "",
+        "coco (48 base, 17 novel), lvis, a JSON file with base and novel names, or class lists "
+        "BASE.txt,NOVEL.txt; empty: all annotated categories are base",
+    )
     keep_empty: bool = option(False, "train on images without base boxes too")
 
     def read(self) -> tuple[CocoDetection, Split]:
@@ -42,6 +46,8 @@ class BaseClassImages(AnnotatedImages):
         """
         everything = CocoDetection(self.annotations, self.images)
         split = load_split(self.split, everything.categories, everything.frequencies)
+        if not self.split:
+            print(f"no split given: all {len(split.base)} annotated categories are base")
         dataset = everything.restrict(split.base, self.keep_empty).without_crowds()
         print(dataset.report())
         if not len(dataset):

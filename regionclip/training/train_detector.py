@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clip_base.data.coco import annotation_inputs
 from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
 from clip_base.jobs import plugins
 from clip_base.jobs.config import REQUIRED, option
@@ -265,7 +266,8 @@ def proposal_network(config: TrainDetectorConfig, clip: CLIP) -> ProposalNetwork
 
 def train_detector(config: TrainDetectorConfig) -> None:
     """Trains an open-vocabulary detector on base classes; leaves `out/model.safetensors`."""
-    inputs = {**weight_files(config, "weights"), **files_of(config, "annotations", "split", "rpn")}
+    inputs = {**weight_files(config, "weights"), **annotation_inputs(config, "annotations")}
+    inputs |= files_of(config, "split", "rpn")
     run = RunFolder(config.out, config, "region-train-detector", inputs)
     if run.finished() is not None:
         print(f"{run.path} is complete: {run.path / 'model.safetensors'}")

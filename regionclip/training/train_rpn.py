@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clip_base.data.coco import annotation_inputs
 from clip_base.jobs.config import option
-from clip_base.jobs.run import RunFolder, files_of
+from clip_base.jobs.run import RunFolder, files_of, hashes_of
 from clip_base.jobs.skipped import MAX_SKIPPED
+from clip_base.models.resnet import ModifiedResNet
 from clip_base.runtime import distributed
 from clip_base.runtime.precision import autocast, pick_device
 from clip_base.runtime.progress import track
@@ -23,7 +25,7 @@ from regionclip.data.categories import load_split
 from regionclip.metrics.recall import RecallMeter, described
 from regionclip.proposals.rpn.config import ProposalNetworkOptions
 from regionclip.proposals.rpn.network import ProposalNetwork
-from regionclip.proposals.rpn.proposer import build_network, save_network
+from regionclip.proposals.rpn.proposer import build_network, load_network, save_network
 from regionclip.structures.regions import RegionBatch
 from regionclip.structures.transforms import TrainingResizeConfig
 from regionclip.training.samples import BaseClassImages, RegionDataset, Sample, fit_on
@@ -34,9 +36,14 @@ class TrainRPNConfig(BaseClassImages, TrainingOptions):
     """Options of the proposal network's training."""
 
     val_annotations: str = option(
-        "", "instances_*.json whose boxes measure recall at the end; empty: not measured"
+        "",
+        "annotations whose boxes measure recall at the end; empty: not measured. A finished folder is "
+        "measured again when they change",
+        runtime_only=True,
     )
-    val_images: str = option("", "folder of the validation images; empty: the same as `images`")
+    val_images: str = option(
+        "", "folder of the validation images; empty: the same as `images`", runtime_only=True
+    )
     network: ProposalNetworkOptions = option(ProposalNetworkOptions(), "the proposal network")
     objectness_weight: float = option(1.0, "factor of the loss that tells objects from background")
     box_weight: float = option(1.0, "factor of the loss that fits anchors to boxes")
@@ -72,11 +79,32 @@ class RPNTask(nn.Module):
 
 def train_rpn(config: TrainRPNConfig) -> None:
     """Trains a class-agnostic proposal network on base-class boxes; leaves `out/model.safetensors`."""
-    inputs = files_of(config, "annotations", "val_annotations", "split", "network")
+    inputs = annotation_inputs(config, "annotations") | files_of(config, "split", "network")
     run = RunFolder(config.out, config, "region-train-rpn", inputs)
-    if run.finished() is not None:
-        print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
+    measured_on = {key: getattr(config, key) for key in ("val_annotations", "val_images")}
+    measured_on |= {"sha256": hashes_of(annotation_inputs(config, "val_annotations")).get("val_annotations")}
+    metrics, file = run.finished(), run.path / "model.safetensors"
+    if metrics is not None and (not config.val_annotations or metrics.get("measured_on") == measured_on):
+        print(f"{run.path} is complete: {file}")
         return
+    validation = validation_data(config)  # read before the first step, so that a fault of its shows then
+    if metrics is None:
+        network, metrics = _train(config, run)
+        save_network(network, file)
+    else:
+        trunk = build_network(config.network).trunk if config.network.share_trunk else None
+        network = load_network(file, trunk if isinstance(trunk, ModifiedResNet) else None)
+        network.to(pick_device(config.train.device))
+    if validation is not None:
+        found, skipped = recall(network.eval(), config, *validation, run.path / "val_skipped.jsonl")
+        metrics |= {**found, "val_skipped": skipped, "measured_on": measured_on}
+        print(described(found))
+    run.finish(metrics)
+    print(f"{file}: {metrics['steps']} steps on {metrics['images']} images")
+
+
+def _train(config: TrainRPNConfig, run: RunFolder) -> tuple[ProposalNetwork, dict[str, Any]]:
+    """Returns the trained network, and what `metrics.json` says of the training."""
     dataset, _ = config.read()
     torch.manual_seed(config.train.seed)
     network = build_network(config.network)
@@ -87,31 +115,43 @@ def train_rpn(config: TrainRPNConfig) -> None:
         distributed.start()
         network.trunk.to(pick_device(config.train.device))
     steps = fit_on(data, task, config.train, run)
-    save_network(network, run.path / "model.safetensors")
-    metrics: dict[str, Any] = {"steps": steps, "images": len(dataset), "loss": last_loss(run.log_path)}
-    if config.val_annotations:
-        found, skipped = recall(network.eval(), config, run.path / "val_skipped.jsonl")
-        metrics |= {**found, "val_skipped": skipped}
-        print(described(found))
-    run.finish(metrics)
-    print(f"{run.path / 'model.safetensors'}: {steps} steps on {len(dataset)} images")
+    return network, {"steps": steps, "images": len(dataset), "loss": last_loss(run.log_path)}
 
 
-def recall(network: ProposalNetwork, config: TrainRPNConfig, listed: Path) -> tuple[dict[str, float], int]:
-    """Returns recall on the validation boxes, base and novel apart, and how many images are unreadable.
+def validation_data(config: TrainRPNConfig) -> tuple[CocoDetection, list[bool]] | None:
+    """Returns the validation images, and which of their categories are novel; None when there are none.
 
-    Args:
-        network: in evaluation mode.
-        config: names the validation images.
-        listed: the file that lists the unreadable images.
+    Raises:
+        InputError: a malformed file, a split that does not fit it, or a folder without the images.
     """
+    if not config.val_annotations:
+        return None
     dataset = CocoDetection(config.val_annotations, config.val_images or config.images)
     split = load_split(config.split, dataset.categories, dataset.frequencies)
     dataset = dataset.restrict(split.all).without_crowds()
     print(f"validation: {dataset.report()}")
+    return dataset, split.is_novel(dataset.categories)
+
+
+def recall(
+    network: ProposalNetwork,
+    config: TrainRPNConfig,
+    dataset: CocoDetection,
+    novel: list[bool],
+    listed: Path,
+) -> tuple[dict[str, float], int]:
+    """Returns recall on the validation boxes, base and novel apart, and how many images are unreadable.
+
+    Args:
+        network: in evaluation mode.
+        config: says how images are seen.
+        dataset: the validation images.
+        novel: [C], which of their categories are novel.
+        listed: the file that lists the unreadable images.
+    """
     device = pick_device(config.train.device)
     skipped: dict[int, str] = {}
-    meter, is_novel = RecallMeter(apart=True), torch.tensor(split.is_novel(dataset.categories))
+    meter, is_novel = RecallMeter(apart=any(novel)), torch.tensor(novel)
     groups = read_batches(
         dataset,
         read_record,

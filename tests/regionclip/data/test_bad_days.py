@@ -373,6 +373,42 @@ def test_a_broken_validation_picture_does_not_cost_the_training(
     assert "it is empty" in line
 
 
+def test_a_fault_of_the_validation_shows_before_the_first_step_and_is_fixed_in_the_same_folder(
+    content: Content, world: Path, options_for: MakeOptions, call: Command, tmp_path: Path
+) -> None:
+    options = options_for("train-rpn", content)
+    options |= {"val_annotations": world / "instances_val.json", "val_images": tmp_path}
+    code, _, told = call("train-rpn", options, tmp_path / "out")
+    assert code == 2
+    assert "none of the 4 images" in told
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+    options["val_images"] = ""
+    assert call("train-rpn", options, tmp_path / "out")[0] == 0
+    first = read_json(tmp_path / "out" / "metrics.json")
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    # The finished folder is measured on other images, and keeps what it holds.
+    options["val_annotations"] = world / "instances_train.json"
+    assert call("train-rpn", options, tmp_path / "out")[0] == 0
+    second = read_json(tmp_path / "out" / "metrics.json")
+    assert second["measured_on"]["val_annotations"] == str(world / "instances_train.json")
+    assert second["recall@100_base"] != first["recall@100_base"]
+    assert second["steps"] == first["steps"]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+
+
+def test_without_a_split_all_annotated_categories_are_base(
+    content: Content, world: Path, options_for: MakeOptions, call: Command, tmp_path: Path
+) -> None:
+    options = options_for("train-rpn", content) | {
+        "split": "",
+        "val_annotations": world / "instances_val.json",
+    }
+    code, printed, _ = call("train-rpn", options, tmp_path / "out")
+    assert code == 0
+    assert f"no split given: all {len(content['categories'])} annotated categories are base" in printed
+    assert "recall@100_novel" not in read_json(tmp_path / "out" / "metrics.json")
+
+
 def test_a_loss_that_is_not_a_number_stops_the_proposal_networks_training(
     content: Content, options_for: MakeOptions, call: Command, tmp_path: Path
 ) -> None:

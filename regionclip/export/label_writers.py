@@ -1,88 +1,20 @@
-"""Label writers: labeled images as annotations that other programs read, group `regionclip.label_writers`.
-
-A writer is a class of one `LabelTarget`. It is asked whether the labels already exist, then entered, given
-one image after another, and left; files appear whole or not at all.
-"""
+"""Label writers of COCO's, FiftyOne's and YOLO's layouts, see `regionclip.structures.labels`."""
 
 # N boxes of an image
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from clip_base.data.coco import coco_entry
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, make_folder, read_json, replacing, write_json, write_text
 from clip_base.runtime.json_stream import stream_entries
-
-LABEL_WRITERS = "regionclip.label_writers"
-
-
-@dataclass(frozen=True)
-class LabelTarget:
-    """Where labels go, and what they are of.
-
-    Attributes:
-        out: the file or folder to write.
-        categories: C names; labels count them.
-        images_folder: the folder that the images' file names are relative to.
-        info: how the labels were made, as plain values; equal ones make equal labels.
-    """
-
-    out: Path
-    categories: Sequence[str]
-    images_folder: str
-    info: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class LabeledImage:
-    """An image with its labels.
-
-    Attributes:
-        image_id: the image's id in its dataset.
-        file_name: relative to the images folder.
-        height: in pixels.
-        width: in pixels.
-        boxes: N boxes (x1, y1, x2, y2) in pixels of the original image.
-        labels: of each box, indices of the categories.
-        scores: of each box, in [0, 1].
-    """
-
-    image_id: int
-    file_name: str
-    height: int
-    width: int
-    boxes: list[list[float]]
-    labels: list[int]
-    scores: list[float]
-
-
-class LabelWriter(Protocol):
-    """What the job `export` asks of a label writer, whose constructor takes a `LabelTarget`."""
-
-    def is_complete(self) -> bool:
-        """Whether the same labels already exist.
-
-        Raises:
-            InputError: the place holds something else.
-        """
-
-    def __enter__(self) -> Self:
-        """Begins to write."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Ends the labels; after an error none of them count as complete."""
-
-    def add(self, image: LabeledImage) -> None:
-        """Writes the labels of one image."""
+from regionclip.structures.labels import LabeledImage, LabelTarget
 
 
 class CocoWriter:
@@ -132,12 +64,14 @@ class CocoWriter:
                 "width": image.width,
             }
         )
-        for (x1, y1, x2, y2), label, score in zip(image.boxes, image.labels, image.scores, strict=True):
+        for row, ((x1, y1, x2, y2), label) in enumerate(zip(image.boxes, image.labels, strict=True)):
             self._file.write(",\n" if self.annotations else "\n")
             self.annotations += 1
             sides = (x1, y1, x2 - x1, y2 - y1)
-            more = {"area": round(sides[2] * sides[3], 3), "iscrowd": 0}
-            entry = coco_entry(image.image_id, label + 1, sides, round(score, 5), digits=3, **more)
+            crowd = int(bool(image.ignored and image.ignored[row]))
+            more = {"area": round(sides[2] * sides[3], 3), "iscrowd": crowd}
+            score = None if image.scores is None else round(image.scores[row], 5)
+            entry = coco_entry(image.image_id, label + 1, sides, score, digits=3, **more)
             annotation = {"id": self.annotations, **entry}
             self._file.write(_json(annotation))
 
@@ -156,14 +90,20 @@ class FiftyOneWriter(CocoWriter):
         return self
 
 
-class YoloWriter:
-    """One text file per image, with `category x y width height` of each box as shares of the image."""
+class FolderWriter:
+    """A folder of labels with `info.json`, which says how they were made and whether they are complete.
+
+    Its subclasses override `begin`, `add` and `end`, and `kind`, the name of the format.
+    """
+
+    kind = ""
 
     def __init__(self, target: LabelTarget) -> None:
         if target.out.is_file():
-            raise InputError(f"out={target.out} is a file; format=yolo makes a folder, give another out=")
+            raise InputError(
+                f"out={target.out} is a file; format={self.kind} makes a folder, give another out="
+            )
         self.target, self.folder = target, target.out.absolute()
-        self.names: list[str] = []
         self._info = self.folder / "info.json"
 
     def is_complete(self) -> bool:
@@ -182,29 +122,58 @@ class YoloWriter:
             )
         return bool(found.get("complete"))
 
-    def __enter__(self) -> YoloWriter:
+    def __enter__(self) -> Self:
         write_json(self._info, {"complete": False, "info": self.target.info}, indent=2)
-        # YOLO's programs look for the labels of images/a/b.jpg in labels/a/b.txt.
-        link_images(self.folder / "images", self.target.images_folder)
+        self.begin()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            return
+        if error is None:
+            self.end()
+            write_json(self._info, {"complete": True, "info": self.target.info}, indent=2)
+
+    def begin(self) -> None:
+        """Prepares the folder."""
+
+    def add(self, image: LabeledImage) -> None:
+        """See `LabelWriter`."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Writes what stands behind all images."""
+
+
+class YoloWriter(FolderWriter):
+    """One text file per image, with `category x y width height` of each box as shares of the image.
+
+    Ignored boxes are left out: the format has no place for them.
+    """
+
+    kind = "yolo"
+
+    def begin(self) -> None:
+        """Makes the link to the images, which YOLO's programs look for beside the labels."""
+        # The labels of images/a/b.jpg are looked for in labels/a/b.txt.
+        self.names: list[str] = []
+        link_images(self.folder / "images", self.target.images_folder)
+
+    def end(self) -> None:
+        """Writes the list of images and `data.yaml`."""
         write_text(self.folder / "train.txt", "".join(self.names))
         listed = "".join(f"  {label}: {_json(name)}\n" for label, name in enumerate(self.target.categories))
         write_text(
             self.folder / "data.yaml",
             f"path: {_json(str(self.folder))}\ntrain: train.txt\nval: train.txt\nnames:\n{listed}",
         )
-        write_json(self._info, {"complete": True, "info": self.target.info}, indent=2)
 
     def add(self, image: LabeledImage) -> None:
         """See `LabelWriter`."""
         lines = []
-        for (x1, y1, x2, y2), label in zip(image.boxes, image.labels, strict=True):
+        for row, ((x1, y1, x2, y2), label) in enumerate(zip(image.boxes, image.labels, strict=True)):
+            if image.ignored and image.ignored[row]:
+                continue
             shares = (
                 (x1 + x2) / 2 / image.width,
                 (y1 + y2) / 2 / image.height,

@@ -14,16 +14,15 @@ from pathlib import Path
 
 import torch
 
-from clip_base.jobs import plugins
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.hashing import content_hash
 from clip_base.runtime.progress import Progress
 from regionclip.concepts.synonyms import aliases_of, given_classes
 from regionclip.concepts.vocabulary import Vocabulary
-from regionclip.export.label_writers import LABEL_WRITERS, LabeledImage, LabelTarget, LabelWriter
 from regionclip.mining.shards import MANIFEST, read_manifest, read_regions
 from regionclip.structures.boxes import nms
+from regionclip.structures.labels import LabeledImage, LabelTarget, write_labels
 
 
 @dataclass
@@ -31,10 +30,11 @@ class ExportConfig:
     """Options of exporting."""
 
     mined: str = option(REQUIRED, "folder of mined pairs from `regionclip mine`")
-    out: str = option(REQUIRED, "format=coco: JSON file to write; other formats: folder", runtime_only=True)
+    out: str = option(REQUIRED, "format=coco, csv: file to write; other formats: folder", runtime_only=True)
     format: str = option(
         "coco",
-        "coco: one file of annotations; yolo: labels/*.txt and data.yaml; fiftyone: labels.json and data/; "
+        "coco: one file of annotations; yolo: labels/*.txt and data.yaml; voc: Annotations/*.xml; csv: a "
+        "table; fiftyone: labels.json and data/; "
         "or another label writer that is installed",
     )
     classes: list[str] = option(
@@ -92,22 +92,25 @@ def export(config: ExportConfig) -> None:
     concepts = Vocabulary.load(Path(config.mined) / "vocabulary.safetensors").names
     categories = Categories(config, concepts)
     target = LabelTarget(Path(config.out), categories.names, manifest["images_folder"], made)
-    writer: LabelWriter = plugins.load(LABEL_WRITERS, config.format)(target)
-    if writer.is_complete():
-        print(f"{config.out} already exists, made with the same options")
-        return
     counts, images = Counter[int](), 0
-    with writer, Progress("exporting", manifest["images"] - manifest["skipped"]) as progress:
-        for image in labeled(config, categories.of_concept):
-            writer.add(image)
-            counts.update(image.labels)
-            images += 1
-            progress.advance()
+
+    def counted() -> Iterator[LabeledImage]:
+        nonlocal images
+        with Progress("exporting", manifest["images"] - manifest["skipped"]) as progress:
+            for image in labeled(config, categories.of_concept):
+                yield image
+                counts.update(image.labels)
+                images += 1
+                progress.advance()
         if not counts:
             raise JobError(
                 f"no box of {config.mined} passes min_probability={config.min_probability:g} and "
                 f"min_objectness={config.min_objectness:g}; lower them"
             )
+
+    if not write_labels(config.format, target, counted()):
+        print(f"{config.out} already exists, made with the same options")
+        return
     often = ", ".join(f"{categories.names[label]} {count:,}" for label, count in counts.most_common(5))
     print(
         f"{config.out}: {counts.total():,} boxes of {len(counts):,} of {len(categories.names):,} categories "

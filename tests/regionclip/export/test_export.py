@@ -16,10 +16,11 @@ from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import read_json, write_json
 from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.data.annotations import CocoDetection
-from regionclip.export.label_writers import LabeledImage, LabelTarget, YoloWriter
+from regionclip.export.label_writers import YoloWriter
 from regionclip.export.pseudo_labels import ExportConfig, export
 from regionclip.mining.shards import VERSION, MinedRegion, read_regions, shard_path, write_shard
 from regionclip.structures.boxes import iou
+from regionclip.structures.labels import LabeledImage, LabelTarget
 
 NAMES = ("cup", "telly", "red cup")
 

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from clip_base.runtime.errors import InputError
-from regionclip.export.label_writers import LabeledImage, LabelTarget
+from regionclip.structures.labels import LabeledImage, LabelTarget
 
 
 def read_boxes(path: Path) -> dict[str, Any] | None:

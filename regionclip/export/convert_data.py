@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.jobs.resume_log import fingerprint
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing
+from clip_base.runtime.hashing import text_hash
 from clip_base.runtime.progress import track
 from regionclip.data.annotations import CocoDetection, ImageAnnotations
 from regionclip.data.results import Results, read_results
-from regionclip.structures.labels import LabeledImage, LabelTarget, write_labels
-
-FILES = {"coco": "instances.json", "csv": "boxes.csv"}  # what is written into a folder that is given
+from regionclip.structures.labels import LABEL_FILES, LabeledImage, LabelTarget, write_labels
 
 
 @dataclass
@@ -51,8 +49,8 @@ def convert_data(config: ConvertDataConfig) -> None:
     print(dataset.report())
     results = _results(config, dataset) if config.results else None
     out = Path(config.out)
-    if config.format in FILES and not out.suffix:
-        out /= FILES[config.format]
+    if not out.suffix:
+        out /= LABEL_FILES.get(config.format, "")
     info = {key: value for key, value in asdict(config).items() if key != "out"}
     info |= {"description": "boxes converted by regionclip", "content": _content(dataset, results)}
     target = LabelTarget(out, dataset.categories, config.images, info)
@@ -73,7 +71,7 @@ def convert_data(config: ConvertDataConfig) -> None:
 def _content(dataset: CocoDetection, results: dict[int, list[dict[str, Any]]] | None) -> str:
     """Returns a hash of what will be written: the same command after a change of the data is another run."""
     rows = ([r.path, r.boxes.tolist(), r.labels.tolist(), r.iscrowd.tolist()] for r in dataset)
-    return fingerprint([dataset.categories, *rows, json.dumps(results)])
+    return text_hash([dataset.categories, *rows, json.dumps(results)])
 
 
 def _results(config: ConvertDataConfig, dataset: CocoDetection) -> dict[int, list[dict[str, Any]]]:

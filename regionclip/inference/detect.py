@@ -28,6 +28,7 @@ from clip_base.runtime.hashing import text_hash
 from clip_base.runtime.progress import Progress
 from regionclip.data.batches import DecodedImage, read_batches, read_upright
 from regionclip.data.categories import parse_names
+from regionclip.inference.datasets import planned_datasets, write_datasets
 from regionclip.inference.options import VOCABULARY_HELP, DetectorOptions
 from regionclip.inference.predictor import Predictor
 from regionclip.structures.detections import Detections
@@ -62,6 +63,11 @@ class DetectConfig(DetectorOptions):
         0,
         "so many most probable names of each region, whatever it was found as, in the files and on stdout",
         renamed_from="top",
+    )
+    format: list[str] = option(
+        [],
+        "datasets to write as well, from boxes of at least score_threshold, in out/FORMAT: coco, yolo, voc, "
+        "csv, fiftyone, or another label writer that is installed",
     )
     draw: bool = option(True, "draw boxes; false: only detections.json and detections.csv")
     frame_stride: int = option(1, "videos: look at every n-th frame, and write these", renamed_from="every")
@@ -110,6 +116,7 @@ def detect(config: DetectConfig) -> None:
     videos = [source for source in sources if source.is_video]
     names = parse_names(config.vocabulary)
     header = _header(config, names, files)
+    datasets = planned_datasets(config.format, out, names, files, header)
     predictor = config.predictor()
     predictor.set_vocabulary(names, config.embeddings)
     with ResumeLog(out / JOURNAL, header) as journal:
@@ -127,6 +134,8 @@ def detect(config: DetectConfig) -> None:
                 looker.look_at_video(video)
         rate = (journal.images - before) / (time.monotonic() - begun)
         count = write_detections(out, partial(journal.entries, "found"), config.top_k)
+        for told in write_datasets(datasets, journal, config.score_threshold):
+            print(told)
         skipped = list(journal.entries("skipped"))
         (out / SKIPPED).unlink(missing_ok=True)
         if skipped:
@@ -191,6 +200,9 @@ class DetectionRunner:
             self.progress.advance(group.count)
 
     def _picture(self, found: Detections, pixels: Pixels, source: Source, image_id: int) -> None:
+        height, width = found.size
+        place = {"image_id": image_id, "file_name": str(source.file)}
+        self.journal.add("image", {**place, "height": height, "width": width})
         likely = self._note(found, pixels, image_id, {"file_name": str(source.file)})
         shown = found.with_min_score(self.config.score_threshold)
         if self.config.draw:

@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self
 from clip_base.jobs import plugins
 
 LABEL_WRITERS = "regionclip.label_writers"
+LABEL_FILES = {"coco": "instances.json", "csv": "boxes.csv"}  # formats of one file, and its usual name
 
 
 @dataclass(frozen=True)

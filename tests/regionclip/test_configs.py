@@ -124,6 +124,7 @@ def test_what_must_be_given_is_named(job: str, regionclip: Command, tmp_path: Pa
 WRONG_TYPES = {
     "mine": "batch_size=many",
     "export": "labels=many",
+    "convert-data": "score_threshold=half",
     "export-detector": "suppress=often",
     "report": "examples=some",
     "pretrain": "max_regions=[1,2]",

@@ -246,21 +246,25 @@ def test_a_pytorch_that_is_too_old_is_named(
     version: str, enough: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)(version))
-    config = ExportDetectorConfig(str(tmp_path / "absent"), "cup", out=str(tmp_path / "out"))
+    config = ExportDetectorConfig(
+        weights=str(tmp_path / "absent"), vocabulary="cup", out=str(tmp_path / "out")
+    )
     wanted = "absent" if enough else rf"needs PyTorch 2\.9 or newer, found {re.escape(version)}"
     with pytest.raises(InputError, match=wanted):
         export_detector(config)
 
 
 def test_a_clip_without_proposals_is_told_what_to_give(clip_file: Path, tmp_path: Path) -> None:
-    config = ExportDetectorConfig(str(clip_file), "cup", out=str(tmp_path / "out"))
+    config = ExportDetectorConfig(weights=str(clip_file), vocabulary="cup", out=str(tmp_path / "out"))
     with pytest.raises(InputError, match="has no proposal network; give one: network=FILE"):
         export_detector(config)
 
 
 def test_a_second_proposal_network_is_refused(detector_file: Path, rpn_file: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    config = ExportDetectorConfig(str(detector_file), "cup", out=out, network=str(rpn_file))
+    config = ExportDetectorConfig(
+        weights=str(detector_file), vocabulary="cup", out=out, network=str(rpn_file)
+    )
     with pytest.raises(InputError, match="has a proposal network; drop network="):
         export_detector(config)
 

@@ -23,6 +23,7 @@ from clip_base.jobs import config as configs
 from clip_base.jobs import plugins
 from clip_base.jobs import schema as schemas
 from clip_base.jobs.completion import Word
+from clip_base.jobs.lock import releasing_locks
 from clip_base.jobs.schema import Description
 from clip_base.runtime.errors import InputError, InputNote
 
@@ -48,7 +49,7 @@ def _run(program: str, prefix: str, arguments: list[str]) -> int:
     if arguments[:1] != [completions.COMMAND]:  # there it is a word that was typed
         arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        with _notes_as_lines():
+        with _notes_as_lines(), releasing_locks():
             code = _dispatch(program, prefix, arguments)
         sys.stdout.flush()  # a reader that has gone away (`| head`) shows here, not while Python shuts down
         return code

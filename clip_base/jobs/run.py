@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from clip_base.jobs import config as configs
+from clip_base.jobs.lock import is_lock, lock_folder
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import is_file, read_json, write_json, write_text
 from clip_base.runtime.hashing import content_hash
@@ -35,30 +37,36 @@ class RunFolder:
         job: its name.
         inputs: what decides the result besides the options, by what it is called to the user: paths of files
             and of folders of weights, whose contents count, and texts.
+        part: which part of the folder this process writes, see `lock_folder`; "" for all.
+
+    While it is referred to, no other process gets the folder, or that part.
 
     Attributes:
         inputs: the hashes of the paths' contents, and the texts.
 
     Raises:
         InputError: the folder holds another run; the options that differ, or the inputs that changed since it
-            began, are named. An input does not exist.
+            began, are named. An input does not exist. Another process writes there.
     """
 
-    def __init__(self, out: str, config: Any, job: str, inputs: Inputs | None = None) -> None:
+    def __init__(self, out: str, config: Any, job: str, inputs: Inputs | None = None, part: str = "") -> None:
         self.path = Path(out)
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"out={out} is a file; give a folder")
         here, held = self.path / CONFIG, f"# {job}\n{configs.to_yaml(config)}"
-        is_run = here.exists() and not self._only_begun()
-        if is_run:
-            self._same_run(here, config, job)
-        elif (
+        if (
             not here.exists()
             and self.path.exists()
             and any(not _is_leftover(path) for path in self.path.iterdir())
         ):
             raise InputError(f"{out} is not empty and holds no run of {job}; give another out= or empty it")
+        if here.exists() and not self._only_begun():  # before files are read to the end: this is told at once
+            self._same_run(here, config, job)
         self.inputs = hashes_of(inputs or {})
+        self._lock = lock_folder(self.path, part) if _writes() else None
+        is_run = here.exists() and not self._only_begun()
+        if is_run:
+            self._same_run(here, config, job)
         if is_run and inputs:
             self._same_inputs(inputs)
         if _writes():
@@ -138,13 +146,16 @@ class RunFolder:
 
 def _writes() -> bool:
     """Whether this process is the one of its group that writes; a job without torch has no group."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":  # of torchrun
+        return False
     distributed = sys.modules.get("clip_base.runtime.distributed")
     return distributed is None or bool(distributed.is_first())
 
 
 def _is_leftover(path: Path) -> bool:
-    """Whether a kill left this file of `replacing`."""
-    return path.name.startswith((f".{CONFIG}.", f".{INPUTS}.")) and path.name.endswith(".tmp")
+    """Whether a kill left this file of `replacing`, or it is of the lock."""
+    temporary = path.name.startswith((f".{CONFIG}.", f".{INPUTS}.")) and path.name.endswith(".tmp")
+    return temporary or is_lock(path)
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:

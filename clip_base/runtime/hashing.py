@@ -7,19 +7,21 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from clip_base.runtime.files import existing
+from clip_base.runtime.safetensors_files import tensors_hash
 
 
 def content_hash(path: str | Path) -> str:
     """Returns the sha256 of a file, or of the names and contents of a folder's files, in hex.
 
-    A folder is one of weights in transformers' form: its files count, folders in it do not.
+    Of a safetensors file the tensors and the metadata count, see `tensors_hash`, of others the bytes. A
+    folder is one of weights in transformers' form: its files count, folders in it do not.
 
     Raises:
         InputError: the path does not exist.
     """
     path = existing(path)
     if path.is_file():
-        return file_hash(path)
+        return tensors_hash(path) or file_hash(path)
     lines = [f"{file.name} {content_hash(file)}" for file in sorted(path.iterdir()) if file.is_file()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

@@ -19,6 +19,7 @@ from clip_base.models.configs import CLIPConfig
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, naming_full_disk, replacing
+from clip_base.runtime.safetensors_files import sort_metadata
 
 FORMAT = "clip_base.clip/1"
 
@@ -55,15 +56,18 @@ def describe(metadata: dict[str, str]) -> dict[str, Any]:
 
 
 def write_weights(path: str | Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes weights as safetensors, atomically. Shared storage is copied, so every tensor stands alone.
+    """Writes weights as safetensors, atomically; equal weights and metadata give equal bytes.
 
+    Shared storage is copied, so every tensor stands alone.
     Several processes must all call it; the first writes.
     """
     path, whole = Path(path), distributed.full(weights)
     if not distributed.is_first():
         return
     with replacing(path) as temporary, naming_full_disk(path, SafetensorError):
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in whole.items()}, temporary, metadata)
+        alone = {name: value.detach().cpu().contiguous().clone() for name, value in whole.items()}
+        save_file(alone, temporary, metadata)
+        sort_metadata(temporary)
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_base.jobs.config import REQUIRED, option, runtime_only
+from clip_base.jobs.lock import lock_file
 from clip_base.jobs.run import differences
 from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.files import ENCODING_HELP, existing, read_json, write_json, write_text
@@ -82,11 +83,12 @@ def build(config: ConceptsConfig) -> None:
         raise InputError(f"out={out} is a folder; give a file, such as {out / 'concepts.jsonl'}")
     captions = existing(config.captions, "captions file")
     provenance = _provenance(config, captions)
-    if out.exists():
-        _require_same(out, meta_path, provenance)
-        print(f"{out} already exists, made with the same options: {len(read_concepts(out))} concepts")
-    else:
-        _make(config, out, meta_path, provenance)
+    with lock_file(out):
+        if out.exists():
+            _require_same(out, meta_path, provenance)
+            print(f"{out} already exists, made with the same options: {len(read_concepts(out))} concepts")
+        else:
+            _make(config, out, meta_path, provenance)
     if config.explain:
         print(explain(config, read_concepts(out)))
 

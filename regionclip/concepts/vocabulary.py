@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from clip_base.evaluation.prompts import (
@@ -26,8 +25,9 @@ from clip_base.evaluation.prompts import (
 )
 from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing, replacing
+from clip_base.runtime.files import existing
 from clip_base.runtime.hashing import content_hash
+from clip_base.weights.native import write_weights
 from regionclip.data.categories import check_names
 
 FORMAT = "regionclip.vocabulary"
@@ -144,8 +144,7 @@ class Vocabulary:
             "names": json.dumps(self.names, ensure_ascii=False),
             "provenance": json.dumps(self.provenance, ensure_ascii=False),
         }
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata)
+        write_weights(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path, names: Sequence[str] | None = None) -> Vocabulary:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.lock import lock_file
 from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.hashing import content_hash
 from clip_base.runtime.progress import Progress
@@ -108,7 +109,9 @@ def export(config: ExportConfig) -> None:
                 f"min_objectness={config.min_objectness:g}; lower them"
             )
 
-    if not write_labels(config.format, target, counted()):
+    with lock_file(config.out):
+        written = write_labels(config.format, target, counted())
+    if not written:
         print(f"{config.out} already exists, made with the same options")
         return
     often = ", ".join(f"{categories.names[label]} {count:,}" for label, count in counts.most_common(5))

@@ -19,6 +19,7 @@ from clip_base.images.folders import IMAGE_SUFFIXES
 from clip_base.images.inputs import picture_files
 from clip_base.images.video import CODECS, VIDEOS, Video, VideoFrame, writing_video
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.lock import lock_folder
 from clip_base.jobs.resume_log import ResumeLog
 from clip_base.jobs.run import hashes_of
 from clip_base.jobs.skipped import max_skipped_option, require_share, require_usable
@@ -117,9 +118,11 @@ def detect(config: DetectConfig) -> None:
     names = parse_names(config.vocabulary)
     header = _header(config, names, files)
     datasets = planned_datasets(config.format, out, names, files, header)
-    predictor = config.predictor()
-    predictor.set_vocabulary(names, config.embeddings)
-    with ResumeLog(out / JOURNAL, header) as journal:
+    with contextlib.ExitStack() as closing:
+        closing.enter_context(lock_folder(out))
+        predictor = config.predictor()
+        predictor.set_vocabulary(names, config.embeddings)
+        journal = closing.enter_context(ResumeLog(out / JOURNAL, header))
         batches = -(-len(pictures) // config.batch_size)
         pictures = pictures[journal.units * config.batch_size :]
         videos = videos[max(journal.units - batches, 0) :]

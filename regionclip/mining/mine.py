@@ -37,14 +37,15 @@ def mine(config: MineConfig) -> None:
     """Mines region-phrase pairs from captioned images into Parquet shards with a manifest."""
     given, config = config, _fetched(config)
     head = teacher_head(config)  # which may raise, before anything is written
-    folder = RunFolder(config.out, given, "region-mine", _inputs(config))
+    first, shares = config.shares
+    part = f"{first}-of-{shares}" if shares > 1 else ""
+    folder = RunFolder(config.out, given, "region-mine", _inputs(config), part)
     if folder.finished() is not None and is_whole(folder.path):
         print(f"{folder.path} is complete: {read_manifest(folder.path)['regions']} regions")
         return
     existing(config.images, "images folder")
     path = folder.path / VOCABULARY
     vocabulary = Vocabulary.load(path) if path.exists() else _embed(config)
-    first, shares = config.shares
     listed = folder.path / f".images-{first}-of-{shares}.db"
     if not listed.exists():
         write_caption_index(config.captions, listed)

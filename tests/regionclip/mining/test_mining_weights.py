@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from clip_base.jobs.cli import main
 from clip_base.models.clip import CLIP
 from clip_base.runtime.files import read_json
-from clip_base.runtime.hashing import content_hash
+from clip_base.runtime.hashing import content_hash, file_hash
 from clip_base.weights import download
-from clip_base.weights.native import save_clip
+from clip_base.weights.native import read_weights, save_clip
 
 Command = Callable[..., tuple[int, str]]
 Swap = Callable[..., list[str]]
@@ -27,14 +28,13 @@ def test_a_published_name_is_a_teacher_and_its_content_is_noted(
     swapped: Swap,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    digest = content_hash(clip_file)
-    file = download.Published("tiny.safetensors", digest, page="a page")
+    file = download.Published("tiny.safetensors", file_hash(clip_file), page="a page")
     monkeypatch.setattr(download, "files", lambda: {"tiny": file})
     monkeypatch.setenv("CLIP_BASE_CACHE", str(tmp_path))
     shutil.copy(clip_file, tmp_path / "tiny.safetensors")
     code, told = regionclip("mine", *swapped(mining_options, weights="tiny", out=tmp_path / "mined"))
     assert code == 0, told
-    assert read_json(tmp_path / "mined" / ".inputs.json", "inputs")["teacher"] == digest
+    assert read_json(tmp_path / "mined" / ".inputs.json", "inputs")["teacher"] == content_hash(clip_file)
 
 
 def test_a_folder_of_weights_is_a_teacher(
@@ -54,3 +54,19 @@ def test_a_folder_of_weights_is_a_teacher(
     code, told = regionclip("mine", *options)
     assert code == 2
     assert f"teacher ({folder}) changed since the run" in told
+
+
+def test_a_teacher_that_was_saved_again_is_the_same_teacher(
+    mining_options: list[str], clip_file: Path, tmp_path: Path, regionclip: Command, swapped: Swap
+) -> None:
+    weights, mined = tmp_path / "clip.safetensors", tmp_path / "mined"
+    shutil.copy(clip_file, weights)
+    options = swapped(mining_options, weights=weights, out=mined, shard_images=12)
+    assert regionclip("mine", *options)[0] == 0
+    manifest = (mined / "manifest.json").read_bytes()
+    for name in ("manifest.json", "metrics.json", "shard-00000.parquet"):
+        (mined / name).unlink()
+    tensors, metadata = read_weights(weights)
+    save_file(tensors, weights, {**metadata, "config": metadata["config"]})  # in the library's own order
+    assert regionclip("mine", *options)[0] == 0
+    assert (mined / "manifest.json").read_bytes() == manifest

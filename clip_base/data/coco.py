@@ -295,10 +295,15 @@ def two_images(where: str, image_id: int, first: object, second: object) -> Inpu
 
 
 def category_name(entry: dict[str, Any], where: str, known: Mapping[int, str]) -> str:
-    """Returns a category's name; InputError when it has none, or its id or name is known already."""
+    """Returns a category's name, white space as single spaces.
+
+    Raises:
+        InputError: it has none, or its id or name is known already.
+    """
     name = entry.get("name")
     if not isinstance(name, str) or not name.strip():
         raise InputError(f"{where} needs a 'name', found {_shown(entry)}")
+    name = " ".join(name.split())
     if entry["id"] in known:
         both = f"{quote(known[entry['id']])} and {quote(name)}"
         raise InputError(f"{where}: category id {entry['id']} belongs to both {both}")

@@ -25,7 +25,7 @@ from webdataset.tariterators import base_plus_ext
 
 from clip_base.data.sources import SPLIT_LINES_HELP, Pair, Pairs, captions_in
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, note, shortened
 from clip_base.runtime.files import ENCODING_HELP, decode_text, existing, parse_json, replacing
 from clip_base.runtime.progress import track
 
@@ -219,6 +219,7 @@ class Records:
     def __init__(self, tars: list[Path], config: WebdatasetConfig) -> None:
         self.tars, self.config = tars, config
         self.damage: dict[int, str] = {}  # record -> why the rest of its tar is lost
+        self._dotted: list[str] = []  # extensions such as "v1.jpg" of records without image
         extensions: set[str] = set()
         tables: list[Integers] = []
         total = 0
@@ -234,7 +235,13 @@ class Records:
         # [N, 1 + 2 + 2C]: tar, then offset and size of the image and of each caption
         empty = np.empty((0, 3 + 2 * len(config.captions)), np.int64)
         self._table: Integers = np.concatenate([empty, *tables])
-        there = ", ".join(sorted(extensions)) or "none"
+        there = shortened(", ".join(sorted(extensions)) or "none", 300)
+        if self._dotted:
+            note(
+                f"{tars[0]}{' …' if len(tars) > 1 else ''}: {len(self._dotted):,} images are not found, for "
+                "their names have a dot: webdataset takes what follows the first dot, such as "
+                f"{self._dotted[0]!r}, for the extension; rename them"
+            )
         for what, wanted, sizes in (
             ("images", config.images, self._table[:, 2]),
             ("captions", config.captions, self._table[:, 4::2]),
@@ -262,6 +269,8 @@ class Records:
         for record in records:
             extensions.update(record)
             image = next((record[name] for name in self.config.images if name in record), _NOWHERE)
+            if image is _NOWHERE:
+                self._dotted += [name for name in record if name.rpartition(".")[2] in self.config.images]
             places.append([*image, *(value for kind in kinds for value in record.get(kind, _NOWHERE))])
         return places
 

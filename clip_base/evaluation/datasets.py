@@ -44,8 +44,8 @@ def folder_pictures(folder: str) -> tuple[list[str], list[Picture]]:
     """Returns the names of a folder's classes, and the images in them.
 
     Args:
-        folder: with a subfolder for each class, whose names are sorted, `_` as a space; or a classification
-            dataset of CLIP_benchmark, see `shard_pictures`.
+        folder: with a subfolder for each class, sorted as `subfolders` says, `_` as a space; or a
+            classification dataset of CLIP_benchmark, see `shard_pictures`.
 
     Raises:
         InputError: the folder is missing, or holds neither subfolders with images nor tars.

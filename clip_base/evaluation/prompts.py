@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
-from clip_base.runtime.errors import InputError, quote
+from clip_base.runtime.errors import InputError, note, quote
 from clip_base.runtime.files import existing, read_text
 from clip_base.runtime.progress import Progress
 
@@ -118,6 +118,7 @@ def ensemble(
     distinct = list(dict.fromkeys(names))
     step = max(1, batch_size // len(templates))  # names at once; a mean is made as soon as it can be
     means: list[Tensor] = []
+    cut: list[str] = []
     was_training = model.training
     model.train(False)
     try:
@@ -127,16 +128,36 @@ def ensemble(
                 texts = [fill(template, name) for name in some for template in templates]  # n·K
                 parts = []
                 for first in range(0, len(texts), batch_size):
-                    tokens = tokenizer(texts[first : first + batch_size], truncate).to(device)  # [N, T]
-                    parts.append(F.normalize(model.encode_text(tokens).float(), dim=-1).cpu())  # [N, D]
+                    prompts = texts[first : first + batch_size]
+                    tokens = tokenizer(prompts, truncate)  # [N, T]
+                    cut += _cut(tokenizer, prompts, tokens)
+                    embedded = model.encode_text(tokens.to(device)).float()
+                    parts.append(F.normalize(embedded, dim=-1).cpu())  # [N, D]
                 means.append(torch.cat(parts).reshape(len(some), len(templates), -1).mean(1))  # [n, D]
                 progress.advance(len(some))
     finally:
         model.train(was_training)
+    if cut:
+        note(
+            f"{len(cut)} prompts are longer than what the text tower reads and are cut there; the first: "
+            f"{quote(cut[0])}"
+        )
     row_of = {name: row for row, name in enumerate(distinct)}
     directions = torch.cat(means)  # [C, D] of the distinct names
     directions /= directions.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     return directions[[row_of[name] for name in names]]
+
+
+def _cut(tokenizer: TextTokenizer, texts: list[str], tokens: Tensor) -> list[str]:
+    """Returns the texts that were cut: of those that fill their row, which the tokenizer else refuses."""
+    found = []
+    for text, last in zip(texts, tokens[:, -1].tolist(), strict=True):
+        if last:
+            try:
+                tokenizer([text])
+            except ValueError:
+                found.append(text)
+    return found
 
 
 def classifier(

@@ -39,8 +39,8 @@ class ZeroshotConfig(FeatureConfig):
     )
     names: list[str] = option(
         [],
-        "class names in the order of the sorted subfolders, or one file of them: one per line, JSON, YAML or "
-        "CSV; default: theirs",
+        "class names in the order of the sorted subfolders (numbered ones: of the numbers), or one file of "
+        "them: one per line, JSON, YAML or CSV; default: theirs",
     )
     templates: str = option(
         "published", "published (CLIP's 80 prompts), simple (one), or a file with one per line"

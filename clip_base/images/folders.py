@@ -121,8 +121,15 @@ def list_files(
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """Returns the folders directly in a folder, sorted, of those that `list_files` looks into."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not _is_odd(path.name, True))
+    """Returns the folders directly in a folder, sorted, of those that `list_files` looks into.
+
+    Folders that are all numbered, as ImageNetV2's are, stand in the order of the numbers: in that of texts 10
+    comes before 2, and names given for 0, 1, 2 … would be other classes'.
+    """
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and not _is_odd(path.name, True))
+    if all(path.name.isdecimal() for path in found):
+        return sorted(found, key=lambda path: int(path.name))
+    return found
 
 
 def require_utf8(path: Path, what: str) -> None:

@@ -82,3 +82,10 @@ def test_the_site_is_built_without_a_warning_and_asks_nobody_for_anything(tmp_pa
         )
         assert not fetched, f"{page.name} fetches {fetched}"
     assert (tmp_path / "site" / "your_own_data.html").exists()
+
+
+def test_the_tests_that_their_page_names_exist() -> None:
+    page = ROOT / "tests" / "README.md"
+    named = re.findall(r"`([\w/]+/test_\w+\.py)`", page.read_text(encoding="utf-8"))
+    assert len(named) > 20
+    assert [name for name in named if not (page.parent / name).is_file()] == []

@@ -1,6 +1,6 @@
 """CSV and TSV files: the delimiter is found, quotes count where the file uses them, ragged rows are refused.
 
-Covered: the source `csv` of image-text pairs and the captions of `regionclip concepts`: one reader.
+Covered: the source `csv` of image-text pairs, the captions of `regionclip concepts`, and lists of classes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from clip_base.jobs.config import build_plugin
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.tables import open_table
 from regionclip.data.captions import read_texts
+from regionclip.data.categories import parse_names
 
 
 def sourced(path: Path, **options: str) -> list[tuple[str, str]]:
@@ -66,6 +67,13 @@ def test_the_delimiter_is_found_whatever_the_file_is_called(tmp_path: Path, mark
             [["image", "n", "caption"], ["a.jpg", 1, f"a cat{mark} asleep"], ["b.jpg", 2, "two\nlines, both"]]
         )
     assert both(file) == [("a.jpg", f"a cat{mark} asleep".replace("\t", "")), ("b.jpg", "two lines, both")]
+
+
+@pytest.mark.parametrize("mark", [",", "\t", ";", "|"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_the_delimiter_of_a_class_list_is_found(tmp_path: Path, mark: str, suffix: str) -> None:
+    rows = [mark.join(row) for row in (("id", "name", "frequency"), ("2", "dog", "r"), ("1", "red cup", "c"))]
+    assert parse_names(str(write(tmp_path / f"a{suffix}", *rows))) == ["red cup", "dog"]
 
 
 def test_open_clips_tab_separated_csv_is_read(tmp_path: Path) -> None:

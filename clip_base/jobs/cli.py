@@ -14,20 +14,22 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from clip_base.jobs import completion as completions
 from clip_base.jobs import config as configs
-from clip_base.jobs import plugins
+from clip_base.jobs import plugins, shipped
 from clip_base.jobs import schema as schemas
 from clip_base.jobs.completion import Word
 from clip_base.jobs.lock import releasing_locks
 from clip_base.jobs.schema import Description
 from clip_base.runtime.errors import InputError, InputNote
+from clip_base.runtime.lazy import installed_version
 
 REGION_PREFIX = "region-"
+CONFIGS = "configs"
 
 # OpenMP threads that spin while they wait bring a shared machine to a standstill: two jobs beside each other
 # then run forty times slower, not twice. Set before torch is imported, which reads it once.
@@ -113,7 +115,13 @@ def _dispatch(program: str, prefix: str, arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview(program, jobs))
         return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"{program} {installed_version()}")
+        return 0
     name, rest = arguments[0], arguments[1:]
+    if name == CONFIGS:
+        print(_configs(program, prefix, jobs, rest))
+        return 0
     if name == completions.COMMAND:
         print(completions.completion(program, jobs, rest))
         return 0
@@ -132,6 +140,20 @@ def _dispatch(program: str, prefix: str, arguments: list[str]) -> int:
         distributed.start()
     job(config)
     return 0
+
+
+def _configs(program: str, prefix: str, jobs: Collection[str], arguments: Sequence[str]) -> str:
+    """Returns the list of the configs that come with the project, of all jobs or of those that are named."""
+    if set(arguments) & {"-h", "--help"}:
+        return f"usage: {program} {CONFIGS} [JOB …]\n\nLists the config files that come with the project."
+    unknown = next((job for job in arguments if job not in jobs), None)
+    if unknown is not None:
+        raise InputError(f"there is no job {unknown!r}; {plugins.did_you_mean(unknown, list(jobs))}")
+    found = list(shipped.listed(prefix, arguments or jobs))
+    if not found:
+        return f"no config file comes with {' and '.join(arguments)}: its defaults are its options'"
+    lines = [f"{name}\n    {meaning}" for name, meaning in found]
+    return "\n".join([*lines, "", f"{program} JOB NAME [key=value …] takes one, from wherever you are."])
 
 
 def parse(schema: type, arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -201,6 +223,7 @@ def _overview(program: str, jobs: dict[str, Any]) -> str:
     lines += [
         "",
         f"`{program} JOB --help` lists a job's options; key=value and --key value are the same thing.",
+        f"`{program} {CONFIGS}` lists config files that come along; `{program} --version` tells the version.",
         f"TAB completes jobs, options and values after `{completions.how(program, shell)}` "
         f"(or {', '.join(other for other in completions.SHELLS if other != shell)}).",
     ]

@@ -19,8 +19,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from clip_base.jobs import plugins
+from clip_base.jobs.shipped import find_config
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing
 from clip_base.runtime.tables import read_yaml
 
 T = TypeVar("T")
@@ -76,7 +76,7 @@ def resolve(schema: type[T], file: str | Path | None = None, overrides: Sequence
     """
     config = OmegaConf.structured(schema)
     if file is not None:
-        config = _merge(config, _read_yaml(existing(file, "config file")), f"{file}: ")
+        config = _merge(config, _read_yaml(find_config(file)), f"{file}: ")
     changes = []
     for override in overrides:
         key, equals, _ = override.partition("=")

@@ -6,11 +6,20 @@ import importlib
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 # Nanoseconds; both packages import this module before any other of theirs, so a source file that is older has
 # been imported as it is.
 LOADED_AT = time.time_ns()
+
+
+def installed_version() -> str:
+    """Returns the version of the distribution that holds both packages; "unknown" where none is installed."""
+    try:
+        return version("regionclip")
+    except PackageNotFoundError:  # a checkout on the path
+        return "unknown"
 
 
 def lazy(package: str, places: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
@@ -22,6 +31,8 @@ def lazy(package: str, places: Mapping[str, str]) -> tuple[Callable[[str], Any],
     """
 
     def find(name: str) -> Any:
+        if name == "__version__":
+            return installed_version()
         if name not in places:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(places[name]), name)

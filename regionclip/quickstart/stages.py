@@ -10,6 +10,7 @@ from typing import Any
 
 from clip_base.jobs import config as configs
 from clip_base.jobs import plugins
+from clip_base.jobs.shipped import shipped_folder
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import read_json, write_json
 from clip_base.runtime.progress import clock
@@ -38,14 +39,11 @@ def shipped(job: str, name: str) -> Path:
     Raises:
         InputError: there is no such file.
     """
-    here = Path(__file__).parents[1]
-    folders = [folder for folder in (here / "configs", here.parent / "configs") if folder.is_dir()]
-    for folder in folders:
-        path = folder / job / f"{name}.yaml"
-        if path.exists():
-            return path
-    known = sorted({path.stem for folder in folders for path in (folder / job).glob("*.yaml")})
-    raise InputError(f"there is no configs/{job}/{name}.yaml; known: {', '.join(known) or 'none'}")
+    path = shipped_folder() / job / f"{name}.yaml"
+    if not path.exists():
+        known = sorted(path.stem for path in path.parent.glob("*.yaml"))
+        raise InputError(f"there is no configs/{job}/{name}.yaml; known: {', '.join(known) or 'none'}")
+    return path
 
 
 def run_stages(stages: Sequence[Stage], preset: str, path: Path) -> dict[str, float]:

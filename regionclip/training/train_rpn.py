@@ -38,7 +38,7 @@ class TrainRPNConfig(BaseClassImages, TrainingOptions):
     val_annotations: str = option(
         "",
         "annotations whose boxes measure recall at the end; empty: not measured. A finished folder is "
-        "measured again when they change",
+        "measured again with other ones",
         runtime_only=True,
     )
     val_images: str = option(
@@ -81,10 +81,9 @@ def train_rpn(config: TrainRPNConfig) -> None:
     """Trains a class-agnostic proposal network on base-class boxes; leaves `out/model.safetensors`."""
     inputs = annotation_inputs(config, "annotations") | files_of(config, "split", "network")
     run = RunFolder(config.out, config, "region-train-rpn", inputs)
-    measured_on = {key: getattr(config, key) for key in ("val_annotations", "val_images")}
-    measured_on |= {"sha256": hashes_of(annotation_inputs(config, "val_annotations")).get("val_annotations")}
+    measured_on = hashes_of(annotation_inputs(config, "val_annotations")).get("val_annotations", "")
     metrics, file = run.finished(), run.path / "model.safetensors"
-    if metrics is not None and (not config.val_annotations or metrics.get("measured_on") == measured_on):
+    if metrics is not None and measured_on in ("", metrics.get("measured_on")):
         print(f"{run.path} is complete: {file}")
         return
     validation = validation_data(config)  # read before the first step, so that a fault of its shows then

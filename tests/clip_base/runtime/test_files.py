@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from clip_base.runtime import files
 from clip_base.runtime.errors import InputError
@@ -88,3 +90,12 @@ def test_a_librarys_error_on_a_disk_with_room_stays_what_it_is(tmp_path: Path) -
         raise RuntimeError("something else")
     with pytest.raises(OSError, match="No space left"), files.naming_full_disk(tmp_path / "a", RuntimeError):
         raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+
+def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    with files.replacing(tmp_path / "weights.safetensors") as temporary:
+        save_file({"a": torch.zeros(1)}, temporary)  # which makes files that only their owner may read
+    files.write_text(tmp_path / "text", "hello")
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1

@@ -70,8 +70,8 @@ STAGES = {
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--photos", type=Path, required=True, help="folder of photographs")
-    parser.add_argument("--proposals", type=Path, required=True, help="their boxes, in COCO's results form")
-    parser.add_argument("--captions", type=Path, required=True, help="their captions, in COCO's form")
+    parser.add_argument("--proposals", type=Path, required=True, help="their boxes, in COCO's results format")
+    parser.add_argument("--captions", type=Path, required=True, help="their captions, in COCO's format")
     parser.add_argument("--count", type=int, default=4, help="photographs of the comparison of teachers")
     parser.add_argument("--boxes", type=int, default=100, help="boxes per image, the best scored ones")
     parser.add_argument("--short", type=int, nargs="+", default=[480, 800], help="short sides for roi_align")

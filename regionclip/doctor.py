@@ -31,7 +31,7 @@ FILE_WIDTH = 110  # of the report where there is no terminal that says how wide 
 class DoctorConfig:
     """Options of the check."""
 
-    out: str = option("", "JSON file that takes the findings too; empty: none")
+    out: str = option("", "JSON file for the findings; empty: none")
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def doctor(config: DoctorConfig) -> None:
     missing = [finding for finding in everything if finding.needed and finding.remedy]
     if missing:
         topics = ", ".join(finding.topic for finding in missing)
-        raise InputError(f"{len(missing)} needed part(s) are missing: {topics}; {missing[0].remedy}")
-    print("all that is needed is here")
+        raise InputError(f"{len(missing)} required part(s) are missing: {topics}; {missing[0].remedy}")
+    print("everything required is installed")
 
 
 def machine() -> Iterator[CheckResult]:

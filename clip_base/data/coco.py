@@ -34,7 +34,7 @@ def read_instances(path: str | Path) -> dict[str, Any]:
 
     Every job reads its annotations here, so that a format of another package serves all of them. Such a
     format is a function in the group `clip_base.annotation_formats`: of a path, it returns the content in
-    COCO's form, or None when the file is not of its format.
+    COCO's format, or None when the file is not of its format.
 
         [project.entry-points."clip_base.annotation_formats"]
         via = "my_package.via:read_via"
@@ -83,7 +83,7 @@ def check_instances(content: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(content, dict):
         hint = "; that is the form of a results file" if isinstance(content, list) else ""
-        raise InputError(f"{where} must hold an object with images, annotations, categories{hint}")
+        raise InputError(f"{where} must be an object with images, annotations, categories{hint}")
     lists = _lists(content, where, "instances", INSTANCES)
     names: dict[int, Any] = {}
     for entry in lists["images"]:
@@ -104,7 +104,7 @@ def read_captions(path: str | Path) -> tuple[dict[int, list[str]], dict[int, str
     content = read_json(path, "captions file")
     if not isinstance(content, dict) or not all(key in content for key in CAPTIONS):
         raise InputError(
-            f"{where} is not in COCO's form: it must hold 'images' and 'annotations', at its top"
+            f"{where} is not in COCO's format: it must have 'images' and 'annotations' at the top level"
         )
     lists = _lists(content, where, "captions", CAPTIONS)
     names = image_names(lists["images"], where)
@@ -127,7 +127,7 @@ def _lists(
         value = content.get(key)
         if not isinstance(value, list):
             problem = f"{key!r} is a {type(value).__name__}" if key in content else f"there is no {key!r}"
-            raise InputError(f"{where} is not in COCO's {form} form: {problem}, a list is needed")
+            raise InputError(f"{where} is not in COCO's {form} format: {problem}, a list is needed")
         found[key] = [
             entry if _is_plain(entry, needed) else checked_entry(entry, f"{where}: {key}[{place}]", needed)
             for place, entry in enumerate(value)
@@ -147,7 +147,7 @@ def checked_entry(entry: Any, where: str, ids: Sequence[str]) -> dict[str, Any]:
         InputError: it is no object, an id is no whole number or too large, or `iscrowd` is neither 0 nor 1.
     """
     if not isinstance(entry, dict):
-        raise InputError(f"{where} is no object but {quote(entry)}")
+        raise InputError(f"{where} is not an object: {quote(entry)}")
     fixed = dict(entry)
     for key in ids:
         number = as_id(entry.get(key))
@@ -262,7 +262,7 @@ def file_name_of(entry: dict[str, Any], where: str) -> str:
     if not isinstance(name, str) or not name.strip():
         raise InputError(f"{where} needs a 'file_name', found {_shown(entry)}")
     if "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise InputError(f"{where}: no file can be called {quote(name)}; correct its 'file_name'")
+        raise InputError(f"{where}: {quote(name)} is not a valid file name; correct its 'file_name'")
     return name
 
 
@@ -289,8 +289,8 @@ def stated_size(entry: dict[str, Any], where: str) -> tuple[int, int] | None:
 def two_images(where: str, image_id: int, first: object, second: object) -> InputError:
     """Returns the error of an id that belongs to two images."""
     return InputError(
-        f"{where}: image id {image_id} belongs to both {shortened(str(first))} and {shortened(str(second))}; "
-        "give every image an id of its own"
+        f"{where}: image id {image_id} is used for both {shortened(str(first))} and "
+        f"{shortened(str(second))}; give every image its own id"
     )
 
 
@@ -306,7 +306,7 @@ def category_name(entry: dict[str, Any], where: str, known: Mapping[int, str]) -
     name = " ".join(name.split())
     if entry["id"] in known:
         both = f"{quote(known[entry['id']])} and {quote(name)}"
-        raise InputError(f"{where}: category id {entry['id']} belongs to both {both}")
+        raise InputError(f"{where}: category id {entry['id']} is used for both {both}")
     if name in known.values():
         raise InputError(f"{where}: two categories are called {quote(name)}; merge them or rename one")
     return name

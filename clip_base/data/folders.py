@@ -17,7 +17,7 @@ class FolderConfig:
     """A folder and what its texts are called."""
 
     folder: str = option(REQUIRED, "folder of images and texts, subfolders included")
-    suffix: str = option(".txt", "ending of the text beside an image")
+    suffix: str = option(".txt", "file extension of the text next to an image")
     split_lines: bool = option(True, SPLIT_LINES_HELP)
     encoding: str = option("", ENCODING_HELP)
 
@@ -52,7 +52,7 @@ class Beside:
         image = self.images[index]
         text = image.with_suffix(self.config.suffix)
         if not is_file(text):
-            raise InputError(f"image {image} has no caption: there is no file {text.name} beside it")
+            raise InputError(f"image {image} has no caption: there is no file {text.name} next to it")
         try:
             captions = captions_in(read_text(text, "text", self.config.encoding), self.config.split_lines)
         except InputError as error:

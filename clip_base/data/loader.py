@@ -1,4 +1,4 @@
-"""Batches whose order is a function of seed and step alone, so that a run can go on at the next sample."""
+"""Batches whose order is a function of seed and step alone, so that a run can resume at the next sample."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Loader(Generic[B]):
         replacement: bool = False,
     ) -> None:
         if not len(items):
-            raise InputError("there is nothing to train on: the data holds no usable sample")
+            raise InputError("nothing to train on: the data has no usable sample")
         self.items, self.collate, self.batch_size = items, collate, batch_size
         self.seed, self.workers, self.max_skipped = seed, workers, max_skipped
         self.weights, self.replacement = weights, replacement

@@ -22,7 +22,7 @@ STATUS, DOWNLOADED = "status", "success"  # img2dataset's column, and its word f
 
 @dataclass
 class ParquetConfig:
-    """A Parquet table with an image and one or several captions a row."""
+    """A Parquet table with an image and one or several captions per row."""
 
     file: str = option(REQUIRED, "Parquet file, or a folder of them")
     images: str = option("", "folder that image paths are relative to; empty: the table's own")
@@ -116,7 +116,7 @@ def _files(path: Path) -> list[Path]:
     files = list_files(path, (".parquet",), what="folder").files
     files = [file for file in files if not any(part[0] == "_" for part in file.relative_to(path).parts)]
     if not files:
-        raise InputError(f"folder {path} holds no .parquet files; give their folder, or a file")
+        raise InputError(f"folder {path} has no .parquet files; give a folder of them, or a file")
     return files
 
 

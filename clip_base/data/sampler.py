@@ -14,12 +14,12 @@ def epoch_length(size: int, weights: Tensor | None = None) -> int:
     if weights is None:
         return size
     if weights.shape != (size,):
-        raise ValueError(f"weights must be [{size}], one a sample, got {list(weights.shape)}")
+        raise ValueError(f"weights must be [{size}], one per sample, got {list(weights.shape)}")
     if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
         raise InputError("weights must be finite and not negative")
     length = round(float(weights.double().sum()))
     if length < 1:
-        raise InputError(f"the weights leave {length} samples an epoch; raise them")
+        raise InputError(f"the weights leave {length} samples per epoch; increase them")
     return length
 
 

@@ -51,9 +51,9 @@ class Source(Protocol):
 
 @dataclass
 class CocoCaptionsConfig:
-    """Captions in COCO's form."""
+    """Captions in COCO's format."""
 
-    captions: str = option(REQUIRED, "captions_*.json in COCO's form")
+    captions: str = option(REQUIRED, "captions_*.json in COCO's format")
     images: str = option(REQUIRED, "folder that the file names in it are relative to")
 
 
@@ -74,7 +74,7 @@ class CocoCaptionsSource:
 class TableConfig:
     """A table with one image and one caption a row."""
 
-    file: str = option(REQUIRED, "CSV or TSV file whose first line names its columns")
+    file: str = option(REQUIRED, "CSV or TSV file whose first line has the column names")
     images: str = option("", "folder that the image paths are relative to; empty: the table's own")
     image_column: str = option("image", "column of the image path")
     caption_column: str = option("caption", "column of the caption")

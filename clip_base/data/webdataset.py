@@ -55,7 +55,7 @@ class Member:
             file.seek(self.offset)
             data = file.read(self.size)
         if len(data) < self.size:
-            raise InputError(f"{self} is cut off: {len(data)} of {self.size} bytes are there")
+            raise InputError(f"{self} is truncated: it has {len(data)} of {self.size} bytes")
         return data
 
     def __str__(self) -> str:
@@ -109,7 +109,7 @@ def scan(path: Path) -> TarIndex:
     except (tarfile.TarError, OSError) as error:
         if not names:
             raise InputError(
-                f"shard {path} cannot be read as an uncompressed tar: {error}; unpack .gz and the like first"
+                f"shard {path} cannot be read as an uncompressed tar: {error}; unpack compressed files first"
             ) from None
         # The last member is cut off; it is listed as unusable when it is drawn.
     size = path.stat().st_size
@@ -152,7 +152,7 @@ class WebdatasetConfig:
         REQUIRED, "tars, or a folder of them; braces and :: as in webdataset: data/{0000..0009}.tar::more.tar"
     )
     images: list[str] = option(
-        ["jpg", "jpeg", "png", "webp"], "extensions of a record's image; the first that it has counts"
+        ["jpg", "jpeg", "png", "webp"], "extensions of a record's image, in order of preference"
     )
     captions: list[str] = option(
         ["txt"],
@@ -161,7 +161,7 @@ class WebdatasetConfig:
     split_lines: bool = option(True, SPLIT_LINES_HELP)
     encoding: str = option("", ENCODING_HELP)
     index: str = option(
-        "", "folder that keeps the tars' indices; empty: made anew each run", runtime_only=True
+        "", "folder that caches the tar indices; empty: rebuilt in each run", runtime_only=True
     )
 
     def __post_init__(self) -> None:
@@ -191,7 +191,7 @@ def expand(shards: str) -> list[Path]:
     if remote is not None:
         raise InputError(f"shard {remote} is not a local file; download it and give its path")
     if not names:
-        raise InputError(f"shards={shards!r} names no file")
+        raise InputError(f"shards={shards!r} matches no file")
     return [tar for name in names for tar in _tars_of(existing(name, "shard"))]
 
 
@@ -201,7 +201,7 @@ def _tars_of(path: Path) -> list[Path]:
         return [path]
     tars = [file for file in path.iterdir() if file.suffix == ".tar" and not file.name.startswith(".")]
     if not tars:
-        raise InputError(f"folder {path} holds no .tar files; give their folder, or the tars")
+        raise InputError(f"folder {path} holds no .tar files; give a folder of them, or the tars")
     return sorted(tars, key=lambda file: (len(file.name), file.name))  # 2.tar before 10.tar
 
 
@@ -318,7 +318,7 @@ def _captions(kind: str, member: Member, config: WebdatasetConfig) -> list[str]:
         return list(captions_in(text, config.split_lines))
     content = parse_json(text, str(member))
     if not isinstance(content, dict):
-        raise InputError(f"{member} does not hold captions: it is no JSON object")
+        raise InputError(f"{member} has no captions: it is not a JSON object")
     found = content.get(kind.removeprefix("json."), [])
     texts = found if isinstance(found, list) else [found]
     return [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]

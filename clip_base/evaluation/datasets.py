@@ -58,7 +58,7 @@ def folder_pictures(folder: str) -> tuple[list[str], list[Picture]]:
     if not inside:
         raise InputError(
             f"{folder} holds no images in subfolders; put each class's images into a folder of its name, "
-            "or give annotations=FILE in COCO's form"
+            "or give annotations=FILE in COCO's format"
         )
     if len(inside) < len(listing.files):
         listing.left_out["in no subfolder, which belong to no class"] = len(listing.files) - len(inside)
@@ -170,7 +170,7 @@ def coco_pictures(annotations: str, images: str) -> tuple[list[str], list[Pictur
             image, label = entry["image_id"], label_of[entry["category_id"]]
             pictures.append(Picture(path_of[image], label, box_of(entry, at), size_of_image[image]))
     if not pictures:
-        raise InputError(f"{annotations} holds no boxes of single objects")
+        raise InputError(f"{annotations} has no boxes of single objects")
     return [names[key] for key in sorted(names)], sorted(pictures, key=lambda picture: str(picture.path))
 
 

@@ -41,11 +41,11 @@ _READING = "2"  # of images; to be counted on when other pixels are made of a fi
 class FeatureConfig(ComputeOptions):
     """Options of every job that embeds images."""
 
-    weights: str = option(REQUIRED, "weights in any known form, or a published model's name")
+    weights: str = option(REQUIRED, "weights in any known format, or a published model's name")
     out: str = option(REQUIRED, "folder for metrics and tables", runtime_only=True)
-    activation: str = option("", "activation of weights that do not say it", choices=("", *ACTIVATIONS))
+    activation: str = option("", "activation of weights that do not state it", choices=("", *ACTIVATIONS))
     features: str = option(
-        "", "folder that keeps image features between runs; empty: out/features", runtime_only=True
+        "", "folder that caches image features between runs; empty: out/features", runtime_only=True
     )
     batch_size: int = option(64, "images embedded at once", runtime_only=True)
     workers: int = option(2, "threads that decode images", runtime_only=True)

@@ -46,20 +46,18 @@ class LinearProbeConfig(FeatureConfig):
     train: str = option(
         REQUIRED, "folder with a subfolder of images for each class; with annotations: of images"
     )
-    test: str = option(REQUIRED, "as train, the same classes; measured once, at the end")
-    train_annotations: str = option(
-        "", "COCO instances file: its boxes are cut out, its categories are classes"
-    )
+    test: str = option(REQUIRED, "like train, with the same classes; evaluated once, at the end")
+    train_annotations: str = option("", "COCO instances file: boxes are cropped, categories are the classes")
     test_annotations: str = option("", "as train_annotations")
     validation: float = option(0.2, "share of each class's training images on which C is chosen")
     layer: str = option(
-        "penultimate", "features before (ViT) or after the projection; ResNets have but one", choices=LAYERS
+        "penultimate", "features before (ViT) or after the projection; the same for ResNets", choices=LAYERS
     )
     shots: list[int] = option(
-        [], "few-shot probes: training images a class, such as [1,2,4,8,16]; empty: none"
+        [], "few-shot probes: training images per class, such as [1,2,4,8,16]; empty: none"
     )
-    seeds: int = option(3, "draws of the images of a few-shot probe")
-    seed: int = option(0, "decides the validation split and the draws")
+    seeds: int = option(3, "random samples of training images for each few-shot probe")
+    seed: int = option(0, "determines the validation split and the samples")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,14 +153,14 @@ def split(labels: Labels, share: float, seed: int) -> tuple[Labels, Labels]:
         held.append(own[: min(max(round(share * len(own)), 1), len(own) - 1)])
     rows = np.sort(np.concatenate(held))
     if not len(rows):
-        raise InputError("no class has two training images; the probe needs some to choose C on")
+        raise InputError("no class has two training images; the probe needs some to choose C")
     return rows, np.setdiff1d(np.arange(len(labels)), rows)
 
 
 def fit(train: LabeledFeatures, c: float, fits: Fits) -> LogisticRegression:
     """Fits multinomial logistic regression by L-BFGS, at most 1000 iterations, with sklearn's C."""
     if len(np.unique(train.labels)) < 2:
-        raise InputError("the training images are all of one class; the probe needs two")
+        raise InputError("all training images are of one class; the probe needs two")
     model = LogisticRegression(C=c, max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
@@ -223,7 +221,7 @@ def few_shot(
 ) -> list[dict[str, Any]]:
     """Returns a row for each number of shots and each draw: `shots`, `draw`, `images`, `C`, `top1`.
 
-    C is chosen on at most min(shots, 4) validation images a class, as CoOp does (arXiv 2109.01134, 4.1).
+    C is chosen on at most min(shots, 4) validation images per class, as CoOp does (arXiv 2109.01134, 4.1).
     """
     rows = []
     for shots in config.shots:
@@ -258,11 +256,11 @@ def _by_shots(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def _print(figures: dict[str, Any]) -> None:
     console = Console(highlight=False, markup=False)
     console.print(
-        f"C {figures['C']:.3g}, {figures['fits']} fits, {figures['unfinished_fits']} of them unfinished"
+        f"C {figures['C']:.3g}, {figures['fits']} fits, {figures['unfinished_fits']} did not converge"
     )
     if figures["few_shot"]:
         table = Table(title="few-shot probes", title_justify="left")
-        for column in ("images a class", "top 1", "deviation", "draws"):
+        for column in ("images per class", "top 1", "deviation", "draws"):
             table.add_column(column, justify="right")
         for shots, entry in figures["few_shot"].items():
             table.add_row(shots, f"{entry['top1']:.1%}", f"{entry['deviation']:.1%}", str(entry["draws"]))

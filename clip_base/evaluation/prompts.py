@@ -68,7 +68,7 @@ def read_templates(name: str) -> list[str]:
     if wrong is not None:
         raise InputError(f"template {quote(wrong)} in {path} has no {{}} where the class name goes")
     if not templates:
-        raise InputError(f"{path} holds no templates; write one per line, with {{}} for the class name")
+        raise InputError(f"{path} has no templates; write one per line, with {{}} for the class name")
     return templates
 
 

@@ -87,6 +87,6 @@ def require_finite(features: Tensor, what: str, model: nn.Module, source: object
             f"{source}: the embeddings of {what} are not finite, since {bad}; train or copy it again"
         )
     raise InputError(
-        f"{source}: the embeddings of {what} are not finite though every weight is: numbers grow beyond what "
-        "their type holds; compute in fp32"
+        f"{source}: the embeddings of {what} are not finite though every weight is: numbers overflow their "
+        "type; compute in fp32"
     )

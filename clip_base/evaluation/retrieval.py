@@ -39,11 +39,11 @@ class RetrievalConfig(FeatureConfig):
     """Options of retrieval on captioned images."""
 
     captions: str = option(
-        REQUIRED, "captions_*.json in COCO's form, or a folder of webdataset tars (CLIP_benchmark's wds_*)"
+        REQUIRED, "captions_*.json in COCO's format, or a folder of webdataset tars (CLIP_benchmark's wds_*)"
     )
     images: str = option("", "folder that COCO's file names are relative to; tars hold their images")
-    captions_per_image: int = option(5, "captions of each image that count, the first ones; 0: all of them")
-    prompt: str = option("{}", "what the tower reads; {} is the caption")
+    captions_per_image: int = option(5, "number of captions used per image, from the first; 0: all")
+    prompt: str = option("{}", "prompt template; {} is the caption")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,7 +103,7 @@ def captioned(
     if Path(config.captions).is_dir():
         if config.images:
             raise InputError(
-                f"captions={config.captions} is a folder of tars, which hold images; omit images="
+                f"captions={config.captions} is a folder of tars, which contain images; omit images="
             )
         return shard_captions(Path(config.captions))
     if not config.images:
@@ -151,7 +151,7 @@ def ranks_of(image_features: Tensor, text_features: Tensor, owner: Tensor) -> tu
         [I'] int64 over the images that own texts, in order, and [T] int64.
     """
     if owner.shape != (len(text_features),):
-        raise ValueError(f"owner must be [{len(text_features)}], one a text, got {list(owner.shape)}")
+        raise ValueError(f"owner must be [{len(text_features)}], one per text, got {list(owner.shape)}")
     owner = owner.to(image_features.device)
     with torch.autocast(image_features.device.type, enabled=False):
         queries, texts = torch.unique(owner), Answers(text_features)  # sorted

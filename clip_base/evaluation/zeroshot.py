@@ -34,13 +34,11 @@ class ZeroshotConfig(FeatureConfig):
         "folder with a subfolder of images for each class, or a dataset of CLIP_benchmark (wds_*); with "
         "annotations: of images",
     )
-    annotations: str = option(
-        "", "COCO instances file: its boxes are cut out and classified by its categories"
-    )
+    annotations: str = option("", "COCO instances file: boxes are cropped and classified into its categories")
     names: list[str] = option(
         [],
         "class names in the order of the sorted subfolders (numbered ones: of the numbers), or one file of "
-        "them: one per line, JSON, YAML or CSV; default: theirs",
+        "them: one per line, JSON, YAML or CSV; empty: the subfolders' names",
     )
     templates: str = option(
         "published", "published (CLIP's 80 prompts), simple (one), or a file with one per line"
@@ -64,7 +62,7 @@ def zeroshot(config: ZeroshotConfig) -> None:
     templates = read_templates(config.templates)
     own = beside_tars(Path(config.images), "zeroshot_classification_templates.txt")
     if own.exists() and config.templates == "published":
-        note(f"the prompts are CLIP's 80; templates={own} takes the dataset's own, as CLIP_benchmark does")
+        note(f"the prompts are CLIP's 80; templates={own} uses the dataset's own, as CLIP_benchmark does")
     embed = Embedder(config, run.path)
     found = embed(pictures, "zero-shot images")
     note_skipped(found.skipped, len(pictures), config.max_skipped, run.path / "skipped.jsonl")
@@ -107,7 +105,7 @@ def class_names(given: Sequence[str], found: Sequence[str]) -> list[str]:
     if repeated:
         shown = f"{', '.join(map(repr, repeated[:5]))}{', …' if len(repeated) > 5 else ''}"
         note(
-            f"{shown}: such names stand for more than one class; those cannot be told apart, so that none of "
-            "their images counts for top1"
+            f"{shown}: these names belong to more than one class; such classes cannot be told apart, so "
+            "that none of their images counts as correct in top1"
         )
     return names

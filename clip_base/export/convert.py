@@ -1,4 +1,4 @@
-"""The job `convert`: from any known form to ours, open_clip's, Hugging Face's, or another package's."""
+"""The job `convert`: from any known format to ours, open_clip's, Hugging Face's, or another package's."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ class ConvertConfig(WeightsFile):
     """Options of `convert`."""
 
     out: str = option(REQUIRED, "file to write; a folder for huggingface; either for open_clip")
-    to: str = option("native", "form to write", choices=(*FORMS, *OTHERS))
+    to: str = option("native", "format to write", choices=(*FORMS, *OTHERS))
     precision: str = option(
-        "stored", "type of the numbers to write; stored: as they are", choices=("stored", *PRECISIONS)
+        "stored", "precision to write; stored: unchanged", choices=("stored", *PRECISIONS)
     )
     text_weights: str = option(
         "",
-        "to=native: CLIP whose text tower goes along with a detector that brings none",
+        "to=native: CLIP whose text tower is added to a detector that has none",
         renamed_from="text",
     )
 
 
 def convert(config: ConvertConfig) -> None:
-    """Reads weights in any known form and writes them as ours, open_clip's, Hugging Face's or another's."""
+    """Reads weights in any known format and writes them as ours, open_clip's, Hugging Face's or another's."""
     out, path = Path(config.out), find(config.file)
     if out.exists() and out.resolve() == path.resolve():
-        raise InputError(f"out={out} is the file that is read; give another place")
+        raise InputError(f"out={out} is the input file; give another path")
     if config.to in OTHERS:
         if config.text_weights:
-            raise InputError(f"text_weights={config.text_weights} is for to=native; drop it")
+            raise InputError(f"text_weights={config.text_weights} is for to=native; omit it")
         write: formats.Writer = plugins.load(formats.WRITERS, config.to)
         print(f"{path} -> {write(path, out)}")
         return
@@ -63,11 +63,11 @@ def convert(config: ConvertConfig) -> None:
         return
     if config.text_weights:
         raise InputError(
-            f"{path} is no detector without a text tower; drop text_weights={config.text_weights}"
+            f"{path} is not a detector without a text tower; omit text_weights={config.text_weights}"
         )
     model, report = read_any(path, config.activation, config.precision)
     if out.exists() and out.resolve() == report.path.resolve():
-        raise InputError(f"out={out} is the file that is read; give another place")
+        raise InputError(f"out={out} is the input file; give another path")
     for note in report.notes:
         print(f"note: {note}")
     if config.to == "native":
@@ -81,7 +81,7 @@ def convert(config: ConvertConfig) -> None:
 def write_native(model: CLIP, out: Path, notes: Mapping[str, str]) -> str:
     """Writes our safetensors with the file's notes, see `save_clip`; returns what was written, in words."""
     if out.suffix != ".safetensors":
-        raise InputError(f"out={out}: our form is a .safetensors file, give such a name")
+        raise InputError(f"out={out}: our format is a .safetensors file; give such a name")
     save_clip(model, out, notes)
     return str(out)
 
@@ -112,9 +112,9 @@ def write_huggingface(model: CLIP, out: Path) -> str:
     """Writes a folder that transformers' `CLIPModel.from_pretrained` takes; vision transformers only."""
     described = infer_config.to_huggingface(model.config)
     if out.suffix == ".safetensors" or out.is_file():
-        raise InputError(f"out={out}: Hugging Face's form is a folder, give a folder's name")
+        raise InputError(f"out={out}: Hugging Face's format is a folder; give a folder")
     if (out / "config.json").exists():
-        raise InputError(f"{out} holds a model already; give another out= or delete that folder")
+        raise InputError(f"{out} already has a model; give another out= or delete that folder")
     state = key_names.to_huggingface(_plain(model.state_dict()))
     write_weights(out / "model.safetensors", state, {"format": "pt"})
     if model.config.text.vocab_size == VOCAB_SIZE:  # else the texts are another tokenizer's affair

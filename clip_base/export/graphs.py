@@ -100,7 +100,7 @@ def write_graph(
             found[path.name] = differences(run)
             if not found[path.name] <= TOLERANCE:  # written so that NaN fails too
                 raise RuntimeError(
-                    f"{path} would differ from PyTorch by {found[path.name]:.2g}, {TOLERANCE:g} is allowed; "
+                    f"{path} would differ from PyTorch by {found[path.name]:.2g}, more than {TOLERANCE:g}; "
                     "it was not written"
                 )
     return found

@@ -52,7 +52,7 @@ def export(config: ExportConfig) -> None:
     graphs.check_formats(config.formats)
     run = RunFolder(config.out, config, "export", weight_files(config, "file"))
     if run.finished() is not None:
-        print(f"{config.out} already exists, made with the same options")
+        print(f"{config.out} already exists and was made with the same options")
         return
     model = load_clip(config.file, config.activation).float()
     differences: dict[str, float] = {}

@@ -103,8 +103,8 @@ def require_depth(image: Image.Image, name: object) -> None:
     """
     if image.mode.startswith(("I", "F")):
         raise InputError(
-            f"image {name} has one channel of more than 8 bits (mode {image.mode}), and nothing says which "
-            "number is white; scale it and save it with 8 bits"
+            f"image {name} has one channel of more than 8 bits (mode {image.mode}), and the file does not "
+            "say which value is white; scale it and save it with 8 bits"
         )
 
 
@@ -129,7 +129,7 @@ def decode_data(data: bytes, name: object, least: int = 0) -> Decoded:
         raise
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         unknown = isinstance(error, UnidentifiedImageError)  # which names an object in memory
-        reason = "it is of no known form" if unknown else error
+        reason = "it is of no known format" if unknown else error
         raise InputError(f"image {name} does not decode: {reason if data else 'it is empty'}") from None
 
 

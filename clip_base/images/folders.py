@@ -80,7 +80,7 @@ def list_images(folder: str | Path, what: str = "images folder", recursive: bool
 def note_left_out(folder: str | Path, listing: Listing) -> None:
     """Notes what a listing leaves out, if anything."""
     if listing.left_out:
-        note(f"{folder}: {len(listing.files):,} files are read; left out are {listing.told()}", stacklevel=4)
+        note(f"{folder}: {len(listing.files):,} files are read; {listing.told()} are ignored", stacklevel=4)
 
 
 def none_found(where: str, suffixes: Collection[str], listing: Listing) -> InputError:
@@ -112,7 +112,7 @@ def list_files(
     """
     root = existing(folder, what)
     if not root.is_dir():
-        raise InputError(f"{what} {root} is no folder")
+        raise InputError(f"{what} {root} is not a folder")
     require_utf8(root, what)
     listing = Listing()
     _walk(root, suffixes, recursive, listing, ())

@@ -41,7 +41,7 @@ def pixels_of(image: Image.Image | npt.NDArray[Any] | Tensor) -> Pixels:
     """Returns an image as [H, W, 3] uint8 RGB.
 
     Args:
-        image: a PIL image, turned as its EXIF note says; an array [H, W, 3] (RGB), [H, W, 4] (of which the
+        image: a PIL image, rotated by its EXIF orientation; an array [H, W, 3] (RGB), [H, W, 4] (of which the
             transparency is dropped), [H, W, 1] or [H, W] (gray); or a tensor of these forms with the channels
             first. Numbers are uint8, or floating in [0, 1].
 
@@ -75,8 +75,8 @@ def _checked(array: npt.NDArray[Any], given: str) -> Pixels:
         low, high = float(array.min()), float(array.max())
         if not (low >= 0 and high <= 1):  # written so that NaN fails too
             raise InputError(
-                f"a floating image is in [0, 1], got {low:g}…{high:g}; was it normalized? Give it as it "
-                "was before, or, where 255 is white, divided by 255"
+                f"a floating image is in [0, 1], got {low:g}…{high:g}; was it normalized? Give it before "
+                "normalization, or, if 255 is white, divided by 255"
             )
         array = (array * 255).round().astype(np.uint8)
     if array.dtype != np.uint8:
@@ -100,12 +100,12 @@ def picture_files(places: Sequence[str], endings: Collection[str] = IMAGE_SUFFIX
     files: list[Path] = []
     for place_ in places:
         if "://" in place_:
-            raise InputError(f"{place_} is a URL; images are read from files: download it and give its path")
+            raise InputError(f"{place_} is a URL; download it and give the path of the file")
         path = Path(place_)
         if glob.has_magic(place_) and not path.exists():
             inside = _matching(path, endings)
             if not inside:
-                raise InputError(f"pattern {place_!r} fits no file ({', '.join(sorted(endings))})")
+                raise InputError(f"pattern {place_!r} matches no file ({', '.join(sorted(endings))})")
             files += inside
         elif existing(path, "image").is_dir():
             listing = list_files(path, endings, recursive=False)
@@ -138,7 +138,7 @@ def read_picture(image: Picture) -> tuple[Pixels, tuple[int, int]]:
     """Returns an image as [H, W, 3] uint8 RGB, and its (height, width), which is larger when it was reduced.
 
     Args:
-        image: a file's path, turned as its EXIF note says; or an image in memory, see `pixels_of`.
+        image: a file's path, rotated by its EXIF orientation; or an image in memory, see `pixels_of`.
 
     Raises:
         InputError: a file is missing or does not decode; an array or a tensor of another form.
@@ -150,7 +150,7 @@ def read_picture(image: Picture) -> tuple[Pixels, tuple[int, int]]:
 
 
 def read_upright(file: Path, max_megapixels: float | None = None) -> tuple[Pixels, tuple[int, int]]:
-    """Returns an image as people see it, turned as its EXIF note says, and its (height, width).
+    """Returns an image as people see it, rotated by its EXIF orientation, and its (height, width).
 
     Of more than `LARGE` pixels the image is reduced, so that memory stays bounded; a JPEG is reduced as it
     is decoded.
@@ -171,12 +171,12 @@ def read_upright(file: Path, max_megapixels: float | None = None) -> tuple[Pixel
             raise InputError(f"image {file} is too large: {error}; make it smaller") from None
         except (OSError, ValueError, SyntaxError):
             if max_megapixels is not None:
-                raise InputError(f"image {file} is not of a form that can be read; use JPEG or PNG") from None
+                raise InputError(f"image {file} is not in a supported format; use JPEG or PNG") from None
             width = height = 0  # decoding says what is wrong, or knows a form that Pillow does not
     if max_megapixels is not None and width * height > max_megapixels * 1e6:
         raise InputError(
             f"image {file} has {width} × {height} = {width * height / 1e6:.1f} million pixels, more than the "
-            f"{max_megapixels:g} million that are allowed; make it smaller"
+            f"{max_megapixels:g} million that are allowed; reduce it"
         )
     many = width * height > LARGE
     least = round(min(width, height) * (LARGE / (width * height)) ** 0.5) if many else 0

@@ -124,15 +124,15 @@ def turned_as_annotated(image: Kind, path: str | Path, size: tuple[int, int] | N
     if size is not None and not fitting:
         (height, width), (h, w) = size, size_of(image)
         raise InputError(
-            f"image {path} is {w}x{h} pixels, its annotations say {width}x{height}; was it resized since?"
+            f"image {path} is {w}x{h} pixels, its annotations say {width}x{height}; has it been resized?"
         )
     if len(fitting) > 1 and "undecided" not in _told:
         _told.add("undecided")
         fits = "its annotated size fits the stored pixels and the turned ones"
         why = "no size is annotated" if size is None else fits
         print(
-            f"note: {path} has EXIF orientation {orientation}, and {why}: such images are read upright, as "
-            "they are shown",
+            f"note: {path} has EXIF orientation {orientation}, and {why}: such images are rotated by their "
+            "orientation, as viewers show them",
             file=sys.stderr,
         )
     return fitting[0]

@@ -64,7 +64,7 @@ class Preprocess:
         """
         if not isinstance(image, Image.Image):
             raise InputError(
-                f"preprocessing takes a PIL image, got {type(image).__name__}; of an array make one with "
+                f"preprocessing takes a PIL image, got {type(image).__name__}; convert an array with "
                 "PIL.Image.fromarray"
             )
         require_depth(image, getattr(image, "filename", "") or repr(image))

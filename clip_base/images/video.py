@@ -28,7 +28,7 @@ class VideoFrame:
     """A frame of a video.
 
     Attributes:
-        pixels: [H, W, 3] uint8 RGB, turned as the file says.
+        pixels: [H, W, 3] uint8 RGB, rotated as the file says.
         number: counted from 0, left-out frames included.
         time: when it is shown, in seconds.
     """
@@ -58,7 +58,7 @@ class Video:
         self.file, self.every, self.seen = existing(file, "video"), every, 0
         self._capture = cv2.VideoCapture(str(file))
         if not self._capture.isOpened():
-            raise InputError(f"video {file} does not decode; is it whole, and a video?")
+            raise InputError(f"video {file} cannot be decoded; is it a complete video file?")
         rate = float(self._capture.get(cv2.CAP_PROP_FPS))
         self.rate = (rate if math.isfinite(rate) and rate > 0 else _USUAL_RATE) / every
         self.count = max(-(-int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)) // every), 0)
@@ -86,7 +86,7 @@ class Video:
         """Returns what is wrong when `frames` has ended long before the file tells; else ""."""
         if self.seen and self.seen >= 0.9 * self.count:
             return ""
-        return f"video {self.file} ends after {self.seen} of about {self.count} frames; was it cut off?"
+        return f"video {self.file} ends after {self.seen} of about {self.count} frames; was it truncated?"
 
 
 class VideoWriter:

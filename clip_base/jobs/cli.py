@@ -56,7 +56,7 @@ def _run(program: str, prefix: str, arguments: list[str]) -> int:
         sys.stdout.flush()  # a reader that has gone away (`| head`) shows here, not while Python shuts down
         return code
     except KeyboardInterrupt:
-        return _end("stopped; the same command goes on from here", 130, debug)
+        return _end("stopped; the same command resumes from here", 130, debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -184,7 +184,7 @@ def parse(schema: type, arguments: Sequence[str]) -> tuple[str | None, list[str]
         else:
             plain.append(argument)
     if plain and positional is None:
-        raise InputError(f"{plain[0]!r} is not of the form key=value (see --help)")
+        raise InputError(f"{plain[0]!r} is not key=value (see --help)")
     if plain and positional is not None:
         is_list = str(fields[positional][1]).startswith("list")
         if len(plain) > 1 and not is_list:

@@ -40,7 +40,7 @@ def completion(program: str, jobs: Jobs, arguments: Sequence[str]) -> str:
         lines = [f"{word}\t{meaning}" for word, meaning in next_words(jobs, arguments[1:] or [""])]
         return "\n".join(line.removesuffix("\t") for line in lines)
     if len(arguments) != 1 or arguments[0] not in SHELLS:
-        raise InputError(f"name one shell: {', '.join(SHELLS)}; {how(program, SHELLS[0])} in ~/.bashrc, say")
+        raise InputError(f"give one shell: {', '.join(SHELLS)}; {how(program, SHELLS[0])} in ~/.bashrc, say")
     script = files("clip_base") / "data_files" / f"completion.{arguments[0]}"
     return script.read_text(encoding="utf-8").rstrip("\n")
 

@@ -16,9 +16,9 @@ class DeviceOptions:
     """Where a job computes and in which precision."""
 
     precision: str = option(
-        "auto", "auto takes bf16 where the processor computes in it", choices=("auto", "fp32", "bf16")
+        "auto", "auto uses bf16 where the hardware supports it", choices=("auto", "fp32", "bf16")
     )
-    device: str = option("auto", "auto takes a GPU when there is one", runtime_only=True)
+    device: str = option("auto", "auto uses a GPU if there is one", runtime_only=True)
 
     def pick_device(self) -> torch.device:
         """Returns the device that the options name.
@@ -33,7 +33,7 @@ class DeviceOptions:
 class ComputeOptions(DeviceOptions):
     """How a job computes. Images of one batch are padded to one size, so that its size may move results."""
 
-    batch_size: int = option(8, "images at once")
+    batch_size: int = option(8, "images per batch")
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

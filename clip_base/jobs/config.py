@@ -43,7 +43,7 @@ def option(
         default: the value without one given; `REQUIRED` makes the user give it.
         meaning: one line for `--help`, with the unit.
         positional: the command line's plain arguments go to this field.
-        runtime_only: a run may go on with another value (its result does not depend on it).
+        runtime_only: a run may resume with another value, since its result does not depend on it.
         choices: the values it may take.
         renamed_from: the option's former name, which is an error that names this one.
     """
@@ -81,7 +81,7 @@ def resolve(schema: type[T], file: str | Path | None = None, overrides: Sequence
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
-            raise InputError(f"{override!r} is not of the form key=value")
+            raise InputError(f"{override!r} is not key=value")
         try:
             changes.append(OmegaConf.from_dotlist([override]))
         except Exception as error:
@@ -121,7 +121,7 @@ def _merge(config: Any, change: Any, where: str) -> Any:
                 continue
             if not isinstance(value, DictConfig):
                 inner = f"{key}.name" if "name" in node else f"{key}.{next(map(str, node), 'NAME')}"
-                raise InputError(f"{where}option {key!r} has options of its own: give {inner}=… or the like")
+                raise InputError(f"{where}option {key!r} is a group of options; give {inner}=…")
             # A part that is named anew starts from that part's defaults, not from another part's options.
             if "name" in value and node.get("name") not in (None, value.name):
                 config[key] = {"name": value.name}

@@ -20,7 +20,7 @@ class ResumeLog:
 
     Args:
         path: the file.
-        header: what decides the result: a run with another header must not go on here.
+        header: what decides the result: a run with another header must not resume here.
 
     Attributes:
         units: how many units have ended.
@@ -66,7 +66,7 @@ class ResumeLog:
         if differing:
             raise InputError(
                 f"{self.path.parent} holds a run that was stopped and had other {', '.join(differing[:3])}: "
-                f"give the same command to go on with it, another out=, or delete {self.path} to begin anew"
+                f"give the same command to resume it, another out=, or delete {self.path} to start again"
             )
 
     def add(self, kind: str, entry: dict[str, Any]) -> None:

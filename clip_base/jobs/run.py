@@ -59,7 +59,7 @@ class RunFolder:
             and self.path.exists()
             and any(not _is_leftover(path) for path in self.path.iterdir())
         ):
-            raise InputError(f"{out} is not empty and holds no run of {job}; give another out= or empty it")
+            raise InputError(f"{out} is not empty and has no run of {job}; give another out= or empty it")
         if here.exists() and not self._only_begun():  # before files are read to the end: this is told at once
             self._same_run(here, config, job)
         self.inputs = hashes_of(inputs or {})
@@ -90,7 +90,9 @@ class RunFolder:
             if there.get(what) != self.inputs.get(what)
         ]
         if changed:
-            raise InputError(f"{' and '.join(changed)} changed since the run in {self.path} began; {REMEDY}")
+            raise InputError(
+                f"{' and '.join(changed)} changed since the run in {self.path} started; {REMEDY}"
+            )
 
     def _same_run(self, here: Path, config: Any, job: str) -> None:
         text = here.read_text(encoding="utf-8")

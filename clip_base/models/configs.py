@@ -64,7 +64,7 @@ class TextConfig:
     width: int = option(512, "channels of each token")
     heads: int = option(8, "attention heads of each block")
     layers: int = option(12, "transformer blocks")
-    context_length: int = option(77, "most token positions of a text, start and end tokens included")
+    context_length: int = option(77, "maximum length of a text in tokens, start and end tokens included")
     vocab_size: int = option(49408, "token ids")
 
     def __post_init__(self) -> None:

@@ -63,8 +63,8 @@ class TextTower(nn.Module):
         """
         if tokens.shape[1] > self.context_length:
             raise InputError(
-                f"texts have {tokens.shape[1]} token positions, this text tower takes {self.context_length}; "
-                f"tokenize with context_length={self.context_length}"
+                f"texts have {tokens.shape[1]} token positions, this text tower takes at most "
+                f"{self.context_length}; tokenize with context_length={self.context_length}"
             )
         ends = tokens.argmax(-1)
         if not all_untouched(self.token_embedding, self.transformer, self.ln_final):

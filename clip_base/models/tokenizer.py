@@ -192,7 +192,7 @@ def _in_range(token: int) -> int:
 
 
 def _merge(piece: str) -> list[int]:
-    """Returns the ids of one piece: its bytes, merged pair by pair, the earliest learnt pair first.
+    """Returns the ids of one piece: its bytes, merged pair by pair, the earliest learned pair first.
 
     A merge's id grows with its rank, so the smallest resulting id is the earliest merge.
     """
@@ -239,7 +239,7 @@ def _byte_ids() -> list[int]:
 
 @cache
 def _pairs() -> _Merges:
-    """Reads the package's list of merges, one per line, in the order learnt."""
+    """Reads the package's list of merges, one per line, in the order learned."""
     packed = (Path(__file__).parents[1] / "data_files" / "bpe_merges.txt.gz").read_bytes()
     pairs = _Merges()
     for token, line in enumerate(gzip.decompress(packed).decode("ascii").splitlines(), start=2 * _NUM_BYTES):

@@ -51,7 +51,7 @@ def existing_file(path: str | Path, what: str = "file") -> Path:
     if path.is_dir():
         raise InputError(f"{what} {path} is a folder; give a file")
     if not path.is_file():
-        raise InputError(f"{what} {path} is no regular file (a pipe or a device); give a file")
+        raise InputError(f"{what} {path} is not a regular file (a pipe or a device); give a file")
     return path
 
 
@@ -123,7 +123,7 @@ def read_json(path: str | Path, what: str = "JSON file") -> Any:
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{what} {path} does not unpack ({error}); was it cut off?") from None
+            raise InputError(f"{what} {path} cannot be unpacked ({error}); was it truncated?") from None
     text = decode_text(content, f"{what} {path}")
     if not text.strip():
         raise InputError(f"{what} {path} is empty; write it again or give another path")
@@ -159,7 +159,7 @@ def parse_json(text: str, where: str, one_line: bool = False) -> Any:
 def json_fault(error: ValueError | RecursionError, place: str = "") -> str:
     """Returns what json's decoder found wrong, for a message; `place` is such as " at line 3"."""
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg.removesuffix(' at')}{place}; was it cut off while being copied?"
+        return f"{error.msg.removesuffix(' at')}{place}; was it truncated when it was copied?"
     if isinstance(error, RecursionError):
         return f"lists or objects are nested too deeply{place}; write it flat"
     return f"a whole number has too many digits{place}; write a smaller one"
@@ -179,7 +179,7 @@ def _codec(encoding: str | None) -> str:
         io.TextIOWrapper(io.BytesIO(), name)  # "base64" is a codec, but none of texts
     except LookupError:
         raise InputError(
-            f"there is no encoding {quote(encoding)}; known are utf-8, cp1252, gb18030, utf-16 and others"
+            f"unknown encoding {quote(encoding)}; known are utf-8, cp1252, gb18030, utf-16 and others"
         ) from None
     return _UTF8 if name == "utf-8" else name
 

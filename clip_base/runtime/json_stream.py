@@ -113,7 +113,7 @@ class _Stream:
             except (ValueError, RecursionError) as error:
                 raise self._malformed(error) from None
             if end == len(self.text) and self._more():
-                continue  # a number may go on in the next block
+                continue  # a number may continue in the next block
             self.at = end
             return value
 

@@ -24,7 +24,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"device={name} is none; give auto, cpu, cuda or cuda:1, say") from None
+        raise InputError(
+            f"device={name} is not a device; give auto, cpu, cuda or, for example, cuda:1"
+        ) from None
     if device.type not in DEVICES:
         raise InputError(f"device={name}: models do not run there; give auto or one of {', '.join(DEVICES)}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -57,12 +59,12 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
         InputError: there is no such precision, or fp16 is asked for on something else than a CUDA device.
     """
     if precision not in PRECISIONS:
-        raise InputError(f"precision={precision} is none of {', '.join(PRECISIONS)}")
+        raise InputError(f"precision={precision} is not one of {', '.join(PRECISIONS)}")
     if precision == "fp16":
         if device.type != "cuda":
             raise InputError(
-                f"precision=fp16 needs a CUDA device, found {device.type}; use precision=auto, which takes "
-                "bf16 where the processor computes in it"
+                f"precision=fp16 needs a CUDA device, found {device.type}; use precision=auto, which uses "
+                "bf16 where the hardware supports it"
             )
         return torch.autocast(device.type, torch.float16)
     if precision == "bf16" or (precision == "auto" and computes_in_bf16(device)):

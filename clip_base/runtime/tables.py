@@ -180,14 +180,14 @@ def _chosen(
         first, last = by_rule.spans
         raise InputError(
             f"{name}: a quote that opens in line {first} closes in line {last}, which may be one text of "
-            "several lines or two lone quotes; remove the line breaks, or write a quote within a text twice"
+            "several lines or two lone quotes; remove the line breaks, or double a quote within a text"
         )
     if not literal.fault:
         return plain
     called = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}.get(mark, repr(mark))
     raise InputError(
         f"{name}: {by_rule.fault}; fields are taken to be separated by {called}: put quotes around a text "
-        "that holds some, and write a quote within it twice"
+        "that contains some, and double a quote within it"
     )
 
 
@@ -228,7 +228,7 @@ def _sniffed(head: list[str], wanted: Sequence[Collection[str]], suffix: str) ->
 
 
 CLASS_FILES = (".txt", ".names", ".json", ".jsonl", ".ndjson", ".yaml", ".yml", ".csv", ".tsv", ".tab")
-# What a column or key of names may be called, the surest first.
+# What a column or key of names may be called, the most confident first.
 _NAMES = (
     "name",
     "class_name",
@@ -271,7 +271,8 @@ def read_class_list(path: str | Path, what: str = "class list") -> list[tuple[st
     else:
         existing_file(path, what)
         raise InputError(
-            f"{where} is of no known kind; write one name a line in a .txt file, or give JSON, YAML or CSV"
+            f"{where} is of an unknown kind; write one name per line in a .txt file, or give JSON, YAML or "
+            "CSV"
         )
     if not classes:
         raise InputError(f"{where} holds no names; write one per line")
@@ -301,9 +302,7 @@ def _classes(content: Any, where: str) -> list[tuple[str, ...]]:
         content = sorted(content, key=lambda entry: as_number(entry["id"]) or 0)
     classes = [_class_of(entry, f"{where}, entry {place}") for place, entry in enumerate(content)]
     if size is not None and size != len(classes):
-        raise InputError(
-            f"{where} says nc: {quote(size)} and holds {len(classes)} names; correct one of them"
-        )
+        raise InputError(f"{where} says nc: {quote(size)} but has {len(classes)} names; correct one of them")
     return classes
 
 
@@ -336,7 +335,7 @@ def _named_rows(path: Path, what: str) -> list[dict[str, str]]:
     if column is None:
         raise InputError(
             f"{what} {path} has no column 'name' in its first line, which is {quote(list(table.columns))}; "
-            "name the column, or write one name a line in a .txt file"
+            "name the column, or write one name per line in a .txt file"
         )
     picked = {"name": columns.index(column)} | ({"id": columns.index("id")} if "id" in columns else {})
     return [
@@ -350,8 +349,8 @@ def _plain_classes(text: str, where: str) -> list[tuple[str, ...]]:
     numbered = all(re.match(r"[0-9]+\s*:", line) for line in lines)
     if lines and (lines[0][0] in "[{<" or lines[0] == "names:" or numbered):
         raise InputError(
-            f"{where} looks like JSON, YAML or XML ({quote(lines[0], 40)}), not like one name a line; "
-            "give it the ending of its kind (.json, .yaml)"
+            f"{where} looks like JSON, YAML or XML ({quote(lines[0], 40)}), not like one name per line; "
+            "give it the extension of its format (.json, .yaml)"
         )
     classes = (tuple(part.strip() for part in line.split(",") if part.strip()) for line in lines)
     return [entry for entry in classes if entry]

@@ -176,7 +176,7 @@ def _killed(process: BaseProcess) -> RuntimeError:
     process.join(5)
     code = process.exitcode
     how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
-    return RuntimeError(f"a worker process ended {how} (was memory short?); the same command goes on")
+    return RuntimeError(f"a worker process ended {how} (out of memory?); the same command resumes it")
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 Every entry was looked at: the name says what the glyph shows, which is not always the name that Unicode gave
 it (the fleur-de-lis of this font is a turtle, the chess queen a crown). The first are the easiest to tell
-apart, so that a small world (the first N) is an easy one.
+apart, so that a small dataset (the first N) is easy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`clip-base scenes`: draws a world of captioned images with exact boxes and masks, in COCO's own format.
+"""`clip-base scenes`: generates a synthetic dataset of captioned images with exact boxes and masks, as COCO.
 
 Left in `out`: `images/{train,val}/*.jpg`, `captions_{train,val}.json`, `instances_{train,val}.json`,
 `split.json` (names of base and novel categories) and, last of all, `scenes.json` (the options, with the
@@ -42,23 +42,23 @@ _BANK = len(SPLITS)
 class ScenesConfig:
     """Options of `clip-base scenes`."""
 
-    out: str = option(REQUIRED, "folder to write the world to", runtime_only=True)
-    images: int = option(10_000, "number of training scenes")
-    val_images: int = option(0, "number of validation scenes; 0 takes a tenth of images")
+    out: str = option(REQUIRED, "folder to write the dataset to", runtime_only=True)
+    images: int = option(10_000, "number of training images")
+    val_images: int = option(0, "number of validation images; 0: a tenth of images")
     seed: int = option(0, "determines every image and every word")
     size: int = option(128, "side of the square images, in pixels")
     categories: int = option(16, f"number of categories, up to {len(TABLE)}")
-    novel: int = option(0, "how many categories are novel; 0 takes a quarter")
-    objects_min: int = option(1, "fewest objects a scene")
-    objects_max: int = option(4, "most objects a scene")
+    novel: int = option(0, "how many categories are novel; 0: a quarter")
+    objects_min: int = option(1, "minimum number of objects per image")
+    objects_max: int = option(4, "maximum number of objects per image")
     object_min: float = option(0.2, "longest side of the smallest objects, as a share of the image's")
     object_max: float = option(0.5, "longest side of the largest objects, as a share of the image's")
-    distractors: int = option(1, "most shapes without a name a scene")
-    captions: int = option(3, "captions a scene")
+    distractors: int = option(1, "maximum number of unnamed shapes per image")
+    captions: int = option(3, "captions per image")
     colors: float = option(0.15, "share of the phrases with a color word, 0 to 1", renamed_from="colours")
     mention: float = option(0.75, "probability that a caption names an object, 0 to 1; it always names one")
     quality: int = option(90, "JPEG quality, 1 to 100")
-    workers: int = option(0, "processes; 0 takes one per core", runtime_only=True)
+    workers: int = option(0, "processes; 0: one per core", runtime_only=True)
 
     def __post_init__(self) -> None:
         """Refuses values that cannot be drawn."""
@@ -84,14 +84,14 @@ class ScenesConfig:
             )
         for name in ("colors", "mention"):
             if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}={getattr(self, name)} must lie between 0 and 1")
+                raise InputError(f"{name}={getattr(self, name)} must be between 0 and 1")
 
 
 def generate(config: ScenesConfig) -> None:
     """Generates the dataset; resumes a killed run, and returns at once when all is there.
 
     Raises:
-        InputError: `out` holds another world, or one that another version of the drawing made.
+        InputError: `out` has another dataset, or one that another version of this job generated.
     """
     folder, finished = RunFolder(config.out, config, "scenes").path, _resolved(config)
     record = folder / "scenes.json"
@@ -132,13 +132,13 @@ def generate(config: ScenesConfig) -> None:
 
 
 def novel_categories(config: ScenesConfig) -> list[Category]:
-    """Returns the novel ones among the world's categories, spread evenly over the table."""
+    """Returns the novel ones of the dataset's categories, spread evenly over the table."""
     count = config.novel or max(1, config.categories // 4)
     return [TABLE[int((i + 0.5) * config.categories / count)] for i in range(count)]
 
 
 def _resolved(config: ScenesConfig) -> dict[str, Any]:
-    """The options that determine the world, with the automatic ones filled in."""
+    """The options that determine the dataset, with the automatic ones filled in."""
     values = asdict(replace(config, val_images=config.val_images or max(1, config.images // 10)))
     values["novel"] = len(novel_categories(config))
     return {"drawing": DRAWING} | {

@@ -1,8 +1,8 @@
 """Training checkpoints: one folder per step, whole or absent.
 
-`checkpoints/00000500/model.safetensors` holds the task's weights, `training.pt` beside it the optimizer, the
-random states and what else the loop needs to go on bit for bit. The folder is written under a hidden name and
-renamed.
+`checkpoints/00000500/model.safetensors` has the task's weights, `training.pt` next to it the optimizer, the
+random states and everything else that the loop needs to resume bit for bit. The folder is written under a
+hidden name and renamed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def newest(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None
     """Returns (step, weights, training state) of the newest checkpoint, or None when there is none.
 
     Raises:
-        InputError: the newest checkpoint is damaged; the message says from where the run can go on.
+        InputError: the newest checkpoint is damaged; the message says from where the run can resume.
     """
     known = steps(folder)
     if not known:
@@ -71,6 +71,6 @@ def newest(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None
         onward = f"step {known[-2]}" if len(known) > 1 else "the beginning"
         raise InputError(
             f"checkpoint {path} is damaged ({reason}); delete that folder and give the same command again "
-            f"to go on from {onward}"
+            f"to resume from {onward}"
         ) from None
     return known[-1], weights, training

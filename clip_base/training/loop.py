@@ -40,9 +40,9 @@ REMEDY = "lower train.lr or use train.precision=fp32"  # for numbers that are no
 class TrainConfig:
     """How a task is trained."""
 
-    steps: int = option(0, "optimizer steps in all; 0: as many as make `epochs`")
+    steps: int = option(0, "total optimizer steps; 0: as many as `epochs` take")
     epochs: float = option(0.0, "passes over the data, when steps is 0")
-    batch_size: int = option(256, "images a step")
+    batch_size: int = option(256, "images per step")
     optimizer: str = option("adamw", "adamw: decoupled weight decay; sgd: momentum", choices=("adamw", "sgd"))
     lr: float = option(5e-4, "peak learning rate")
     beta1: float = option(0.9, "Adam's first decay, or the momentum of SGD")
@@ -50,11 +50,13 @@ class TrainConfig:
     eps: float = option(1e-6, "Adam's epsilon")
     weight_decay: float = option(0.2, "decay of everything but gains, biases and the logit scale")
     warmup_steps: int = option(0, "steps in which the learning rate rises linearly from zero")
-    schedule: str = option("cosine", "course of the learning rate", choices=("cosine", "step", "constant"))
-    milestones: list[float] = option([], "schedule=step: shares of the steps after which lr falls to a tenth")
+    schedule: str = option("cosine", "learning-rate schedule", choices=("cosine", "step", "constant"))
+    milestones: list[float] = option(
+        [], "schedule=step: fractions of the steps after which lr is divided by ten"
+    )
     max_grad_norm: float = option(0.0, "gradients are scaled down to this norm; 0: never")
     precision: str = option(
-        "auto", "auto takes bf16 where the processor computes in it; fp16 is for GPUs", choices=PRECISIONS
+        "auto", "auto uses bf16 where the hardware supports it; fp16 is for GPUs", choices=PRECISIONS
     )
     compile: bool = option(False, "torch.compile the task")
     checkpointing: bool = option(
@@ -68,13 +70,13 @@ class TrainConfig:
     )
     ema: float = option(0.0, "decay of the moving average that becomes the final weights; 0: none")
     max_skipped: float = max_skipped_option(0.1)
-    seed: int = option(0, "decides initial weights, order and augmentation")
+    seed: int = option(0, "determines initial weights, order and augmentation")
     workers: int = option(0, "processes that load data; 0: the training process itself", runtime_only=True)
     save_every: float = option(60.0, "seconds between checkpoints", runtime_only=True)
     log_every: int = option(10, "steps between lines in log.jsonl")
-    tensorboard: bool = option(False, "write the log's figures to out/tensorboard too", runtime_only=True)
-    evaluate_every: int = option(0, "steps between evaluations along the way; 0: none")
-    device: str = option("auto", "auto takes a GPU when there is one", runtime_only=True)
+    tensorboard: bool = option(False, "also write the log to out/tensorboard", runtime_only=True)
+    evaluate_every: int = option(0, "steps between evaluations during training; 0: none")
+    device: str = option("auto", "auto uses a GPU if there is one", runtime_only=True)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -89,7 +91,7 @@ class TrainingOptions:
     """Where a training writes, and what it keeps of its data."""
 
     out: str = option(REQUIRED, "folder for weights, log and metrics", runtime_only=True)
-    cache: bool = option(False, "keep decoded images in memory (for small data sets)", runtime_only=True)
+    cache: bool = option(False, "keep decoded images in memory (for small datasets)", runtime_only=True)
 
 
 class Batch(Protocol):
@@ -182,7 +184,7 @@ def fit(
     device = pick_device(config.device)
     steps = config.steps or round(config.epochs * len(cast(Any, loader)))
     if steps < 1:
-        raise InputError("nothing to do: set train.steps or train.epochs")
+        raise InputError("set train.steps or train.epochs: nothing would be trained")
     task.to(device).train()
     loop = _Loop(task, config, run, device, steps, getattr(loader, "names", None))
     step = loop.resume()

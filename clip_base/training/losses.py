@@ -161,8 +161,8 @@ class SigmoidConfig:
     """Initial values (arXiv 2303.15343, section 3.2), what equal texts are to each other, and memory."""
 
     scale: float = option(10.0, "initial factor on the cosines, when training from random weights")
-    bias: float = option(-10.0, "initial value of the learnt bias: most pairs do not belong together")
-    merge_equal: bool = option(True, "equal captions are each other's positives instead of negatives")
+    bias: float = option(-10.0, "initial value of the learned bias; negative, as most pairs do not match")
+    merge_equal: bool = option(True, "identical captions count as positives instead of negatives")
     rows: int = option(0, "rows of the similarity matrix computed at a time; 0: all")
 
     def __post_init__(self) -> None:
@@ -179,7 +179,7 @@ class Sigmoid(nn.Module):
         name: what the loss is called in the log.
         initial_logit_scale: what training from random weights begins with.
         merge_equal: whether equal texts are positives of each other's images.
-        bias: scalar, learnt, added to the scaled cosines; kept in training checkpoints, not in CLIP's
+        bias: scalar, learned, added to the scaled cosines; kept in training checkpoints, not in CLIP's
             weights, since it moves all scores alike.
     """
 

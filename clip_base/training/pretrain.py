@@ -42,15 +42,15 @@ MAX_LOGIT_SCALE = math.log(100)  # arXiv 2103.00020, section 2.5
 class PretrainConfig(TrainingOptions):
     """Options of contrastive pretraining."""
 
-    source: Plugin = plugin(SOURCES, "coco", "where image-text pairs come from")
+    source: Plugin = plugin(SOURCES, "coco", "source of image-text pairs")
     model: str = option("", "a published tower by name, such as RN50; empty: the sizes under `tower`")
     tower: CLIPConfig = option(CLIPConfig(), "sizes of the towers when `model` is empty")
     init: str = option("", "weights file to start from; empty: random weights from train.seed")
     crop: float = option(0.9, "side of the smallest random square crop, as a share of the short side")
     objective: Plugin = plugin(OBJECTIVES, "contrastive", "the loss over the batch's embeddings")
-    accumulate: int = option(1, "parts in which a batch is embedded, to save memory; its loss stays whole")
-    replacement: bool = option(False, "draw pairs independently instead of each once an epoch")
-    evaluate: ValidationConfig = option(ValidationConfig(), "what is measured along the way")
+    accumulate: int = option(1, "parts in which a batch is embedded, to save memory; the loss is unchanged")
+    replacement: bool = option(False, "sample pairs independently instead of each once per epoch")
+    evaluate: ValidationConfig = option(ValidationConfig(), "evaluation during training")
     train: TrainConfig = option(TrainConfig(epochs=32), "the training loop")
 
     def __post_init__(self) -> None:
@@ -169,7 +169,7 @@ def make_model(config: PretrainConfig) -> CLIP:
     found, wanted = model.config.vision.resolution, sizes.vision.resolution
     if replace(model.config, vision=replace(model.config.vision, resolution=wanted)) != sizes:
         raise InputError(
-            f"init={config.init} holds {model.config}, asked for was {sizes}; set model= or tower= to fit"
+            f"init={config.init} holds {model.config}, requested was {sizes}; change model= or tower="
         )
     key = next(key for key in model.visual.state_dict() if key.endswith("positional_embedding"))
     state, resized = model.state_dict(), CLIP(sizes)
@@ -178,7 +178,7 @@ def make_model(config: PretrainConfig) -> CLIP:
     state[f"visual.{key}"] = resample_positions(old, side, side)
     resized.load_state_dict(state)
     cells = f"from {before} × {before} to {side} × {side} cells"
-    print(f"{config.init}: position embeddings resampled {cells}, for {wanted} pixels instead of {found}")
+    print(f"{config.init}: position embeddings interpolated {cells}, for {wanted} pixels instead of {found}")
     return resized
 
 

@@ -30,12 +30,12 @@ _THREADS = 2
 class ValidationConfig:
     """What is measured every `train.evaluate_every` steps and at the end."""
 
-    source: Plugin = plugin(
-        SOURCES, "none", "image-text pairs to measure retrieval on; none: it is not measured"
+    source: Plugin = plugin(SOURCES, "none", "image-text pairs to measure retrieval on; none: not measured")
+    images: str = option(
+        "", "folder with one subfolder of images per class, for zero-shot accuracy; empty: none"
     )
-    images: str = option("", "folder with a subfolder of images a class, for zero-shot accuracy; empty: none")
     templates: str = option("simple", "prompts: published (CLIP's 80), simple (one) or a file of them")
-    limit: int = option(5000, "most pairs and most images used, spread evenly over all; 0: all")
+    limit: int = option(5000, "maximum number of pairs and of images, spread evenly over all; 0: all")
     batch_size: int = option(128, "images or texts embedded at once", runtime_only=True)
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class Validation:
         require_usable(reasons, len(images), MAX_SKIPPED, what="images to evaluate on")
         if reasons:
             note(
-                f"{len(reasons):,} of {len(images):,} images to evaluate on are left out, the first: "
+                f"{len(reasons):,} of {len(images):,} images to evaluate on are skipped, the first: "
                 f"{reasons[0]}"
             )
         return torch.cat(features), kept
@@ -144,7 +144,7 @@ def _usable(pairs: Pairs, indices: list[int]) -> list[Pair]:
     require_usable(reasons, len(indices), MAX_SKIPPED, what="pairs to evaluate on")
     if reasons:
         note(
-            f"{len(reasons):,} of {len(indices):,} pairs to evaluate on are left out, the first: {reasons[0]}"
+            f"{len(reasons):,} of {len(indices):,} pairs to evaluate on are skipped, the first: {reasons[0]}"
         )
     return found
 

@@ -122,13 +122,16 @@ def _by_hand(file: Published, folder: Path) -> Path:
     for place in (target, folder / file.name):
         if place.is_file():
             if not file.sha256:
-                print(f"note: {place} cannot be verified, its publishers give no checksum", file=sys.stderr)
+                print(
+                    f"note: {place} cannot be verified because its publishers give no checksum",
+                    file=sys.stderr,
+                )
             elif file_hash(place) != file.sha256:
                 raise InputError(f"{place} is not the published file: its sha256 is not {file.sha256}")
             return place
     raise InputError(
-        f"{file.name} is not here, and programs cannot fetch it: get {file.url} from {file.page} with a "
-        f"browser and put it at {target}, or set CLIP_BASE_CACHE to the folder that holds it"
+        f"{file.name} is missing and can only be downloaded with a browser: get {file.url} from {file.page} "
+        f"and put it at {target}, or set CLIP_BASE_CACHE to its folder"
         + ("" if file.sha256 else " (its publishers give no checksum, so that it cannot be verified)")
     )
 
@@ -255,6 +258,6 @@ def _reason(error: Exception) -> str:
 
 def _unavailable(file: Published, target: Path, reason: str) -> InputError:
     return InputError(
-        f"{file.name} cannot be downloaded ({reason}); get {file.url} by other means, put it at {target} "
-        f"(sha256 {file.sha256}), or set CLIP_BASE_CACHE to the folder that holds it"
+        f"{file.name} cannot be downloaded ({reason}); get {file.url} in another way, put it at {target} "
+        f"(sha256 {file.sha256}), or set CLIP_BASE_CACHE to its folder"
     )

@@ -74,7 +74,7 @@ def infer_vision(state: Mapping[str, Tensor], hints: Hints, path: object) -> Vis
     def side(name: str) -> int:
         cells = _shape(state, name, 2, path)[0] - 1
         if math.isqrt(cells) ** 2 != cells:
-            raise InputError(f"{path}: {name} has {cells} cells, which is no square")
+            raise InputError(f"{path}: {name} has {cells} cells, which is not a square number")
         return math.isqrt(cells)
 
     if any(name.startswith("visual.layer1.") for name in state):
@@ -100,7 +100,7 @@ def _shape(state: Mapping[str, Tensor], name: str, dimensions: int, path: object
     if name not in state:
         shown = ", ".join(sorted(state)[:4])
         raise InputError(
-            f"{path} is no whole CLIP: {name} is missing ({len(state)} tensors found: {shown}, …)"
+            f"{path} is not a complete CLIP: {name} is missing ({len(state)} tensors found: {shown}, …)"
         )
     if state[name].ndim != dimensions:
         raise InputError(
@@ -123,7 +123,7 @@ def from_open_clip(config: Any, source: str) -> Hints:
     """
     model = config.get("model_cfg") if isinstance(config, dict) else None
     if not isinstance(model, dict):
-        raise InputError(f"{source} is no open_clip config: it has no model_cfg")
+        raise InputError(f"{source} is not an open_clip config: it has no model_cfg")
     for part, fixed in _OPEN_CLIP_TOWERS.items():
         tower = model.get(part) or {}
         wrong = [f"{key}={tower[key]!r}" for key, value in fixed.items() if tower.get(key, value) != value]
@@ -168,7 +168,7 @@ def from_huggingface(config: Any, source: str) -> Hints:
     activations = {str(tower.get("hidden_act", "quick_gelu")) for tower in (text, vision)}
     if len(activations) > 1 or not activations <= {"quick_gelu", "gelu"}:
         raise InputError(
-            f"{source} has hidden_act {sorted(activations)}; both towers take quick_gelu, or both gelu"
+            f"{source} has hidden_act {sorted(activations)}; both towers must have quick_gelu, or both gelu"
         )
     for tower in (text, vision):
         if not math.isclose(float(tower.get("layer_norm_eps", 1e-5)), 1e-5, rel_tol=1e-3):

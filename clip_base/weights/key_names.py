@@ -56,11 +56,13 @@ def unwrap(content: Any, path: object) -> tuple[dict[str, Tensor], bool]:
             break
         content, wrapped = inner, True
     if not isinstance(content, dict) or not content:
-        raise InputError(f"{path} holds a {type(content).__name__}, no state dict; save model.state_dict()")
+        raise InputError(
+            f"{path} holds a {type(content).__name__}, not a state dict; save model.state_dict()"
+        )
     odd = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     if odd:
         raise InputError(
-            f"{path} holds no state dict: {len(odd)} of {len(content)} values are no tensors "
+            f"{path} holds no state dict: {len(odd)} of {len(content)} values are not tensors "
             f"({', '.join(odd[:4])}); save model.state_dict()"
         )
     return strip(content), wrapped

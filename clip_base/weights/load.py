@@ -1,4 +1,4 @@
-"""From a published name, or a file in any known form, to a model and the preprocessing that goes with it."""
+"""From a published name, or a file in any known format, to a model and its preprocessing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class WeightsFile:
     """Which weights a job on one file reads."""
 
     file: str = option(REQUIRED, "weights file or folder, or a published model's name", positional=True)
-    activation: str = option("", "activation of a file that does not say it", choices=("", *ACTIVATIONS))
+    activation: str = option("", "activation of a file that does not state it", choices=("", *ACTIVATIONS))
 
 
 def find(name_or_path: str | Path, folder: str | Path | None = None) -> Path:
@@ -70,7 +70,7 @@ def load_clip(name_or_path: str | Path, activation: str = "", precision: str = "
         precision: type of the weights: "fp32", "fp16", "bf16", or "stored" for the file's own.
 
     Raises:
-        InputError: the file is missing, damaged, of no known form, or does not fit.
+        InputError: the file is missing, damaged, of no known format, or does not fit.
     """
     model, report = read_any(name_or_path, activation, precision)
     _tell(report)
@@ -89,7 +89,7 @@ def load(
     """Loads a CLIP, as openai/CLIP's function of that name.
 
     Args:
-        name: one of `available_models()`, or a file or folder in any known form.
+        name: one of `available_models()`, or a file or folder in any known format.
         device: where the model goes; None: the GPU when there is one, else the CPU.
         jit: only False; code inside archives is never run.
         download_root: folder for published files; None: $CLIP_BASE_CACHE, else ~/.cache/clip.
@@ -106,7 +106,7 @@ def load(
     """
     if jit:
         raise InputError(
-            "jit=True would run code from the file; leave it out, and use torch.compile(model) for speed"
+            "jit=True would run code from the file; omit it, and use torch.compile(model) for speed"
         )
     if precision not in (*PRECISIONS, "auto"):
         raise InputError(f"precision must be auto or one of {', '.join(PRECISIONS)}, found {precision!r}")

@@ -104,7 +104,7 @@ def _unreadable(path: Path, error: Exception) -> InputError:
             f"weights file {path} is no safetensors file but what torch.save writes: rename it to .pth"
         )
     return InputError(
-        f"weights file {path} cannot be read ({str(error).splitlines()[0]}); it was cut off or is no "
+        f"weights file {path} cannot be read ({str(error).splitlines()[0]}); it was truncated or is not a "
         "safetensors file: copy it again"
     )
 
@@ -135,7 +135,9 @@ def require_finite(weights: Mapping[str, Tensor], source: str | Path) -> None:
     """Raises an InputError that names the tensors which hold NaN or infinity."""
     bad = not_finite(weights)
     if bad:
-        raise InputError(f"weights {source} cannot be used: {bad}; copy the file again, or train again")
+        raise InputError(
+            f"weights {source} cannot be used: {bad}; copy the file again, or repeat the training"
+        )
 
 
 def load_exactly(module: torch.nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:

@@ -84,7 +84,7 @@ class _Found:
 
 
 def read_clip(path: str | Path, activation: str = "", precision: str = "fp32") -> tuple[CLIP, Report]:
-    """Reads a CLIP from a file or folder in any known form.
+    """Reads a CLIP from a file or folder in any known format.
 
     Known are our own safetensors; OpenAI's TorchScript archives, whose code is not run; state dicts, plain or
     inside a training checkpoint, as `torch.save` or safetensors write them; open_clip's files and folders;
@@ -101,7 +101,7 @@ def read_clip(path: str | Path, activation: str = "", precision: str = "fp32") -
         The model on the CPU, in evaluation mode and channels-last, and what the file turned out to be.
 
     Raises:
-        InputError: the file is missing, damaged, of no known form, holds more than tensors, or its tensors
+        InputError: the file is missing, damaged, of no known format, holds more than tensors, or its tensors
             are missing, left over or misshapen (they are listed).
     """
     if activation and activation not in ACTIVATIONS:
@@ -154,9 +154,7 @@ def _build(config: CLIPConfig, found: _Found, dtype: torch.dtype) -> CLIP:
         if not value.is_floating_point() and not name.endswith("num_batches_tracked")
     ]
     if odd:
-        raise InputError(
-            f"{found.path}: {len(odd)} weights are no floating-point numbers: {', '.join(odd[:4])}"
-        )
+        raise InputError(f"{found.path}: {len(odd)} weights are not floating-point: {', '.join(odd[:4])}")
     with torch.device("meta"):  # no time is spent on random weights that the file replaces
         model = CLIP(config)
     model = model.to(dtype).to_empty(device="cpu")
@@ -227,7 +225,7 @@ def _from_pickle(path: Path) -> _Found:
     if isinstance(content, Tensor):
         other = formats.recognize(content, path)
         what = other.form if other is not None else f"one tensor of shape {list(content.shape)}"
-        raise InputError(f"{path} holds {what}, no CLIP; `clip-base inspect {path}` shows what is in it")
+        raise InputError(f"{path} holds {what}, not a CLIP; `clip-base inspect {path}` shows what is in it")
     state, wrapped = key_names.unwrap(content, path)
     known = formats.recognize(state, path)
     if known is not None:
@@ -240,7 +238,8 @@ def _from_another(content: formats.Content, path: Path) -> _Found:
     """Returns the CLIP in a file of another package's form."""
     if content.clip is None:
         raise InputError(
-            f"{path} is {content.form}, which holds no whole CLIP; `clip-base inspect {path}` shows its parts"
+            f"{path} is {content.form}, which has no complete CLIP; `clip-base inspect {path}` shows its "
+            "parts"
         )
     hints = infer_config.Hints(content.activation, source=f"{content.form} has it")
     unused = tuple(f"not needed: {one}" for one in content.unused())
@@ -260,7 +259,7 @@ def _find_in_folder(folder: Path) -> _Found:
         sorted(set(index["weight_map"].values())) if isinstance(index, dict) and "weight_map" in index else []
     )
     if not shards or any(Path(shard).name != shard for shard in shards):
-        raise InputError(f"{folder / name} names no shards in its own folder")
+        raise InputError(f"{folder / name} lists no shards in its folder")
     state: dict[str, Tensor] = {}
     for shard in shards:
         state |= read_weights(folder / shard)[0]

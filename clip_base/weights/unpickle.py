@@ -232,12 +232,12 @@ def _as_tensors(value: Any) -> Any:
 def _refusal(path: Path, found: str) -> InputError:
     return InputError(
         f"{path} is refused: its pickle holds {found}, not only tensors in plain containers; "
-        "let whoever wrote it save model.state_dict()"
+        "ask its author to save model.state_dict()"
     )
 
 
 def _damaged(path: Path, error: BaseException) -> InputError:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return InputError(
-        f"weights file {path} cannot be read ({reason}); it was cut off or is damaged: copy it again"
+        f"weights file {path} cannot be read ({reason}); it was truncated or is damaged: copy it again"
     )

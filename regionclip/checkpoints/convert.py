@@ -53,7 +53,7 @@ def to_regionclip(path: Path, out: Path) -> str:
     """Writes our CLIP, detector, proposal network or vocabulary as RegionCLIP's code saves its own.
 
     Args:
-        path: our file, or a CLIP in any known form.
+        path: our file, or a CLIP in any known format.
         out: a .pth file.
 
     Returns:
@@ -106,7 +106,7 @@ def to_detectron2(path: Path, out: Path) -> str:
         _save({"model": state}, out)
         return f"{out}, for MODEL.WEIGHTS of an OpenVocabularyRCNN"
     raise InputError(
-        f"{path} holds {form or 'no form of ours'}; detectron2 has a place for proposal networks "
+        f"{path} holds {form or 'no form of ours'}; detectron2's format is for proposal networks "
         f"({proposals.FORMAT}) and detectors ({load.FORMAT})"
     )
 
@@ -137,20 +137,20 @@ def to_ours(path: Path, out: Path, text_weights: str) -> str:
     Args:
         path: the published file.
         out: a .safetensors file.
-        text_weights: the CLIP whose text tower goes along with a detector that brings none.
+        text_weights: the CLIP whose text tower is added to a detector that has none.
     """
     if out.suffix != ".safetensors":
-        raise InputError(f"out={out}: our form is a .safetensors file, give such a name")
+        raise InputError(f"out={out}: our format is a .safetensors file; give such a name")
     content = content_of(path)
     if content.form == FINETUNED:
         if content.clip is None and not text_weights:
             raise InputError(
-                f"{path} brings no text tower, and ours hold one: give text_weights=FILE, OpenAI's CLIP or "
-                "the pretrained RegionCLIP that the detector began with"
+                f"{path} has no text tower, but our format includes one: give text_weights=FILE, OpenAI's "
+                "CLIP or the pretrained RegionCLIP that the detector started from"
             )
         detector = detector_of(content, path, None, text_weights)
         if detector.network is None:
-            raise InputError(f"{path} holds no proposal network, without which our file cannot be used")
+            raise InputError(f"{path} has no proposal network, which our format requires")
         trained_on = 0 if detector.class_embeddings is None else len(detector.class_embeddings)
         save_detector(detector, out, parse_names("coco_base") if trained_on in (48, 65) else [])
         return str(out)
@@ -186,8 +186,8 @@ def _clip(model: CLIP, path: Path) -> dict[str, Tensor]:
         )
     if model.config.vision.head_width != 64:
         raise InputError(
-            f"{path} has heads of {model.config.vision.head_width} channels; RegionCLIP's files do not say "
-            "how wide heads are, and its code takes 64"
+            f"{path} has heads of {model.config.vision.head_width} channels; RegionCLIP's files do not "
+            "store the head width, and its code assumes 64"
         )
     places = {"visual.": "backbone.", "text.": "lang_encoder.", "logit_scale": "lang_encoder.logit_scale"}
     state = {}
@@ -201,8 +201,8 @@ def _head(detector: Detector, base: tuple[str, ...], path: Path) -> dict[str, Te
     kind = "nothing" if detector.box_head is None else detector.box_head.kind
     if kind != "embedding" or detector.background is None:
         raise InputError(
-            f"{path} moves boxes by reading {kind}, RegionCLIP's detectors read the embedding; "
-            "train one with box_head=embedding"
+            f"{path} has a box head that reads {kind}, RegionCLIP's read the embedding; train one with "
+            "box_head=embedding"
         )
     state = detector.state_dict()
     head = {

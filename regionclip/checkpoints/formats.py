@@ -167,7 +167,7 @@ def _sort(state: Mapping[str, Tensor], rules: tuple[_Rule, ...], form: str, path
         sorted_.setdefault(rule.group, {})[new] = value
     if unknown:
         raise InputError(
-            f"{path} looks like {form}, but {len(unknown)} of its {len(state)} tensors have no known use: "
+            f"{path} looks like {form}, but {len(unknown)} of its {len(state)} tensors are unknown: "
             f"{', '.join(unknown[:4])}{', …' if len(unknown) > 4 else ''}"
         )
     first = {rule.group: rule for rule in reversed(rules)}

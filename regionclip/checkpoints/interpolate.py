@@ -1,4 +1,4 @@
-"""Weights between two models: what one knew, and what the other has learnt (WiSE-FT, arXiv 2109.01903)."""
+"""Weights between two models: what one knew, and what the other has learned (WiSE-FT, arXiv 2109.01903)."""
 
 from __future__ import annotations
 
@@ -27,21 +27,19 @@ class InterpolateConfig:
 
     first: str = option(REQUIRED, "weights at alpha 0: a CLIP, or a detector")
     second: str = option(REQUIRED, "weights at alpha 1: a CLIP, or a detector; of the same sizes")
-    alpha: list[float] = option(
-        [0.5], "shares of the second model, each in [0, 1]: [0.5], or a curve's points"
-    )
+    alpha: list[float] = option([0.5], "weights of the second model, each in [0, 1]; several give a curve")
     out: str = option(
-        REQUIRED, "file to write; with several alphas the folder of alpha-0.25.safetensors and the like"
+        REQUIRED, "file to write; with several alphas a folder for alpha-0.25.safetensors and so on"
     )
     part: str = option(
-        "all", "what to write of a detector: all of it, or its CLIP alone", choices=("all", "clip")
+        "all", "what to write of a detector: all of it, or only its CLIP", choices=("all", "clip")
     )
 
     def __post_init__(self) -> None:
         if not self.alpha or not all(0 <= alpha <= 1 for alpha in self.alpha):
             raise InputError(f"alpha must be one or more numbers in [0, 1], found {self.alpha}")
         if len(self.alpha) == 1 and not self.out.endswith(".safetensors"):
-            raise InputError(f"out={self.out}: weights are a .safetensors file, give such a name")
+            raise InputError(f"out={self.out}: weights are written as .safetensors; give such a name")
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Weights:
 
 
 def read(path: str) -> Weights:
-    """Reads a detector, or a CLIP in any known form."""
+    """Reads a detector, or a CLIP in any known format."""
     if path.endswith(".safetensors"):
         tensors, metadata = read_weights(path)
         if metadata.get("format") == DETECTOR:
@@ -92,8 +90,8 @@ def between(first: Weights, second: Weights, alpha: float) -> dict[str, Tensor]:
     """
     if json.loads(first.clip) != json.loads(second.clip):
         raise InputError(
-            f"{first.path} and {second.path} hold CLIPs of other sizes ({first.clip}; {second.clip}); "
-            "only weights of one architecture can be mixed"
+            f"{first.path} and {second.path} are CLIPs of different sizes ({first.clip}; {second.clip}); "
+            "only weights of the same architecture can be interpolated"
         )
     shared = first.tensors.keys() & second.tensors.keys()
     alone = sorted(first.tensors.keys() ^ second.tensors.keys())
@@ -107,8 +105,8 @@ def between(first: Weights, second: Weights, alpha: float) -> dict[str, Tensor]:
         faults = [f"{name} is in one only" for name in alone] + unlike
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise InputError(
-            f"{first.path} and {second.path} do not fit each other: {', '.join(faults[:3])}{more}; "
-            "only models of one architecture can be mixed"
+            f"{first.path} and {second.path} do not match: {', '.join(faults[:3])}{more}; "
+            "only models of the same architecture can be interpolated"
         )
     mixed = {name: mix(first.tensors[name], second.tensors[name], alpha) for name in shared}
     return {**first.tensors, **second.tensors, **mixed}
@@ -137,7 +135,7 @@ def interpolate(config: InterpolateConfig) -> None:
     files = [out if one else out / f"alpha-{alpha:g}.safetensors" for alpha in config.alpha]
     for given in (first.path, second.path):
         if any(file.resolve() == Path(given).resolve() for file in files):
-            raise InputError(f"out={config.out} would be written over {given}; give another place")
+            raise InputError(f"out={config.out} would overwrite {given}; give another path")
     whole = second if second.is_detector or not first.is_detector else first
     head = region_head_of(first, second)
     metadata = {**whole.metadata, **head}

@@ -74,8 +74,8 @@ class ImageTower(CLIP):
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Raises an InputError that says how to come by a text tower."""
         raise InputError(
-            "these weights bring no text tower to embed names with: give text_weights=FILE, a CLIP with the "
-            "same one (OpenAI's, or the pretrained RegionCLIP that the detector began with), or "
+            "these weights have no text tower to embed names: give text_weights=FILE, a CLIP with the "
+            "same one (OpenAI's, or the pretrained RegionCLIP that the detector started from), or "
             "embeddings=FILE"
         )
 
@@ -132,12 +132,12 @@ def detector_of(
     missing = [name for name in HEAD_NAMES if name not in head]
     if missing:
         raise InputError(
-            f"{path} has no roi_heads.box_predictor.{missing[0]}; it is no whole RegionCLIP detector"
+            f"{path} has no roi_heads.box_predictor.{missing[0]}; it is not a complete RegionCLIP detector"
         )
     if len(head["bbox_pred.weight"]) != 4:
         raise InputError(
-            f"{path} moves boxes for each of its classes apart ({len(head['bbox_pred.weight'])} rows); the "
-            "published detectors do it alike for all (4 rows)"
+            f"{path} has box deltas for each class ({len(head['bbox_pred.weight'])} rows); the published "
+            "detectors share them (4 rows)"
         )
     clip, towers = _towers(content, path, text_weights)
     weights = {f"clip.{name}": value for name, value in towers.items()}
@@ -193,7 +193,7 @@ def vocabulary_for(
         if rows is not None and order is None:
             raise InputError(
                 f"{path} has {len(rows)} embeddings: the data have {len(categories)} categories, of which "
-                f"{len(names)} are looked for; give the file of that many"
+                f"{len(names)} are used; give a file with that many"
             )
         vocabulary = Vocabulary.load(path, names if own else order).subset(names)
     else:
@@ -232,9 +232,9 @@ def _settings(trained_on: Tensor | None, path: Path) -> DetectorConfig:
     count = 0 if trained_on is None else len(trained_on)
     if count not in SETTINGS:
         raise InputError(
-            f"{path} was trained on {count or 'an unknown number of'} names, which is none of the published "
-            "detectors; say how it is to score: use_checkpoint_config=false detector.temperature=0.01 "
-            "detector.…"
+            f"{path} was trained on {count or 'an unknown number of'} names, which is not one of the "
+            "published detectors; say how scores are computed: use_checkpoint_config=false "
+            "detector.temperature=0.01 detector.…"
         )
     return dataclasses.replace(SETTINGS[count])
 
@@ -246,7 +246,7 @@ def _towers(content: Content, path: Path, text_weights: str) -> tuple[CLIP, dict
     scale = {"logit_scale": torch.tensor(math.log(1 / parts.TEMPERATURE))}
     if content.clip is not None:
         if text_weights:
-            raise InputError(f"{path} has a text tower of its own; drop text_weights={text_weights}")
+            raise InputError(f"{path} already has a text tower; omit text_weights={text_weights}")
         config = infer_config.infer(content.clip, infer_config.Hints(content.activation), path)
         return CLIP(config), dict(content.clip)
     width = len(visual["visual.attnpool.c_proj.weight"]) if "visual.attnpool.c_proj.weight" in visual else 0
@@ -343,7 +343,7 @@ def load_detector(
         config: scores and suppression; None: a detector's own, a CLIP takes the defaults.
         resize: the size at which images are seen; None: the same.
         use_checkpoint_config: a detector keeps its own; `config` and `resize` are for a CLIP.
-        text_weights: a CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none.
+        text_weights: a CLIP whose text tower embeds names, for RegionCLIP's detectors, which have none.
         region_head: how a ResNet embeds regions, see `choose_head`.
 
     Raises:
@@ -356,7 +356,7 @@ def load_detector(
     if published is not None:
         return published
     if text_weights:
-        raise InputError(f"{weights} has a text tower of its own; drop text_weights={text_weights}")
+        raise InputError(f"{weights} already has a text tower; omit text_weights={text_weights}")
     if is_ours and read_weights(weights)[1].get("format") == FORMAT:
         return read_detector_file(weights, settings, size)[0]
     return Detector(load_clip(weights), config or DetectorConfig(), resize=resize, region_head=head).eval()

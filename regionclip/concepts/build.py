@@ -45,28 +45,28 @@ class ConceptsConfig:
         REQUIRED, "captions: COCO's JSON, .txt (one per line), or .jsonl, .csv, .tsv with a caption column"
     )
     out: str = option(REQUIRED, "file to write, JSON Lines: concept, count, examples, kind")
-    min_count: int = option(100, "captions that must name a concept for it to stay")
+    min_count: int = option(100, "minimum number of captions that mention a concept")
     classes: list[str] = option(
-        [], "class lists whose names always stay: coco, coco65, coco_base, coco_novel, or files"
+        [], "class lists whose names are always kept: coco, coco65, coco_base, coco_novel, or files"
     )
     language: str = option("", "spaCy model; empty: the small English one")
     stop_words: str = option(
         "",
-        "file of heads and phrases to drop, one per line; empty: the list that comes with us",
+        "file of heads and phrases to drop, one per line; empty: the built-in list",
         renamed_from="invisible",
     )
     column: str = option("", "caption's column or key; empty: caption, text or title")
     encoding: str = option("", ENCODING_HELP)
     cache_phrases: bool = option(
         True,
-        "keep the captions' phrases in OUT.phrases.db, so that mining need not parse them again",
+        "store the captions' phrases in OUT.phrases.db, so that mining does not parse them again",
         runtime_only=True,
         renamed_from="keep_phrases",
     )
     workers: int = option(1, "processes that parse; 0: one per core", runtime_only=True)
     batch_size: int = option(256, "captions that spaCy analyzes at once", runtime_only=True)
     explain: str = option(
-        "", "a phrase: say where it comes from, or why it is not in the pool", runtime_only=True
+        "", "a phrase: print where it comes from, or why it is not in the pool", runtime_only=True
     )
 
     def __post_init__(self) -> None:
@@ -86,7 +86,9 @@ def build(config: ConceptsConfig) -> None:
     with lock_file(out):
         if out.exists():
             _require_same(out, meta_path, provenance)
-            print(f"{out} already exists, made with the same options: {len(read_concepts(out))} concepts")
+            print(
+                f"{out} already exists and was made with the same options: {len(read_concepts(out))} concepts"
+            )
         else:
             _make(config, out, meta_path, provenance)
     if config.explain:
@@ -166,7 +168,7 @@ def _require_same(out: Path, meta_path: Path, provenance: dict[str, Any]) -> Non
     remedy = "delete it or give another out="
     if not meta_path.exists():
         raise InputError(
-            f"{out} is there and was not made by this job ({meta_path.name} is missing); {remedy}"
+            f"{out} exists but was not written by this job ({meta_path.name} is missing); {remedy}"
         )
     meta = read_json(meta_path, "description of the pool")
     there = (meta.get("options") or {}) | {key: meta.get(key) for key in SAME}

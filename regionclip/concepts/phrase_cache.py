@@ -93,16 +93,18 @@ class StoredPhrases:
         self._recent = LRUPhraseCache()
         path = Path(path)
         if not path.is_file():
-            raise InputError(f"there is no {path}")
+            raise InputError(f"{path} does not exist")
         if path.with_name(f"{path.name}-journal").exists():
-            raise InputError(f"{path} was not written to its end; run `regionclip concepts` again")
+            raise InputError(f"{path} is incomplete; run `regionclip concepts` again")
         try:
             self._base = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
             (parser,) = self._base.execute("SELECT parser FROM identity").fetchone()
         except (sqlite3.DatabaseError, TypeError):
             raise InputError(f"{path} holds no phrases of captions; delete it") from None
         if parser != fingerprint:
-            raise InputError(f"{path} is of another spaCy model, list of names or version of this program")
+            raise InputError(
+                f"{path} was made with another spaCy model, list of names or version of this program"
+            )
 
     def find(self, captions: Iterable[str]) -> Found:
         """See `regionclip.concepts.phrases.PhraseCache`."""

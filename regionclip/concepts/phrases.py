@@ -277,7 +277,7 @@ def as_phrase(chunk: Span, compounds: Compounds) -> Phrase | None:
 
     Args:
         chunk: one of spaCy's noun chunks.
-        compounds: names that go on after the chunk's head where the caption does, see `compounds_of`.
+        compounds: names that continue after the chunk's head where the caption does, see `compounds_of`.
     """
     root = chunk.root
     if root.pos not in (NOUN, PROPN) or root.like_url or root.like_num:

@@ -114,12 +114,12 @@ def read_concepts(path: str | Path) -> list[Concept]:
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
-                f"concept pool {path}, line {number} is no concept ({type(error).__name__}: {error}); "
-                "a line is {concept, count, examples} in JSON, was the file cut off?"
+                f"concept pool {path}, line {number} is not a concept ({type(error).__name__}: {error}); "
+                "a line is {concept, count, examples} in JSON, is the file truncated?"
             ) from None
         if concept.concept in concepts:
             raise InputError(
-                f"concept pool {path}, line {number}: {concept.concept!r} is there twice; remove one"
+                f"concept pool {path}, line {number}: {concept.concept!r} occurs twice; remove one"
             )
         concepts[concept.concept] = concept
     return list(concepts.values())

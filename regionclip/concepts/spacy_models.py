@@ -27,7 +27,7 @@ def load_language(name: str = "") -> Language:
     language = spacy.load(candidate, exclude=["ner"])
     if "parser" not in language.pipe_names or language.vocab.get_noun_chunks is None:
         raise InputError(
-            f"spaCy model {candidate} cannot find noun phrases, it has only "
+            f"spaCy model {candidate} cannot find noun phrases, it only has "
             f"{', '.join(language.pipe_names) or 'a tokenizer'}; choose one with a parser, for a language "
             "whose noun chunks spaCy knows, such as de_core_news_sm"
         )

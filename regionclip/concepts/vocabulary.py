@@ -123,8 +123,8 @@ class Vocabulary:
         if self.width != width:
             which = f"vocabulary ({path})" if path else "vocabulary"
             raise InputError(
-                f"the {which} has embeddings of {self.width} numbers, the model of {width}; "
-                "give names instead, or a vocabulary made with the same model"
+                f"the {which} has embeddings of width {self.width}, the model {width}; give names instead, "
+                "or a vocabulary made with the same model"
             )
 
     def save(self, path: str | Path) -> None:
@@ -167,7 +167,7 @@ class Vocabulary:
         elif path.suffix in (".pth", ".pt"):
             matrix = _load_pth(path)
         else:
-            raise InputError(f"vocabulary {path} is of no known kind; give .safetensors, .pth or .npy")
+            raise InputError(f"vocabulary {path} is of an unknown kind; give .safetensors, .pth or .npy")
         if names is None:
             raise InputError(f"vocabulary {path} holds no names; give the list of its names with it")
         embeddings = _unit(_rows_are_names(matrix, len(names), path).float(), names, str(path))
@@ -242,7 +242,8 @@ def _unit(embeddings: Tensor, names: Sequence[str], source: str) -> Tensor:
     bad = (~(lengths.isfinite() & (lengths > 1e-6))).flatten().nonzero().flatten().tolist()
     if bad:
         raise InputError(
-            f"{source} gives {names[bad[0]]!r} an embedding of zeros or NaN; is the file or the model whole?"
+            f"{source} gives {names[bad[0]]!r} an embedding of zeros or NaN; is the file or the model "
+            "damaged?"
         )
     unit: Tensor = embeddings / lengths
     return unit
@@ -255,11 +256,11 @@ def _load_safetensors(path: Path) -> Vocabulary:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"vocabulary {path} cannot be read: {error}; was it cut off while being copied?"
+            f"vocabulary {path} cannot be read: {error}; was it truncated when it was copied?"
         ) from None
     if metadata.get("format") != FORMAT or "embeddings" not in tensors:
         raise InputError(
-            f"{path} is no vocabulary (its tensors: {', '.join(list(tensors)[:3])}, …); are these weights?"
+            f"{path} is not a vocabulary (its tensors: {', '.join(list(tensors)[:3])}, …); are these weights?"
         )
     if metadata.get("version") != str(VERSION):
         raise InputError(
@@ -274,7 +275,7 @@ def _load_npy(path: Path) -> Tensor:
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"vocabulary {path} is no whole .npy file: {error}") from None
+        raise InputError(f"vocabulary {path} is not a complete .npy file: {error}") from None
     if array.dtype.kind != "f":
         raise InputError(f"vocabulary {path} must hold floats, found {array.dtype}")
     return torch.from_numpy(array.astype(np.float32))
@@ -286,7 +287,7 @@ def _load_pth(path: Path) -> Tensor:
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"vocabulary {path} is no pickled tensor ({reason}); give a .safetensors file"
+            f"vocabulary {path} is not a pickled tensor ({reason}); give a .safetensors file"
         ) from None
     if not isinstance(loaded, Tensor) or not loaded.is_floating_point():
         raise InputError(f"vocabulary {path} must hold one float tensor, found {type(loaded).__name__}")
@@ -299,7 +300,8 @@ def _rows_are_names(matrix: Tensor, count: int, path: Path) -> Tensor:
     if matrix.ndim == 2 and matrix.shape[1] == count:
         return matrix.T.contiguous()
     raise InputError(
-        f"vocabulary {path} is {list(matrix.shape)}, which does not fit {count} names; give its own list"
+        f"vocabulary {path} is {list(matrix.shape)}, which does not match {count} names; give the list that "
+        "belongs to it"
     )
 
 

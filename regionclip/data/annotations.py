@@ -75,7 +75,7 @@ class ImageAnnotations:
 class AnnotatedImages:
     """Which images with boxes a job reads."""
 
-    annotations: str = option(REQUIRED, "instances_*.json in COCO's form")
+    annotations: str = option(REQUIRED, "instances_*.json in COCO's format")
     images: str = option(REQUIRED, "folder that the annotations' file names are relative to")
 
 
@@ -149,7 +149,7 @@ class CocoDetection(Sequence[ImageAnnotations]):
         if len(set(names)) < len(names):
             repeated = sorted({name for name in names if list(names).count(name) > 1})
             raise InputError(
-                f"categories: {', '.join(map(repr, repeated))} given more than once; give each one once"
+                f"categories: {', '.join(map(repr, repeated))} given more than once; give each once"
             )
         unknown = [name for name in names if name not in self.categories]
         if unknown:
@@ -199,7 +199,7 @@ class CocoDetection(Sequence[ImageAnnotations]):
     ) -> list[ImageAnnotations]:
         """Returns records without boxes yet."""
         if not entries:
-            raise InputError(f"annotations file {path} lists no images, so that its boxes are in none")
+            raise InputError(f"annotations file {path} lists no images")
         if folder is not None:
             existing(folder, "images folder")
         records: dict[int, ImageAnnotations] = {}
@@ -211,8 +211,8 @@ class CocoDetection(Sequence[ImageAnnotations]):
             if image_id in records:
                 if records[image_id].path != file:
                     raise InputError(
-                        f"{path}: image id {image_id} belongs to both {records[image_id].path.name} and "
-                        f"{file.name}; give every image an id of its own"
+                        f"{path}: image id {image_id} is used for both {records[image_id].path.name} and "
+                        f"{file.name}; give every image its own id"
                     )
                 self._count("images listed twice", 1)
                 continue
@@ -227,7 +227,7 @@ class CocoDetection(Sequence[ImageAnnotations]):
                     self.missing.append(file)
         if records and len(self.missing) == len(records):
             raise InputError(
-                f"none of the {len(records)} images of {path} is in {folder} (looked first for "
+                f"none of the {len(records)} images of {path} is in {folder} (first: "
                 f"{self.missing[0].name}); give the folder that the file names are relative to"
             )
         self._count("images whose file is missing", len(self.missing))

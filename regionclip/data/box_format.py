@@ -39,7 +39,7 @@ FORMS: dict[str, Callable[[Boxes], Boxes]] = {
 def other_forms(boxes: Boxes, sizes: Boxes) -> dict[str, Boxes]:
     """Returns the forms that boxes are more likely written in than COCO's, and what they then mean.
 
-    Boxes of COCO's form have no negative sides, are larger than a pixel and seldom leave their image.
+    Boxes of COCO's format have no negative sides, are larger than a pixel and seldom leave their image.
 
     Args:
         boxes: [N, 4] as read for x, y, width, height in pixels; finite.

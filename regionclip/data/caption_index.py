@@ -54,7 +54,7 @@ class CaptionedImageEntry:
 
 
 def write_caption_index(captions: str | Path, path: Path) -> None:
-    """Writes the images of a captions file in COCO's form as an SQLite file, atomically.
+    """Writes the images of a captions file in COCO's format as an SQLite file, atomically.
 
     The file is read entry by entry, so that memory does not grow with it.
 
@@ -109,8 +109,8 @@ def _fill(base: sqlite3.Connection, captions: str | Path) -> None:
         flush()
     if "images" not in seen:
         raise InputError(
-            f"{file} is not in COCO's form, or lists no image: it must hold 'images' and "
-            "'annotations', at its top"
+            f"{file} is not in COCO's format, or lists no image: it must have 'images' and 'annotations' at "
+            "the top level"
         )
 
 

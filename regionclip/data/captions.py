@@ -48,7 +48,9 @@ def read_texts(path: str | Path, column: str = "", encoding: str = "") -> Iterat
     elif kind == ".txt":
         texts = _lines(path, encoding)
     else:
-        raise InputError(f"captions file {path} is of no known kind; give .json, .jsonl, .csv, .tsv or .txt")
+        raise InputError(
+            f"captions file {path} is of an unknown kind; give .json, .jsonl, .csv, .tsv or .txt"
+        )
     any_text = False
     for text in texts:
         clean = cleaned(text)
@@ -118,7 +120,7 @@ def _from_table(path: Path, column: str, encoding: str) -> Iterator[str]:
     if not 0 <= index < len(table.columns):
         raise InputError(
             f"captions file {path} has no column {wanted[0]!r}, its first line is {quote(table.columns)}; "
-            "set column= to a name there, or to a number from 0 when it has no line of names"
+            "set column= to a name there, or to a number from 0 if it has no header line"
         )
     for _, row in itertools.islice(table.rows(), 0 if by_number else 1, None):
         yield row[index]

@@ -94,7 +94,7 @@ def check_names(names: Sequence[str]) -> None:
     if twice:
         ways = [" = ".join(quote(name, 40) for name in dict.fromkeys(same)) for same in twice]
         shown = ", ".join(ways[:5]) + (f" and {len(ways) - 5} more" if len(ways) > 5 else "")
-        raise InputError(f"a vocabulary's names must differ, {shown} stands there more than once")
+        raise InputError(f"a vocabulary's names must differ, {shown} occurs more than once")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Split:
             both = sorted(set(self.base) & set(self.novel))
             where = "both base and novel" if both else "listed more than once"
             raise InputError(
-                f"split: {', '.join(map(repr, both or repeated))} is {where}; each name may stand once"
+                f"split: {', '.join(map(repr, both or repeated))} is {where}; each name may occur once"
             )
 
     @property

@@ -38,7 +38,7 @@ class FileNames:
         if image_id is not None and self._asked.setdefault(image_id, name) != name:
             raise InputError(
                 f"{self._asked[image_id]} and {name} both mean the image with id {image_id} of {self.where}; "
-                "write its file_name with the folder that tells them apart"
+                "write its file_name with the folder that distinguishes them"
             )
         return image_id
 
@@ -58,8 +58,8 @@ class FileNames:
         if len(best) > 1:
             shown = ", ".join(f"{'/'.join(parts)} (id {image_id})" for parts, image_id in best[:2])
             raise InputError(
-                f"file_name {name!r} means several images of {self.where}: {shown}; write as much of the "
-                "path as tells them apart"
+                f"file_name {name!r} means several images of {self.where}: {shown}; write enough of the "
+                "path to distinguish them"
             )
         return best[0][1]
 
@@ -73,8 +73,8 @@ def name_images(names: dict[int, str], pairs: Iterable[tuple[int, str]], where: 
     for image_id, name in pairs:
         if names.setdefault(image_id, name) != name:
             raise InputError(
-                f"{where}: image_id {image_id} belongs to both {names[image_id]} and {name}; give every "
-                "image an id of its own, or leave file_name out"
+                f"{where}: image_id {image_id} is used for both {names[image_id]} and {name}; give every "
+                "image its own id, or leave file_name out"
             )
 
 

@@ -1,4 +1,4 @@
-"""Results in COCO's form: entries checked; images and categories found by name where they have names."""
+"""Results in COCO's format: entries checked; images and categories found by name where they have names."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_results(
     where: str,
     categories: Mapping[str, int] | None = None,
 ) -> Results:
-    """Reads a results file in COCO's form.
+    """Reads a results file in COCO's format.
 
     Whole numbers may be written as 7, 7.0 or, for images, "7". An entry with a mask and no box has the box
     around its mask, and an `area`, its mask's (as pycocotools takes it). Entries with a `file_name`, such as
@@ -74,8 +74,7 @@ def read_results(
     if strangers:
         raise InputError(
             f"{source}: {len(strangers)} of {len(entries)} detections are in images that {where} does not "
-            f"have, first image_id {strangers[0]!r}; evaluate against the annotations of the images that "
-            "were detected in"
+            f"have, first image_id {strangers[0]!r}; use the annotations of the images that were detected in"
         )
     kinds = _names(content, "category_name", source)
     if kinds and categories is not None:
@@ -92,8 +91,8 @@ def _names(content: Sequence[Any], key: str, source: str) -> list[str]:
         return []
     if lacking:
         raise InputError(
-            f"{source}: {len(names) - len(lacking)} of {len(names)} detections have a {key}, "
-            f"{source}[{lacking[0]}] has none; give all of them one or none"
+            f"{source}: {len(names) - len(lacking)} of {len(names)} detections have a {key}, but "
+            f"{source}[{lacking[0]}] has none; give it for all or none"
         )
     return names
 
@@ -115,8 +114,8 @@ def _find_images(
         image_id = known.find(name)
         if image_id is None:
             raise InputError(
-                f"{source}: {where} has no image {name}; evaluate against the annotations of the images that "
-                "were detected in"
+                f"{source}: {where} has no image {name}; use the annotations of the images that were "
+                "detected in"
             )
         found[name] = image_id
     moved = sum(found[name] != image_id for image_id, name in own.items())
@@ -166,7 +165,7 @@ def checked_result(entry: Any, where: str) -> dict[str, Any]:
     """
     needs = f"{where} needs image_id, category_id, bbox [x, y, width, height], score"
     if not isinstance(entry, dict):
-        raise InputError(f"{needs}: it is no object, found {quote(entry)}")
+        raise InputError(f"{needs}: it is not an object, found {quote(entry)}")
     fields: dict[str, Any] = {}
     for key in ("image_id", "category_id"):
         fields[key] = as_id(entry.get(key))
@@ -196,7 +195,9 @@ def _box_of(entry: dict[str, Any]) -> dict[str, Any]:
             code = mask.frPyObjects(code, height, width)
         around = {"bbox": mask.toBbox(code).tolist(), "area": float(mask.area(code))}
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise ValueError("no bbox, and the segmentation is no run-length code with size and counts") from None
+        raise ValueError(
+            "no bbox, and the segmentation is not a run-length code with size and counts"
+        ) from None
     return around
 
 

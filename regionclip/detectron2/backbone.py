@@ -53,7 +53,7 @@ def read_detector(
         text_weights: a CLIP whose text tower embeds names, for published detectors, which have none.
 
     Raises:
-        InputError: the file is missing, damaged, of no known form, or its vision tower is no ResNet.
+        InputError: the file is missing, damaged, of no known format, or its vision tower is no ResNet.
     """
     if not weights:
         raise InputError("MODEL.REGIONCLIP.WEIGHTS is empty; give a CLIP or a detector")
@@ -98,7 +98,7 @@ def to_detector(model: nn.Module, resize: ResizeConfig | None = None) -> Detecto
     if not all(held):
         theirs = ", ".join(type(getattr(parts, part, None)).__name__ for part, _ in HELD)
         raise InputError(
-            f"a detector of ours needs our backbone, proposals and RoI heads; these are {theirs}"
+            f"a detector of ours needs our backbone, proposal generator and RoI heads; these are {theirs}"
         )
     network: ProposalNetwork = parts.proposal_generator.network
     half: Detector = parts.roi_heads.detector
@@ -130,7 +130,7 @@ class ClipBackbone(Backbone):  # type: ignore[misc]
         weights: a CLIP or a detector, see `read_detector`.
         freeze_at: stages kept as they are, counted as detectron2 does: 0 none, 1 the stem, 2 also layer1
             (res2), … 4 also layer3 (res4); what is beyond belongs to the RoI heads.
-        freeze_batch_norm: keep the statistics and gains of batch norms as they are.
+        freeze_batch_norm: freeze the statistics and gains of batch norms.
     """
 
     @configurable  # type: ignore[untyped-decorator]

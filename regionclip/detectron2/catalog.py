@@ -47,7 +47,9 @@ class OpenVocabularyDataset:
 
     def __post_init__(self) -> None:
         if self.part not in PARTS.values():
-            raise InputError(f"{self.part!r} is no part of a split; give one of {', '.join(PARTS.values())}")
+            raise InputError(
+                f"{self.part!r} is not a part of a split; give one of {', '.join(PARTS.values())}"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -170,7 +170,7 @@ def require(stated: Mapping[str, Any], values: Mapping[str, Any], part: str) -> 
     unlike = [key for key, value in stated.items() if _plain(value) != _plain(values[key])]
     if unlike:
         told = "; ".join(f"{key} is {stated[key]}, {part} has {values[key]}" for key in unlike)
-        raise InputError(f"{told}. Leave what {part} cannot do out of the config, or set it to what it does")
+        raise InputError(f"{told}. Remove from the config what {part} does not support")
 
 
 def _plain(value: Any) -> Any:

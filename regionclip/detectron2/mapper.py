@@ -46,7 +46,7 @@ class RegionMapper:
             "MIN_SIZE_TRAIN_SAMPLING": given.MIN_SIZE_TRAIN_SAMPLING != "choice",
         }
         for key in (key for key, is_unlike in unlike.items() if is_unlike):
-            raise InputError(f"INPUT.{key} is beyond RegionMapper; leave it out, or use DatasetMapper")
+            raise InputError(f"INPUT.{key} is not supported by RegionMapper; remove it, or use DatasetMapper")
         short = given.MIN_SIZE_TRAIN if is_train else given.MIN_SIZE_TEST
         return {
             "is_train": is_train,

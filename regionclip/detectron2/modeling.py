@@ -143,7 +143,7 @@ class OpenVocabularyROIHeads(nn.Module):
         require(said or {}, own, "OpenVocabularyROIHeads")
         if not hasattr(whole.clip, "text"):
             raise InputError(
-                f"{weights} brings no text tower; set MODEL.REGIONCLIP.TEXT_WEIGHTS to the CLIP that it was "
+                f"{weights} has no text tower; set MODEL.REGIONCLIP.TEXT_WEIGHTS to the CLIP that it was "
                 "made from"
             )
         if whole.trained and not trained:

@@ -34,9 +34,9 @@ class Detectron2Config(SelectionConfig):
     config: str = option(
         REQUIRED, "the model's YAML or LazyConfig (.py), a file or a name in detectron2's model zoo"
     )
-    weights: str = option("", "its weights, a file or an address; empty: those that the config names")
+    weights: str = option("", "weights file or URL; empty: those named in the config")
     overrides: list[str] = option(
-        [], "key and value, alternating, over the YAML; key=value over a LazyConfig"
+        [], "overrides of the config: key and value alternating for a YAML, key=value for a LazyConfig"
     )
 
 
@@ -157,6 +157,6 @@ def _load_weights(model: nn.Module, source: str, parts: Sequence[str], config: s
     missing = [key for key in checkpointer.missing if key.startswith(tuple(parts))]
     if missing:
         raise InputError(
-            f"weights {source} lack {len(missing)} of the tensors that {config} proposes with, "
-            f"first {missing[0]}; are they of another model?"
+            f"weights {source} lack {len(missing)} of the tensors of {config}'s proposal generator, first "
+            f"{missing[0]}; do they belong to another model?"
         )

@@ -36,8 +36,8 @@ class OpenVocabularyEvaluator(DatasetEvaluator):  # type: ignore[misc]
     """Average precision of base, novel and all classes in percent, as `regionclip evaluate` computes it.
 
     Args:
-        dataset: a dataset of the catalogs, with its annotations in COCO's form as `json_file`.
-        out: folder for `results.json` in COCO's results form; None: it is not written.
+        dataset: a dataset of the catalogs, with its annotations in COCO's format as `json_file`.
+        out: folder for `results.json` in COCO's results format; None: it is not written.
         max_detections: best scored detections per image that count; 0: 100 (COCO), 300 (LVIS).
     """
 

@@ -58,7 +58,7 @@ class EvaluateConfig(AnnotatedImages, DetectorOptions):
     out: str = option(
         REQUIRED, "folder for metrics.json, per_class.csv, results.json and report.html", runtime_only=True
     )
-    results: str = option("", "a results file in COCO's form to evaluate; then no weights are needed")
+    results: str = option("", "a results file in COCO's format to evaluate; then no weights are needed")
     results_categories: str = option(
         "",
         "class list that the results' category ids count, such as coco65 or a file with one name per line; "
@@ -78,7 +78,8 @@ class EvaluateConfig(AnnotatedImages, DetectorOptions):
         renamed_from="compete",
     )
     images: str = option(
-        "", "folder that the annotations' file names are relative to; with results= for the page's images"
+        "",
+        "folder that the annotations' file names are relative to; with results= for the images of the report",
     )
     weights: str = option("", "a detector (ours or RegionCLIP's), or a CLIP to evaluate without training")
     boxes: str = option(
@@ -88,17 +89,17 @@ class EvaluateConfig(AnnotatedImages, DetectorOptions):
     )
     protocol: str = option(
         "auto",
-        "coco; lvis, the federated one; auto takes lvis when the annotations tell what was looked for",
+        "coco; lvis (federated); auto uses lvis if the annotations say which categories were checked",
         choices=("auto", "coco", "lvis"),
     )
     evaluator: str = option(
         "pycocotools",
-        "fast: faster-coco-eval, the same figures, COCO's several times as fast, LVIS's not "
+        "fast: faster-coco-eval, the same metrics, several times faster for COCO but not for LVIS "
         "(pip install 'regionclip[fast]')",
         choices=("pycocotools", "fast"),
     )
     max_detections: int = option(
-        0, "best detections that count, of an image and category (LVIS: of an image); 0: 100 (LVIS: 300)"
+        0, "detections that count per image and category (LVIS: per image); 0: 100 (LVIS: 300)"
     )
     max_skipped: float = max_skipped_option()
     report: bool = option(True, "write report.html: curves, confusions, images when images= is given")
@@ -117,7 +118,7 @@ class EvaluateConfig(AnnotatedImages, DetectorOptions):
                 f"label_set={self.label_set} needs split=, which says which names are {self.label_set}"
             )
         if self.results_categories and not self.results:
-            raise InputError("results_categories= tells how results= are numbered; give results=FILE too")
+            raise InputError("results_categories= describes results=; also give results=FILE")
         if self.results_first_id not in (0, 1) or self.max_detections < 0:
             raise InputError(
                 f"results_first_id={self.results_first_id} must be 0 or 1, "
@@ -147,7 +148,7 @@ def _measure(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
     print(truth.report())
     if not truth.categories:
         raise InputError(
-            f"annotations file {config.annotations} lists no categories, so that nothing is named"
+            f"annotations file {config.annotations} lists no categories, so there is nothing to classify"
         )
     split = load_split(config.split, truth.categories, truth.frequencies) if config.split else None
     names = truth.categories if split is None else split.competing(config.label_set)
@@ -180,7 +181,10 @@ def _measure(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
     if config.report or (config.results and metrics["AP50"] < DOUBTFUL):
         matches = match_to_ground_truth(truth.restrict(names), evaluation.counted)
         if config.results and metrics["AP50"] < DOUBTFUL and matches.names_do_not_fit():
-            print(f"note: the boxes of {config.results} fit objects, the names hardly ever do; {_RENUMBER}")
+            print(
+                f"note: the boxes of {config.results} match objects, but their names hardly ever do; "
+                f"{_RENUMBER}"
+            )
         if config.report:
             images = Path(config.images) if config.images else None
             write_page(run.path / "report.html", evaluation, matches, truth, images, metrics)
@@ -194,7 +198,7 @@ def _read(config: EvaluateConfig, truth: CocoDetection) -> Results:
     read = read_results(config.results, images, config.annotations, ids)
     if config.results_categories and read.named:
         raise InputError(
-            f"{config.results} states a category_name with each detection: leave results_categories= out"
+            f"{config.results} gives a category_name for each detection: omit results_categories="
         )
     for note in read.notes:
         print(f"note: {note}")
@@ -267,7 +271,7 @@ def _detect(
         proposer = build_proposer({"name": "precomputed", "file": config.boxes}, device)
     elif config.boxes == "proposals" and detector.network is None:
         raise InputError(
-            f"{config.weights} is a CLIP without a proposal network; give proposer.name=rpn, say"
+            f"{config.weights} is a CLIP without a proposal network; give, for example, proposer.name=rpn"
         )
     novel = torch.tensor(split.is_novel(names) if split else [False] * len(names))
     vocabulary = vocabulary_for(detector, names, whole.categories, config.templates, novel, config.embeddings)

@@ -180,9 +180,9 @@ def _images(
     matches: MatchResult, threshold: float, names: Sequence[str], files: Files, budget: CropBudget
 ) -> list[tuple[str, list[LabeledImage]]]:
     """Returns kinds of detections and objects, each with a title and the images that show it best."""
-    surest = (-matches.scores).argsort(kind="stable")
-    correct = surest[matches.outcomes[surest] == CORRECT]
-    wrong = surest[~np.isin(matches.outcomes[surest], (CORRECT, IGNORED))]
+    ranked = (-matches.scores).argsort(kind="stable")
+    correct = ranked[matches.outcomes[ranked] == CORRECT]
+    wrong = ranked[~np.isin(matches.outcomes[ranked], (CORRECT, IGNORED))]
     missed = matches.missed(threshold)
     areas = np.diff(matches.object_boxes.reshape(-1, 2, 2), axis=1).prod(-1).flatten()
     missed = missed[(-areas[missed]).argsort(kind="stable")]

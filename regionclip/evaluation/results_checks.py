@@ -35,7 +35,7 @@ def box_note(
     if best and found[best] > ap50:
         return (
             f"the boxes seem to be {best}: read so, AP50 is {found[best]:.4f} instead of {ap50:.4f}; results "
-            "in COCO's form have x, y, width, height in pixels"
+            "in COCO's format have x, y, width, height in pixels"
         )
     negative = int((boxes[:, 2:] < 0).any(1).sum())
     return f"{negative} of {len(boxes)} boxes have negative sides and fit nothing" if negative else None

@@ -33,7 +33,7 @@ class ConvertDataConfig:
     out: str = option(REQUIRED, "folder to write; coco, csv: a file, or a folder for one", runtime_only=True)
     format: str = option("coco", "coco, yolo, voc, csv, fiftyone, or another label writer that is installed")
     results: str = option(
-        "", "a results file in COCO's form: its boxes are written instead of the annotations'"
+        "", "a results file in COCO's format: its boxes are written instead of the annotations'"
     )
     score_threshold: float = option(0.3, "results=: boxes that score less are left out, in [0, 1]")
 
@@ -63,7 +63,7 @@ def convert_data(config: ConvertDataConfig) -> None:
             yield image
 
     if not write_labels(config.format, target, counted()):
-        print(f"{out} already exists, made with the same options")
+        print(f"{out} already exists and was made with the same options")
         return
     print(f"{out}: {counts.total():,} boxes of {len(counts):,} categories in {len(dataset):,} images")
 

@@ -54,11 +54,11 @@ class ExportDetectorConfig(DetectorSource, GraphFormats):
     )
     vocabulary: str = option(REQUIRED, VOCABULARY_HELP)
     out: str = option(
-        REQUIRED, "folder for detector.onnx, detector.json and what belongs to them", runtime_only=True
+        REQUIRED, "folder for detector.onnx, detector.json and related files", runtime_only=True
     )
     dynamic_vocabulary: bool = option(
         False,
-        "names can be changed later: their embeddings are inputs, and the text tower goes along",
+        "make the name embeddings inputs of the graph, and export the text tower",
         renamed_from="exchangeable",
     )
     size: list[int] = option([], "fixed height and width of the image in pixels; empty: any")
@@ -88,7 +88,7 @@ def export_detector(config: ExportDetectorConfig) -> None:
     inputs = config.inputs() | files_of(config, "network", "vocabulary")
     run = RunFolder(config.out, config, "region-export-detector", inputs)
     if run.finished() is not None:
-        print(f"{config.out} already exists, made with the same options")
+        print(f"{config.out} already exists and was made with the same options")
         return
     detector = load(config)
     detector.set_vocabulary(

@@ -18,7 +18,7 @@ from regionclip.structures.labels import LabeledImage, LabelTarget
 
 
 class CocoWriter:
-    """One JSON file of annotations in COCO's form, written entry by entry; boxes carry a score."""
+    """One JSON file of annotations in COCO's format, written entry by entry; boxes carry a score."""
 
     def __init__(self, target: LabelTarget) -> None:
         self.target, self.images = target, list[dict[str, Any]]()
@@ -81,7 +81,9 @@ class FiftyOneWriter(CocoWriter):
 
     def __init__(self, target: LabelTarget) -> None:
         if target.out.is_file():
-            raise InputError(f"out={target.out} is a file; format=fiftyone makes a folder, give another out=")
+            raise InputError(
+                f"out={target.out} is a file; format=fiftyone writes a folder; give another out="
+            )
         super().__init__(replace(target, out=target.out / "labels.json"))
 
     def __enter__(self) -> FiftyOneWriter:
@@ -111,7 +113,8 @@ class FolderWriter:
         if not self._info.exists():
             if self.folder.is_dir() and any(self.folder.iterdir()):
                 raise InputError(
-                    f"{self.target.out} is not empty and not of this job; give another out= or empty it"
+                    f"{self.target.out} is not empty and was not written by this job; give another out= or "
+                    "empty it"
                 )
             return False
         # Written before the labels, so that an interrupted export resumes with the same options only.

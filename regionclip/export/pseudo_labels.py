@@ -41,13 +41,13 @@ class ExportConfig:
     classes: list[str] = option(
         [], "class lists whose classes are the categories (coco, coco65, files …); empty: the mined concepts"
     )
-    min_probability: float = option(0.0, "labels that the teacher finds less probable are left out, 0…1")
-    min_objectness: float = option(0.0, "regions with less objectness are left out, 0…1")
-    labels: int = option(1, "concepts of a region that may become its labels, the most probable ones")
+    min_probability: float = option(0.0, "labels with a lower probability are left out, 0…1")
+    min_objectness: float = option(0.0, "regions with lower objectness are left out, 0…1")
+    labels: int = option(1, "maximum number of labels per region, the most probable concepts")
     nms: float = option(
         0.5, "IoU above which the lower scored of two boxes of a category is dropped; 1: none"
     )
-    keep_empty: bool = option(False, "keep images of which no box is left: a detector takes them for empty")
+    keep_empty: bool = option(False, "keep images without any boxes left; a detector treats them as empty")
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -55,7 +55,7 @@ class ExportConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be in 0…1, got {getattr(self, name)}")
         if self.labels < 1:
-            raise InputError(f"labels must be at least 1 a region, got {self.labels}")
+            raise InputError(f"labels must be at least 1 per region, got {self.labels}")
 
 
 class Categories:
@@ -77,7 +77,7 @@ class Categories:
         if all(label is None for label in self.of_concept):
             raise InputError(
                 f"none of the {len(concepts)} mined concepts is a class of {', '.join(config.classes)}; "
-                "mine with a pool that holds them (`regionclip concepts classes=…`)"
+                "mine with a pool that contains them (`regionclip concepts classes=…`)"
             )
 
 
@@ -112,7 +112,7 @@ def export(config: ExportConfig) -> None:
     with lock_file(config.out):
         written = write_labels(config.format, target, counted())
     if not written:
-        print(f"{config.out} already exists, made with the same options")
+        print(f"{config.out} already exists and was made with the same options")
         return
     often = ", ".join(f"{categories.names[label]} {count:,}" for label, count in counts.most_common(5))
     print(

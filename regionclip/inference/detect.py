@@ -54,15 +54,15 @@ class DetectConfig(DetectorOptions):
     vocabulary: str = option(REQUIRED, VOCABULARY_HELP)
     out: str = option(
         "detections",
-        "folder for what is drawn, detections.json (COCO's results form) and detections.csv",
+        "folder for drawn images, detections.json (COCO's results format) and detections.csv",
         runtime_only=True,
     )
     score_threshold: float = option(
-        0.3, "boxes that score less are not drawn; the files keep them", renamed_from="score"
+        0.3, "boxes with lower scores are not drawn; the files still contain them", renamed_from="score"
     )
     top_k: int = option(
         0,
-        "so many most probable names of each region, whatever it was found as, in the files and on stdout",
+        "number of most probable names stored and printed for each region; 0: none",
         renamed_from="top",
     )
     format: list[str] = option(
@@ -71,12 +71,12 @@ class DetectConfig(DetectorOptions):
         "csv, fiftyone, or another label writer that is installed",
     )
     draw: bool = option(True, "draw boxes; false: only detections.json and detections.csv")
-    frame_stride: int = option(1, "videos: look at every n-th frame, and write these", renamed_from="every")
+    frame_stride: int = option(1, "videos: process and write every n-th frame", renamed_from="every")
     max_skipped: float = max_skipped_option()
     video_codec: str = option(
         "mp4v",
-        "videos: mp4v for VLC, QuickTime and Windows; vp09 for browsers too, slow to write; avc1 (H.264) for "
-        "all, where OpenCV brings an encoder for it",
+        "videos: mp4v for VLC, QuickTime and Windows; vp09 also for browsers, slower to write; avc1 "
+        "(H.264) for all, where OpenCV has an encoder for it",
         choices=CODECS,
         renamed_from="codec",
     )
@@ -128,7 +128,7 @@ def detect(config: DetectConfig) -> None:
         videos = videos[max(journal.units - batches, 0) :]
         before, begun = journal.images, time.monotonic()
         if before:
-            print(f"{out}: {before} images were done before, going on behind them")
+            print(f"{out}: {before} images were processed before; resuming after them")
         total = before + len(pictures) + sum(_frames(video, config.frame_stride) for video in videos)
         with Progress("detecting", total, before) as progress:
             looker = DetectionRunner(config, predictor, journal, progress)
@@ -145,7 +145,7 @@ def detect(config: DetectConfig) -> None:
             write_text(out / SKIPPED, "".join(json.dumps(entry) + "\n" for entry in skipped))
         journal.remove()
     unread = sum(Path(entry["file_name"]).suffix.lower() not in VIDEOS for entry in skipped)
-    print(f"{out}: {count} detections in {journal.images - unread} images, {rate:.1f} pictures/s")
+    print(f"{out}: {count} detections in {journal.images - unread} images, {rate:.1f} images/s")
     if skipped:
         reasons = [entry["reason"] for entry in skipped]
         require_usable(reasons, len(files), config.max_skipped, out / SKIPPED)
@@ -285,7 +285,7 @@ def targets_of(files: Sequence[Path], out: Path) -> list[Path]:
     targets = [out / name for name in names]
     taken = next((target for target in targets if folder / target.name in given), None)
     if taken is not None:
-        raise InputError(f"the image with boxes would be written over {taken}; give another out=")
+        raise InputError(f"the image with boxes would overwrite {taken}; give another out=")
     return targets
 
 
@@ -303,7 +303,7 @@ def unique_names(files: Iterable[tuple[Path, str]]) -> Iterator[str]:
 
 
 def write_detections(out: Path, entries: Callable[[], Iterable[dict[str, Any]]], top: int) -> int:
-    """Writes `detections.json` (COCO's results form) and `detections.csv`, an entry at a time.
+    """Writes `detections.json` (COCO's results format) and `detections.csv`, an entry at a time.
 
     Args:
         out: the folder.

@@ -101,7 +101,7 @@ def _boxes(config: FeaturesConfig, files: Sequence[Path], out: Path) -> str:
         if ProposalTable(path).names:
             return config.boxes_file
         raise InputError(
-            f"regions_from={path} knows images by their ids, which images in folders have not; give "
+            f"regions_from={path} identifies images by id, which images in folders do not have; give "
             "annotations=, or boxes with file_name"
         )
     known = FileNames({number: str(file) for number, file in enumerate(files, 1)}, "the images given")
@@ -122,7 +122,7 @@ def _boxes(config: FeaturesConfig, files: Sequence[Path], out: Path) -> str:
     if len(strangers) == len(found):
         raise InputError(f"boxes file {path} has no box in any of the {len(files)} images; see its file_name")
     if strangers:
-        print(f"note: {len(strangers)} images of {path} were not given, first {strangers[0]}")
+        print(f"note: {len(strangers)} images of {path} are not among the given ones, first {strangers[0]}")
     return str(out / BOXES)
 
 

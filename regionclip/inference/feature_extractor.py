@@ -54,22 +54,22 @@ class FeaturesConfig(DetectorOptions):
     )
     vocabulary: str = option(
         "",
-        'names of which each region gets its most probable: "cat, dog", a file with one per line, coco, '
-        "coco65, lvis; empty: none",
+        'names from which each region gets its most probable ones: "cat, dog", a file with one per line, '
+        "coco, coco65, lvis; empty: none",
     )
-    annotations: str = option("", "instances_*.json in COCO's form: which images, and their true boxes")
+    annotations: str = option("", "instances_*.json in COCO's format: which images, and their true boxes")
     regions_from: str = option(
         "proposals",
-        "which regions: proposals; truth, the annotations' boxes; none; or a file of boxes in COCO's results "
-        "form, matched by image_id with annotations=, else by file_name",
+        "which regions: proposals; truth, the annotations' boxes; none; or a file of boxes in COCO's "
+        "results format, matched by image_id with annotations=, else by file_name",
         renamed_from="boxes",
     )
     max_regions: int = option(
-        100, "most regions per image, the best scored (regions_from=truth: all)", renamed_from="regions"
+        100, "maximum number of regions per image, by score (regions_from=truth: all)", renamed_from="regions"
     )
-    whole_image: bool = option(False, "the image as a whole as well, as a row of its own before its regions")
+    whole_image: bool = option(False, "also one row for the whole image, before its regions")
     top_k: int = option(
-        5, "with vocabulary=: so many names a region, most probable first", renamed_from="top"
+        5, "with vocabulary=: number of names per region, the most probable first", renamed_from="top"
     )
     out: str = option("features", "folder for the files and manifest.json", runtime_only=True)
     format: str = option(
@@ -79,10 +79,12 @@ class FeaturesConfig(DetectorOptions):
     )
     dtype: str = option("float16", "of the embeddings in the files", choices=("float16", "float32"))
     max_skipped: float = max_skipped_option()
-    shard_images: int = option(256, "images per shard: what a stopped run does again, and what memory holds")
+    shard_images: int = option(
+        256, "images per shard: the amount of work that a stopped run repeats, and that is held in memory"
+    )
     workers: int = option(
         1,
-        "processes beside each other, of which each takes one of the GPUs; 0: one per core",
+        "parallel processes, each on the next GPU; 0: one per core",
         runtime_only=True,
     )
 
@@ -92,13 +94,13 @@ class FeaturesConfig(DetectorOptions):
             raise InputError("give images (files, folders, patterns), or annotations=FILE images=DIR")
         if self.annotations and len(self.images) > 1:
             raise InputError(
-                "annotations=FILE goes with the one folder that its file names are relative to: images=DIR; "
+                "annotations=FILE needs the one folder that its file names are relative to: images=DIR; "
                 f"found {len(self.images)} images or folders"
             )
         if self.regions_from == "truth" and not self.annotations:
             raise InputError("regions_from=truth needs annotations=FILE images=DIR")
         if self.regions_from == "none" and not self.whole_image:
-            raise InputError("regions_from=none leaves nothing to describe; give whole_image=true with it")
+            raise InputError("regions_from=none leaves nothing to embed; add whole_image=true")
         if self.regions_from != "proposals" and self.proposer["name"] != "none":
             raise InputError(
                 f"regions_from={self.regions_from} and proposer.name={self.proposer['name']}: "

@@ -21,7 +21,7 @@ from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import build_proposer
 from regionclip.structures.transforms import ResizeConfig
 
-VOCABULARY_HELP = 'names to look for: "cat, dog", a file with one per line, coco, coco65, lvis'
+VOCABULARY_HELP = 'names to detect: "cat, dog", a file with one per line, coco, coco65, lvis'
 
 
 @dataclass(kw_only=True)
@@ -31,7 +31,7 @@ class DetectorFile:
     weights: str = option(REQUIRED, "a detector (ours or RegionCLIP's), or a CLIP (then give a proposer)")
     text_weights: str = option(
         "",
-        "CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none",
+        "CLIP whose text tower embeds names, for RegionCLIP's detectors, which have none",
         renamed_from="text",
     )
 
@@ -45,7 +45,7 @@ class DetectorSource(RegionHeadOptions, DetectorFile):
     )
     use_checkpoint_config: bool = option(
         True,
-        "a detector sees and scores as it was trained to, not as `resize` and `detector` say",
+        "use the settings stored with a trained detector instead of `resize` and `detector`",
         renamed_from="own_settings",
     )
     templates: list[str] = option(list(DEFAULT_TEMPLATES), "prompts, averaged; {} is the name")
@@ -80,7 +80,7 @@ class DetectorSource(RegionHeadOptions, DetectorFile):
 class DetectorOptions(DetectorSource, ComputeOptions):
     """Which detector, where its regions come from, and how it computes."""
 
-    proposer: Plugin = plugin(PROPOSERS, "none", "where regions come from; none: the detector's own network")
+    proposer: Plugin = plugin(PROPOSERS, "none", "proposer of regions; none: the detector's own network")
 
     def inputs(self) -> dict[str, Path | str]:
         """See `DetectorSource`; and the proposer's files."""
@@ -105,7 +105,7 @@ class DetectorOptions(DetectorSource, ComputeOptions):
         named = self.proposer["name"] != "none"
         if proposes and not named and detector.network is None:
             raise InputError(
-                f"{self.weights} is a CLIP without a proposal network; give proposer.name=grid, say"
+                f"{self.weights} is a CLIP without a proposal network; give, for example, proposer.name=grid"
             )
         proposer = build_proposer(self.proposer, device) if named else None
         return Predictor(detector, proposer, self.precision, self.templates)

@@ -62,10 +62,10 @@ def load(
     """Loads a detector, or a CLIP to detect with, ready for images.
 
     Args:
-        weights: a detector's file (ours or RegionCLIP's), a CLIP's in any known form, or a published name.
+        weights: a detector's file (ours or RegionCLIP's), a CLIP's in any known format, or a published name.
         vocabulary: what to look for: "cat, dog", a list of names, a file with one per line, coco, coco65,
             lvis, or a Vocabulary. None: set it later.
-        proposer: where regions come from: the file of a proposal network, or a proposer's name with its
+        proposer: proposer of regions: the file of a proposal network, or a proposer's name with its
             options, such as {"name": "grid"}. None: the detector's own network.
         device: "auto" takes a GPU when there is one.
         precision: "auto" takes bf16 where the processor computes in it; "fp32", "bf16", or "fp16" on a GPU.
@@ -73,7 +73,7 @@ def load(
         config: how regions become detections; None: as the detector was trained, else the defaults.
         templates: prompts for the text tower, averaged; `{}` is the name, `{article}` "a" or "an".
         embeddings: file of the names' embeddings, such as RegionCLIP's `.pth`; "": names are embedded.
-        text_weights: CLIP whose text tower embeds names, for RegionCLIP's detectors, which bring none.
+        text_weights: CLIP whose text tower embeds names, for RegionCLIP's detectors, which have none.
         region_head: a ResNet CLIP: "per_region" runs layer4 on each region, "shared" once per image; "auto":
             as the weights were trained, else per_region.
 
@@ -112,7 +112,7 @@ class Predictor:
 
     Args:
         detector: in evaluation mode, on its device.
-        proposer: where regions come from; None: the detector's own network.
+        proposer: proposer of regions; None: the detector's own network.
         precision: one of `clip_base.runtime.precision.PRECISIONS`.
         templates: prompts for new names.
     """
@@ -161,12 +161,14 @@ class Predictor:
         """
         if isinstance(names, Vocabulary):
             if embeddings:
-                raise InputError(f"a Vocabulary brings its embeddings; leave embeddings={embeddings} out")
+                raise InputError(f"a Vocabulary has its own embeddings; omit embeddings={embeddings}")
             self.detector.set_vocabulary(names)
             return
         words = parse_names(str(names)) if isinstance(names, str | Path) else list(names)
         if not all(isinstance(word, str) for word in words):
-            raise InputError(f"names must be words, got {next(w for w in words if not isinstance(w, str))!r}")
+            raise InputError(
+                f"names must be strings, got {next(w for w in words if not isinstance(w, str))!r}"
+            )
         check_names(words)
         with autocast(self.precision, self.device):
             vocabulary = vocabulary_for(self.detector, words, words, self.templates, embeddings=embeddings)
@@ -183,13 +185,13 @@ class Predictor:
             Its detections, best first.
 
         Raises:
-            InputError: several images were given, the image does not decode or is of no known form, no
+            InputError: several images were given, the image does not decode or is of no known format, no
                 vocabulary is set, or a CLIP was given no proposer.
         """
         if _several(image) is not None:
             raise InputError(
-                f"detect takes one image, and {_described(image)} stands for several; call "
-                "detect_many for a list of their detections, or iter_detect for one after another"
+                f"detect takes one image, but {_described(image)} is several; call detect_many for a list "
+                "of their detections, or iter_detect for an iterator"
             )
         (found,) = self.detect_batch([read_picture(image)])
         return found.with_min_score(score)
@@ -206,7 +208,7 @@ class Predictor:
             The detections of each image; a folder's or a pattern's in the order of the files' names.
 
         Raises:
-            InputError: one image was given or none, an image does not decode or is of no known form, no
+            InputError: one image was given or none, an image does not decode or is of no known format, no
                 vocabulary is set, or a CLIP was given no proposer.
         """
         several = _required_several(images)
@@ -253,7 +255,7 @@ class Predictor:
 
     def _check_ready(self) -> None:
         if self.detector.vocabulary is None:
-            raise InputError("no names to look for; give vocabulary= or call set_vocabulary first")
+            raise InputError("no names to detect; give vocabulary= or call set_vocabulary first")
         if self.proposer is None and self.detector.network is None:
             raise InputError("a CLIP has no proposal network; load it with proposer={'name': 'grid'}, say")
 
@@ -282,7 +284,7 @@ class Predictor:
             batch_size: most images at once.
 
         Raises:
-            InputError: an image does not decode or is of no known form, or there are none.
+            InputError: an image does not decode or is of no known format, or there are none.
         """
 
         def embed(batch: LoadedBatch[Any]) -> list[Tensor]:
@@ -386,7 +388,7 @@ def _boxes_in(boxes: Boxes, size: tuple[int, int]) -> Tensor:
     """Returns [N, 4] boxes cut at the edges of an image of (height, width), on the CPU.
 
     Raises:
-        InputError: they are of another shape, or one covers nothing of the picture; it is named.
+        InputError: they are of another shape, or one covers no part of the image; it is named.
     """
     try:
         given = torch.as_tensor(boxes, dtype=torch.float32).cpu()
@@ -404,7 +406,7 @@ def _boxes_in(boxes: Boxes, size: tuple[int, int]) -> Tensor:
     if bad:
         corners = ", ".join(f"{side:g}" for side in given[bad[0]].tolist())
         raise InputError(
-            f"boxes[{bad[0]}] is ({corners}), which covers nothing of a picture of {size[1]}x{size[0]} "
-            "pixels; boxes are (x1, y1, x2, y2) with x1 < x2 and y1 < y2"
+            f"boxes[{bad[0]}] is ({corners}), which does not cover any part of the image of "
+            f"{size[1]}x{size[0]} pixels; boxes are (x1, y1, x2, y2) with x1 < x2 and y1 < y2"
         )
     return cut

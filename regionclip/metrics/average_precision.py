@@ -80,7 +80,7 @@ def evaluate_detections(
     split: Split | None = None,
     protocol: Protocol = Protocol(),
 ) -> Evaluation:
-    """Average precision of a results file in COCO's form, as pycocotools computes it, or as LVIS's tools do.
+    """Average precision of a results file in COCO's format, as pycocotools or LVIS's tools compute it.
 
     Base and novel figures are means over their categories of one evaluation in which all names compete.
 

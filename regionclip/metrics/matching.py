@@ -150,7 +150,7 @@ def match_image(
     """Matches the boxes of one image to its objects.
 
     Args:
-        boxes: [D, 4] (x1, y1, x2, y2) in pixels of the original image; with `once` the surest first.
+        boxes: [D, 4] (x1, y1, x2, y2) in pixels of the original image; with `once` the most confident first.
         labels: [D] what each box is called; -1, a name outside the annotations, is ignored.
         annotations: the image's objects, crowds included.
         threshold: IoU from which on a box shows an object.

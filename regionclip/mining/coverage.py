@@ -46,27 +46,27 @@ class Coverage:
         images: listed in the captions file.
         captioned: of these, with a caption.
         with_pairs: of these, with a region.
-        regions_an_image: number of regions -> images with so many, of all images.
+        regions_per_image: number of regions -> images with so many, of all images.
         uses: every concept of the pool and every phrase outside it.
     """
 
     images: int
     captioned: int
     with_pairs: int
-    regions_an_image: Mapping[int, int]
+    regions_per_image: Mapping[int, int]
     uses: Sequence[ConceptUse]
 
     def metrics(self) -> dict[str, float]:
         """Returns the counts by name, and the shares that they make; a share of nothing is 0."""
         pool = [use for use in self.uses if use.in_pool]
         phrases, matched = sum(use.images for use in pool), sum(use.matched for use in pool)
-        regions = sum(count * images for count, images in self.regions_an_image.items())
+        regions = sum(count * images for count, images in self.regions_per_image.items())
         return {
             "images": self.images,
             "images_with_captions": self.captioned,
             "images_with_pairs": self.with_pairs,
             "regions": regions,
-            "regions_an_image": regions / max(self.images, 1),
+            "regions_per_image": regions / max(self.images, 1),
             "concepts": len(pool),
             "concepts_named": sum(bool(use.images) for use in pool),
             "concepts_with_pairs": sum(bool(use.regions) for use in pool),

@@ -60,7 +60,8 @@ def mine(config: MineConfig) -> None:
     missing = sum(not shard_path(folder.path, number).exists() for number in range(shards))
     if missing:
         print(
-            f"{folder.path}: share {config.shard} is mined; {missing} of {shards} shards are others' to mine"
+            f"{folder.path}: share {config.shard} is complete; {missing} of {shards} shards belong to other "
+            "shares"
         )
         return
     manifest = _finish(folder, config, vocabulary, shards, len(images), head)

@@ -48,25 +48,24 @@ class MineConfig(RegionHeadOptions, ComputeOptions):
     """Options of mining."""
 
     images: str = option(REQUIRED, "folder that the captions' file names are relative to")
-    captions: str = option(REQUIRED, "captions_*.json in COCO's form")
+    captions: str = option(REQUIRED, "captions_*.json in COCO's format")
     weights: str = option(REQUIRED, "the teacher: a CLIP")
     concepts: str = option(REQUIRED, "concept pool from `regionclip concepts`")
     out: str = option(REQUIRED, "folder for shards and manifest", runtime_only=True)
-    proposer: Plugin = plugin(PROPOSERS, "rpn", "where regions come from")
-    matcher: Plugin = plugin(MATCHERS, "hybrid", "how regions find their concepts")
+    proposer: Plugin = plugin(PROPOSERS, "rpn", "proposer of regions")
+    matcher: Plugin = plugin(MATCHERS, "hybrid", "how regions are matched with concepts")
     teacher: str = option("crop", "how the teacher sees a region", choices=("crop", "roi_align", "dense"))
     teacher_scale: float = option(
         1.0,
-        "factor on the images' size for the teacher (not for crops): it reads best near its own resolution",
+        "factor on the image size for the teacher (not for crops), which works best near its training "
+        "resolution",
     )
     context: float = option(1.2, "teacher=crop: side of the square crop, in longer sides of the box")
     templates: list[str] = option(list(DEFAULT_TEMPLATES), "prompts, averaged; {} is the concept")
-    temperature: float = option(
-        0.0, "what cosines are divided by; 0: the teacher's own, 1 / exp(logit scale)"
-    )
+    temperature: float = option(0.0, "divisor of the cosines; 0: the teacher's own, 1 / exp(logit scale)")
     resize: ResizeConfig = option(ResizeConfig(), "size of the images")
-    language: str = option("", "spaCy model for phrases; empty: the one that the concept pool was made with")
-    batch_size: int = option(16, "images at once")
+    language: str = option("", "spaCy model for phrases; empty: the one used for the concept pool")
+    batch_size: int = option(16, "images per batch")
     max_skipped: float = max_skipped_option()
     shard_images: int = option(2000, "images per shard")
     executor: str = option(
@@ -79,7 +78,7 @@ class MineConfig(RegionHeadOptions, ComputeOptions):
     )
     workers: int = option(
         1,
-        "processes that mine shards beside each other; 0: one per core (ray: or one a GPU)",
+        "processes that mine shards in parallel; 0: one per core (ray: or one per GPU)",
         runtime_only=True,
     )
     shard: str = option(
@@ -332,5 +331,5 @@ def mining_parser(path: str, pool: Sequence[Concept], language: str, workers: in
         try:
             parser.memory = StoredPhrases(kept, parser.fingerprint)
         except InputError as error:
-            print(f"captions are parsed anew: {error}", file=sys.stderr)
+            print(f"captions are parsed again: {error}", file=sys.stderr)
     return parser

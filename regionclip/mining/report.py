@@ -38,30 +38,32 @@ class ReportConfig:
         REQUIRED, "folder for report.html, metrics.json and the tables as files", runtime_only=True
     )
     annotations: str = option(
-        "", "true boxes of the mined images, in COCO's form, to judge the pairs by; empty: none"
+        "", "ground-truth boxes of the mined images in COCO's format, to evaluate the pairs; empty: none"
     )
     split: str = option("", "coco, or a JSON file with base and novel names; empty: none is novel")
-    captions: str = option("", "the captions that were mined, if they are no longer where they were")
-    images: str = option("", "the images that were mined, if they are no longer where they were")
-    pool: str = option("", "the concept pool that was mined with, if it is no longer where it was")
-    max_regions: int = option(36, "regions shown over all scores", renamed_from="regions")
-    concepts: int = option(24, "concepts shown, half of them the most frequent ones")
-    examples: int = option(6, "regions shown a concept")
+    captions: str = option("", "the mined captions, if they have been moved")
+    images: str = option("", "the mined images, if they have been moved")
+    pool: str = option("", "the concept pool used for mining, if it has been moved")
+    max_regions: int = option(36, "number of regions shown over all scores", renamed_from="regions")
+    concepts: int = option(24, "number of concepts shown, half of them the most frequent")
+    examples: int = option(6, "regions shown per concept")
     max_report_mb: float = option(
-        6.0, "images that would make the page larger are left out", renamed_from="megabytes"
+        6.0, "maximum size of the report in MB; further images are left out", renamed_from="megabytes"
     )
-    table_rows: int = option(40, "rows of a table on the page; the files hold all", renamed_from="listed")
+    table_rows: int = option(40, "rows per table in the report; the files have all", renamed_from="listed")
     workers: int = option(1, "processes that parse captions", runtime_only=True)
 
     def __post_init__(self) -> None:
         if min(self.max_regions, self.concepts, self.examples) < 0 or self.table_rows < 1 or self.workers < 1:
             raise InputError(
-                "max_regions, concepts and examples must not be below 0, table_rows and workers not below 1"
+                "max_regions, concepts and examples must be at least 0, table_rows and workers not below 1"
             )
         if self.max_report_mb < 0:
-            raise InputError(f"max_report_mb must not be below 0, got {self.max_report_mb}")
+            raise InputError(f"max_report_mb must be at least 0, got {self.max_report_mb}")
         if self.split and not self.annotations:
-            raise InputError("split= needs annotations=FILE: without true boxes there is nothing to split")
+            raise InputError(
+                "split= needs annotations=FILE: without ground-truth boxes there is nothing to split"
+            )
 
 
 def report(config: ReportConfig) -> None:
@@ -122,7 +124,7 @@ def read_data(config: ReportConfig) -> ReportData:
 
 def _there(path: str, what: str, option_: str) -> Path:
     if not Path(path).exists():
-        raise InputError(f"the mined {what} {path} does not exist; say where it is now with {option_}")
+        raise InputError(f"the mined {what} {path} does not exist; give its new location with {option_}")
     return Path(path)
 
 

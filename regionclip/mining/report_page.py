@@ -299,7 +299,7 @@ def _score_charts(data: ReportData) -> list[Chart]:
 
 def _coverage_charts(coverage: Coverage) -> list[Chart]:
     images = Counter[int]()
-    for number, count in coverage.regions_an_image.items():
+    for number, count in coverage.regions_per_image.items():
         images[min(number, MAX_REGIONS)] += count
     labels = [*map(str, range(MAX_REGIONS)), f"{MAX_REGIONS}+"]
     decades = ["0", "1+", "10+", "100+", "1k+", "10k+", "100k+"]

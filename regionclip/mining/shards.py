@@ -117,9 +117,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = existing(folder, "folder of mined pairs") / MANIFEST
     if not path.exists():
-        raise InputError(
-            f"{folder} has no {MANIFEST}: mining there has not ended; run `regionclip mine` again"
-        )
+        raise InputError(f"{folder} has no {MANIFEST}: mining is not finished; run `regionclip mine` again")
     manifest: dict[str, Any] = read_json(path, "manifest")
     if manifest.get("version") != VERSION:
         raise InputError(
@@ -143,7 +141,7 @@ def read_regions(folder: str | Path) -> Iterator[MinedRegion]:
         if not table.schema.equals(SCHEMA):
             found = ", ".join(table.schema.names[:5])
             raise InputError(
-                f"{path} is no shard of mined regions (its columns: {found}); mine into another folder"
+                f"{path} is not a shard of mined regions (its columns: {found}); use another folder"
             )
         for batch in table.drop_columns("kept_mass").to_batches(_ROWS):
             for row in batch.to_pylist():

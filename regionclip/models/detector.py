@@ -38,7 +38,7 @@ class Detector(nn.Module):
         network: the proposal network, with a backbone of its own or on the CLIP's trunk; None when proposals
             come from elsewhere.
         box_head: moves boxes; None when zero-shot: boxes stay the proposals'.
-        background: [D], stands for "none of the names"; its length is free, and 0 unless it is learnt. None
+        background: [D], stands for "none of the names"; its length is free, and 0 unless it is learned. None
             when zero-shot: a region is always one of the names, unless the config says otherwise.
         resize: the size at which it sees images.
         class_embeddings: [C, D], the embeddings of names that a RegionCLIP file brings along, without the
@@ -76,7 +76,7 @@ class Detector(nn.Module):
         if (box_head is None) != (background is None):
             raise ValueError("a detector has a box head and a background, or neither")
         if box_head is not None and not self.encoder.pools_maps:
-            raise ValueError("a box head needs a tower whose head pools maps; a ViT's does not")
+            raise ValueError("a box head needs a ResNet tower")
         self.clip, self.config, self.network = clip, config, network
         self.box_head, self.background = box_head, background
         self.resize = resize or ResizeConfig()
@@ -163,7 +163,7 @@ class Detector(nn.Module):
             embeddings: [N, D], not necessarily of unit length.
             classifier: [C, D], unit length.
             background: whether a region may be none of the names. Its embedding has length 0 unless it was
-                learnt: its logit is then 0 whatever the region (arXiv 2112.09106, section 4), as it is for a
+                learned: its logit is then 0 whatever the region (arXiv 2112.09106, section 4), as it is for a
                 detector without one.
         """
         units = F.normalize(embeddings.float(), dim=-1)  # [N, D]
@@ -239,7 +239,7 @@ class Detector(nn.Module):
             images: B images.
             frames: how each is in the batch's frame.
             keys: which images they are, for proposers that look boxes up.
-            proposer: where regions come from; None: the detector's own network.
+            proposer: proposer of regions; None: the detector's own network.
 
         Returns:
             B detections, boxes in the original images' frames, best first.

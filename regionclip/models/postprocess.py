@@ -25,13 +25,15 @@ class DetectorConfig:
     """How regions become detections. The thresholds and the suppression are the published ones for COCO."""
 
     max_proposals: int = option(
-        100, "regions per image from the detector's own proposal network", renamed_from="proposals"
+        100,
+        "maximum number of regions per image from the detector's proposal network",
+        renamed_from="proposals",
     )
     proposal_nms: float = option(0.7, "IoU above which the lower scored of two proposals is dropped")
-    temperature: float = option(0.0, "what cosines are divided by; 0: the tower's own, 1 / exp(logit scale)")
+    temperature: float = option(0.0, "divisor of the cosines; 0: the tower's own, 1 / exp(logit scale)")
     allow_background: bool = option(
         False,
-        "zero-shot: a region may be none of the names, as a trained detector's always may",
+        "zero-shot: add a background class, as trained detectors have",
         renamed_from="background",
     )
     fusion: str = option(
@@ -42,7 +44,7 @@ class DetectorConfig:
     )
     alpha_base: float = option(0.5, "exponent of objectness in the score of base names, in [0, 1]")
     alpha_novel: float = option(0.5, "exponent of objectness in the score of novel names, in [0, 1]")
-    min_score: float = option(0.001, "pairs of a region and a name that score less are left out")
+    min_score: float = option(0.001, "detections with lower scores are dropped")
     nms_type: str = option(
         "soft",
         "nms drops overlapping boxes, soft lowers their scores",
@@ -52,11 +54,11 @@ class DetectorConfig:
     nms: float = option(
         0.5, "nms_type=nms: IoU above which the lower scored of two boxes of a name is dropped"
     )
-    soft_nms_sigma: float = option(0.5, "suppression=soft: width of the Gaussian", renamed_from="sigma")
+    soft_nms_sigma: float = option(0.5, "nms_type=soft: width of the Gaussian", renamed_from="sigma")
     soft_nms_min_score: float = option(
-        0.001, "suppression=soft: boxes whose score is lowered below this are dropped", renamed_from="prune"
+        0.001, "nms_type=soft: boxes whose score falls below this are dropped", renamed_from="prune"
     )
-    max_detections: int = option(100, "most detections per image", renamed_from="detections")
+    max_detections: int = option(100, "maximum number of detections per image", renamed_from="detections")
 
     def __post_init__(self) -> None:
         for name in ("alpha_base", "alpha_novel"):
@@ -64,11 +66,11 @@ class DetectorConfig:
                 raise InputError(f"{name} must be in [0, 1], found {getattr(self, name)}")
         for name in ("max_proposals", "max_detections"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1 an image, found {getattr(self, name)}")
+                raise InputError(f"{name} must be at least 1 per image, found {getattr(self, name)}")
         if self.temperature < 0 or self.soft_nms_sigma <= 0 or self.soft_nms_min_score < 0:
             raise InputError(
                 f"temperature={self.temperature:g} and soft_nms_min_score={self.soft_nms_min_score:g} must "
-                f"not be below 0, soft_nms_sigma={self.soft_nms_sigma:g} must be above it"
+                f"be at least 0, soft_nms_sigma={self.soft_nms_sigma:g} above 0"
             )
 
 

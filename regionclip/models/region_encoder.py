@@ -55,12 +55,12 @@ class RegionEncoder:
             raise InputError(f"region mode {mode!r} is not one of {', '.join(MODES)}")
         if mode == "roi_align" and not isinstance(visual, ModifiedResNet):
             raise InputError(
-                "mode roi_align needs a ResNet tower (a ViT has no head for maps); use crop or dense"
+                "mode roi_align needs a ResNet tower (a ViT has no head for feature maps); use crop or dense"
             )
         if mode == "dense" and not isinstance(visual, VisionTransformer):
             raise InputError("mode dense needs a ViT tower; use roi_align or crop")
         if scale <= 0:
-            raise InputError(f"the scale at which regions are seen must be above 0, found {scale}")
+            raise InputError(f"the scale of the teacher must be above 0, found {scale}")
         if region_head not in REGION_HEADS:
             raise InputError(f"region_head={region_head} is not one of {', '.join(REGION_HEADS)}")
         if region_head != PerRegionHead.kind and mode != "roi_align":

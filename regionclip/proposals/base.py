@@ -23,13 +23,13 @@ GROUP = "regionclip.proposers"
 class BoxLimits:
     """Which boxes of an image are kept."""
 
-    limit: int = option(300, "most boxes per image, the best scored ones")
-    min_score: float = option(0.0, "boxes scored lower are left out, 0…1")
+    limit: int = option(300, "maximum number of boxes per image, those with the highest scores")
+    min_score: float = option(0.0, "boxes with lower scores are left out, 0…1")
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
         if self.limit < 1:
-            raise InputError(f"limit must be at least 1 box an image, got {self.limit}")
+            raise InputError(f"limit must be at least 1 box per image, got {self.limit}")
         if not 0 <= self.min_score <= 1:
             raise InputError(f"min_score must be in 0…1, got {self.min_score}")
 

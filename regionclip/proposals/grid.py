@@ -25,10 +25,10 @@ class GridConfig:
     """Options of the proposer `grid`."""
 
     sizes: list[float] = option(
-        [0.25, 0.4, 0.65, 1.0], "square root of a box's area, as share of the image's short side"
+        [0.25, 0.4, 0.65, 1.0], "square roots of the boxes' areas, as fractions of the image's short side"
     )
     ratios: list[float] = option([0.5, 1.0, 2.0], "height of a box divided by its width")
-    stride: float = option(0.5, "largest step between neighboring boxes, as share of the box's side")
+    stride: float = option(0.5, "largest step between neighboring boxes, as a fraction of the box's side")
 
     def __post_init__(self) -> None:
         """Checks the ranges."""

@@ -130,8 +130,8 @@ class _Results:
         for number, (key, entry) in enumerate(stream_entries(path, "proposals file")):
             if key:
                 raise InputError(
-                    f"proposals file {path} holds a JSON object; expected a list of boxes in COCO's "
-                    "results form"
+                    f"proposals file {path} holds a JSON object; expected a list of boxes in COCO's results "
+                    "format"
                 )
             image_id, row = checked_proposal(entry, f"{where}, entry {number}")
             self._rows.setdefault(image_id, array("d")).extend(row)
@@ -141,7 +141,7 @@ class _Results:
                 name_images(self.names, [(image_id, str(name))], where)
         if self.names and nameless:
             raise InputError(
-                f"{where}: {nameless} boxes have no file_name, the others have; give all or none"
+                f"{where}: {nameless} boxes have no file_name, but the others do; give all or none"
             )
 
     def of_image(self, image_id: int) -> tuple[Tensor, Tensor]:

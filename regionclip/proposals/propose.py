@@ -1,4 +1,4 @@
-"""Proposals of any proposer, written in COCO's results form or as Parquet."""
+"""Proposals of any proposer, written in COCO's results format or as Parquet."""
 
 from __future__ import annotations
 
@@ -31,17 +31,18 @@ class ProposeConfig(AnnotatedImages, ComputeOptions):
     """Options of proposing."""
 
     split: str = option(
-        "", "coco or a JSON file: recall of base and novel classes apart; empty: of all together"
+        "", "coco or a JSON file: separate recall for base and novel classes; empty: for all together"
     )
     out: str = option(REQUIRED, "folder for the proposals and metrics.json", runtime_only=True)
     format: str = option(
         "json",
-        "json: proposals.json in COCO's results form; parquet: proposals.parquet, smaller and faster to read",
+        "json: proposals.json in COCO's results format; parquet: proposals.parquet, smaller and faster to "
+        "read",
         choices=("json", "parquet"),
     )
-    proposer: Plugin = plugin(PROPOSERS, "rpn", "where regions come from")
+    proposer: Plugin = plugin(PROPOSERS, "rpn", "proposer of regions")
     resize: ResizeConfig = option(ResizeConfig(), "size of the images")
-    batch_size: int = option(16, "images at once")
+    batch_size: int = option(16, "images per batch")
     max_skipped: float = max_skipped_option()
 
     def __post_init__(self) -> None:
@@ -50,7 +51,7 @@ class ProposeConfig(AnnotatedImages, ComputeOptions):
 
 
 def propose(config: ProposeConfig) -> None:
-    """Writes a proposer's boxes to `out/proposals.json` (COCO's results form), and measures their recall."""
+    """Writes a proposer's boxes to `out/proposals.json` (COCO's results format) and measures recall."""
     read = annotation_inputs(config, "annotations") | files_of(config, "split", "proposer")
     run = RunFolder(config.out, config, "region-propose", read)
     path = run.path / f"proposals.{config.format}"

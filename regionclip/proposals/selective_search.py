@@ -28,18 +28,18 @@ class SelectiveSearchConfig:
 
     mode: str = option(
         "fast",
-        "fast: two color spaces; quality: five, thrice the boxes and the time",
+        "fast: two color spaces; quality: five, three times the boxes and the time",
         choices=("fast", "quality"),
     )
-    side: int = option(320, "images are searched at this long side, in pixels; 0: as the batch has them")
-    min_size: float = option(8.0, "boxes must be at least so wide and high, in pixels of the batch")
-    limit: int = option(1000, "most boxes per image")
+    side: int = option(320, "long side in pixels to which images are reduced; 0: not reduced")
+    min_size: float = option(8.0, "minimum width and height of boxes, in pixels of the batch")
+    limit: int = option(1000, "maximum number of boxes per image")
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
         if self.side < 0 or self.min_size < 0 or self.limit < 1:
             raise InputError(
-                f"side and min_size must not be below 0, limit at least 1; got {self.side}, "
+                f"side and min_size must be at least 0, limit at least 1; got {self.side}, "
                 f"{self.min_size:g}, {self.limit}"
             )
 
@@ -58,10 +58,9 @@ class SelectiveSearchProposer:
         self._modules: Any = getattr(cv2, "ximgproc", None)
         if self._modules is None:
             raise InputError(
-                "selective_search needs OpenCV's contributed modules, which this OpenCV lacks; give "
-                "pip install 'regionclip[selective-search]' (when it has been given and this stays, "
-                "pip install --force-reinstall --no-deps opencv-contrib-python-headless: "
-                "opencv-python-headless has overwritten it)"
+                "selective_search needs OpenCV's contrib modules, which this OpenCV lacks; run pip install "
+                "'regionclip[selective-search]' (if this does not help, pip install --force-reinstall "
+                "--no-deps opencv-contrib-python-headless: opencv-python-headless overwrote it)"
             )
 
     def __call__(self, images: ImageBatch, keys: Sequence[ImageInfo]) -> Regions:

@@ -1,4 +1,4 @@
-"""Proposals in files: COCO's results form, or Parquet with one row per box; read in parts."""
+"""Proposals in files: COCO's results format, or Parquet with one row per box; read in parts."""
 
 # n boxes of one image
 from __future__ import annotations

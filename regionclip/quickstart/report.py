@@ -61,7 +61,7 @@ def stage_file(folder: Path, path: str) -> Path:
     if not (folder / path).exists():
         stage = Path(path).parent.as_posix() if "/" in path else Path(path).stem
         raise InputError(
-            f"{folder} has no {path}: the stage {stage!r} has not ended; "
+            f"{folder} has no {path}: the stage {stage!r} is not finished; "
             f"run `regionclip quickstart out={folder}` again"
         )
     return folder / path

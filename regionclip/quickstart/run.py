@@ -18,7 +18,7 @@ class QuickstartConfig:
     """Options of the whole path."""
 
     out: str = option("quickstart", "folder for everything", runtime_only=True)
-    seed: int = option(0, "decides the world, the initial weights and the order of training")
+    seed: int = option(0, "determines the dataset, the initial weights and the order of training")
     preset: str = option("quickstart", "which of configs/*/PRESET.yaml the jobs use")
 
 
@@ -37,7 +37,7 @@ def stages(config: QuickstartConfig) -> list[Stage]:
     own = ("proposer.name=rpn", f"proposer.weights={rpn}")
     few = (*own, "proposer.limit=30")
     first = [
-        Stage("draw a world", "scenes", 0.5, (f"out={world}", f"seed={config.seed}")),
+        Stage("generate images", "scenes", 0.5, (f"out={world}", f"seed={config.seed}")),
         Stage(
             "pretrain CLIP on image-text pairs",
             "pretrain",

@@ -29,22 +29,20 @@ MAX_EXAMPLES = 24
 class ServeConfig(DetectorFile, DeviceOptions):
     """Options of the page."""
 
-    compare: str = option("", "a second one, shown beside the first; empty: none")
+    compare: str = option("", "a second model, shown beside the first; empty: none")
     vocabulary: str = option(
-        "", 'names at first: "cat, dog", a file of names, coco; empty: the examples\' own'
+        "", 'initial names: "cat, dog", a file of names, coco; empty: those of the examples'
     )
     lists: list[str] = option(["coco", "lvis"], "lists of names for a clicked region: coco, lvis, files")
-    examples: str = option("", "folder of images to begin with; empty: generated scenes")
-    score_threshold: float = option(0.3, "minimum score of a box at first, 0 to 1", renamed_from="score")
-    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: other machines reach the page too")
+    examples: str = option("", "folder of example images; empty: generated ones")
+    score_threshold: float = option(0.3, "initial minimum score of a box, 0 to 1", renamed_from="score")
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: reachable from other machines")
     port: int = option(7860, "port to listen on; 0: a free one")
     max_upload_mb: float = option(
         20.0, "largest file that can be uploaded, in MB (1,000,000 bytes)", renamed_from="megabytes"
     )
     megapixels: float = option(25.0, "largest image, in millions of pixels")
-    proposer: Plugin = plugin(
-        PROPOSERS, "none", "where regions come from for weights without a proposal network"
-    )
+    proposer: Plugin = plugin(PROPOSERS, "none", "proposer of regions for weights without a proposal network")
 
     def __post_init__(self) -> None:
         """Checks the numbers."""

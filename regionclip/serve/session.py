@@ -89,7 +89,7 @@ class Answer:
         return f"{len(self.rows)} of {len(captions)} boxes in {width} × {height} pixels."
 
     def results(self) -> list[dict[str, Any]]:
-        """Returns the shown boxes in COCO's results form; category ids count the names from 1."""
+        """Returns the shown boxes in COCO's results format; category ids count the names from 1."""
         entries = self.shown.to_coco(1, range(1, len(self.query.names) + 1))
         named = zip(entries, self.shown.class_names, strict=True)
         file = Path(self.query.path).name
@@ -143,7 +143,7 @@ class DemoSession:
     def _read(self, path: str) -> UploadedImage:
         file = Path(path)
         if not file.exists():
-            raise InputError(f"{file.name} is no longer here; drop it again")
+            raise InputError(f"{file.name} has been deleted; drop it again")
         try:
             pixels, size = read_upright(file, self.max_megapixels)
         except InputError as error:  # who asks need not know the folder

@@ -25,19 +25,19 @@ MAX_LOG_SCALE = math.log(1000.0 / 16)
 # Steps after which soft-NMS forgets what is decided, at least, and their share of the largest class.
 FORGET_EVERY, FORGET_SHARE = 32, 4
 TINY = float(np.finfo(np.float32).tiny)
-# Cells of a table of boxes, a class a row, that need not be parted to save work.
+# Cells of a table of boxes, one class per row, that need not be parted to save work.
 SMALL_TABLE = 2**16
 # Boxes up to which comparing each with each is quicker than going through the classes one by one.
 FEW_BOXES = 5_000
 
 
 def xywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """Turns [..., 4] (left, top, width, height), COCO's form, into (x1, y1, x2, y2)."""
+    """Turns [..., 4] (left, top, width, height), COCO's format, into (x1, y1, x2, y2)."""
     return torch.cat([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], dim=-1)
 
 
 def xyxy_to_xywh(boxes: Tensor) -> Tensor:
-    """Turns [..., 4] (x1, y1, x2, y2) into (left, top, width, height), COCO's form."""
+    """Turns [..., 4] (x1, y1, x2, y2) into (left, top, width, height), COCO's format."""
     return torch.cat([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], dim=-1)
 
 
@@ -222,7 +222,7 @@ class _Taken:
 
 
 def _padded_classes(counts: Places) -> Iterator[Places]:
-    """Yields [G, L] tables of places, a class a row, padded with -1; classes of like size together.
+    """Yields [G, L] tables of places, one class per row, padded with -1; classes of like size together.
 
     Args:
         counts: boxes in each class; their places follow each other.

@@ -103,7 +103,7 @@ class Detections:
             InputError: `score` does not are in [0, 1].
         """
         if not 0 <= score <= 1:
-            raise InputError(f"scores are in [0, 1], {score:g} is none; 0.5 stands for 50 percent")
+            raise InputError(f"scores are in [0, 1], got {score:g}; 0.5 means 50 percent")
         return self[self.scores >= score]
 
     def with_classes(self, *names: str) -> Detections:
@@ -114,7 +114,9 @@ class Detections:
         """
         unknown = next((name for name in names if name not in self.names), None)
         if unknown is not None:
-            raise InputError(f"{unknown!r} was not looked for; {did_you_mean(unknown, list(self.names))}")
+            raise InputError(
+                f"{unknown!r} is not in the vocabulary; {did_you_mean(unknown, list(self.names))}"
+            )
         wanted = torch.tensor([self.names.index(name) for name in names], dtype=torch.int64)
         return self[torch.isin(self.labels, wanted.to(self.labels.device))]
 
@@ -125,7 +127,7 @@ class Detections:
             ValueError: k is below 0.
         """
         if k < 0:
-            raise ValueError(f"k must not be below 0, got {k}")
+            raise ValueError(f"k must be at least 0, got {k}")
         return self[self.scores.argsort(descending=True, stable=True)[:k]]
 
     def resized(self, size: tuple[int, int]) -> Detections:
@@ -162,11 +164,11 @@ class Detections:
         ending = path.suffix.lower()
         if ending not in (".json", ".csv", *FORMATS):
             raise InputError(
-                f"{path} ends in none of .json, .csv (boxes), {', '.join(FORMATS)} (image with boxes)"
+                f"{path} must end in .json, .csv (boxes), {', '.join(FORMATS)} (image with boxes)"
             )
         if (image is not None) != (ending in FORMATS):
             wanted = "give image=, what to draw on" if ending in FORMATS else "leave image= out"
-            raise InputError(f"{path} holds {'a picture' if ending in FORMATS else 'boxes alone'}: {wanted}")
+            raise InputError(f"{path} is for {'an image' if ending in FORMATS else 'boxes only'}: {wanted}")
         if image is not None:
             save_picture(self.plot(image), path)
         elif ending == ".json":
@@ -208,7 +210,9 @@ class Detections:
             ValueError: there are more or fewer category ids than names.
         """
         if len(category_ids) != len(self.names):
-            raise ValueError(f"{len(self.names)} names need as many category ids, got {len(category_ids)}")
+            raise ValueError(
+                f"{len(self.names)} names need the same number of category ids, got {len(category_ids)}"
+            )
         boxes = xyxy_to_xywh(self.boxes.double()).tolist()
         return [
             coco_entry(image_id, category_ids[label], box, score, digits=3)

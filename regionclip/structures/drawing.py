@@ -1,4 +1,4 @@
-"""Pictures with boxes and readable names on them."""
+"""Images with boxes and readable names on them."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def draw(
         colors = [color_of(different[text]) for text in texts]
     if not len(rectangles) == len(texts) == len(colors):
         raise ValueError(
-            f"{len(rectangles)} boxes, {len(texts)} texts, {len(colors)} colors: give one each a box"
+            f"{len(rectangles)} boxes, {len(texts)} texts, {len(colors)} colors: give one per box"
         )
     if highlight is not None:
         order = [*(number for number in order if number != highlight), highlight]
@@ -159,7 +159,8 @@ def _same_proportions(wanted: tuple[int, int], found: tuple[int, int]) -> tuple[
     (height, width), (h, w) = wanted, found
     if abs(h * width - w * height) > height + width:  # more than a size rounded to whole pixels explains
         raise InputError(
-            f"the detections are of a picture of {width}x{height} pixels, this one has {w}x{h}; give that one"
+            f"the detections belong to an image of {width}x{height} pixels, this one has {w}x{h}; give that "
+            "image"
         )
     return wanted
 

@@ -50,9 +50,7 @@ class Regions:
             check_tensor("concept_ids", self.concept_ids, (count, None), torch.int64)
         if self.concept_probs is not None:
             if self.concept_ids is None:
-                raise ValueError(
-                    "concept_probs without concept_ids: nothing says whose probabilities they are"
-                )
+                raise ValueError("concept_probs need concept_ids")
             check_tensor("concept_probs", self.concept_probs, (count, self.concept_ids.shape[1]))
 
     def __len__(self) -> int:
@@ -90,7 +88,7 @@ class Regions:
             missing = sum(value is None for value in values)
             if missing not in (0, len(values)):
                 raise ValueError(
-                    f"{missing} of {len(values)} parts have no {field.name}; give it to all or none"
+                    f"{missing} of {len(values)} parts have no {field.name}; give it for all or none"
                 )
             columns[field.name] = None if missing else torch.cat(values)
         return cls(**columns)  # type: ignore[arg-type]
@@ -129,7 +127,7 @@ class FeatureMaps:
             ValueError: there are no maps.
         """
         if not self.levels:
-            raise ValueError("regions of this tower are embedded from pixels; there is no map of them")
+            raise ValueError("regions of this tower are embedded from pixels; it has no feature maps")
         return self.levels[-1]
 
 

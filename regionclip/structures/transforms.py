@@ -22,9 +22,9 @@ class JitterConfig:
     """Large-scale jitter (arXiv 2012.07177, section 3): images of a drawn scale in a fixed square."""
 
     side: int = option(0, "side of the square in pixels (published: 1024); 0: no jitter")
-    low: float = option(0.1, "smallest scale drawn; at 1 the image just fits into the square")
-    high: float = option(2.0, "largest scale drawn; what exceeds the square is cut off at random")
-    visible: float = option(0.25, "boxes that keep a smaller share of their area are left out")
+    low: float = option(0.1, "smallest sampled scale; at 1 the image just fits into the square")
+    high: float = option(2.0, "largest sampled scale; larger images are cropped at random")
+    visible: float = option(0.25, "boxes that keep a smaller fraction of their area are left out")
 
     def __post_init__(self) -> None:
         if self.side < 0 or self.side % 32:
@@ -39,15 +39,17 @@ class JitterConfig:
 class ResizeConfig:
     """How large images are made. The published recipe: sides of 800 and at most 1333 (arXiv 2112.09106)."""
 
-    short: list[int] = option([800], "pixels of the short side; of several, training draws one per image")
-    long: int = option(1333, "pixels that the long side may have at most")
+    short: list[int] = option(
+        [800], "short side in pixels; of several values, training samples one per image"
+    )
+    long: int = option(1333, "maximum long side in pixels")
     filter: str = option(
         "area",
-        "area averages on the way down and is the faster; bilinear is Pillow's, detectron2's way",
+        "area averages when downscaling and is faster; bilinear is Pillow's, as in detectron2",
         choices=("area", "bilinear"),
     )
     multiple: int = option(
-        32, "batches are padded to multiples of so many pixels; detectron2 does not pad a single image: 1"
+        32, "batches are padded to multiples of this; 1: no padding of single images, as in detectron2"
     )
 
     def __post_init__(self) -> None:

@@ -161,8 +161,8 @@ class SoftmaxRegionText(nn.Module):
 class SigmoidConfig:
     """Initial values (arXiv 2303.15343, section 3.2)."""
 
-    scale: float = option(10.0, "initial value of the learnt factor on the cosines")
-    bias: float = option(-10.0, "initial value of the learnt bias: most pairs do not belong together")
+    scale: float = option(10.0, "initial value of the learned factor on the cosines")
+    bias: float = option(-10.0, "initial value of the learned bias; negative, as most pairs do not match")
 
     def __post_init__(self) -> None:
         if self.scale <= 0:
@@ -175,8 +175,8 @@ class SigmoidRegionText(nn.Module):
     The memory adds its concepts; its regions have no gradient, and pairs of their own would teach nothing.
 
     Attributes:
-        log_scale: scalar, learnt, logarithm of the factor on the cosines.
-        bias: scalar, learnt, added to the scaled cosines.
+        log_scale: scalar, learned, logarithm of the factor on the cosines.
+        bias: scalar, learned, added to the scaled cosines.
     """
 
     def __init__(self, config: SigmoidConfig) -> None:

@@ -46,7 +46,7 @@ def mined_samples(mined: str, images: str, captions: str) -> list[Sample]:
     texts, names = read_captions(file)
     regions = list(read_regions(mined))
     if not regions:
-        raise InputError(f"{mined} holds no regions; see its skipped.jsonl, loosen the matcher's thresholds")
+        raise InputError(f"{mined} has no regions; see its skipped.jsonl, and lower the matcher's thresholds")
     own = {region.image_id: region.file_name for region in regions}
     ids = ids_by_name(own, names, "the mined regions", f"captions file {file}")
     width = max(len(region.concept_ids) for region in regions)

@@ -50,57 +50,51 @@ from regionclip.training.losses import (
 class FreezeOptions:
     """What of a vision tower is not trained."""
 
-    freeze_stages: int = option(
-        2, "stages kept as they are: 0 none, 1 the stem, 2 also layer1, … 4 also layer3"
-    )
-    freeze_batch_norm: bool = option(True, "keep the statistics and gains of batch norms as they are")
+    freeze_stages: int = option(2, "frozen stages: 0 none, 1 the stem, 2 also layer1, … 4 also layer3")
+    freeze_batch_norm: bool = option(True, "freeze the statistics and gains of batch norms")
 
 
 @dataclass
 class RegionPretrainConfig(RegionHeadOptions, FreezeOptions, TrainingOptions):
     """Options of region pretraining."""
 
-    mined: str = option(
-        "", "folder that `regionclip mine` has filled; empty: crops alone, on patches of images"
-    )
-    weights: str = option(REQUIRED, "the student's start: a CLIP")
-    captions: str = option(
-        "", "captions_*.json for the image-text loss; empty: those the shards were mined from"
-    )
-    images: str = option("", "folder of the images; empty: the one the shards were mined from")
+    mined: str = option("", "folder of mined shards; empty: only the crop loss, on patches of images")
+    weights: str = option(REQUIRED, "initial weights of the student: a CLIP")
+    captions: str = option("", "captions_*.json for the image-text loss; empty: the mined captions")
+    images: str = option("", "folder of the images; empty: the mined images")
     resize: TrainingResizeConfig = option(TrainingResizeConfig(), "size of the training images")
     max_regions: int = option(
-        100, "most regions per image and step; more are sampled", renamed_from="regions"
+        100, "maximum number of regions per image and step, sampled", renamed_from="regions"
     )
     max_grid: int = option(
         6,
-        "without mined=: an image is cut into m by n patches, both drawn from 1 to this",
+        "without mined=: an image is divided into m by n patches, both sampled from 1 to this",
         renamed_from="cells",
     )
-    distillation: float = option(1.0, "weight of the divergence from the teacher's concepts")
+    distillation: float = option(1.0, "weight of the divergence from the teacher's concept probabilities")
     contrastive: float = option(1.0, "weight of the region-text contrastive loss")
     image_text: float = option(1.0, "weight of the image-text contrastive loss")
     crop_distillation: float = option(
         0.0,
-        "weight of the cosine distance to what the tower, as it was, makes of the regions' crops",
+        "weight of the cosine distance to the frozen tower's embeddings of the regions' crops",
         renamed_from="crops",
     )
-    region_text: Plugin = plugin(REGION_TEXT, "softmax", "form of the region-text contrastive loss")
-    memory: int = option(0, "regions of earlier steps kept as further negatives of the contrastive loss")
+    region_text: Plugin = plugin(REGION_TEXT, "softmax", "variant of the region-text contrastive loss")
+    memory: int = option(0, "regions of earlier steps used as further negatives in the contrastive loss")
     synonyms: list[str] = option(
-        [], "class lists (LVIS's, say) whose names for one thing are no negatives of each other"
+        [], "class lists, such as LVIS's, whose synonyms are not used as negatives of each other"
     )
     teacher: str = option(
-        "", "mining's CLIP, to name regions within the step over the whole pool; empty: stored concepts"
+        "",
+        "the teacher used for mining, to compute concept probabilities online over the whole pool; empty: "
+        "stored",
     )
-    temperature: float = option(
-        0.0, "what cosines are divided by; 0: the student's own, 1 / exp(logit scale)"
-    )
-    learn_temperature: bool = option(False, "train the temperature, as CLIP's: never below 0.01")
-    train_text: bool = option(False, "train the text tower too; the distillation needs it frozen")
+    temperature: float = option(0.0, "divisor of the cosines; 0: the student's own, 1 / exp(logit scale)")
+    learn_temperature: bool = option(False, "train the temperature like CLIP's, with a minimum of 0.01")
+    train_text: bool = option(False, "also train the text tower; distillation needs it frozen")
     lr_reference_batch_size: int = option(
         0,
-        "batch that train.lr is meant for; for another it is scaled in proportion; 0: taken as it is",
+        "batch size that train.lr is meant for; for others it is scaled linearly; 0: not scaled",
         renamed_from="lr_batch",
     )
     train: TrainConfig = option(
@@ -190,8 +184,8 @@ class Teacher:
         """
         if content_hash(weights) != manifest["teacher"]:
             raise InputError(
-                f"teacher={weights} is not the file that mined, {manifest['config']['weights']} as it was "
-                "then; give that one, or leave teacher= empty"
+                f"teacher={weights} is not the file used for mining, {manifest['config']['weights']} "
+                "unchanged; give that file, or leave teacher= empty"
             )
         clip, mined = load_clip(weights), manifest["config"]
         encoder = RegionEncoder(
@@ -342,7 +336,7 @@ class RegionTextTask(nn.Module):
         return distributed.world() * (by_image + by_text) / (2 * max(total, 1))
 
     def log_scalars(self) -> dict[str, float]:
-        """Returns what the log shows beside the losses: what is learnt of temperature, scale and bias."""
+        """Returns what the log shows beside the losses: what is learned of temperature, scale and bias."""
         figures = {"logit_scale": float(self.scale().detach())} if self.config.learn_temperature else {}
         if isinstance(self.region_text, SigmoidRegionText):
             figures["region_text_scale"] = float(self.region_text.log_scale.detach().exp())
@@ -351,7 +345,7 @@ class RegionTextTask(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Keeps a learnt temperature in its published range."""
+        """Keeps a learned temperature in its published range."""
         if self.config.learn_temperature:
             self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
@@ -366,7 +360,7 @@ def _seen_by(encoder: RegionEncoder, images: ImageBatch, regions: Regions) -> Te
 def prompts(vocabulary: Vocabulary, context: int) -> Tensor:
     """Returns the tokens [C, K, T] that a vocabulary's embeddings were made of."""
     if "templates" not in vocabulary.provenance:
-        raise InputError("the mined vocabulary does not say its prompts; mine again, or set train_text=false")
+        raise InputError("the mined vocabulary has no prompts; mine again, or set train_text=false")
     templates: list[str] = json.loads(vocabulary.provenance["templates"])
     texts = [fill(template, name) for name in vocabulary.names for template in templates]
     return Tokenizer(context)(texts, truncate=True).view(len(vocabulary), len(templates), context)

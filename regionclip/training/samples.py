@@ -29,14 +29,14 @@ class BaseClassImages(AnnotatedImages):
     """What a training on base classes sees."""
 
     annotations: str = option(
-        REQUIRED, "instances_*.json in COCO's form; only boxes of base classes are read"
+        REQUIRED, "instances_*.json in COCO's format; only boxes of base classes are read"
     )
     split: str = option(
         "",
         "coco (48 base, 17 novel), lvis, a JSON file with base and novel names, or class lists "
         "BASE.txt,NOVEL.txt; empty: all annotated categories are base",
     )
-    keep_empty: bool = option(False, "train on images without base boxes too")
+    keep_empty: bool = option(False, "also train on images without base boxes")
 
     def read(self) -> tuple[CocoDetection, Split]:
         """Reads the images and their single objects of base classes, and prints how many there are.

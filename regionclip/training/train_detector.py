@@ -62,19 +62,17 @@ class TrainDetectorConfig(RegionHeadOptions, BaseClassImages, FreezeOptions, Tra
     )
     rois_per_image: int = option(512, "regions per image in the loss", renamed_from="rois")
     positive_fraction: float = option(
-        0.25, "largest share of objects among them", renamed_from="positive_share"
+        0.25, "maximum fraction of objects among them", renamed_from="positive_share"
     )
-    positive_iou: float = option(0.5, "a proposal that overlaps a box so much is an object")
+    positive_iou: float = option(0.5, "minimum IoU with a box of a proposal that counts as an object")
     background_weight: float = option(0.2, "weight of background regions in the classification loss")
     focal_gamma: float = option(
         0.5,
-        "exponent of (1 - p) that favors hard regions; 0: none, and the mean is weighted",
+        "exponent of (1 - p) in the focal loss; 0: cross-entropy with a weighted mean",
         renamed_from="focal",
     )
     box_weight: float = option(1.0, "weight of the box regression loss")
-    smooth_l1_beta: float = option(
-        0.0, "box regression loss: deltas off by less than this are squared; 0: L1, as published"
-    )
+    smooth_l1_beta: float = option(0.0, "smooth L1 beta of the box regression loss; 0: L1, as published")
     objectness_weight: float = option(1.0, "shared trunk: weight of the proposals' objectness loss")
     proposal_weight: float = option(1.0, "shared trunk: weight of the proposals' box regression loss")
     box_head: str = option(
@@ -86,12 +84,12 @@ class TrainDetectorConfig(RegionHeadOptions, BaseClassImages, FreezeOptions, Tra
     )
     background_embedding: str = option(
         "zero",
-        "embedding of the background: zero (as published) or learnt",
-        choices=("zero", "learnt"),
+        "embedding of the background: zero (as published) or learned",
+        choices=("zero", "learned"),
         renamed_from="background",
     )
     repeat_threshold: float = option(
-        0.0, "images are repeated for categories that fewer than this share of images hold (LVIS: 0.001)"
+        0.0, "repeat images of categories that are in fewer than this fraction of images (LVIS: 0.001)"
     )
     train: TrainConfig = option(
         TrainConfig(
@@ -114,7 +112,7 @@ class TrainDetectorConfig(RegionHeadOptions, BaseClassImages, FreezeOptions, Tra
                 f"positive_fraction={self.positive_fraction} in (0, 1]"
             )
         if self.smooth_l1_beta < 0:
-            raise InputError(f"smooth_l1_beta must not be below 0, found {self.smooth_l1_beta}")
+            raise InputError(f"smooth_l1_beta must be at least 0, found {self.smooth_l1_beta}")
 
 
 class DetectorTask(nn.Module):
@@ -134,7 +132,7 @@ class DetectorTask(nn.Module):
         assert detector.background is not None
         if detector.network is not None:
             detector.network.requires_grad_(detector.shares_trunk)
-        detector.background.requires_grad_(config.background_embedding == "learnt")
+        detector.background.requires_grad_(config.background_embedding == "learned")
         detector.clip.text.requires_grad_(False)
         detector.clip.logit_scale.requires_grad_(False)
         freeze(detector.clip.visual, config.freeze_stages, config.freeze_batch_norm)

@@ -45,8 +45,8 @@ class TrainRPNConfig(BaseClassImages, TrainingOptions):
         "", "folder of the validation images; empty: the same as `images`", runtime_only=True
     )
     network: ProposalNetworkOptions = option(ProposalNetworkOptions(), "the proposal network")
-    objectness_weight: float = option(1.0, "factor of the loss that tells objects from background")
-    box_weight: float = option(1.0, "factor of the loss that fits anchors to boxes")
+    objectness_weight: float = option(1.0, "weight of the objectness loss")
+    box_weight: float = option(1.0, "weight of the box regression loss")
     resize: TrainingResizeConfig = option(TrainingResizeConfig(), "size of the images")
     train: TrainConfig = option(
         TrainConfig(

@@ -16,7 +16,7 @@ EvaluateJob = Callable[..., dict[str, float]]
 
 
 def require_stored(measured: dict[str, float], expected: dict[str, float]) -> None:
-    """Compares the metrics that are stored; an evaluation may have learnt further ones since."""
+    """Compares the metrics that are stored; an evaluation may have learned further ones since."""
     assert {name: measured.get(name) for name in expected} == pytest.approx(expected, abs=1e-6)
 
 

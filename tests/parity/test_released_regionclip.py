@@ -220,7 +220,7 @@ def soft_nms(boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Ten
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images without loss, and annotations in COCO's form with COCO's categories."""
+    """Images without loss, and annotations in COCO's format with COCO's categories."""
     folder = tmp_path_factory.mktemp("photographs")
     generator = torch.Generator().manual_seed(1)
     images = []

@@ -26,7 +26,7 @@ def test_a_whole_installation_is_reported_as_one(tmp_path: Path, capsys: pytest.
     assert all(f"  {topic} " in told for topic in found)
     # Remedies are to be copied: none is cut off.
     assert all(entry["remedy"] in told for entry in found.values() if len(entry["remedy"]) < 60)
-    assert told.endswith("all that is needed is here\n")
+    assert told.endswith("everything required is installed\n")
 
 
 def versions(monkeypatch: pytest.MonkeyPatch, **given: str) -> None:
@@ -43,7 +43,9 @@ def versions(monkeypatch: pytest.MonkeyPatch, **given: str) -> None:
 
 def test_a_missing_package_fails_and_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     versions(monkeypatch, pycocotools="")
-    with pytest.raises(InputError, match=r"1 needed part\(s\) are missing: pycocotools; pip install 'pycoco"):
+    with pytest.raises(
+        InputError, match=r"1 required part\(s\) are missing: pycocotools; pip install 'pycoco"
+    ):
         doctor.doctor(doctor.DoctorConfig())
 
 

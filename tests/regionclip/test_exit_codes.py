@@ -101,7 +101,7 @@ def test_one_bad_image_is_one_counted_skip(name: str, jobs: Jobs, images: Path, 
     sorted((images / "train").iterdir())[0].write_bytes(b"no image")
     assert main([name, *jobs[name], f"out={tmp_path / 'out'}", "max_skipped=0.5"]) == 0
     listed = (tmp_path / "out" / "skipped.jsonl").read_text()
-    assert "is of no known form" in listed
+    assert "is of no known format" in listed
     for line in listed.splitlines():
         assert json.loads(line)["reason"]
 

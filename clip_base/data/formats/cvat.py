@@ -14,7 +14,7 @@ SHAPES = ("polygon", "polyline", "points", "cuboid", "ellipse", "mask", "skeleto
 
 
 def read_cvat(path: Path) -> dict[str, Any] | None:
-    """Returns a file of CVAT's format "CVAT for images" in COCO's form; None when it is no such file.
+    """Returns a file of CVAT's format "CVAT for images" in COCO's format; None when it is no such file.
 
     A rotated box becomes the upright one around it. Other shapes than boxes are left out, which a note says.
 

@@ -72,7 +72,7 @@ class Instances:
         self._boxes.append((image_id, name, [x1, y1, x2 - x1, y2 - y1], ignored))
 
     def to_coco(self) -> dict[str, Any]:
-        """Returns the content in COCO's form; category ids count from 1."""
+        """Returns the content in COCO's format; category ids count from 1."""
         names = list(self.names) or sorted({name for _, name, _, _ in self._boxes})
         ids = {name: number for number, name in enumerate(names, 1)}
         unknown = next((name for _, name, _, _ in self._boxes if name not in ids), None)

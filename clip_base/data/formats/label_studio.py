@@ -15,7 +15,7 @@ LABELS = "rectanglelabels"
 
 
 def read_label_studio(path: Path) -> dict[str, Any] | None:
-    """Returns tasks with labeled rectangles in COCO's form; None when the file is no list of tasks.
+    """Returns tasks with labeled rectangles in COCO's format; None when the file is no list of tasks.
 
     An image's name is the last part of its address, for local files what stands behind `?d=`. Sides are
     percent of the image, and a rectangle turns about its left upper corner; a rotated one becomes the

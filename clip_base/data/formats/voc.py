@@ -20,7 +20,7 @@ Objects = list[tuple[str, list[float], bool]]  # name, corners as written, diffi
 
 
 def read_voc(path: Path) -> dict[str, Any] | None:
-    """Returns a folder of VOC files, or one file, in COCO's form; None when it is no such folder or file.
+    """Returns a folder of VOC files, or one file, in COCO's format; None when it is no such folder or file.
 
     An image's name is its `<filename>`, in the folder that the XML file is in below `path`. Objects that
     are `difficult` are ignored, as VOC's evaluation does: they become crowds.

@@ -26,7 +26,7 @@ SLACK = 1e-3  # shares are rounded; a box may leave its image by so much
 
 
 def read_yolo(path: Path) -> dict[str, Any] | None:
-    """Returns YOLO's labels in COCO's form; None when `path` is neither a `data.yaml` nor such a folder.
+    """Returns YOLO's labels in COCO's format; None when `path` is neither a `data.yaml` nor such a folder.
 
     Image names are relative to the folder of the images, which is the labels' with `images` in the place of
     `labels`, or the labels' own. Images without a file of labels hold no object. Polygons become the boxes

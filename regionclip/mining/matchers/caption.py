@@ -20,7 +20,9 @@ class CaptionPrior(MatcherOptions):
     """How far an image's captions are believed."""
 
     caption_prior: float = option(
-        0.9, "prior probability that a region shows something the image's captions name", renamed_from="trust"
+        0.9,
+        "prior probability that a region shows something mentioned in the image's captions",
+        renamed_from="trust",
     )
 
 
@@ -28,14 +30,16 @@ class CaptionPrior(MatcherOptions):
 class CaptionConfig(CaptionPrior):
     """Options of the caption matcher."""
 
-    min_probability: float = option(0.5, "regions whose best own concept is less probable stay unmatched")
+    min_probability: float = option(
+        0.5, "regions whose best concept from the captions is less probable stay unmatched"
+    )
     min_phrase: float = option(
-        0.2, "a phrase's best region is kept, though unsure, when it is at least this probable; 1: never"
+        0.2, "the best region of a phrase is kept if it is at least this probable; 1: never"
     )
     min_similarity: float = option(
-        -1.0, "regions whose cosine with their best own concept is lower stay unmatched; -1: any will do"
+        -1.0, "regions whose cosine with their best concept is lower stay unmatched; -1: no minimum"
     )
-    min_objectness: float = option(0.0, "regions with less objectness, in [0, 1], are dropped")
+    min_objectness: float = option(0.0, "regions with lower objectness, in [0, 1], are dropped")
 
 
 class CaptionMatcher:

@@ -20,10 +20,10 @@ from regionclip.structures.boxes import area, intersection
 class ExclusiveConfig(CaptionPrior):
     """Options of the exclusive matcher. Score: the probability of a concept times the objectness."""
 
-    min_first: float = option(0.1, "a concept's best region is kept when it scores at least this")
-    min_score: float = option(0.5, "further regions of a concept are kept when they score at least this")
+    min_first: float = option(0.1, "the best region of a concept is kept if its score is at least this")
+    min_score: float = option(0.5, "further regions of a concept are kept if their score is at least this")
     overlap: float = option(
-        0.3, "a region that shares more of the smaller one with a better one of its concept is dropped"
+        0.3, "intersection over the smaller area above which the worse of two regions of a concept is dropped"
     )
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ class HybridConfig(CaptionConfig):
     """Options of both matchers."""
 
     min_pool_probability: float = option(
-        0.5, "unmatched regions whose best concept of the pool is less probable are dropped"
+        0.5, "unmatched regions whose best concept in the pool is less probable are dropped"
     )
 
 

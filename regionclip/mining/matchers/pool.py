@@ -16,10 +16,10 @@ class PoolConfig(MatcherOptions):
     """Options of the pool matcher; the defaults are the released code's (arXiv 2112.09106)."""
 
     min_probability: float = option(
-        0.1, "regions whose best concept of the pool is less probable are dropped"
+        0.1, "regions whose best concept in the pool is less probable are dropped"
     )
-    min_objectness: float = option(0.0, "regions with less objectness, in [0, 1], are dropped")
-    keep_all_if_none: bool = option(True, "keep all regions of an image when none reaches min_probability")
+    min_objectness: float = option(0.0, "regions with lower objectness, in [0, 1], are dropped")
+    keep_all_if_none: bool = option(True, "keep all regions of an image if none reaches min_probability")
 
 
 class PoolMatcher:

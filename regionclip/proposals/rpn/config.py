@@ -25,24 +25,29 @@ class ProposalHeadConfig:
     design: str = option("fpn", "c4 (one map of stride 16) or fpn (a pyramid)", choices=("c4", "fpn"))
     strides: list[int] = option([8, 16], "strides of the maps in pixels, each twice the one before")
     anchor_sizes: list[float] = option(
-        [20.0, 32.0, 50.0, 80.0], "roots of the anchors' areas in pixels, dealt out evenly over the strides"
+        [20.0, 32.0, 50.0, 80.0],
+        "square roots of the anchors' areas in pixels, divided evenly over the strides",
     )
     ratios: list[float] = option([0.5, 1.0, 2.0], "height of an anchor divided by its width")
     channels: int = option(0, "channels of pyramid and head; 0: 256 for fpn, the map's own for c4")
     pyramid_norm: bool = option(False, "batch norms in the pyramid, as in detectron2's large-scale jitter")
     head_convs: int = option(1, "3x3 convolutions of the head")
-    positive_iou: float = option(0.7, "anchors that overlap a box at least so much are objects")
-    negative_iou: float = option(0.3, "anchors that overlap every box less are background; between: not used")
-    samples: int = option(256, "anchors per image in the loss; what the sum of their losses is divided by")
+    positive_iou: float = option(0.7, "anchors with at least this IoU with a box are objects")
+    negative_iou: float = option(
+        0.3, "anchors with a lower IoU with every box are background; those between are ignored"
+    )
+    samples: int = option(256, "anchors per image in the loss")
     positive_fraction: float = option(
-        0.5, "largest share of objects among the sampled anchors", renamed_from="positive_share"
+        0.5, "maximum fraction of objects among the sampled anchors", renamed_from="positive_share"
     )
     smooth_l1_beta: float = option(
-        0.0, "box loss: deltas off by less than this are squared; 0: L1, as in detectron2; torchvision: 1/9"
+        0.0, "smooth L1 beta of the box loss; 0: L1, as in detectron2; torchvision: 1/9"
     )
-    pre_nms: int = option(1000, "best anchors a level that go into non-maximum suppression")
+    pre_nms: int = option(1000, "best anchors per level that enter non-maximum suppression")
     nms: float = option(0.7, "IoU above which the lower scored of two proposals is dropped")
-    merge_levels: bool = option(True, "suppress over all levels together; false: within each, as published")
+    merge_levels: bool = option(
+        True, "suppress over all levels together; false: within each level, as published"
+    )
     min_size: float = option(1.0, "proposals must be wider and higher than this, in pixels")
 
     def __post_init__(self) -> None:
@@ -80,17 +85,15 @@ class ProposalNetworkOptions(ProposalHeadConfig):
 
     backbone: str = option("clip", "clip (the trunk of CLIP's ResNet) or resnet50", choices=tuple(BACKBONES))
     share_trunk: bool = option(
-        False, "sit on the trunk of the CLIP that uses the proposals, frozen, instead of on a copy of it"
+        False, "use the frozen trunk of the CLIP that uses the proposals, instead of a copy of it"
     )
     backbone_weights: str = option(
         "",
         "file to start the backbone from: a CLIP; for resnet50 torchvision's, detectron2's R-50.pkl, or a "
         "proposal network on one; empty: random weights",
     )
-    frozen_stages: int = option(
-        0, "backbone stages kept as they are: 1 is the stem, 2 adds layer1, … 5 is all"
-    )
-    frozen_batch_norm: bool = option(False, "keep the backbone's batch statistics: for small batches")
+    frozen_stages: int = option(0, "frozen backbone stages: 1 the stem, 2 also layer1, … 5 all")
+    frozen_batch_norm: bool = option(False, "freeze the backbone's batch norms, for small batches")
 
     def __post_init__(self) -> None:
         """Checks that the network can be built."""
@@ -119,8 +122,8 @@ class ProposalNetworkConfig(ProposalNetworkOptions):
 
     Attributes:
         vision: sizes of the CLIP whose trunk it is, when backbone=clip.
-        stride_in_1x1: resnet50 halves maps in 1x1 convolutions, as MSRA's weights want.
-        pixels: what resnet50 is shown: clip (RGB, normalized) or caffe (BGR in 0…255 less its mean).
+        stride_in_1x1: resnet50: stride 2 in the 1x1 convolutions, as in MSRA's weights.
+        pixels: input of resnet50: clip (RGB, normalized) or caffe (BGR in 0…255 minus its mean).
     """
 
     vision: VisionConfig = dataclasses.field(default_factory=VisionConfig)

@@ -52,7 +52,7 @@ def from_detectron2(state: Mapping[str, Tensor]) -> tuple[ProposalNetworkConfig,
     unknown = sorted(set(state) - set(names.values()) - known)
     if missing or unknown:
         raise InputError(
-            f"these weights are no proposal network of detectron2 on a ResNet-50 ({config.design}): "
+            f"these weights are not a detectron2 proposal network on a ResNet-50 ({config.design}): "
             f"{len(missing)} keys missing ({', '.join(missing[:3])}), "
             f"{len(unknown)} unknown ({', '.join(unknown[:3])})"
         )
@@ -104,14 +104,13 @@ def _config(state: Mapping[str, Tensor]) -> ProposalNetworkConfig:
     head = state.get(f"{HEAD}objectness_logits.weight")
     if head is None:
         raise InputError(
-            f"there is no {HEAD}objectness_logits.weight: these weights hold no proposal network of "
-            "detectron2"
+            f"there is no {HEAD}objectness_logits.weight: these weights have no detectron2 proposal network"
         )
     anchors, width = head.shape[:2]
     wanted, natural = (RATIOS, PYRAMID_CHANNELS) if fpn else (5 * RATIOS, 1024)
     if anchors != wanted:
         raise InputError(
-            f"the head has {anchors} anchors a cell, those of detectron2's {'FPN' if fpn else 'C4'} have "
+            f"the head has {anchors} anchors per cell, those of detectron2's {'FPN' if fpn else 'C4'} have "
             f"{wanted}"
         )
     convs = sum(key.startswith(f"{HEAD}conv.") and key.endswith("weight") for key in state)
@@ -151,7 +150,7 @@ def _checked_constants(state: Mapping[str, Tensor], config: ProposalNetworkConfi
         if mine.shape != value.reshape(-1).shape or not torch.allclose(mine, value.reshape(-1), atol=1e-2):
             raise InputError(
                 f"{key} is {[round(v, 2) for v in mine.tolist()]}, the published networks have "
-                f"{[round(v, 2) for v in value.reshape(-1).tolist()]}: this is none of them"
+                f"{[round(v, 2) for v in value.reshape(-1).tolist()]}: this is not one of them"
             )
     return set(found)
 

@@ -61,7 +61,7 @@ class ProposalNetwork(nn.Module):
         super().__init__()
         if config.share_trunk != (trunk is not None):
             raise ValueError(
-                f"a network with share_trunk={config.share_trunk} was given "
+                f"a network with share_trunk={config.share_trunk} got "
                 + ("no trunk" if trunk is None else "a trunk")
             )
         self.config = config
@@ -213,7 +213,9 @@ class ProposalNetwork(nn.Module):
             score; `scores` are objectness probabilities in [0, 1], `logits` the same before the sigmoid.
         """
         if self.training:
-            raise ValueError("proposals of a network in training mode change its statistics; call eval()")
+            raise ValueError(
+                "the network is in training mode, where proposals would change its statistics; call eval()"
+            )
         images = seen.images if isinstance(seen, FeatureMaps) else seen
         levels = self.features(seen)
         logits, deltas = self.rpn.head(levels)

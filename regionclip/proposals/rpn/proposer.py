@@ -38,7 +38,7 @@ class RPNConfig(SelectionConfig):
     weights: str = option(
         REQUIRED, "proposal network: from `regionclip train-rpn`, or RegionCLIP's or detectron2's .pth"
     )
-    clip: str = option("", "the CLIP that the network was trained on, when its file holds no trunk")
+    clip: str = option("", "the CLIP that the network was trained on, if its file has no trunk")
 
 
 class RPNProposer:
@@ -54,7 +54,7 @@ class RPNProposer:
         trunk = clip_tower(config.clip)[0].eval().to(device) if config.clip else None
         self.network = load_network(config.weights, trunk).to(device)
         if trunk is not None and not self.network.config.share_trunk:
-            raise InputError(f"{config.weights} has a backbone of its own; leave clip={config.clip} out")
+            raise InputError(f"{config.weights} has its own backbone; omit clip={config.clip}")
 
     def __call__(self, images: ImageBatch, keys: Sequence[ImageInfo]) -> Regions:
         """See `Proposer`. The network looks at pixels only; `keys` are not needed."""
@@ -101,13 +101,13 @@ def load_network(path: str | Path, trunk: ModifiedResNet | None = None) -> Propo
         trunk = None
     elif trunk is None:
         raise InputError(
-            f"{path} is a head for the trunk of a CLIP ResNet and holds no trunk; name the CLIP that it was "
+            f"{path} is a head for the trunk of a CLIP ResNet, without the trunk; give the CLIP that it was "
             "trained on (proposer.clip=FILE)"
         )
     elif trunk_hash(trunk) != metadata.get("trunk"):
         raise InputError(
             f"{path} was trained on the trunk of another CLIP (stem to layer3 have another hash); give that "
-            "one, or train a head for this one with `regionclip train-rpn network.share_trunk=true`"
+            "CLIP, or train a head for this one with `regionclip train-rpn network.share_trunk=true`"
         )
     network = ProposalNetwork(sizes, trunk)
     load_exactly(network, weights, path)
@@ -195,8 +195,8 @@ def network_of(content: Content, path: Path) -> ProposalNetwork:
         )
     if any(".bottom_up.layer1." in name for name in state):
         raise InputError(
-            f"{path} holds a pyramid on all four stages of CLIP's ResNet, which no network here has; "
-            "give one of the rpn files on ResNet-50"
+            f"{path} holds a pyramid on all four stages of CLIP's ResNet, which is not supported; give one "
+            "of the rpn files on ResNet-50"
         )
     config, weights = from_detectron2(state)
     network = ProposalNetwork(config)

@@ -265,5 +265,5 @@ def test_a_folder_of_tars_stands_for_all_of_them(tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(InputError, match=r"holds no \.tar files"):
         pairs("webdataset", shards=str(tmp_path))
-    with pytest.raises(InputError, match=r"holds no \.parquet files"):
+    with pytest.raises(InputError, match=r"has no \.parquet files"):
         pairs("parquet", file=str(tmp_path))

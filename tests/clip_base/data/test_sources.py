@@ -43,8 +43,8 @@ def test_coco_captions_are_grouped_by_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        ([], "must hold 'images' and 'annotations'"),
-        ({"images": []}, "must hold 'images' and 'annotations'"),
+        ([], "must have 'images' and 'annotations'"),
+        ({"images": []}, "must have 'images' and 'annotations'"),
         ({"images": [{"id": 1}], "annotations": []}, r"images\[0\] needs a 'file_name'"),
         ({"images": IMAGES, "annotations": [{"image_id": 7}]}, r"annotations\[0\] needs a 'caption'"),
         (

@@ -173,7 +173,7 @@ def test_impossible_options_and_unlike_classes_are_refused(
     (Path(folders["test"]) / "red").rename(Path(folders["test"]) / "rose")
     with pytest.raises(InputError, match="must have the same classes"):
         run(weights, tmp_path / "out", **folders)
-    with pytest.raises(InputError, match="all of one class"):
+    with pytest.raises(InputError, match="all training images are of one class"):
         job.fit(clusters(3, 0, classes=1), 1.0, Fits())
 
 

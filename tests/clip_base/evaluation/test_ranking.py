@@ -164,7 +164,7 @@ def test_two_classes_of_one_name_are_both_missed(world: Path, make: Any) -> None
         out=str(world / "out"),
         names=names,
     )
-    with pytest.warns(InputNote, match="'missile': such names stand for more than one class"):
+    with pytest.warns(InputNote, match="'missile': these names belong to more than one class"):
         zeroshot(config)
     table = (world / "out" / "per_class.csv").read_text().splitlines()
     assert [line.split(",")[3] for line in table[1:] if "missile" in line] == ["0.0", "0.0"]

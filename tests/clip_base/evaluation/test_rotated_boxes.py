@@ -108,7 +108,7 @@ def test_the_command_says_once_what_no_size_decides(
     assert cli.main(["zeroshot", *options, f"out={tmp_path / 'out'}", "workers=2"]) == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
     assert len(notes) == 1
-    assert "such images are read upright" in notes[0]
+    assert "such images are rotated by their orientation" in notes[0]
     rows = list(csv.DictReader((tmp_path / "out" / "per_class.csv").open()))
     assert [int(row["images"]) for row in rows] == [3, 3, 3]
 
@@ -124,4 +124,4 @@ def test_a_stated_size_that_fits_in_no_frame_is_skipped_with_the_reason(tmp_path
         pictures, "boxes"
     )
     assert len(found.skipped) == 3
-    assert "was it resized since?" in found.skipped[0]["reason"]
+    assert "has it been resized?" in found.skipped[0]["reason"]

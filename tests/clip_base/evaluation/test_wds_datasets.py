@@ -92,7 +92,7 @@ def test_zero_shot_classification_gives_what_files_give(
         assert classified(weights, place, tmp_path / f"b{number}", templates=own) == wanted
     assert wanted["images"] == 12
     with pytest.warns(
-        InputNote, match=r"templates=.*zeroshot_classification_templates.txt takes the dataset's"
+        InputNote, match=r"templates=.*zeroshot_classification_templates.txt uses the dataset's"
     ):
         classified(weights, wds, tmp_path / "c")
 

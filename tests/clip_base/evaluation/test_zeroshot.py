@@ -100,7 +100,7 @@ def test_templates_without_a_place_for_the_name_are_refused(tmp_path: Path):
     with pytest.raises(InputError, match="'an image'"):
         read_templates(str(path))
     path.write_text("# only this\n")
-    with pytest.raises(InputError, match="holds no templates"):
+    with pytest.raises(InputError, match="has no templates"):
         read_templates(str(path))
     with pytest.raises(InputError, match="does not exist"):
         read_templates("publishd")

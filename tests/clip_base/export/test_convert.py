@@ -164,13 +164,13 @@ def test_convert_writes_neither_over_its_input_nor_under_a_wrong_name(tmp_path: 
     path = tmp_path / "own.safetensors"
     save_clip(make("vit"), path)
     before = path.read_bytes()
-    with pytest.raises(InputError, match="is the file that is read"):
+    with pytest.raises(InputError, match="is the input file"):
         convert(ConvertConfig(file=str(path), out=str(path)))
-    with pytest.raises(InputError, match=r"our form is a \.safetensors file"):
+    with pytest.raises(InputError, match=r"our format is a \.safetensors file"):
         convert(ConvertConfig(file=str(path), out=str(tmp_path / "x.pt")))
     with pytest.raises(InputError, match="open_clip reads"):
         convert(ConvertConfig(file=str(path), out=str(tmp_path / "x.onnx"), to="open_clip"))
-    with pytest.raises(InputError, match="form is a folder"):
+    with pytest.raises(InputError, match="format is a folder"):
         convert(ConvertConfig(file=str(path), out=str(tmp_path / "x.safetensors"), to="huggingface"))
     assert path.read_bytes() == before
 

@@ -56,7 +56,7 @@ def test_the_annotated_size_decides(kind: str, orientation: int, tmp_path: Path)
     file = save(tmp_path / f"image.{kind}", stored(), orientation)
     assert same(turned_as_annotated(decode(file), file, (40, 60)), np.asarray(stored()))
     assert same(turned_as_annotated(decode(file), file, (60, 40)), shown(stored(), orientation))
-    with pytest.raises(InputError, match="its annotations say 20x30; was it resized"):
+    with pytest.raises(InputError, match="its annotations say 20x30; has it been resized"):
         turned_as_annotated(decode(file), file, (30, 20))
 
 
@@ -79,7 +79,7 @@ def test_an_undecided_image_is_said_once(
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "0.jpg has EXIF orientation 3" in said
-    assert "read upright" in said
+    assert "rotated by their orientation" in said
 
 
 def test_images_without_or_with_a_senseless_note_are_left_alone(tmp_path: Path) -> None:

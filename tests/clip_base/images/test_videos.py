@@ -84,7 +84,7 @@ def test_a_codec_that_opencv_cannot_write_is_named(tmp_path: Path, monkeypatch: 
 
 def test_what_is_no_video_is_refused_and_a_cut_off_one_told(make_video: Make, tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("no video")
-    with pytest.raises(InputError, match=r"text\.mp4 does not decode"):
+    with pytest.raises(InputError, match=r"text\.mp4 cannot be decoded"):
         Video(tmp_path / "text.mp4")
     with pytest.raises(InputError, match="does not exist"):
         Video(tmp_path / "nowhere.mp4")

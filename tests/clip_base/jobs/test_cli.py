@@ -211,7 +211,7 @@ def test_a_file_comes_before_overrides_wherever_it_stands(tmp_path: Path) -> Non
         (["toy", "out=x", "fail=input"], 2, "error: the data are no good\n"),
         (["toy", "out=x", "fail=bug"], 1, "error: failed: RuntimeError: first line (--debug shows where)\n"),
         (["toy", "out=x", "fail=quiet"], 1, "error: failed: AssertionError:  (--debug shows where)\n"),
-        (["toy", "out=x", "fail=stop"], 130, "stopped; the same command goes on from here\n"),
+        (["toy", "out=x", "fail=stop"], 130, "stopped; the same command resumes from here\n"),
     ],
 )
 def test_a_call_ends_with_its_code_and_one_line(

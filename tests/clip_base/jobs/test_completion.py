@@ -107,7 +107,7 @@ def test_a_config_file_may_name_any_part() -> None:
 
 def test_a_shell_without_a_script_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["completion", "tcsh"]) == 2
-    assert 'name one shell: bash, zsh, fish; eval "$(clip-base completion bash)"' in capsys.readouterr().err
+    assert 'give one shell: bash, zsh, fish; eval "$(clip-base completion bash)"' in capsys.readouterr().err
 
 
 def test_the_overview_says_how_to_switch_completion_on(

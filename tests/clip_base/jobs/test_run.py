@@ -60,7 +60,7 @@ def test_another_jobs_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_of_other_things_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="not empty and holds no run"):
+    with pytest.raises(InputError, match="not empty and has no run"):
         RunFolder(str(tmp_path), Job(), "job")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

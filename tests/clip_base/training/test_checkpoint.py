@@ -59,7 +59,7 @@ def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path, name: str, damage:
     else:
         file.write_bytes(damaged[damage])
     with pytest.raises(
-        InputError, match=r"00000010 is damaged \(.+delete that folder .* go on from step 5"
+        InputError, match=r"00000010 is damaged \(.+delete that folder .* resume from step 5"
     ) as caught:
         checkpoint.newest(tmp_path)
     assert "\n" not in str(caught.value)

@@ -111,7 +111,7 @@ def test_the_sigmoid_loss_is_its_definition(groups: Tensor | None) -> None:
     assert actual.item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_the_sigmoid_losss_bias_is_learnt() -> None:
+def test_the_sigmoid_losss_bias_is_learned() -> None:
     images, texts, scale = embeddings()
     loss = objective({"name": "sigmoid", "rows": 3})
     assert torch.autograd.gradcheck(lambda bias: _with_bias(loss, bias, images, texts, scale), loss.bias)

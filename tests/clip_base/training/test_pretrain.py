@@ -98,7 +98,7 @@ def test_sizes_that_do_not_fit_the_initial_weights_are_refused(
     assert cli.main(["pretrain", *options, f"out={tmp_path / 'b'}", init, "train.steps=1"]) == 0
     capsys.readouterr()
     assert cli.main(["pretrain", *options, f"out={tmp_path / 'c'}", init, "tower.embed_dim=8"]) == 2
-    assert "set model= or tower= to fit" in capsys.readouterr().err
+    assert "change model= or tower=" in capsys.readouterr().err
 
 
 def test_data_without_pictures_are_refused_in_one_line(

@@ -168,7 +168,7 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_as_an_undisturbed_one(
     stopped = max(checkpoint.steps(out / "checkpoints"))
     assert stopped in ([8] if number == signal.SIGKILL else [12, 13, 14])
     if number == signal.SIGTERM:
-        assert errors.endswith("stopped; the same command goes on from here\n")
+        assert errors.endswith("stopped; the same command resumes from here\n")
     # With workers this time: they are a free option and change nothing.
     config = toy.ToyConfig(out=str(out))
     config.train.workers = 1

@@ -222,7 +222,7 @@ def test_a_pair_without_a_caption_is_not_measured_and_does_not_end_the_run(
     (tmp_path / "a.txt").write_text("0")
     config = ValidationConfig(source={"name": "folder", "folder": str(tmp_path)})
     with pytest.warns(
-        InputNote, match="1 of 2 pairs to evaluate on are left out, the first: image .*b.png has"
+        InputNote, match="1 of 2 pairs to evaluate on are skipped, the first: image .*b.png has"
     ):
         assert len(Validation(config, clairvoyant).pairs) == 1
     (tmp_path / "a.txt").unlink()
@@ -264,7 +264,7 @@ def test_initial_weights_at_another_resolution_are_resampled(
     arguments = [*options, init, "train.steps=1", "train.lr=0", f"out={out}"]
     assert cli.main(["pretrain", *arguments]) == 0
     cells = "4 × 4 to 6 × 6" if kind == "vit" else "2 × 2 to 3 × 3"
-    told = f"position embeddings resampled from {cells} cells, for 96 pixels instead of 64"
+    told = f"position embeddings interpolated from {cells} cells, for 96 pixels instead of 64"
     assert told in capsys.readouterr().out
     trained = load_clip(out / "model.safetensors")
     assert trained.config.vision.resolution == 96

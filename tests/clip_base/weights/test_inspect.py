@@ -85,7 +85,7 @@ def test_other_packages_files_are_listed_by_their_metadata(
 
 def test_unknown_and_broken_files_fail(model: CLIP, tmp_path: Path):
     save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match="no whole CLIP"):
+    with pytest.raises(InputError, match="not a complete CLIP"):
         inspect(InspectConfig(file=str(tmp_path / "a.safetensors")))
     save_file({"a": torch.ones(2)}, tmp_path / "b.safetensors", {"format": "other/1", "config": "{"})
     with pytest.raises(InputError, match="not valid JSON"):

@@ -193,14 +193,14 @@ def test_a_missing_key_that_sizes_come_from_is_named(tmp_path: Path, gone: str, 
     state = theirs(make("vit"))
     del state[gone]
     torch.save(state, tmp_path / "s.pt")
-    with pytest.raises(InputError, match=rf"no whole CLIP: (text\.)?{gone} is missing"):
+    with pytest.raises(InputError, match=rf"not a complete CLIP: (text\.)?{gone} is missing"):
         load_clip(tmp_path / "s.pt")
 
 
 def test_quantized_weights_and_odd_contents_are_refused(tmp_path: Path, make: Any, theirs: Any):
     state = theirs(make("vit"))
     contents: list[tuple[Any, str]] = [
-        ({**state, "ln_final.weight": torch.ones(64, dtype=torch.uint8)}, "no floating-point numbers"),
+        ({**state, "ln_final.weight": torch.ones(64, dtype=torch.uint8)}, "not floating-point"),
         ({**state, "epoch": 3}, "no state dict: 1 of"),
         ([1, 2], "holds a list"),
         ({}, "holds a dict"),

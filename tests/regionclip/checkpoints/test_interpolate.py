@@ -113,7 +113,7 @@ def test_models_of_other_sizes_are_refused(
     out = tmp_path / "mixed.safetensors"
     code, told = regionclip("interpolate", f"first={clip_file}", f"second={other}", f"out={out}")
     assert code == 2
-    assert "CLIPs of other sizes" in told
+    assert "CLIPs of different sizes" in told
     assert not out.exists()
 
 
@@ -138,7 +138,7 @@ def test_an_input_is_not_written_over(clip_file: Path, detector_file: Path, regi
         "interpolate", f"first={clip_file}", f"second={detector_file}", f"out={clip_file}"
     )
     assert code == 2
-    assert "would be written over" in told
+    assert "would overwrite" in told
 
 
 def test_alphas_outside_their_range_are_refused() -> None:
@@ -146,5 +146,5 @@ def test_alphas_outside_their_range_are_refused() -> None:
         InterpolateConfig("a", "b", alpha=[0.5, 1.2], out="curve")
     with pytest.raises(InputError, match=r"numbers in \[0, 1\], found \[\]"):
         InterpolateConfig("a", "b", alpha=[], out="curve")
-    with pytest.raises(InputError, match=r"weights are a \.safetensors file"):
+    with pytest.raises(InputError, match=r"weights are written as \.safetensors"):
         InterpolateConfig("a", "b", alpha=[0.5], out="curve")

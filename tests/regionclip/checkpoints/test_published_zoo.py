@@ -46,7 +46,8 @@ def test_published_names_say_where_their_files_go(
 ) -> None:
     monkeypatch.setenv("CLIP_BASE_CACHE", str(tmp_path))
     with pytest.raises(
-        InputError, match=r"programs cannot fetch it: get rpn/rpn_coco_48\.pth from https://drive\."
+        InputError,
+        match=r"can only be downloaded with a browser: get rpn/rpn_coco_48\.pth from https://drive\.",
     ) as told:
         find("rpn_coco_48")
     assert str(tmp_path / "rpn" / "rpn_coco_48.pth") in str(told.value)

@@ -121,7 +121,7 @@ def test_other_options_do_not_overwrite_a_pool(config: ConceptsConfig):
 
 def test_a_foreign_file_is_not_overwritten(config: ConceptsConfig):
     Path(config.out).write_text("mine")
-    with pytest.raises(InputError, match="was not made by this job"):
+    with pytest.raises(InputError, match="was not written by this job"):
         build(config)
     assert Path(config.out).read_text() == "mine"
 
@@ -223,7 +223,7 @@ def test_a_table_without_names_is_read_by_column_number(tmp_path: Path):
         ("a.jsonl", '{"caption": "x"}\n{"cap', "line 2"),
         ("a.jsonl", '{"caption": 3}\n', "must be text"),
         ("a.csv", "caption\n", "no captions"),
-        ("a.bin", "x", "no known kind"),
+        ("a.bin", "x", "an unknown kind"),
     ],
 )
 def test_a_bad_captions_file_is_named_with_the_place(tmp_path: Path, name: str, content: str, message: str):
@@ -236,8 +236,8 @@ def test_a_bad_captions_file_is_named_with_the_place(tmp_path: Path, name: str, 
     ("content", "message"),
     [
         ('{"concept": "a", "count": 1, "examples": []}\n{"conc', "line 2 is not valid JSON"),
-        ('{"concept": "a"}\n', "line 1 is no concept"),
-        ('{"concept": "a", "count": 1, "examples": []}\n' * 2, "'a' is there twice"),
+        ('{"concept": "a"}\n', "line 1 is not a concept"),
+        ('{"concept": "a", "count": 1, "examples": []}\n' * 2, "'a' occurs twice"),
     ],
 )
 def test_a_damaged_pool_is_named_with_the_line(tmp_path: Path, content: str, message: str):

@@ -197,7 +197,7 @@ def test_phrases_of_another_parser_are_not_taken(tmp_path: Path):
     store = PhraseStore(tmp_path / "a.db", parser.fingerprint, "one file")
     store.add({"a cat": [Phrase("cat", "cat", 2, 5)]})
     store.close()
-    with pytest.raises(InputError, match="of another spaCy model, list of names or version"):
+    with pytest.raises(InputError, match="with another spaCy model, list of names or version"):
         StoredPhrases(tmp_path / "a.db", other.fingerprint)
     assert len(PhraseStore(tmp_path / "a.db", parser.fingerprint, "one file")) == 1
     assert len(PhraseStore(tmp_path / "a.db", parser.fingerprint, "another file")) == 0
@@ -205,7 +205,7 @@ def test_phrases_of_another_parser_are_not_taken(tmp_path: Path):
     with pytest.raises(InputError, match="holds no phrases"):
         StoredPhrases(tmp_path / "a.db", parser.fingerprint)
     assert len(PhraseStore(tmp_path / "a.db", parser.fingerprint)) == 0
-    with pytest.raises(InputError, match="there is no"):
+    with pytest.raises(InputError, match="does not exist"):
         StoredPhrases(tmp_path / "none.db", parser.fingerprint)
 
 
@@ -220,7 +220,7 @@ def test_a_german_pipeline_without_a_parser_is_refused_with_a_remedy(tmp_path: P
 
     spacy.blank("de").to_disk(tmp_path / "de")
     parser = PhraseParser(str(tmp_path / "de"))
-    with pytest.raises(InputError, match=r"only a tokenizer; choose one with a parser.* de_core_news_sm"):
+    with pytest.raises(InputError, match=r"only has a tokenizer; choose one with a parser.* de_core_news_sm"):
         list(parser.parse(["ein Hund"]))
 
 

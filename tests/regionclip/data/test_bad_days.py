@@ -104,8 +104,8 @@ def a_box_of_no_number(content: Content) -> None:
 
 CONTRADICTIONS: dict[Callable[[Content], None], str] = {
     no_images: "lists no images",
-    an_image_id_of_two_pictures: "image id 1 belongs to both train/000000000001.jpg and train/",
-    a_category_id_of_two_names: "category id 1 belongs to both 'airplane' and",
+    an_image_id_of_two_pictures: "image id 1 is used for both train/000000000001.jpg and train/",
+    a_category_id_of_two_names: "category id 1 is used for both 'airplane' and",
     two_categories_of_one_name: "two categories are called 'airplane'",
     a_box_of_no_number: "annotations[3] needs a 'bbox' of four finite numbers",
 }
@@ -254,17 +254,17 @@ def test_duplicates_in_vocabulary_result_classes_and_pool_are_named(
 ) -> None:
     described = {**options_for("features", content), "vocabulary": "cup, star, cup"}
     code, _, told = call("features", described, tmp_path / "features")
-    assert (code, one_line(told), "'cup' stands there more than once" in told) == (2, True, True), told
+    assert (code, one_line(told), "'cup' occurs more than once" in told) == (2, True, True), told
     write_json(tmp_path / "results.json", [])
     results: Options = {"results": tmp_path / "results.json", "results_categories": "cup, star, cup"}
     results |= {"annotations": world / "instances_train.json"}
     code, _, told = call("evaluate", results, tmp_path / "evaluation")
-    assert (code, one_line(told), "'cup' stands there more than once" in told) == (2, True, True), told
+    assert (code, one_line(told), "'cup' occurs more than once" in told) == (2, True, True), told
     text = concepts_file.read_text()
     write_text(tmp_path / "pool.jsonl", text + text.splitlines()[0])
     given = dict(entry.split("=", 1) for entry in swapped(mining_options, concepts=tmp_path / "pool.jsonl"))
     code, _, told = call("mine", given, tmp_path / "mined")
-    assert (code, one_line(told), "pool.jsonl, line 17: 'airplane' is there twice" in told) == (2, True, True)
+    assert (code, one_line(told), "pool.jsonl, line 17: 'airplane' occurs twice" in told) == (2, True, True)
 
 
 def test_results_of_categories_that_are_not_evaluated_are_counted(

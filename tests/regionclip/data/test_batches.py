@@ -82,7 +82,7 @@ def test_annotated_images_are_read_in_the_frame_of_their_boxes(folder: Path) -> 
     assert read_annotated(1, path, (60, 90)).pixels.shape == (60, 90, 3)  # as stored
     assert read_annotated(1, path, (90, 60)).pixels.shape == (90, 60, 3)  # rotated
     assert read_annotated(1, path, None).size == (90, 60)
-    with pytest.raises(InputError, match="its annotations say 10x10; was it resized since"):
+    with pytest.raises(InputError, match="its annotations say 10x10; has it been resized"):
         read_annotated(1, path, (10, 10))
 
 

@@ -1,4 +1,4 @@
-"""Boxes in another form than COCO's are recognized; boxes in COCO's form never are."""
+"""Boxes in another form than COCO's are recognized; boxes in COCO's format never are."""
 
 from __future__ import annotations
 

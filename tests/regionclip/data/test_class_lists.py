@@ -65,7 +65,7 @@ def test_two_lists_of_any_kind_make_a_split(tmp_path: Path) -> None:
             "names: [yes, no]\n",
             "True is neither a name nor a category with a name; write names in quotes",
         ),
-        ("a.yaml", "nc: 3\nnames: [a, b]\n", "says nc: 3 and holds 2 names"),
+        ("a.yaml", "nc: 3\nnames: [a, b]\n", "says nc: 3 but has 2 names"),
         ("a.yaml", "names: [a, b", "not valid YAML"),
         ("a.yaml", "names: a\nnames: b\n", "not valid YAML"),
         ("a.yaml", "", "holds no names"),
@@ -78,8 +78,8 @@ def test_two_lists_of_any_kind_make_a_split(tmp_path: Path) -> None:
         ("a.txt", "names:\n- a\n", "looks like JSON, YAML or XML"),
         ("a.txt", "0: person\n1: dog\n", "looks like JSON, YAML or XML"),
         ("a.txt", '["person", "dog"]', "looks like JSON, YAML or XML"),
-        ("a.xml", "<a/>", "of no known kind"),
-        ("a.npy", "x", "of no known kind"),
+        ("a.xml", "<a/>", "of an unknown kind"),
+        ("a.npy", "x", "of an unknown kind"),
     ],
 )
 def test_what_is_no_list_of_classes_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -92,9 +92,9 @@ def test_what_is_no_list_of_classes_is_refused(tmp_path: Path, name: str, conten
 @pytest.mark.parametrize(
     ("names", "shown"),
     [
-        (["cup", "Cup"], "'cup' = 'Cup' stands there more than once"),
-        (["cup", "a  dog", "A dog"], "'a  dog' = 'A dog' stands"),
-        (["cup", "cup"], "'cup' stands there more than once"),
+        (["cup", "Cup"], "'cup' = 'Cup' occurs more than once"),
+        (["cup", "a  dog", "A dog"], "'a  dog' = 'A dog' occurs"),
+        (["cup", "cup"], "'cup' occurs more than once"),
     ],
 )
 def test_names_that_the_tokenizer_cannot_tell_apart_are_one_name_twice(names: list[str], shown: str) -> None:

@@ -110,17 +110,17 @@ def test_what_has_one_meaning_is_taken_for_it(
         (lambda c: c["images"][1].update(id=2**63), "below 2 to the power of 63"),
         (lambda c: c["images"][1].update(id=2.5), r"images\[1\] needs a whole number 'id'"),
         (lambda c: c["images"][1].update(id=True), r"images\[1\] needs a whole number 'id'"),
-        (lambda c: c["images"].append([3, "c.jpg"]), r"images\[2\] is no object but \[3, 'c.jpg'\]"),
-        (lambda c: c["images"][1].update(id=1), "image id 1 belongs to both 1.jpg and 2.jpg"),
-        (lambda c: c["images"][1].update(id="1"), "image id 1 belongs to both 1.jpg and 2.jpg"),
+        (lambda c: c["images"].append([3, "c.jpg"]), r"images\[2\] is not an object: \[3, 'c.jpg'\]"),
+        (lambda c: c["images"][1].update(id=1), "image id 1 is used for both 1.jpg and 2.jpg"),
+        (lambda c: c["images"][1].update(id="1"), "image id 1 is used for both 1.jpg and 2.jpg"),
         (lambda c: c["images"][1].update(file_name=None), r"images\[1\] needs a 'file_name'"),
-        (lambda c: c["images"][1].update(file_name="a\0.jpg"), "no file can be called"),
-        (lambda c: c["images"][1].update(file_name="a\ud83d.jpg"), "no file can be called"),
+        (lambda c: c["images"][1].update(file_name="a\0.jpg"), "is not a valid file name"),
+        (lambda c: c["images"][1].update(file_name="a\ud83d.jpg"), "is not a valid file name"),
         (
             lambda c: c["annotations"][1].update(image_id=None),
             r"annotations\[1\] needs a whole number 'image_id'",
         ),
-        (lambda c: c["annotations"].append([3, "c"]), r"annotations\[2\] is no object"),
+        (lambda c: c["annotations"].append([3, "c"]), r"annotations\[2] is not an object"),
         (lambda c: c["annotations"][1].update(iscrowd="no"), r"annotations\[1\]: 'iscrowd' must be 0 or 1"),
         (lambda c: c["annotations"][1].update(iscrowd=[0]), r"annotations\[1\]: 'iscrowd' must be 0 or 1"),
     ],
@@ -153,7 +153,7 @@ def test_what_has_none_is_one_line_that_names_the_entry(
         (lambda c: c["categories"][0].update(name=None), r"categories\[0\] needs a 'name'"),
         (
             lambda c: c["categories"].append({"id": 3, "name": "dog"}),
-            "category id 3 belongs to both 'cat' and",
+            "category id 3 is used for both 'cat' and",
         ),
         (lambda c: c["categories"].append({"id": "4", "name": "cat"}), "two categories are called 'cat'"),
     ],
@@ -198,7 +198,7 @@ def test_an_uncompressed_run_length_code_is_read_as_a_compressed_one() -> None:
     ]
     assert boxes == [[1, 2, 10, 12]] * 2
     for wrong in ([5, 5], [-5, 2405], ["a"]):
-        with pytest.raises(InputError, match=r"results\[0\] .*no run-length code"):
+        with pytest.raises(InputError, match=r"results\[0\] .*not a run-length code"):
             read_results([{**entry, "segmentation": {"size": [40, 60], "counts": wrong}}], {1: ""}, "truth")
 
 

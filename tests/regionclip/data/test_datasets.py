@@ -1,4 +1,4 @@
-"""Annotations in COCO's form: what is wrong is counted or named, and training never sees a novel box."""
+"""Annotations in COCO's format: what is wrong is counted or named, and training never sees a novel box."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_missing_pictures_are_listed_and_left_out(tmp_path: Path):
     assert len(data) == 2
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(InputError, match=r"none of the 3 images .*looked first for 1.png"):
+    with pytest.raises(InputError, match=r"none of the 3 images .*first: 1.png"):
         CocoDetection(path, empty)
     with pytest.raises(InputError, match=r"images folder .* does not exist"):
         CocoDetection(path, tmp_path / "nowhere")
@@ -135,14 +135,14 @@ def test_missing_pictures_are_listed_and_left_out(tmp_path: Path):
         ([], "that is the form of a results file"),
         ({"images": [], "annotations": []}, "there is no 'categories'"),
         ({"images": {}, "annotations": [], "categories": []}, "'images' is a dict"),
-        ({"images": [3], "annotations": [], "categories": []}, r"images\[0\] is no object"),
+        ({"images": [3], "annotations": [], "categories": []}, r"images\[0] is not an object"),
         (content() | {"images": [image(1), {"id": 2}]}, r"images\[1\] needs"),
-        (content(box(1, 1, 1, [1, 2, 3, 4]), images=0), "lists no images, so that its boxes are in none"),
-        (content() | {"images": [image(1), image(1, file_name="other.png")]}, "image id 1 belongs to both"),
+        (content(box(1, 1, 1, [1, 2, 3, 4]), images=0), "lists no images"),
+        (content() | {"images": [image(1), image(1, file_name="other.png")]}, "image id 1 is used for both"),
         (content() | {"categories": [{"id": "one", "name": "cat"}]}, r"categories\[0\] needs"),
         (
             content() | {"categories": [*CATEGORIES, {"id": 3, "name": "cow"}]},
-            "belongs to both 'dog' and 'cow'",
+            "is used for both 'dog' and 'cow'",
         ),
         (
             content() | {"categories": [*CATEGORIES, {"id": 4, "name": "dog"}]},

@@ -129,7 +129,7 @@ def test_a_folder_without_images_tells_what_it_has(tmp_path: Path, reader: str) 
     (tmp_path / "a.heic").touch()
     with pytest.raises(InputError, match=r"holds no images \(.*there are 1 with the ending .heic"):
         READERS[reader](tmp_path)
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         READERS[reader](tmp_path / "a.heic")
 
 

@@ -122,7 +122,7 @@ def test_slices_cover_all_images_in_the_order_of_ids(tmp_path: Path, count: int,
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"a": 1}, "is not in COCO's form, or lists no image"),
+        ({"a": 1}, "is not in COCO's format, or lists no image"),
         ({"images": [{"id": 1}]}, r"images\[0\] needs a 'file_name'"),
         (
             {"images": [], "annotations": [{"image_id": 1, "caption": 3}]},
@@ -146,5 +146,5 @@ def test_an_id_of_two_pictures_is_refused_and_a_repeated_entry_is_not(tmp_path: 
     write_caption_index(file, tmp_path / "list.db")
     assert len(CaptionIndex(tmp_path / "list.db")) == 1
     file.write_text(json.dumps({"images": [*images, {"id": 7, "file_name": "b.jpg"}], "annotations": []}))
-    with pytest.raises(InputError, match=r"captions\.json: image id 7 belongs to both a\.jpg and b\.jpg"):
+    with pytest.raises(InputError, match=r"captions\.json: image id 7 is used for both a\.jpg and b\.jpg"):
         write_caption_index(file, tmp_path / "list.db")

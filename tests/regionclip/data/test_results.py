@@ -51,10 +51,10 @@ def test_numbers_without_names_are_the_annotations_own() -> None:
     [
         ([result(1, file_name="5.jpg")], "truth.json has no image 5.jpg"),
         ([result(1, file_name="other/sub/3.jpg")], "has no image other/sub/3.jpg"),
-        ([result(1, file_name="10.jpg"), result(7)], r"1 of 2 detections have a file_name, results\[1\]"),
+        ([result(1, file_name="10.jpg"), result(7)], r"1 of 2 detections have a file_name, but results\[1\]"),
         (
             [result(1, file_name="10.jpg"), result(1, file_name="2.jpg")],
-            "image_id 1 belongs to both 10.jpg and 2.jpg",
+            "image_id 1 is used for both 10.jpg and 2.jpg",
         ),
         (
             [result(1, file_name="a/10.jpg"), result(2, file_name="b/10.jpg")],

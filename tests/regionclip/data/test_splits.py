@@ -68,7 +68,7 @@ def test_a_class_list_with_duplicates_is_refused(tmp_path: Path):
     base, novel = tmp_path / "base.txt", tmp_path / "novel.txt"
     base.write_text("cup\ndog\ncup\n")
     novel.write_text("sports_ball\n")
-    with pytest.raises(InputError, match="'cup' is listed more than once; each name may stand once"):
+    with pytest.raises(InputError, match="'cup' is listed more than once; each name may occur once"):
         load_split(f"{base},{novel}", NAMES)
 
 

@@ -63,7 +63,7 @@ def test_training_sees_no_box_of_a_novel_class(world: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"part": "rare"}, "'rare' is no part of a split; give one of base, novel, all"),
+        ({"part": "rare"}, "'rare' is not a part of a split; give one of base, novel, all"),
         ({"split": "coco"}, "split coco: .* are not among the annotations"),
         ({"annotations": "nowhere.json"}, "nowhere.json"),
     ],

@@ -206,7 +206,7 @@ def test_results_that_changed_since_are_not_answered_with_the_old_figures(
     assert main_regionclip(command) == 0
     results.write_text("[] ")
     assert main_regionclip(command) == 2
-    assert f"results ({results}) changed since the run in {out} began" in capsys.readouterr().err
+    assert f"results ({results}) changed since the run in {out} started" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("proposer", ["rpn", "precomputed", "grid"])
@@ -253,7 +253,7 @@ def test_proposals_go_through_a_file_unchanged(options: list[str], tmp_path: Pat
         (["results=a.json", "weights=b"], "give either results=FILE"),
         (["weights=b"], "weights= needs images=DIR"),
         (["results=a.json", "label_set=novel"], "label_set=novel needs split="),
-        (["weights=b", "images=c", "results_categories=coco"], "give results=FILE too"),
+        (["weights=b", "images=c", "results_categories=coco"], "also give results=FILE"),
         (["results=a.json", "results_first_id=2"], "results_first_id=2 must be 0 or 1"),
         (["results=a.json", "max_detections=-1"], "max_detections=-1 not negative"),
     ],
@@ -271,7 +271,7 @@ def test_a_clip_without_a_proposer_is_refused(
 ) -> None:
     code, error = regionclip("evaluate", *options, f"weights={clip_file}", f"out={tmp_path / 'out'}")
     assert code == 2
-    assert "give proposer.name=rpn" in error
+    assert "give, for example, proposer.name=rpn" in error
 
 
 @pytest.mark.parametrize("part", ["base", "novel"])

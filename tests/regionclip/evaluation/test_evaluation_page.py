@@ -84,7 +84,7 @@ def test_the_mistakes_are_shown_with_what_is_there(text: str, world: Path, resul
     true, last = content["annotations"][0], content["annotations"][-1]
     wrong = section(text, "False detections with the highest scores")
     assert wrong.count("<figure>") == 2
-    assert wrong.index("background") < wrong.index("it is: ")  # the surest first
+    assert wrong.index("background") < wrong.index("it is: ")  # the most confident first
     assert names[found[0]["category_id"]] in wrong
     assert names[true["category_id"]] in wrong
     missed = section(text, "The largest missed objects")
@@ -168,7 +168,7 @@ def test_results_whose_numbers_mean_other_names_are_noticed_and_mended(
     command = ["evaluate", f"annotations={world / 'instances_val.json'}", "report=false"]
     given = f"results={tmp_path / 'counted.json'}"
     assert main_regionclip([*command, given, f"out={tmp_path / 'a'}"]) == 0
-    assert "the names hardly ever do; if its category ids count a class list" in capsys.readouterr().out
+    assert "their names hardly ever do; if its category ids count a class list" in capsys.readouterr().out
     assert main_regionclip([*command, f"results={results}", f"out={tmp_path / 'b'}"]) == 0
     mended = f"results_categories={tmp_path / 'names.txt'}"
     assert main_regionclip([*command, given, mended, f"out={tmp_path / 'c'}"]) == 0

@@ -161,4 +161,4 @@ def test_a_list_of_classes_for_results_that_have_names_is_refused(
     (tmp_path / "results.json").write_text(json.dumps(named))
     files = [f"annotations={tmp_path / 'truth.json'}", f"results={tmp_path / 'results.json'}"]
     assert main_regionclip(["evaluate", *files, "results_categories=coco", f"out={tmp_path / 'out'}"]) == 2
-    assert "category_name with each detection: leave results_categories= out" in capsys.readouterr().err
+    assert "category_name for each detection: omit results_categories=" in capsys.readouterr().err

@@ -23,7 +23,7 @@ READ = {"coco": "instances.json", "voc": "Annotations", "yolo": "labels"}
 
 @pytest.fixture
 def data(tmp_path: Path) -> dict[str, str]:
-    """Annotations in COCO's form with one crowd, and their images."""
+    """Annotations in COCO's format with one crowd, and their images."""
     images, annotations = [], []
     for number, (name, size) in enumerate(SIZES.items(), 1):
         file = tmp_path / "images" / name
@@ -95,7 +95,7 @@ def test_the_same_call_returns_and_changed_data_is_another_run(
     config = ConvertDataConfig(**data, out=str(tmp_path / "voc"), format="voc")
     convert_data(config)
     convert_data(config)
-    assert "already exists, made with the same options" in capsys.readouterr().out
+    assert "already exists and was made with the same options" in capsys.readouterr().out
     content = read_json(data["annotations"])
     content["annotations"][0]["bbox"][2] += 1
     write_json(Path(data["annotations"]), content)

@@ -210,7 +210,7 @@ def test_fiftyone_finds_labels_and_pictures(
     export(config)
     assert "already exists" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="is a file; format=fiftyone makes a folder"):
+    with pytest.raises(InputError, match="is a file; format=fiftyone writes a folder"):
         export(dataclasses.replace(config, out=str(tmp_path / "file")))
 
 

@@ -165,7 +165,7 @@ def test_what_was_given_is_never_written_over(photos: Path, options: list[str], 
     before = {path: path.read_bytes() for path in photos.iterdir()}
     code, told = regionclip("detect", photos, *options[:-1], f"out={photos}")
     assert code == 2
-    assert "would be written over" in told
+    assert "would overwrite" in told
     assert "another out=" in told
     assert {path: path.read_bytes() for path in photos.iterdir()} == before
 
@@ -186,7 +186,7 @@ def test_a_clip_detects_with_a_proposer(
     others = [option for option in options if not option.startswith("weights=")]
     code, told = regionclip("detect", photos, *others, f"weights={clip_file}")
     assert code == 2
-    assert "give proposer.name=grid" in told
+    assert "give, for example, proposer.name=grid" in told
     assert regionclip("detect", photos, *others, f"weights={clip_file}", "proposer.name=grid")[0] == 0
     assert read_json(tmp_path / "found" / "detections.json")
 
@@ -231,7 +231,7 @@ def test_patterns_stand_for_files_below(photos: Path, tmp_path: Path) -> None:
     assert picture_files([f"{tmp_path}/deep/**"]) == [tmp_path / "deep" / "b.JPG", deep / "a.jpg"]
     assert picture_files([f"{tmp_path}/deep/**/*.jpg", str(deep / "a.jpg")]) == [deep / "a.jpg"]
     assert picture_files([f"{photos}/*{first.stem[-2:]}.jp?"]) == [first]
-    with pytest.raises(InputError, match=r"pattern '.*\*\.tiff' fits no file"):
+    with pytest.raises(InputError, match=r"pattern '.*\*\.tiff' matches no file"):
         picture_files([f"{tmp_path}/*.tiff"])
 
 
@@ -404,7 +404,7 @@ def test_another_command_does_not_take_a_stopped_run_away(
         code, told = regionclip(*arguments, *other)
         assert code == 2
         assert other[0].partition("=")[0] in told
-        assert "give the same command to go on" in told
+        assert "give the same command to resume" in told
     (photos / "another.jpg").write_bytes(sorted(photos.iterdir())[0].read_bytes())
     code, told = regionclip(*arguments)
     assert code == 2

@@ -213,7 +213,7 @@ def test_any_proposer_serves_a_clip_and_whole_images_need_none(
     clip = [f"weights={clip_file}", *options[1:-1], f"out={tmp_path / 'out'}"]
     code, told = regionclip("features", photos, *clip)
     assert code == 2
-    assert "give proposer.name=grid" in told
+    assert "give, for example, proposer.name=grid" in told
     assert regionclip("features", photos, *clip, "proposer.name=grid")[0] == 0
     assert table_of(tmp_path / "out")["image_id"].count(1) == 7
     whole = [*clip[:-1], f"out={tmp_path / 'whole'}", "regions_from=none"]
@@ -327,7 +327,7 @@ def test_a_finished_folder_is_left_alone_and_another_run_refused(
     [
         (["regions_from=truth"], "regions_from=truth needs annotations"),
         (["annotations=a.json", "other.jpg"], "the one folder"),
-        (["regions_from=none"], "nothing to describe"),
+        (["regions_from=none"], "nothing to embed"),
         (["regions_from=b.json", "proposer.name=grid"], "give one of them"),
         (["regions_from=b.parquet"], "does not exist"),
         (["max_regions=0"], "at least 1"),

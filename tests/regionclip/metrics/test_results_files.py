@@ -83,7 +83,7 @@ def test_a_mask_without_a_box_stands_for_the_box_around_it(truth: Entry, right: 
         entry["segmentation"] = {"size": code["size"], "counts": code["counts"].decode()}
     assert ap50(truth, right) == pytest.approx(1)
     right[0]["segmentation"] = {"size": [9, 9]}
-    with pytest.raises(InputError, match=r"results\[0\] .*the segmentation is no run-length code"):
+    with pytest.raises(InputError, match=r"results\[0\] .*the segmentation is not a run-length code"):
         ap50(truth, right)
 
 
@@ -108,7 +108,7 @@ def test_gzipped_files_are_read(truth: Entry, right: list[Entry], tmp_path: Path
     annotations.write_bytes(gzip.compress(json.dumps(truth).encode()))
     assert evaluate_detections(annotations, results).metrics["AP50"] == pytest.approx(1)
     results.write_bytes(results.read_bytes()[:-20])
-    with pytest.raises(InputError, match=r"results.json.gz does not unpack .*was it cut off"):
+    with pytest.raises(InputError, match=r"results.json.gz cannot be unpacked .*was it truncated"):
         read_json(results, "results file")
 
 

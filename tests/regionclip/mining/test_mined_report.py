@@ -169,7 +169,7 @@ def test_coverage_counts_a_concept_once_an_image():
         1,
     )
     assert (metrics["images_with_captions"], metrics["images_with_pairs"]) == (2, 2)
-    assert dict(found.regions_an_image) == {2: 1, 1: 1, 0: 1}
+    assert dict(found.regions_per_image) == {2: 1, 1: 1, 0: 1}
     cup, sun = found.by_regions()
     assert (cup.concept, cup.images, cup.matched, cup.regions, cup.examples) == ("cup", 2, 1, 2, ["cup"])
     assert (sun.concept, sun.images, sun.regions, sun.probability) == ("sun", 0, 1, 0.9)

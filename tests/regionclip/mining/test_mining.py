@@ -163,7 +163,7 @@ def test_shares_of_the_shards_mined_apart_are_one_result(
 ) -> None:
     command = ["mine", *mining_options, f"out={tmp_path / 'mined'}"]
     assert main_regionclip([*command, "shard=2/2"]) == 0
-    assert "share 2/2 is mined; 2 of 3 shards are others' to mine" in capsys.readouterr().out
+    assert "share 2/2 is complete; 2 of 3 shards belong to other shares" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "mined").glob("*.parquet")} == {"shard-00001.parquet"}
     assert main_regionclip([*command, "shard=1/2"]) == 0
     assert same_result(tmp_path / "mined", mined)
@@ -209,8 +209,8 @@ def test_phrases_of_another_parser_are_said_to_be_parsed_anew(
     PhraseStore(phrases_file(pool), "another parser").close()
     code, told = regionclip("mine", *swapped(mining_options, concepts=pool), f"out={tmp_path / 'mined'}")
     assert code == 0
-    assert "captions are parsed anew" in told
-    assert "of another spaCy model" in told
+    assert "captions are parsed again" in told
+    assert "with another spaCy model" in told
     assert list(read_regions(tmp_path / "mined")) == list(read_regions(mined))
 
 
@@ -304,7 +304,7 @@ def test_unusable_images_are_listed_with_their_reason(
     assert reasons.pop(ids[4]) == "no caption names a concept of the pool"
     assert reasons.pop(ids[5]) == "it has no caption"
     assert reasons.pop(ids[3]) == "no proposals"
-    assert "was it resized since" in reasons.pop(ids[6])
+    assert "has it been resized" in reasons.pop(ids[6])
     assert reasons == {}
 
 

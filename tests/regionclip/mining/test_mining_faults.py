@@ -52,7 +52,7 @@ def test_a_file_that_changed_since_mining_began_is_refused(
     before = {path: path.read_bytes() for path in (tmp_path / "mined").iterdir()}
     code, told = regionclip(*command)
     assert code == 2
-    assert f"({copy}) changed since the run in {tmp_path / 'mined'} began" in told
+    assert f"({copy}) changed since the run in {tmp_path / 'mined'} started" in told
     assert {path: path.read_bytes() for path in (tmp_path / "mined").iterdir()} == before
 
 

@@ -91,7 +91,7 @@ def test_more_regions_than_are_made_a_table_at_once_stay_in_order(
 
 def test_an_unfinished_folder_is_no_data(tmp_path: Path) -> None:
     write_shard(shard_path(tmp_path, 0), [region(1)])
-    with pytest.raises(InputError, match="mining there has not ended"):
+    with pytest.raises(InputError, match="mining is not finished"):
         read_manifest(tmp_path)
     with pytest.raises(InputError, match="does not exist"):
         read_manifest(tmp_path / "nowhere")
@@ -124,7 +124,7 @@ def test_a_foreign_parquet_file_is_no_shard(tmp_path: Path) -> None:
 
     folder = finished(tmp_path, [region(1)])
     pq.write_table(pa.table({"words": ["one"]}), shard_path(folder, 0))
-    with pytest.raises(InputError, match=r"is no shard of mined regions \(its columns: words\)"):
+    with pytest.raises(InputError, match=r"is not a shard of mined regions \(its columns: words\)"):
         list(read_regions(folder))
 
 

@@ -200,7 +200,7 @@ def test_a_detector_is_whole_when_it_is_made(make_clip: Callable[..., CLIP]) -> 
     clip = make_clip()
     with pytest.raises(ValueError, match="a box head and a background, or neither"):
         Detector(clip, DetectorConfig(), background=torch.nn.Parameter(torch.zeros(32)))
-    with pytest.raises(ValueError, match="needs a tower whose head pools maps"):
+    with pytest.raises(ValueError, match="a box head needs a ResNet tower"):
         Detector.untrained(make_clip("vit"), DetectorConfig())
 
 
@@ -234,7 +234,7 @@ def test_a_vit_detects_by_crops(make_clip: Callable[..., CLIP], scene: Scene, tm
 
 
 def test_a_vocabulary_of_another_width_is_refused(make_detector: MakeDetector) -> None:
-    with pytest.raises(InputError, match="embeddings of 48 numbers, the model of 32"):
+    with pytest.raises(InputError, match="embeddings of width 48, the model 32"):
         make_detector().set_vocabulary(vocabulary(48))
 
 

@@ -220,7 +220,7 @@ def test_a_thousand_proposals_in_1203_classes_run_few_lines(nms_type: str) -> No
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(InputError, match=r"alpha_novel must be in \[0, 1\], found 1\.5"):
         DetectorConfig(alpha_novel=1.5)
-    with pytest.raises(InputError, match="detections must be at least 1 an image, found 0"):
+    with pytest.raises(InputError, match="detections must be at least 1 per image, found 0"):
         DetectorConfig(max_detections=0)
-    with pytest.raises(InputError, match="soft_nms_sigma=0 must be above it"):
+    with pytest.raises(InputError, match="soft_nms_sigma=0 above 0"):
         DetectorConfig(soft_nms_sigma=0.0)

@@ -84,7 +84,7 @@ def test_what_is_ambiguous_is_refused(write: Write, tmp_path: Path) -> None:
             write(tmp_path, [entry(1, 10, "1.jpg")]),
             *(ImageInfo(1, 64, 64, name) for name in ("a/1.jpg", "b/1.jpg")),
         )
-    with pytest.raises(InputError, match=r"image_id 1 belongs to both a\.jpg and b\.jpg"):
+    with pytest.raises(InputError, match=r"image_id 1 is used for both a\.jpg and b\.jpg"):
         proposed(write(tmp_path, [entry(1, 10, "a.jpg"), entry(1, 9, "b.jpg")]), ImageInfo(1, 64, 64))
 
 

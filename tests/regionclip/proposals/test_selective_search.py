@@ -106,7 +106,7 @@ def test_without_the_extra_it_says_what_brings_it(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("options", [{"side": -1}, {"limit": 0}, {"min_size": -1.0}])
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="must not be below 0"):
+    with pytest.raises(InputError, match="must be at least 0"):
         SelectiveSearchConfig(**options)
 
 

@@ -45,7 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     concepts = [{"concept": name, "count": 9, "examples": ["an <b>anchor</b>"]} for name in ("anchor", "sun")]
     write_text(folder / "concepts.jsonl", "".join(json.dumps(entry) + "\n" for entry in concepts))
     timings = {
-        "draw a world": 2.5,
+        "generate images": 2.5,
         "pretrain CLIP on image-text pairs": 260.0,
         "mine region-phrase pairs": 41.2,
     }
@@ -219,7 +219,7 @@ def test_a_missing_stage_is_named(finished: Path, tmp_path: Path, path: str, sta
     shutil.copytree(finished, folder)
     (folder / path).unlink()
     (folder / "report.html").unlink(missing_ok=True)
-    with pytest.raises(InputError, match=re.escape(f"stage '{stage}' has not ended")):
+    with pytest.raises(InputError, match=re.escape(f"stage '{stage}' is not finished")):
         _report(folder)
     assert not (folder / "report.html").exists()
 

@@ -206,7 +206,7 @@ def test_two_checkpoints_stand_side_by_side_with_results_of_their_own(
 
 @pytest.mark.parametrize(
     ("names", "told"),
-    [(" ", "a vocabulary needs at least one name"), ("cup, cup", "'cup' stands there more")],
+    [(" ", "a vocabulary needs at least one name"), ("cup, cup", "'cup' occurs more")],
 )
 def test_useless_names_are_told(tab: playwright.Page, names: str, told: str) -> None:
     look_for(tab, names)
@@ -218,7 +218,7 @@ def test_a_file_that_is_no_picture_is_told(tab: playwright.Page, tmp_path: Path)
     words = tmp_path / "words.png"
     words.write_text("not a picture")
     drop(tab, words)
-    playwright.expect(tab.get_by_role("alert")).to_contain_text("words.png is not of a form that can be read")
+    playwright.expect(tab.get_by_role("alert")).to_contain_text("words.png is not in a supported format")
 
 
 def test_a_file_that_is_too_large_is_told(tab: playwright.Page, tmp_path: Path) -> None:

@@ -84,9 +84,9 @@ def test_an_image_over_the_limit_is_refused_before_it_is_decoded(
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"", "not of a form that can be read"),
-        (b"just words", "not of a form that can be read"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not of a form that can be read"),
+        (b"", "not in a supported format"),
+        (b"just words", "not in a supported format"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not in a supported format"),
         (b"P5 99999 99999 255\n", "too large|million pixels"),
         (None, "does not decode"),
     ],
@@ -103,7 +103,7 @@ def test_a_file_that_is_no_image_is_refused_without_telling_its_folder(
 
 
 def test_an_image_that_has_gone_is_asked_for_again(session: DemoSession, image: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^gone\.jpg is no longer here; drop it again"):
+    with pytest.raises(InputError, match=r"^gone\.jpg has been deleted; drop it again"):
         session.query(str(tmp_path / "gone.jpg"), "cup", *ALL)
     with pytest.raises(InputError, match="drop an image"):
         session.query("", "cup", *ALL)

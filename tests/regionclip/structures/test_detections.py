@@ -108,9 +108,9 @@ def test_filters_go_together_and_keep_the_rest():
 
 
 def test_filters_refuse_what_makes_no_sense():
-    with pytest.raises(InputError, match=r"'dgo' was not looked for; did you mean 'dog'\?"):
+    with pytest.raises(InputError, match=r"'dgo' is not in the vocabulary; did you mean 'dog'\?"):
         detections().with_classes("dgo")
-    with pytest.raises(InputError, match="50 is none"):
+    with pytest.raises(InputError, match="got 50"):
         detections().with_min_score(50)
     with pytest.raises(ValueError, match="-1"):
         detections().top(-1)
@@ -188,8 +188,8 @@ def test_saved_as_json_and_csv_it_holds_what_was_found(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "image", "told"),
     [
-        ("found.txt", None, r"none of \.json, \.csv"),
-        ("found", None, r"none of \.json, \.csv"),
+        ("found.txt", None, r"must end in \.json, \.csv"),
+        ("found", None, r"must end in \.json, \.csv"),
         ("found.jpg", None, "give image="),
         ("found.csv", Image.new("RGB", (64, 48)), "leave image= out"),
     ],

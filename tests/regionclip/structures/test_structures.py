@@ -36,7 +36,7 @@ def images() -> ImageBatch:
         ({"scores": torch.zeros(4, 1)}, "scores"),
         ({"labels": torch.zeros(4)}, "labels must be torch.int64"),
         ({"concept_probs": torch.zeros(4, 3)}, "concept_probs"),
-        ({"concept_ids": None}, "whose probabilities"),
+        ({"concept_ids": None}, "concept_probs need concept_ids"),
     ],
 )
 def test_regions_that_do_not_fit_are_refused(change: dict[str, torch.Tensor], message: str):

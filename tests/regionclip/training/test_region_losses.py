@@ -147,7 +147,7 @@ def test_the_sigmoid_is_the_naive_loop(concepts: list[int], families: list[int],
     assert found.item() == pytest.approx(expected, rel=1e-11)
 
 
-def test_scale_and_bias_of_the_sigmoid_are_learnt() -> None:
+def test_scale_and_bias_of_the_sigmoid_are_learned() -> None:
     part = build_plugin(REGION_TEXT, {"name": "sigmoid"})
     case, texts = named(unit(3, 1).float(), [0, 1, 1]), unit(C, 2).float()
     part(case, texts[case.present], torch.tensor(1.0)).backward()

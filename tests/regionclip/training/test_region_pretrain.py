@@ -117,7 +117,7 @@ def test_a_teacher_that_did_not_mine_is_refused(
     command = ["pretrain", f"mined={mined}", f"weights={clip_file}", *OPTIONS, f"out={tmp_path / 'out'}"]
     code, told = regionclip(*command, f"teacher={tmp_path / 'other.safetensors'}")
     assert code == 2
-    assert "other.safetensors is not the file that mined" in told
+    assert "other.safetensors is not the file used for mining" in told
 
 
 def resumed(out: Path, command: list[str]) -> None:
@@ -247,7 +247,7 @@ def test_a_student_of_another_width_is_refused(
         *OPTIONS,
     )
     assert code == 2
-    assert "embeddings of 32 numbers, the model of 48" in told
+    assert "embeddings of width 32, the model 48" in told
 
 
 def test_the_result_loads_as_a_clip(trained: Path) -> None:

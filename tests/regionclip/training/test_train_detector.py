@@ -201,17 +201,17 @@ def test_a_learnt_background_moves_and_a_zero_one_stays(
 ) -> None:
     assert not read_weights(trained / "model.safetensors")[0]["background"].any()
     assert (
-        main_regionclip(["train-detector", *options, "background_embedding=learnt", f"out={tmp_path / 'o'}"])
+        main_regionclip(["train-detector", *options, "background_embedding=learned", f"out={tmp_path / 'o'}"])
         == 0
     )
-    learnt = read_weights(tmp_path / "o" / "model.safetensors")[0]["background"]
-    assert float(learnt.norm()) > 0
+    learned = read_weights(tmp_path / "o" / "model.safetensors")[0]["background"]
+    assert float(learned.norm()) > 0
     detector, _ = read_detector_file(tmp_path / "o" / "model.safetensors")
     assert detector.background is not None
-    assert torch.equal(detector.background.detach(), learnt)
+    assert torch.equal(detector.background.detach(), learned)
     regions = F.normalize(torch.randn(5, 32), dim=1)
     logits = detector.logits(regions, torch.zeros(0, 32), True)
-    torch.testing.assert_close(logits[:, 0].detach(), detector.scale * regions @ learnt)
+    torch.testing.assert_close(logits[:, 0].detach(), detector.scale * regions @ learned)
 
 
 def test_the_published_head_is_trained_and_comes_back(options: list[str], tmp_path: Path) -> None:

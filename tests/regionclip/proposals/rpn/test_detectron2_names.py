@@ -72,13 +72,16 @@ def test_keys_of_the_published_layouts_are_accounted_for(network: Network) -> No
             lambda s: s.update({"backbone.res4.6.conv1.weight": torch.zeros(1)}),
             r"1 unknown \(backbone\.res4\.6",
         ),
-        (lambda s: s.pop("proposal_generator.rpn_head.objectness_logits.weight"), "no proposal network"),
+        (
+            lambda s: s.pop("proposal_generator.rpn_head.objectness_logits.weight"),
+            "have no detectron2 proposal network",
+        ),
         (lambda s: s.update({"pixel_mean": torch.tensor([0.4, 0.4, 0.4])}), "pixel_mean is"),
         (
             lambda s: s.update(
                 {"proposal_generator.rpn_head.objectness_logits.weight": torch.zeros(9, 1024, 1, 1)}
             ),
-            "9 anchors a cell",
+            "9 anchors per cell",
         ),
     ],
 )

@@ -41,7 +41,7 @@ def test_files_that_are_no_whole_network_say_so(tmp_path: Path, small: Small, ti
     save_network(ProposalNetwork(small()), path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"rpn\.safetensors cannot be read .* cut off"):
+    with pytest.raises(InputError, match=r"rpn\.safetensors cannot be read .* truncated"):
         load_network(path)
     with pytest.raises(InputError, match="does not exist"):
         load_network(tmp_path / "absent.safetensors")

@@ -132,7 +132,7 @@ def test_a_file_without_trunk_wants_the_one_it_was_trained_on(
     proposer = RPNProposer(RPNConfig(str(path), clip=clip, limit=20))
     found = proposer(images, [ImageInfo(1, 96, 96), ImageInfo(2, 96, 96)])
     assert torch.equal(found.boxes, network.propose(images, 20).boxes)
-    with pytest.raises(InputError, match=r"holds no trunk; .*proposer\.clip=FILE"):
+    with pytest.raises(InputError, match=r"without the trunk; .*proposer\.clip=FILE"):
         load_network(path)
     other = load_clip(clip).visual
     with torch.no_grad():
@@ -145,7 +145,7 @@ def test_a_clip_for_a_network_with_its_own_backbone_is_refused(
     small: Small, clip: str, tmp_path: Path
 ) -> None:
     save_network(ProposalNetwork(small()), tmp_path / "whole.safetensors")
-    with pytest.raises(InputError, match="a backbone of its own; leave clip="):
+    with pytest.raises(InputError, match="its own backbone; omit clip="):
         RPNProposer(RPNConfig(str(tmp_path / "whole.safetensors"), clip=clip))
 
 
@@ -163,9 +163,9 @@ def test_what_lies_above_the_trunk_does_not_count(clip: str) -> None:
 
 def test_a_trunk_is_given_exactly_when_it_is_shared(small: Small, clip: str) -> None:
     tower, _ = clip_tower(clip)
-    with pytest.raises(ValueError, match="was given no trunk"):
+    with pytest.raises(ValueError, match="got no trunk"):
         ProposalNetwork(small(share_trunk=True))
-    with pytest.raises(ValueError, match="was given a trunk"):
+    with pytest.raises(ValueError, match="got a trunk"):
         ProposalNetwork(small(), tower)
     wider = dataclasses.replace(small().vision, width=32)
     with pytest.raises(ValueError, match="has 256 channels"):
@@ -187,6 +187,6 @@ def test_the_jobs_train_and_use_a_head_on_a_clip(
     weights = tmp_path / "rpn" / "model.safetensors"
     use = ["propose", *data, f"proposer.weights={weights}", f"out={tmp_path / 'proposals'}"]
     assert main_regionclip(use) == 2
-    assert "name the CLIP" in capsys.readouterr().err
+    assert "give the CLIP" in capsys.readouterr().err
     assert main_regionclip([*use, f"proposer.clip={clip_file}"]) == 0
     assert json.loads((tmp_path / "proposals" / "metrics.json").read_text())["proposals"] > 0

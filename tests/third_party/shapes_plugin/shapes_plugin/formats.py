@@ -11,7 +11,7 @@ from regionclip.structures.labels import LabeledImage, LabelTarget
 
 
 def read_boxes(path: Path) -> dict[str, Any] | None:
-    """Returns the annotations of a `.boxes` file in COCO's form; None for other files."""
+    """Returns the annotations of a `.boxes` file in COCO's format; None for other files."""
     if path.suffix != ".boxes":
         return None
     images: dict[str, dict[str, Any]] = {}

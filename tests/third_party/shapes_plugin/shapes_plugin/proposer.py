@@ -31,7 +31,7 @@ class CenterProposer:
         self.config = config
 
     def __call__(self, images: ImageBatch, keys: Sequence[ImageInfo]) -> Regions:
-        """Returns a box an image, in the batch's frame."""
+        """Returns one box per image, in the batch's frame."""
         heights, widths = images.sizes.float().unbind(1)
         near, far = (1 - self.config.share) / 2, (1 + self.config.share) / 2
         boxes = torch.stack([near * widths, near * heights, far * widths, far * heights], dim=1)

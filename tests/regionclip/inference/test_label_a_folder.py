@@ -73,7 +73,7 @@ def test_what_stands_in_the_way_is_said_before_the_first_image(
     (tmp_path / "found" / "yolo" / "mine.txt").write_text("keep me")
     code, told = regionclip("detect", photos, *options, "format=[yolo]")
     assert code == 2
-    assert "is not empty and not of this job" in told
+    assert "is not empty and was not written by this job" in told
     assert not (tmp_path / "found" / "detections.json").exists()
     code, told = regionclip("detect", photos, *options, "format=[yollo]")
     assert code == 2

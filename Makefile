@@ -1,5 +1,6 @@
 # Everything starts here: `make quickstart` to see it work, `make test` to check it.
-PYTHON ?= python3.11
+# The newest Python that the dependencies have wheels for, unless one is given (make PYTHON=python3.12 test).
+PYTHON ?= $(shell for one in python3.13 python3.12 python3.11; do "$$one" -c 'import venv, ensurepip' 2> /dev/null && echo "$$one" && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -12,9 +13,11 @@ install: $(STAMP)
 
 # Made again when the dependencies change; a half-made environment has no stamp and is completed.
 $(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 found: install one (with its venv module), or give PYTHON=" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) (the first time: some minutes, several GB)"
-	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[dev]'
+	@echo "installing into $(VENV) with $$($(BIN)/python --version) (the first time: some minutes, several GB)"
+	@if command -v uv > /dev/null; then uv pip install --quiet --python $(BIN)/python -e '.[dev]'; \
+	else $(BIN)/pip install -qq --disable-pip-version-check -e '.[dev]'; fi
 	@touch $@
 
 # detectron2's Python code, for the tests of regionclip/detectron2; nothing else needs it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +14,19 @@ from torch import Tensor
 
 _SHOWN = 40  # classes up to which the table lists all of them
 _EXTREMES = 5  # classes at either end that it lists otherwise
+
+
+def figure_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Returns a line per figure for the screen, but for lists; -1 is pycocotools' "not measured"."""
+    shown = {key: value for key, value in figures.items() if not isinstance(value, list)}
+    width = max(map(len, shown), default=0)
+    return [f"{key:<{width}}  {_figure(value)}" for key, value in shown.items()]
+
+
+def _figure(value: Any) -> str:
+    if value is None or (isinstance(value, int | float) and value == -1):
+        return "not measured"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def summarize(

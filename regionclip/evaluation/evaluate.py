@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from clip_base.data.coco import annotation_inputs, coco_entry
+from clip_base.evaluation.tables import figure_lines
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.jobs.skipped import max_skipped_option, require_share
@@ -43,6 +44,7 @@ from regionclip.structures.boxes import xyxy_to_xywh
 from regionclip.structures.detections import Detections
 from regionclip.structures.regions import Regions
 
+PAGE = "report.html"
 PER_CLASS = ("name", "category_id", "novel", "boxes", "detections", "AP", "AP50")
 DOUBTFUL = 0.02
 _RENUMBER = (
@@ -136,8 +138,9 @@ def evaluate(config: EvaluateConfig) -> None:
     if metrics is None:
         metrics = _measure(config, run)
         run.finish(metrics)
-    for key, value in metrics.items():
-        print(f"{key:<14} {value:.4f}" if isinstance(value, float) else f"{key:<14} {value}")
+    print("\n".join(figure_lines(metrics)))
+    if (run.path / PAGE).exists():
+        print(f"open {run.path / PAGE} in a browser")
 
 
 def _measure(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
@@ -187,7 +190,7 @@ def _measure(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
             )
         if config.report:
             images = Path(config.images) if config.images else None
-            write_page(run.path / "report.html", evaluation, matches, truth, images, metrics)
+            write_page(run.path / PAGE, evaluation, matches, truth, images, metrics)
     return metrics
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_base.data.coco import read_captions
+from clip_base.evaluation.tables import figure_lines
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError
@@ -77,9 +78,7 @@ def report(config: ReportConfig) -> None:
     _write_tables(run.path, data)
     metrics = _metrics(data)
     run.finish(metrics)
-    for key, value in metrics.items():
-        if not isinstance(value, list):
-            print(f"{key:<26} {value:.4f}" if isinstance(value, float) else f"{key:<26} {value}")
+    print("\n".join(figure_lines(metrics)))
     print(f"open {run.path / 'report.html'} in a browser")
 
 

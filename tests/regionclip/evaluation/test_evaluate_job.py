@@ -92,6 +92,20 @@ def test_ap_is_pycocotools_on_the_written_results(measured: Path, world: Path) -
         assert metrics[f"AR@100_{part}"] == pytest.approx(expected, abs=1e-9)
 
 
+def test_the_job_ends_with_its_page_and_says_what_was_not_measured(
+    measured: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [f"annotations={world / 'instances_val.json'}", f"results={measured / 'results.json'}"]
+    assert main_regionclip(["evaluate", *data, f"out={tmp_path / 'out'}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"open {tmp_path / 'out' / 'report.html'} in a browser"
+    metrics = read_json(tmp_path / "out" / "metrics.json")
+    absent = {key for key, value in metrics.items() if value == -1}
+    assert absent  # no image has an object of every size
+    assert {line.split()[0] for line in lines if line.endswith("not measured")} == absent
+    assert not [line for line in lines if "-1" in line]
+
+
 def test_evaluating_the_written_results_gives_the_same_figures(
     measured: Path, world: Path, tmp_path: Path
 ) -> None:

@@ -176,23 +176,30 @@ def test_every_key_goes_there_and_back(pair: tuple[Peer, ProposalNetwork], tmp_p
 TRUTH = ([[20.0, 10.0, 75.0, 90.0], [60.0, 40.0, 180.0, 110.0]], [[5.0, 60.0, 45.0, 120.0]])
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["of one size", "padded"])
 @pytest.mark.parametrize("beta", [0.0, 1 / 9])
 @pytest.mark.parametrize("samples", [256, 100_000], ids=["sampled", "fewer anchors than asked for"])
-def test_losses_are_detectron2s(pair: tuple[Peer, ProposalNetwork], beta: float, samples: int) -> None:
-    """Images without padding: there, detectron2 also takes anchors in the padding for background."""
+def test_losses_are_detectron2s(
+    pair: tuple[Peer, ProposalNetwork], beta: float, samples: int, padded: bool
+) -> None:
+    """Anchors in the padding of the smaller image count as background in both."""
     peer, network = pair
     generator = peer.proposal_generator
-    images = [image[:, :128, :128].contiguous() for image in photographs()]
-    shown = torch.stack([(image.flip(0).float() - peer.mean) / peer.deviation for image in images])
-    truth = [Instances((128, 128), gt_boxes=Boxes(torch.tensor(boxes))) for boxes in TRUTH]
+    images = photographs() if padded else [image[:, :128, :128].contiguous() for image in photographs()]
+    normal = [(image.flip(0).float() - peer.mean) / peer.deviation for image in images]
+    multiple = network.frame_multiple
+    shown = ImageList.from_tensors(normal, multiple)
+    truth = [
+        Instances((image.shape[1], image.shape[2]), gt_boxes=Boxes(torch.tensor(boxes)))
+        for image, boxes in zip(images, TRUTH, strict=True)
+    ]
     before = generator.smooth_l1_beta, generator.batch_size_per_image
     generator.smooth_l1_beta, generator.batch_size_per_image = beta, samples
     generator.train()
     try:
         with EventStorage():
             torch.manual_seed(0)
-            batch = ImageList(shown, [(128, 128)] * 2)
-            _, wanted = generator(batch, peer.backbone(shown), truth)
+            _, wanted = generator(shown, peer.backbone(shown.tensor), truth)
     finally:
         generator.smooth_l1_beta, generator.batch_size_per_image = before
         generator.eval()
@@ -205,7 +212,7 @@ def test_losses_are_detectron2s(pair: tuple[Peer, ProposalNetwork], beta: float,
         torch.tensor([0] * len(TRUTH[0]) + [1] * len(TRUTH[1])),
     )
     torch.manual_seed(0)
-    found = mine.losses(RegionBatch(batch_of(images, 1, torch.float32), regions))
+    found = mine.losses(RegionBatch(batch_of(images, multiple, torch.float32), regions))
     # Objects, being fewer than half of 256, are all taken; which background is drawn may differ.
     torch.testing.assert_close(found["box"], wanted["loss_rpn_loc"], atol=1e-5, rtol=1e-4)
     drawn = 0.05 if samples == 256 else 1e-4

@@ -158,8 +158,8 @@ class ProposalNetwork(nn.Module):
     def losses(self, batch: RegionBatch, maps: FeatureMaps | None = None) -> dict[str, Tensor]:
         """Returns the unweighted losses of a batch in float32; which class a box is of does not matter.
 
-        Those of detectron2, with one difference: anchors whose center is in the padding are not used. Nor
-        are boxes without area.
+        Those of detectron2: anchors in the padding of a smaller image count as background, too (its
+        ANCHOR_BOUNDARY_THRESH of -1). Boxes without area are not used.
 
         Args:
             batch: images and true boxes.
@@ -178,9 +178,6 @@ class ProposalNetwork(nn.Module):
             regions = batch.regions[valid_boxes(batch.regions.boxes)]
             truth = [{"boxes": regions.of_image(index).boxes} for index in range(len(batch.images))]
             labels, matched = self.rpn.assign_targets_to_anchors([anchors] * len(truth), truth)
-            centers = (anchors[:, :2] + anchors[:, 2:]) / 2  # [K, 2] x, y
-            for label, size in zip(labels, batch.images.sizes.flip(-1), strict=True):
-                label[(centers >= size).any(-1)] = -1
             positive, negative = (torch.cat(masks) for masks in self.rpn.fg_bg_sampler(labels))  # [B·K] 0, 1
             objects, sampled = positive.bool(), (positive + negative).bool()
             wanted = encode_deltas(anchors.repeat(len(truth), 1)[objects], torch.cat(matched)[objects])

@@ -157,20 +157,6 @@ def test_images_without_boxes_and_boxes_without_area_give_finite_losses(
     assert losses["box"].item() == 0
 
 
-def test_anchors_in_the_padding_do_not_count(monkeypatch: pytest.MonkeyPatch, small: Small) -> None:
-    network = ProposalNetwork(small())
-    levels = [torch.randn(1, 32, side, side, requires_grad=True) for side in (12, 6)]
-    monkeypatch.setattr(network, "features", lambda seen: levels)
-    images = ImageBatch(torch.zeros(1, 3, 96, 96), torch.tensor([[96, 32]]))
-    regions = Regions(torch.tensor([[4.0, 4.0, 28.0, 28.0]]), torch.tensor([0]))
-    torch.stack(list(network.losses(RegionBatch(images, regions)).values())).sum().backward()
-    gradient = levels[0].grad
-    assert gradient is not None
-    # The head's 3x3 convolution reaches one cell beyond the four columns inside the image.
-    assert bool((gradient[..., :4] != 0).any())
-    assert bool((gradient[..., 5:] == 0).all())
-
-
 def test_weights_scale_the_losses(small: Small, rectangles: Rectangles) -> None:
     torch.manual_seed(0)
     network, batch = ProposalNetwork(small()), rectangles(2, 0)

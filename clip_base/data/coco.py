@@ -26,6 +26,7 @@ CAPTIONS = {"images": ("id",), "annotations": ("image_id",)}
 _FOREIGN = (".xml", ".yaml", ".yml", ".txt", ".csv", ".tsv")  # files that are never COCO's JSON
 _CROWD = {0: False, 1: True, "0": False, "1": True, None: False}
 _TOO_LARGE = 1 << 63  # ids are 64-bit numbers in Parquet, SQLite and tensors
+LARGEST = 1e7  # pixels: no image has a longer side, and no box a larger number
 _EXACT = 1 << 53  # whole numbers up to which a float has room for each
 
 
@@ -220,6 +221,11 @@ def is_crowd(entry: dict[str, Any], where: str) -> bool:
     return _CROWD[value]
 
 
+def is_in_pixels(*numbers: float) -> bool:
+    """Whether all numbers are finite, and none is larger than pixels' are in any image."""
+    return all(abs(number) <= LARGEST for number in numbers)  # false for NaN
+
+
 def box_of(entry: dict[str, Any], where: str) -> tuple[float, float, float, float]:
     """Returns an annotation's box as x, y, width, height; InputError unless it has four finite numbers."""
     try:
@@ -227,9 +233,10 @@ def box_of(entry: dict[str, Any], where: str) -> tuple[float, float, float, floa
         x, y, width, height = (float(value) for value in sides)
     except (KeyError, TypeError, ValueError):
         x = y = width = height = math.nan
-    if not all(map(math.isfinite, (x, y, width, height))):
+    if not is_in_pixels(x, y, width, height):
         raise InputError(
-            f"{where} needs a 'bbox' of four finite numbers [x, y, width, height], found {_shown(entry)}"
+            f"{where} needs a 'bbox' of four finite numbers [x, y, width, height], none beyond {LARGEST:.0f} "
+            f"pixels, found {_shown(entry)}"
         )
     return x, y, width, height
 

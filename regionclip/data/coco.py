@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_base.data.coco import as_id, box_of, category_name, checked_entry, file_name_of, is_id
+from clip_base.data.coco import LARGEST, as_id, box_of, category_name, checked_entry, file_name_of, is_id
 from clip_base.runtime.errors import InputError, quote
 
 
@@ -57,7 +57,7 @@ def annotation_columns(entries: list[dict[str, Any]], path: Path) -> Columns:
         boxes = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(len(entries), 4)
         image_ids = [entry["image_id"] for entry in entries]
         category_ids = [entry["category_id"] for entry in entries]
-        if not np.isfinite(boxes).all() or not all(map(is_id, image_ids + category_ids)):
+        if not (np.abs(boxes) <= LARGEST).all() or not all(map(is_id, image_ids + category_ids)):
             raise ValueError
     except (KeyError, TypeError, ValueError):
         for place, entry in enumerate(entries):

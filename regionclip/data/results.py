@@ -10,7 +10,7 @@ from typing import Any
 
 from pycocotools import mask
 
-from clip_base.data.coco import as_id
+from clip_base.data.coco import as_id, is_in_pixels
 from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError, quote
 from clip_base.runtime.files import read_json
@@ -177,7 +177,7 @@ def checked_result(entry: Any, where: str) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         missing = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{needs}: {missing}, found {quote(entry)}") from None
-    if len(fields["bbox"]) != 4 or not all(map(math.isfinite, (*fields["bbox"], fields["score"]))):
+    if len(fields["bbox"]) != 4 or not is_in_pixels(*fields["bbox"]) or not math.isfinite(fields["score"]):
         raise InputError(f"{where} must have four finite box numbers and a finite score: {quote(entry)}")
     return fields
 
@@ -188,17 +188,46 @@ def _box_of(entry: dict[str, Any]) -> dict[str, Any]:
     if "bbox" in entry or not isinstance(code, dict):
         return {"bbox": [float(value) for value in entry["bbox"]]}
     try:
-        if isinstance(code["counts"], list):
-            height, width = code["size"]
-            if sum(code["counts"]) != height * width or min(code["counts"]) < 0:
-                raise ValueError
-            code = mask.frPyObjects(code, height, width)
+        height, width = code["size"]
+        runs = code["counts"] if isinstance(code["counts"], list) else runs_of(code["counts"])
+        if not is_in_pixels(height, width) or sum(runs) != height * width or min(runs) < 0:
+            raise ValueError
+        code = mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)
         around = {"bbox": mask.toBbox(code).tolist(), "area": float(mask.area(code))}
     except (KeyError, TypeError, ValueError, OverflowError):
         raise ValueError(
             "no bbox, and the segmentation is not a run-length code with size and counts"
         ) from None
     return around
+
+
+def runs_of(counts: Any) -> list[int]:
+    """Returns the lengths in a compressed run-length code of COCO's; a code of garbage crashes its library.
+
+    Numbers are written in pieces of five bits, the lowest first; a sixth bit says that a piece follows, and
+    the last piece's highest bit is the sign. From the third on they are differences to the one before the
+    last (pycocotools, maskApi.c).
+
+    Raises:
+        ValueError: it is cut off, or holds a character that no piece is written as.
+    """
+    if not isinstance(counts, str):
+        raise TypeError(f"a run-length code is a text or a list, found {type(counts).__name__}")
+    runs: list[int] = []
+    value = place = 0
+    for character in counts.encode("ascii"):
+        piece = character - 48
+        if not 0 <= piece < 64 or place > 60:
+            raise ValueError("no run-length code")
+        value |= (piece & 31) << place
+        place += 5
+        if not piece & 32:
+            value -= (piece & 16) << 1 + place - 5
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = place = 0
+    if place:
+        raise ValueError("the run-length code is cut off")
+    return runs
 
 
 def numbered_by(

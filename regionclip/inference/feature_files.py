@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clip_base.runtime.files import replacing
-from regionclip.mining.shards import REGION_COLUMNS
+from regionclip.data.region_tables import REGION_COLUMNS
 
 Array = npt.NDArray[Any]
 

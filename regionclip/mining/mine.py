@@ -28,8 +28,8 @@ from regionclip.concepts.pool import pool_language, read_concepts
 from regionclip.concepts.spacy_models import model_name
 from regionclip.concepts.vocabulary import Vocabulary, embed
 from regionclip.data.caption_index import CaptionIndex, ImageRange, write_caption_index
-from regionclip.mining.miner import UNREADABLE, VOCABULARY, MineConfig, Miner, teacher_head
-from regionclip.mining.shards import MANIFEST, VERSION, read_manifest, read_skipped, shard_path
+from regionclip.mining.miner import UNREADABLE, MineConfig, Miner, teacher_head
+from regionclip.mining.shards import MANIFEST, VERSION, VOCABULARY, read_manifest, read_skipped, shard_path
 from regionclip.models.region_heads import KEY
 
 

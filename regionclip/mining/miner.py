@@ -32,14 +32,13 @@ from regionclip.data.batches import DecodedImage, LoadedBatch, read_annotated, r
 from regionclip.data.caption_index import CaptionedImageEntry, CaptionIndex, ImageRange
 from regionclip.mining.matchers.base import GROUP as MATCHERS
 from regionclip.mining.matchers.base import Matcher, MatchInputs
-from regionclip.mining.shards import MinedRegion, shard_path, write_shard
+from regionclip.mining.shards import VOCABULARY, MinedRegion, shard_path, write_shard
 from regionclip.models.region_encoder import RegionEncoder
 from regionclip.models.region_heads import PerRegionHead, RegionHeadOptions, choose_head
 from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import build_proposer
 from regionclip.structures.transforms import ResizeConfig, ResizeTransform
 
-VOCABULARY = "vocabulary.safetensors"
 UNREADABLE = "unreadable"  # in the entry of a skipped image: it could not be read, others have no region
 
 

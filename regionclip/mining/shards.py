@@ -11,23 +11,28 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
 
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, read_json, replacing
+from regionclip.data.region_tables import (
+    BOX,
+    IN_IMAGE,
+    OBJECTNESS,
+    REGION_COLUMNS,
+    SIZES,
+    Rule,
+    all_in,
+    equally_long,
+    numbers,
+    require_rows,
+)
 
 VERSION = 2
-MANIFEST = "manifest.json"
+MANIFEST, VOCABULARY = "manifest.json", "vocabulary.safetensors"
+MOST_MASS = 1.001  # of probabilities that were rounded to float32
 _ROWS = 5000  # regions made a table at once: as Python's objects they take ten times the memory
 _SKIPPED = b"skipped"
-# Which region of which image: mined ones have these columns, described ones (`features`) too.
-REGION_COLUMNS = [
-    ("image_id", pa.int64()),
-    ("file_name", pa.string()),
-    ("height", pa.int32()),
-    ("width", pa.int32()),
-    ("box", pa.list_(pa.float32(), 4)),  # x1, y1, x2, y2 in pixels of the original image
-    ("objectness", pa.float32()),
-]
 SCHEMA = pa.schema(
     [
         *REGION_COLUMNS,
@@ -126,12 +131,47 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def _rules(concepts: int) -> list[Rule]:
+    """Returns what the rows of a shard must hold, given how many concepts the vocabulary has."""
+    ids = (
+        f"rows of the vocabulary, 0 to {concepts - 1}" if concepts else "rows of the vocabulary, not negative"
+    )
+    most = concepts - 1 if concepts else float("inf")
+    return [
+        *SIZES,
+        BOX,
+        IN_IMAGE,
+        OBJECTNESS,
+        Rule("concept_ids", ids, all_in("concept_ids", 0, most)),
+        Rule("concept_probs", "probabilities in 0…1", all_in("concept_probs", 0, MOST_MASS)),
+        Rule(
+            "concept_probs", "as many as there are concept_ids", equally_long("concept_ids", "concept_probs")
+        ),
+        Rule("kept_mass", "a sum of probabilities", lambda table: numbers(table, "kept_mass") <= MOST_MASS),
+    ]
+
+
+def _vocabulary_size(folder: Path) -> int:
+    """Returns how many concepts the folder's vocabulary has; 0 when it is not there."""
+    path = folder / VOCABULARY
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return int(file.get_slice("embeddings").get_shape()[0])
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"vocabulary {path} cannot be read ({reason}); mine again") from None
+
+
 def read_regions(folder: str | Path) -> Iterator[MinedRegion]:
     """Yields all mined regions in the order of the images.
 
     Raises:
-        InputError: the folder is unfinished, or a shard that the manifest lists is missing or damaged.
+        InputError: the folder is unfinished, or a shard that the manifest lists is missing, damaged, or holds
+            what no mining writes; the row and the column are told.
     """
+    rules = _rules(_vocabulary_size(Path(folder)))
     for name in read_manifest(folder)["shards"]:
         path = existing(Path(folder) / name, "shard")
         try:
@@ -143,6 +183,7 @@ def read_regions(folder: str | Path) -> Iterator[MinedRegion]:
             raise InputError(
                 f"{path} is not a shard of mined regions (its columns: {found}); use another folder"
             )
+        require_rows(table, rules, f"shard {path}", optional=("phrase", "caption"))
         for batch in table.drop_columns("kept_mass").to_batches(_ROWS):
             for row in batch.to_pylist():
                 yield MinedRegion(**row)

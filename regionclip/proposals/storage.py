@@ -22,6 +22,7 @@ from clip_base.data.coco import coco_entry
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, replacing
 from regionclip.data.file_names import name_images
+from regionclip.data.region_tables import BOX, OBJECTNESS, numbers, require_rows
 from regionclip.structures.boxes import xyxy_to_xywh
 
 # The columns that shards of mined pairs have too, so that those can be read as proposals.
@@ -161,17 +162,10 @@ def _read_group(path: Path, group: int) -> tuple[NDArray[np.int64], NDArray[Any]
     """Returns a row group's image ids [m], boxes [m, 4] and scores [m], float32."""
     with _named(path), pq.ParquetFile(path) as file:
         table = file.read_row_group(group, SCHEMA.names).cast(SCHEMA).combine_chunks()
-    ids, scores = table["image_id"].to_numpy(), table["objectness"].to_numpy().copy()
-    column = table["box"].combine_chunks()
-    boxes = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, 4).copy()
-    whole = len(boxes) == len(ids) and not any(table[name].null_count for name in SCHEMA.names)
-    if not whole or not (np.isfinite(boxes).all() and (boxes[:, 2:] >= boxes[:, :2]).all()):
-        raise InputError(f"{path}, row group {group}: box must be four finite numbers x1 ≤ x2, y1 ≤ y2")
-    if not ((scores >= 0) & (scores <= 1)).all():
-        raise InputError(
-            f"{path}, row group {group}: objectness must be in 0…1; apply a sigmoid if these are logits"
-        )
-    return ids, boxes, scores
+        first = sum(file.metadata.row_group(before).num_rows for before in range(group))
+    require_rows(table, (BOX, OBJECTNESS), f"proposals file {path}", first)
+    boxes, scores = (numbers(table, name).astype(np.float32) for name in ("box", "objectness"))
+    return table["image_id"].to_numpy(), boxes, scores
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from clip_base.data.coco import is_in_pixels
 from clip_base.runtime.errors import InputError, quote
 
 
@@ -64,7 +65,7 @@ class Instances:
             InputError: a corner is no finite number, or the corners are in the wrong order.
         """
         x1, y1, x2, y2 = corners
-        if not all(map(math.isfinite, corners)) or x2 < x1 or y2 < y1:
+        if not is_in_pixels(*corners) or x2 < x1 or y2 < y1:
             raise InputError(
                 f"{place}: a box from ({x1:g}, {y1:g}) to ({x2:g}, {y2:g}); it needs finite numbers, the "
                 "left upper corner first"

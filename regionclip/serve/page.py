@@ -81,7 +81,7 @@ def _controls(session: DemoSession, examples: list[Path], names: list[str], scor
     import gradio as gr
 
     first, sources = str(examples[0]), ["upload", "clipboard"]
-    image = gr.Image(first, label="Image", sources=sources, height=260, buttons=[], elem_id="picture")
+    image = gr.Image(first, label="Image", sources=sources, height=260, buttons=[], elem_id="image")
     gr.Examples([[str(example)] for example in examples], image, elem_id="examples", **PRIVATE)
     info = "Names separated by commas, or a list: coco, lvis"
     typed = gr.Textbox(", ".join(names), label="Look for", info=info, max_lines=8, elem_id="names")

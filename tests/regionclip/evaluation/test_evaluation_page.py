@@ -124,7 +124,7 @@ def test_a_folder_of_pictures_that_does_not_exist_is_named(
 def test_no_page_is_written_when_none_is_wanted(call: list[str], tmp_path: Path):
     assert main_regionclip([*call, "report=false", f"out={tmp_path / 'out'}"]) == 0
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == {"config.yaml", "metrics.json", "per_class.csv"}
+    assert left == {".inputs.json", "config.yaml", "metrics.json", "per_class.csv"}
 
 
 @pytest.mark.parametrize("found", ["nothing", "a false alarm", "a wrong name"])
@@ -151,7 +151,7 @@ def test_names_are_escaped_and_nothing_found_is_a_page_too(
     assert "<script" not in text
     assert f"&lt;script&gt;alert({true['category_id']})" in section(text, "The largest missed objects")
     assert parsed(text).open == []
-    assert "nothing to compare" in text
+    assert "No detection covers an object of its class" in text
 
 
 def test_results_whose_numbers_mean_other_names_are_noticed_and_mended(

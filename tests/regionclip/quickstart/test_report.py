@@ -181,8 +181,8 @@ def test_the_page_is_whole_and_asks_for_nothing_outside_itself(finished: Path, p
 def test_the_page_says_what_was_done_and_found(finished: Path):
     text = re.sub(r"\s+", " ", _report(finished).read_text(encoding="utf-8"))
     for fact in (
-        f"A synthetic dataset of {TRAIN} scenes with {3 * TRAIN} captions",
-        f"{VAL} scenes to measure on",
+        f"A synthetic dataset of {TRAIN} images with {3 * TRAIN} captions",
+        f"{VAL} images for validation",
         "5 min 04 s",
         "+17.0 points of top-1",
         "pretrain CLIP on image-text pairs",

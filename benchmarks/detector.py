@@ -1,6 +1,7 @@
 """Detection in bf16 against fp32, where its time goes, and suppression against plain loops, in one run.
 
     python benchmarks/detector.py --write docs/benchmarks.md
+    python benchmarks/detector.py --only rivals --rounds 5 --write docs/benchmarks.md
     python benchmarks/detector.py --weights detector/model.safetensors \\
         --annotations world/instances_val.json --images world/images \\
         --split world/split.json --write docs/benchmarks.md
@@ -25,34 +26,32 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from rounds import Row, alternate, command, compare, machine, markdown, put, shown, versions
+from rivals import make_detector, side_by_side, spread, vocabulary_of
+from rounds import (
+    Row,
+    alternate,
+    command,
+    compare,
+    machine,
+    markdown,
+    processor,
+    put,
+    put_kind,
+    shown,
+    versions,
+)
 from torch import Tensor
 
 from clip_base.data.batch import ImageBatch
-from clip_base.models import zoo
-from clip_base.models.clip import CLIP
 from clip_base.runtime.files import read_json
 from clip_base.runtime.precision import autocast, computes_in_bf16
-from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.evaluation.evaluate import EvaluateConfig, evaluate
 from regionclip.models.detector import DELTA_WEIGHTS, Detector
-from regionclip.models.postprocess import DetectorConfig, postprocess, score
-from regionclip.proposals.rpn.config import ProposalNetworkConfig
-from regionclip.proposals.rpn.network import ProposalNetwork
+from regionclip.models.postprocess import postprocess, score
 from regionclip.structures.boxes import decode_deltas, iou, soft_nms
 from regionclip.structures.regions import ImageInfo, Regions
 from regionclip.structures.transforms import ResizeTransform
 
-C4 = ProposalNetworkConfig(
-    backbone="resnet50",
-    design="c4",
-    strides=[16],
-    anchor_sizes=[32.0, 64.0, 128.0, 256.0, 512.0],
-    pre_nms=6000,
-    nms=0.95,  # the best of random scores lie close together: at the published 0.7 no thousand boxes are left
-    merge_levels=False,
-)
 PARTS = ("trunk", "proposals", "region head", "classifier", "suppression")
 
 
@@ -70,7 +69,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--annotations", type=Path, help="instances_*.json to measure AP on")
     parser.add_argument("--images", type=Path, help="folder of its images")
     parser.add_argument("--split", default="", help="coco, lvis, or a file with base and novel names")
-    parser.add_argument("--only", nargs="+", choices=["detection", "suppression", "ap"])
+    parser.add_argument("--only", nargs="+", choices=["detection", "suppression", "ap", "rivals"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="rivals: images at once")
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], help="rivals: all by default")
+    parser.add_argument("--detectors", nargs="+", help="rivals: only those whose names hold one of these")
+    parser.add_argument("--note", default="", help="rivals: a sentence about the machine, for the page")
     parser.add_argument("--quick", action="store_true", help="one round on little input: does it run?")
     parser.add_argument("--write", type=Path, help="Markdown page whose detector section takes the tables")
     return parser.parse_args()
@@ -82,6 +85,10 @@ def main() -> None:
     if options.quick:
         options.rounds, options.size, options.proposals = 1, [128, 160], [10, 20]
     parts = options.only or ["detection", "suppression", "ap"]
+    if "rivals" in parts:
+        write_rivals(options)
+    if parts == ["rivals"]:
+        return
     rows: list[Row] = []
     shares: list[str] = []
     if "detection" in parts:
@@ -96,6 +103,19 @@ def main() -> None:
         put(options.write, "detector", described(text, options))
 
 
+def write_rivals(options: argparse.Namespace) -> None:
+    """Times all detectors side by side, and puts the table under the processor's heading."""
+    table = side_by_side(options)
+    facts = f"Machine: {machine(options.threads)}. {options.note}".strip()
+    facts += f"\nVersions: {versions('torch', 'torchvision', 'transformers')}.\n"
+    facts += f"{options.classes[0]} names; seconds per image, median of {options.rounds} alternating "
+    facts += f"round{'s' * (options.rounds > 1)} (lowest to highest), times those of OWL-ViT B/32."
+    text = f"{facts}\n\n    {command()}\n\n{table}"
+    print(text)
+    if options.write:
+        put_kind(options.write, "rivals", processor(options.device), text)
+
+
 def described(tables: str, options: argparse.Namespace) -> str:
     """Returns the tables with the machine, the versions and the command."""
     kind = machine(options.threads)
@@ -108,46 +128,6 @@ def described(tables: str, options: argparse.Namespace) -> str:
     return f"{facts}\n\n    {command()}\n\n{tables}"
 
 
-def make_detector(options: argparse.Namespace, shared: bool) -> Detector:
-    """Returns a detector with random weights, with the published network or with one on its own trunk."""
-    torch.manual_seed(0)
-    clip = CLIP(zoo.config(options.model))
-    sizes, trunk = C4, None
-    if shared:
-        sizes = ProposalNetworkConfig(
-            vision=clip.config.vision,
-            share_trunk=True,
-            design="c4",
-            strides=[16],
-            anchor_sizes=C4.anchor_sizes,
-            pre_nms=C4.pre_nms,
-            nms=C4.nms,
-            merge_levels=False,
-        )
-        trunk = clip.visual
-    network: Any = ProposalNetwork(sizes, trunk)  # type: ignore[arg-type]
-    # The anchors themselves are proposed: random moves leave hardly a box that no other hides.
-    torch.nn.init.zeros_(network.rpn.head.bbox_pred.weight)
-    config = DetectorConfig(max_proposals=options.proposals[0], temperature=0.01)
-    detector = Detector.untrained(clip, config, network)
-    return detector.eval().to(options.device).to(memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def spread(detector: Detector, images: ImageBatch) -> None:
-    """Takes out what all regions' embeddings share, so that different names win as with trained weights."""
-    maps = detector.feature_maps(images)
-    embeddings, _ = detector.roi_heads(maps, detector.propose(maps, 50))
-    visual: Any = detector.clip.visual
-    visual.attnpool.c_proj.bias -= embeddings.mean(0)
-
-
-def vocabulary_of(size: int, width: int) -> Vocabulary:
-    generator = torch.Generator().manual_seed(0)
-    embeddings = F.normalize(torch.randn(size, width, generator=generator), dim=1)
-    return Vocabulary(tuple(f"thing {number}" for number in range(size)), embeddings)
-
-
 def detection(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
     """Compares precisions and designs, and tells where the time goes in the faster precision."""
     device = torch.device(options.device)
@@ -158,7 +138,12 @@ def detection(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
     images = images.to(device)
     frames = [ResizeTransform((height, width), (height, width))] * options.batch
     keys = [ImageInfo(slot, height, width) for slot in range(options.batch)]
-    designs = {"two backbones": make_detector(options, False), "one backbone": make_detector(options, True)}
+    count = options.proposals[0]
+    designs = {
+        "two backbones": make_detector(options.model, count, True, device=options.device),
+        "one backbone": make_detector(options.model, count, False, device=options.device),
+        "one backbone, shared head": make_detector(options.model, count, False, "shared", options.device),
+    }
     rows: list[Row] = []
     shares = ["| share of the time | classes | proposals | s/image | " + " | ".join(PARTS) + " |"]
     shares.append("|---" * (4 + len(PARTS)) + "|")
@@ -183,7 +168,7 @@ def detection(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
                 taken = {"ours": seconds[f"{design} {best}"]}
                 if "bf16" in precisions:
                     taken["ours in fp32"] = seconds[f"{design} fp32"]
-                if design == "one backbone":
+                if design != "two backbones":
                     taken["two backbones"] = seconds[f"two backbones {best}"]
                 rows += compare(f"{task}, {design}", "images/s", options.batch, taken)
             for design, detector in designs.items():

@@ -42,7 +42,9 @@ class Row:
         return statistics.median(self.ratios)
 
 
-def alternate(rivals: dict[str, Work], rounds: int, wait: Work = lambda: None) -> dict[str, list[float]]:
+def alternate(
+    rivals: dict[str, Work], rounds: int, wait: Work = lambda: None, warm_up: bool = True
+) -> dict[str, list[float]]:
     """Returns the seconds that each rival took in each round.
 
     Every round runs all of them, and begins with another one each time, so that a machine that slows down
@@ -52,10 +54,11 @@ def alternate(rivals: dict[str, Work], rounds: int, wait: Work = lambda: None) -
         rivals: what to time, by name.
         rounds: rounds that count.
         wait: called before the clock is read, for devices that work on their own.
+        warm_up: False leaves out the round that does not count.
     """
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     names = list(rivals)
-    for number in range(rounds + 1):
+    for number in range(0 if warm_up else 1, rounds + 1):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             wait()
@@ -132,6 +135,29 @@ def command() -> str:
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
     kept = [word if not word.startswith("/") else f"…/{Path(word).name}" for word in words]
     return f"python benchmarks/{' '.join(kept)}"
+
+
+def processor(device: str = "cpu") -> str:
+    """Returns the kind of what computes, without numbers of cores or threads."""
+    if device == "cuda":
+        import torch
+
+        return str(torch.cuda.get_device_name())
+    kind = machine(1)
+    cores = kind.rindex(", ", 0, kind.index(" cores ("))
+    return f"{kind[:cores]} {kind[kind.index('(') : kind.rindex(')') + 1]}"
+
+
+def put_kind(page: Path, name: str, kind: str, text: str) -> None:
+    """Puts `text` into section `name` of a page under the heading of its kind of processor."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    held = page.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0]
+    blocks = {}
+    for block in held.split("### ")[1:]:
+        heading, _, rest = block.partition("\n")
+        blocks[heading.strip()] = rest.strip()
+    blocks[kind] = text
+    put(page, name, "\n\n".join(f"### {heading}\n\n{blocks[heading]}" for heading in sorted(blocks)))
 
 
 def put(page: Path, name: str, text: str) -> None:

@@ -41,6 +41,10 @@ class DetectorGraph(nn.Module):
         super().__init__()
         if detector.network is None:
             raise InputError("a CLIP has no proposal network; give one: network=FILE")
+        if detector.config.max_embedded:
+            raise InputError(
+                "a graph embeds every proposal: set detector.max_embedded=0, or train with region_head=shared"
+            )
         if detector.vocabulary is None:
             raise ValueError("no vocabulary is set; call set_vocabulary first")
         text = getattr(detector.clip, "text", None)

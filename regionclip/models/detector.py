@@ -11,9 +11,16 @@ from torch import Tensor, nn
 
 from clip_base.data.batch import ImageBatch
 from clip_base.models.clip import CLIP
+from clip_base.runtime.errors import InputError
 from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.models.box_head import BoxHead, make_box_head
-from regionclip.models.postprocess import DetectorConfig, postprocess, score, to_unit_interval
+from regionclip.models.postprocess import (
+    DetectorConfig,
+    best_of_each_image,
+    postprocess,
+    score,
+    to_unit_interval,
+)
 from regionclip.models.region_encoder import RegionEncoder
 from regionclip.models.region_heads import PerRegionHead
 from regionclip.proposals.base import Proposer
@@ -73,6 +80,11 @@ class Detector(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = RegionEncoder.of_maps(clip.visual, otherwise="crop", region_head=region_head)
+        if config.max_embedded and self.encoder.region_head != PerRegionHead.kind:
+            raise InputError(
+                f"max_embedded={config.max_embedded} is for region_head={PerRegionHead.kind}: the other head "
+                "embeds every region at the cost of the first score; set it to 0"
+            )
         if (box_head is None) != (background is None):
             raise ValueError("a detector has a box head and a background, or neither")
         if box_head is not None and not self.encoder.pools_maps:
@@ -226,6 +238,26 @@ class Detector(nn.Module):
         return probabilities[:, : len(self.classifier)], boxes
 
     @torch.no_grad()
+    def shortlist(self, maps: FeatureMaps, regions: Regions, background: bool) -> Regions:
+        """Returns the `max_embedded` regions of each image that are worth the region head; 0: all.
+
+        The first score is the detector's own, with embeddings of the shared head: layer4 runs once on the
+        whole image. The weights were not trained for these, but they rank well enough to leave regions out.
+
+        Args:
+            maps: of the images that the regions are in.
+            regions: N regions.
+            background: see `classify`.
+        """
+        if not self.config.max_embedded or not self.encoder.pools_maps:
+            return regions
+        embeddings = self.encoder.rough_embeddings(maps, regions)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            probabilities = self.logits(embeddings, self.classifier, background).softmax(1)
+        scores = score(regions, probabilities[:, : len(self.classifier)], self.alpha, self.config.fusion)
+        return regions[best_of_each_image(regions, scores, self.config.max_embedded)]
+
+    @torch.no_grad()
     def detect_batch(
         self,
         images: ImageBatch,
@@ -252,6 +284,7 @@ class Detector(nn.Module):
         maps = self.feature_maps(images)
         regions = self.propose(maps) if proposer is None else proposer(images, keys)
         background = self.trained or self.config.allow_background
+        regions = self.shortlist(maps, regions, background)
         probabilities, boxes = self.classify(maps, regions, background)
         scores = score(regions, probabilities, self.alpha, self.config.fusion)
         return [

@@ -102,8 +102,9 @@ def bin_weights(starts: Tensor, ends: Tensor, side: int, extent: int) -> Tensor:
 
 def _most_samples(samples: Tensor, side: int, extent: int) -> int:
     if torch.compiler.is_compiling():
-        # A graph cannot ask a tensor for a number; there boxes are cut at the image's edges.
-        return (extent + side - 1) // side
+        # A graph cannot ask a tensor for a number; there boxes are cut at the image's edges. One more than
+        # there can be, as PyTorch makes another graph of a side of 1.
+        return (extent + side - 1) // side + 1
     return max(int(samples.max()) if len(samples) else 0, 1)
 
 

@@ -29,6 +29,11 @@ class DetectorConfig:
         "maximum number of regions per image from the detector's proposal network",
         renamed_from="proposals",
     )
+    max_embedded: int = option(
+        0,
+        "region_head=per_region: regions per image that it embeds, the best by objectness and a first score "
+        "for which layer4 runs once on the whole image; 0: all",
+    )
     proposal_nms: float = option(0.7, "IoU above which the lower scored of two proposals is dropped")
     temperature: float = option(0.0, "divisor of the cosines; 0: the tower's own, 1 / exp(logit scale)")
     allow_background: bool = option(
@@ -67,6 +72,8 @@ class DetectorConfig:
         for name in ("max_proposals", "max_detections"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1 per image, found {getattr(self, name)}")
+        if self.max_embedded < 0:
+            raise InputError(f"max_embedded must not be below 0, found {self.max_embedded}")
         if self.temperature < 0 or self.soft_nms_sigma <= 0 or self.soft_nms_min_score < 0:
             raise InputError(
                 f"temperature={self.temperature:g} and soft_nms_min_score={self.soft_nms_min_score:g} must "
@@ -117,6 +124,24 @@ def score(regions: Regions, probabilities: Tensor, alpha: Tensor, fusion: str) -
     if objectness is None:
         return fuse_logits(probabilities.new_ones(len(regions)), probabilities)
     return fuse_logits(torch.logit(objectness, LOGIT_MARGIN), probabilities)
+
+
+def best_of_each_image(regions: Regions, scores: Tensor, limit: int) -> Tensor:
+    """Returns which regions [M] int64, ascending, score best: at most `limit` of each image.
+
+    Args:
+        regions: N regions.
+        scores: [N, C]; a region's score is its best name's, and a row that is not finite comes last.
+        limit: most regions of an image.
+    """
+    best = scores.amax(1).nan_to_num(
+        -1.0, posinf=-1.0, neginf=-1.0
+    )  # a NaN anywhere is the largest of its row
+    order = best.argsort(descending=True, stable=True)
+    order = order[regions.image_index[order].argsort(stable=True)]  # by image, then by score
+    index = regions.image_index[order]
+    within = torch.arange(len(index), device=index.device) - torch.searchsorted(index, index)
+    return order[within < limit].sort().values
 
 
 def to_unit_interval(scores: Tensor, fusion: str) -> Tensor:

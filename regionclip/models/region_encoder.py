@@ -16,7 +16,14 @@ from clip_base.models.resnet import ModifiedResNet
 from clip_base.models.vit import VisionTransformer
 from clip_base.runtime.errors import InputError
 from regionclip.models.pooling import pool_regions
-from regionclip.models.region_heads import HEADS, REGION_HEADS, PerRegionHead, RegionHead, RegionMaps
+from regionclip.models.region_heads import (
+    HEADS,
+    REGION_HEADS,
+    PerRegionHead,
+    RegionHead,
+    RegionMaps,
+    SharedHead,
+)
 from regionclip.structures.regions import FeatureMaps, Regions, whole_images
 
 MODES = ("roi_align", "crop", "dense")
@@ -143,6 +150,16 @@ class RegionEncoder:
             ValueError: regions are embedded from the pixels.
         """
         return self._embed(maps.regions_level, regions, box_head)
+
+    def rough_embeddings(self, maps: FeatureMaps, regions: Regions) -> Tensor:
+        """Returns [N, D], not normalized: what the shared head makes of regions, to rank them cheaply."""
+        visual, feature_map = self.visual, maps.regions_level
+        assert isinstance(visual, ModifiedResNet)
+        height, width = feature_map.shape[-2:]
+        if height % 2 or width % 2:  # layer4 would drop the last row or column
+            feature_map = F.pad(feature_map, (0, width % 2, 0, height % 2), mode="replicate")
+        shared = RegionEncoder(visual, "roi_align", chunk=self.chunk, region_head=SharedHead.kind)
+        return shared.encode_rois(feature_map, regions)
 
     def encode_image(self, images: ImageBatch) -> Tensor:
         """Returns [B, D] unit-length embeddings of whole images, their padding left out."""

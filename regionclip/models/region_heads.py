@@ -260,11 +260,12 @@ class _Windows:
     def convolved(self, conv: nn.Conv2d) -> Tensor:
         """Runs the convolution once on the map, and adds its bias after pooling."""
         assert conv.kernel_size == (1, 1)
-        cells = F.conv2d(self.cells[None], conv.weight)[0].permute(1, 2, 0)  # [h, w, c]
+        cells = F.conv2d(self.cells[None], conv.weight)[0].transpose(0, 1)  # [h, c, w]
         with torch.autocast(cells.device.type, enabled=False):
-            rows = self.down @ cells.float().flatten(1)  # [n, s, w·c]
-            pooled = self.across[:, None] @ rows.view(*rows.shape[:2], *cells.shape[1:])  # [n, s, s, c]
-        found = pooled.to(cells.dtype).permute(0, 3, 1, 2)
+            rows = self.down @ cells.float().flatten(1)  # [n, s, c·w]
+            rows = rows.view(*rows.shape[:2], *cells.shape[1:])
+            pooled = rows @ self.across.transpose(1, 2)[:, None]  # [n, s, c, s]
+        found = pooled.to(cells.dtype).transpose(1, 2)
         return found if conv.bias is None else found + conv.bias[:, None, None]
 
 

@@ -48,6 +48,16 @@ def test_a_table_goes_between_its_marks_and_nowhere_else(rounds: ModuleType, tmp
         rounds.put(page, "other", "new")
 
 
+def test_each_kind_of_processor_keeps_its_own_table(rounds: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- rivals: begin -->\n<!-- rivals: end -->\nb\n")
+    for kind, text in (("Zen 5", "five"), ("Zen 3", "old"), ("Zen 3", "three")):
+        rounds.put_kind(page, "rivals", kind, text)
+    section = "### Zen 3\n\nthree\n\n### Zen 5\n\nfive"
+    assert page.read_text() == f"a\n<!-- rivals: begin -->\n{section}\n<!-- rivals: end -->\nb\n"
+    assert " cores" not in rounds.processor()
+
+
 def test_the_command_names_no_folder_of_this_machine(
     rounds: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,6 +98,16 @@ def test_both_files_find_what_the_detector_finds(dynamic: Any) -> None:
 
 
 @pytest.mark.slow
+def test_the_shared_region_head_is_written(make_detector: MakeDetector, tmp_path: Path) -> None:
+    plain = make_detector()
+    parts = (plain.network, plain.box_head, plain.background)
+    detector = Detector(plain.clip, plain.config, *parts, region_head="shared").eval()
+    detector.set_vocabulary(vocabulary(4))
+    _, differences = written(detector, tmp_path, ["onnx"])
+    assert differences["detector.onnx"] < graphs.TOLERANCE
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 7])
 @pytest.mark.parametrize("size", [(65, 90), (129, 64)])
 def test_other_names_and_sizes_can_be_given_later(

@@ -13,7 +13,7 @@ from clip_base.jobs.config import REQUIRED, option
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import ACTIVATIONS
 from clip_base.runtime.errors import InputError, note
-from clip_base.weights import download
+from clip_base.weights import download, hub
 from clip_base.weights.reading import PRECISIONS, Report, is_safetensors, read_clip
 
 
@@ -29,8 +29,9 @@ def find(name_or_path: str | Path, folder: str | Path | None = None) -> Path:
     """Returns the weights file: a path as it is, or a published file, downloaded when it is not there.
 
     Args:
-        name_or_path: a file, a folder, or the name of a published file, see `published.files`.
-        folder: where published files are kept; None: see `published.cache_folder`.
+        name_or_path: a file, a folder, the name of a published file (see `download.files`), or a place on the
+            Hugging Face hub (see `hub.parse`).
+        folder: where published files are kept; None: see `download.cache_folder`.
 
     Raises:
         InputError: there is neither such a file nor such a model, or it cannot be downloaded.
@@ -38,12 +39,15 @@ def find(name_or_path: str | Path, folder: str | Path | None = None) -> Path:
     path = Path(name_or_path)
     if path.exists():
         return path
-    known = download.files()
-    if str(name_or_path) in known:
-        return download.fetch(str(name_or_path), folder)
+    known, name = download.files(), str(name_or_path)
+    if name in known:
+        return download.fetch(name, folder)
+    address = hub.parse(name)
+    if address is not None:
+        return hub.fetch(address, download.cache_folder() if folder is None else Path(folder))
     raise InputError(
-        f"there is no weights file {name_or_path} and no published model of that name; "
-        f"published are {', '.join(known)}"
+        f"there is no weights file {name_or_path} and no published model of that name; published are "
+        f"{', '.join(known)}, open_clip's such as ViT-B-32/laion2b_s34b_b79k, and hf://owner/name"
     )
 
 

@@ -35,7 +35,7 @@ def test_importing_the_package_loads_no_torch():
 
 
 def test_the_front_door_has_openais_names():
-    assert set(clip_base.__all__) == {"available_models", "load", "tokenize"}
+    assert {"available_models", "load", "tokenize"} <= set(clip_base.__all__)
     assert clip_base.available_models()[:2] == ["RN50", "RN101"]
     assert len(clip_base.available_models()) == 9
     tokens = clip_base.tokenize(["a photo of a cat"])

@@ -88,6 +88,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _nothing_from_drive() -> Iterator[None]:
+    """Makes gdown look absent: tests download nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "gdown", None)
+        yield
+
+
+@pytest.fixture(autouse=True)
 def _no_progress() -> Iterator[None]:
     """Keeps progress off stderr: on a slow machine there would be a line of it among what a test reads."""
     with pytest.MonkeyPatch.context() as patch:

@@ -14,7 +14,8 @@ from rich.table import Table
 from clip_base.models.configs import CLIPConfig
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.hashing import file_hash
-from clip_base.weights import download, formats, native
+from clip_base.weights import formats, native
+from clip_base.weights.fetching import download
 from clip_base.weights.load import WeightsFile, find
 from clip_base.weights.native import read_weights, require_finite
 from clip_base.weights.reading import FRAMEWORKS, is_safetensors, read_clip, read_foreign

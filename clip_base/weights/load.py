@@ -13,7 +13,7 @@ from clip_base.jobs.config import REQUIRED, option
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import ACTIVATIONS
 from clip_base.runtime.errors import InputError, note
-from clip_base.weights import download, hub
+from clip_base.weights.fetching import download, hub
 from clip_base.weights.reading import PRECISIONS, Report, is_safetensors, read_clip
 
 

@@ -6,7 +6,7 @@ in one shared folder that browsers open and programs do not; sizes and checksums
 
 from __future__ import annotations
 
-from clip_base.weights.download import Published
+from clip_base.weights.fetching.published import Published
 
 PAGE = "https://drive.google.com/drive/folders/1hzrJBvcCrahoRcqJRqzkIGFO_HUSJIii"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from clip_base.models import zoo
-from clip_base.weights import download
+from clip_base.weights.fetching import download
 
 PAGE = Path(__file__).parents[2] / "docs" / "model_zoo.md"
 MEBIBYTE = 1 << 20

@@ -7,8 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from clip_base.export.convert import ConvertConfig, convert
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.runtime.errors import InputError
-from clip_base.weights import hub
+from clip_base.weights.fetching import hub
 from clip_base.weights.load import find, load_clip
 from clip_base.weights.native import save_clip
 

@@ -13,7 +13,7 @@ from clip_base.models.clip import CLIP, to_openai_names
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.hashing import file_hash
-from clip_base.weights import download
+from clip_base.weights.fetching import download
 from clip_base.weights.inspect import InspectConfig, inspect
 from clip_base.weights.load import load_clip
 from clip_base.weights.native import save_clip

@@ -12,8 +12,8 @@ import pytest
 
 from clip_base.models import zoo
 from clip_base.runtime.errors import InputError
-from clip_base.weights import download as downloads
-from clip_base.weights.download import FILES, Published, download
+from clip_base.weights.fetching import download as downloads
+from clip_base.weights.fetching.download import FILES, Published, download
 from clip_base.weights.load import find
 
 CONTENT = np.random.default_rng(0).bytes(900_000)

@@ -12,7 +12,8 @@ from clip_base.jobs import config as configs
 from clip_base.models import zoo
 from clip_base.models.clip import CLIP
 from clip_base.runtime.errors import InputError
-from clip_base.weights import download, infer_config
+from clip_base.weights import infer_config
+from clip_base.weights.fetching import download
 from clip_base.weights.load import find
 from regionclip.checkpoints.formats import recognize
 from regionclip.checkpoints.load import SETTINGS
@@ -47,7 +48,7 @@ def test_published_names_say_where_their_files_go(
     monkeypatch.setenv("CLIP_BASE_CACHE", str(tmp_path))
     with pytest.raises(
         InputError,
-        match=r"can only be downloaded with a browser: get rpn/rpn_coco_48\.pth from https://drive\.",
+        match=r"it is missing .*; get rpn/rpn_coco_48\.pth from https://drive\..* with a browser",
     ) as told:
         find("rpn_coco_48")
     assert str(tmp_path / "rpn" / "rpn_coco_48.pth") in str(told.value)

@@ -13,7 +13,7 @@ from clip_base.jobs.cli import main
 from clip_base.models.clip import CLIP
 from clip_base.runtime.files import read_json
 from clip_base.runtime.hashing import content_hash, file_hash
-from clip_base.weights import download
+from clip_base.weights.fetching import download
 from clip_base.weights.native import read_weights, save_clip
 
 Command = Callable[..., tuple[int, str]]

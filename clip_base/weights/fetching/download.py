@@ -9,15 +9,12 @@ the checksum is the folder of each file. Other packages declare tables of theirs
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import os
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +23,8 @@ from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import make_folder
 from clip_base.runtime.hashing import file_hash
 from clip_base.runtime.progress import Progress
+from clip_base.weights.fetching import drive
+from clip_base.weights.fetching.published import Published, alone, length
 
 GROUP = "clip_base.published"
 _BASE = "https://openaipublic.azureedge.net/clip/models"
@@ -34,29 +33,6 @@ _CHUNK = 1 << 18
 _ATTEMPTS = 4  # in a row that bring nothing new
 _PAUSE = 1.0  # seconds before the second attempt; doubled each time
 _TIMEOUT = 30.0  # seconds without a byte
-
-
-@dataclass(frozen=True)
-class Published:
-    """One published file.
-
-    Attributes:
-        url: its address.
-        sha256: of its content, in hex; "" when its publishers do not say it.
-        size: in bytes; 0 when it is not known.
-        page: where people find it when programs cannot fetch it; then `url` is only the file's path among
-            what that page offers.
-    """
-
-    url: str
-    sha256: str = ""
-    size: int = 0
-    page: str = ""
-
-    @property
-    def name(self) -> str:
-        """The file's own name."""
-        return self.url.rpartition("/")[2]
 
 
 def _file(name: str, sha256: str, size: int) -> Published:
@@ -113,27 +89,7 @@ def fetch(name: str, folder: str | Path | None = None) -> Path:
     if name not in known:
         raise InputError(f"{name!r} is not a published file; {plugins.did_you_mean(name, list(known))}")
     folder = Path(folder) if folder is not None else cache_folder()
-    return _by_hand(known[name], folder) if known[name].page else download(known[name], folder)
-
-
-def _by_hand(file: Published, folder: Path) -> Path:
-    """Returns where a file lies that only people can fetch, with its page's folders or without."""
-    target = folder / file.url
-    for place in (target, folder / file.name):
-        if place.is_file():
-            if not file.sha256:
-                print(
-                    f"note: {place} cannot be verified because its publishers give no checksum",
-                    file=sys.stderr,
-                )
-            elif file_hash(place) != file.sha256:
-                raise InputError(f"{place} is not the published file: its sha256 is not {file.sha256}")
-            return place
-    raise InputError(
-        f"{file.name} is missing and can only be downloaded with a browser: get {file.url} from {file.page} "
-        f"and put it at {target}, or set CLIP_BASE_CACHE to its folder"
-        + ("" if file.sha256 else " (its publishers give no checksum, so that it cannot be verified)")
-    )
+    return drive.fetch(known[name], folder) if known[name].page else download(known[name], folder)
 
 
 def recognize(sha256: str) -> str | None:
@@ -160,7 +116,7 @@ def download(file: Published, folder: Path, timeout: float = _TIMEOUT, pause: fl
     target, part = folder / file.name, folder / f"{file.name}.part"
     try:
         make_folder(folder)
-        with _alone(folder / f".{file.name}.lock"):
+        with alone(folder / f".{file.name}.lock"):
             if target.is_file():
                 if file_hash(target) == file.sha256:
                     return target
@@ -179,9 +135,9 @@ def download(file: Published, folder: Path, timeout: float = _TIMEOUT, pause: fl
 def _receive(file: Published, part: Path, timeout: float, pause: float) -> None:
     """Makes `part` as long as the server's file; resumes after cuts and stalls while bytes arrive."""
     fruitless = 0
-    with Progress(f"{file.name} (MiB)", -(-file.size // _MIB) or None, _length(part) // _MIB) as progress:
+    with Progress(f"{file.name} (MiB)", -(-file.size // _MIB) or None, length(part) // _MIB) as progress:
         while True:
-            before = _length(part)
+            before = length(part)
             try:
                 if _receive_once(file, part, timeout, progress):
                     return
@@ -192,7 +148,7 @@ def _receive(file: Published, part: Path, timeout: float, pause: float) -> None:
                 fault = error
             except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
                 fault = error
-            fruitless = 0 if _length(part) > before else fruitless + 1
+            fruitless = 0 if length(part) > before else fruitless + 1
             if fruitless >= _ATTEMPTS:
                 raise fault
             time.sleep(pause * 2**fruitless / 2)
@@ -200,7 +156,7 @@ def _receive(file: Published, part: Path, timeout: float, pause: float) -> None:
 
 def _receive_once(file: Published, part: Path, timeout: float, progress: Progress) -> bool:
     """Makes one request and appends what arrives; returns whether the file is whole now."""
-    start = _length(part)
+    start = length(part)
     request = urllib.request.Request(file.url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         answer = urllib.request.urlopen(request, timeout=timeout)
@@ -216,7 +172,7 @@ def _receive_once(file: Published, part: Path, timeout: float, progress: Progres
         with part.open("r+b" if start else "wb") as out:
             out.seek(start)
             _copy(answer, out, progress)
-    return _length(part) >= total if total else True
+    return length(part) >= total if total else True
 
 
 def _continues(answer: Any, start: int) -> bool:
@@ -227,23 +183,6 @@ def _copy(answer: Any, out: IO[bytes], progress: Progress) -> None:
     while chunk := answer.read1(_CHUNK):
         out.write(chunk)
         progress.advance(out.tell() // _MIB - progress.done)
-
-
-def _length(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Lets one process at a time in, where the system has file locks; the lock ends with the process."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl  # noqa: PLC0415 (not everywhere)
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _reason(error: Exception) -> str:

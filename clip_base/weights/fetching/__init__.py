@@ -1,0 +1,1 @@
+"""Where published weights are, and how they get here: a server, a shared folder, the Hugging Face hub."""

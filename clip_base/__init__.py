@@ -1,4 +1,4 @@
-"""CLIP, complete: towers, tokenizer, weights in every published form, training and evaluation.
+"""A complete CLIP: towers, tokenizer, weights in all published formats, training and evaluation.
 
     model, preprocess = clip_base.load("ViT-B/32")
     tokens = clip_base.tokenize(["a cat", "a dog"])

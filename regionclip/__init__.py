@@ -1,4 +1,4 @@
-"""Regions of images and their names: mining, pretraining, open-vocabulary detection.
+"""Region-text mining, region pretraining and open-vocabulary detection.
 
     predictor = regionclip.load("detector.safetensors", vocabulary=["cat", "dog"])
     detections = predictor.detect("photo.jpg")            # boxes in pixels of the image

@@ -1,4 +1,4 @@
-"""What is installed, what this machine computes with, and what is missing: `regionclip doctor`."""
+"""The job `doctor`: installed and missing packages, device and precision."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class CheckResult:
 
 
 def doctor(config: DoctorConfig) -> None:
-    """Shows versions, device, precision and optional parts; fails when a needed one is missing."""
+    """Shows versions, device, precision and optional parts; fails if a required one is missing."""
     sections = {
         "needed packages": list(packages()),
         "this machine": list(machine()),

@@ -1,1 +1,1 @@
-"""Where image-text pairs come from: readers of what people have, and a synthetic dataset for others."""
+"""Sources of image-text pairs, COCO files, annotation formats, batches and the data loader."""

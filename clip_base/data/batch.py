@@ -1,4 +1,4 @@
-"""What a training or inference step receives: small frozen dataclasses, checked when they are made."""
+"""Inputs of a training or inference step: small frozen dataclasses, validated on construction."""
 
 # B images, H and W the padded height and width, T token positions
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Entries of COCO's JSON files, checked in one place for every reader of both packages.
+"""Entries of COCO's JSON files, validated in one place for all readers of both packages.
 
 Files in the wild write numbers as texts and as fractions: `"id": "7"`, `"image_id": 7.0`, `"iscrowd": "0"`.
 What has one meaning is taken for it, in all entries alike, so that ids still meet; everything else is an

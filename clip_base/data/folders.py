@@ -1,4 +1,4 @@
-"""A folder of pairs: each image beside a text file of the same stem."""
+"""A folder of pairs: each image next to a text file with the same stem."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FolderSource:
         self.config = config
 
     def pairs(self) -> Pairs:
-        """Returns one pair an image, sorted by path; texts are read when a pair is drawn."""
+        """Returns one pair per image, sorted by path; texts are read when a pair is sampled."""
         return Beside(list_images(self.config.folder, "folder"), self.config)
 
 

@@ -1,4 +1,4 @@
-"""Batches whose order is a function of seed and step alone, so that a run can resume at the next sample."""
+"""Batches whose order depends only on seed and step, so that a run can resume at the next sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several sources as one, each with a weight."""
+"""Several weighted sources, combined into one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order in which an epoch shows its samples: a function of a generator's seed, and of weights."""
+"""The order of samples in an epoch, from a generator's seed and optional weights."""
 
 # N samples, E positions in an epoch
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where image-text pairs come from. A source is a part: a class of one config with `pairs()`."""
+"""Sources of image-text pairs. A source is a plugin: a class with one config and `pairs()`."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ class WebdatasetSource:
         self.config = config
 
     def pairs(self) -> Pairs:
-        """Returns one pair a record; texts are read when a pair is drawn."""
+        """Returns one pair per record; texts are read when a pair is sampled."""
         return Records(expand(self.config.shards), self.config)
 
 

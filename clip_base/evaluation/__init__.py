@@ -1,1 +1,1 @@
-"""What a CLIP can do without training on the task: zero-shot classification and its prompts."""
+"""Zero-shot classification, retrieval and linear probe, with their prompts and datasets."""

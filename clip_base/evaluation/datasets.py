@@ -1,4 +1,4 @@
-"""Images with a class each: what is evaluated on, and how it is read."""
+"""Datasets of the evaluation jobs: images with classes or captions, and how they are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image features for the evaluation jobs, kept between runs."""
+"""Image features for the evaluation jobs, cached between runs."""
 
 # N images, K usable ones, R resolution, C channels of the feature
 from __future__ import annotations

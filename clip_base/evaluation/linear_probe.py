@@ -97,7 +97,7 @@ class Fits:
 
 
 def linear_probe(config: LinearProbeConfig) -> None:
-    """Fits a linear classifier to frozen features; leaves metrics.json, per_class.csv, few_shot.csv."""
+    """Fits a linear classifier to frozen features; writes metrics.json, per_class.csv, few_shot.csv."""
     inputs = annotation_inputs(config, "train_annotations", "test_annotations")
     inputs |= weight_files(config, "weights")
     run = RunFolder(config.out, config, "linear-probe", inputs)

@@ -1,4 +1,4 @@
-"""Prompt templates, and the one ensemble that makes directions of class names."""
+"""Prompt templates, and the prompt ensemble that embeds class names."""
 
 # C classes, K templates, D embedding size
 from __future__ import annotations

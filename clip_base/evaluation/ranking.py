@@ -1,4 +1,4 @@
-"""How many wrong answers come before the right one: the one rule behind every top-k, R@k and probe.
+"""Ranks of correct answers: the one rule for every top-k, R@k and linear probe.
 
 A wrong answer that scores the same as the right one counts as before it: a model whose embeddings are all
 alike knows nothing, and two classes of one name cannot be told apart.

@@ -52,7 +52,7 @@ class RetrievalConfig(FeatureConfig):
 
 
 def retrieval(config: RetrievalConfig) -> None:
-    """Finds captions by image and images by caption; leaves metrics.json, per_query.csv and skipped.jsonl."""
+    """Evaluates image-text retrieval both ways; writes metrics.json, per_query.csv and skipped.jsonl."""
     inputs = {**weight_files(config, "weights"), **files_of(config, "captions")}
     run = RunFolder(config.out, config, "retrieval", inputs)
     done = run.finished()

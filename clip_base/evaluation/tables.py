@@ -1,4 +1,4 @@
-"""Figures over all images and over each class, as CSV and on the screen."""
+"""Tables of metrics over all images and per class, as CSV and in the terminal."""
 
 # N images, C classes
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The job `zeroshot`: images into classes known by their names alone (arXiv 2103.00020, section 3.1)."""
+"""The job `zeroshot`: classification of images by class names alone (arXiv 2103.00020, section 3.1)."""
 
 # C classes, D embedding size
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ZeroshotConfig(FeatureConfig):
 
 
 def zeroshot(config: ZeroshotConfig) -> None:
-    """Classifies images by class names alone; leaves metrics.json, per_class.csv and skipped.jsonl."""
+    """Classifies images by class names alone; writes metrics.json, per_class.csv and skipped.jsonl."""
     inputs = {**weight_files(config, "weights"), **annotation_inputs(config, "annotations")}
     inputs |= files_of(config, "names", "templates")
     run = RunFolder(config.out, config, "zeroshot", inputs)

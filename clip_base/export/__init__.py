@@ -1,1 +1,1 @@
-"""CLIP in other programs: converted weights, tokenizer files, graphs."""
+"""Export of CLIP to other programs: converted weights, tokenizer files, graphs."""

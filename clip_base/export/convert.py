@@ -47,7 +47,7 @@ class ConvertConfig(WeightsFile):
 
 
 def convert(config: ConvertConfig) -> None:
-    """Reads weights in any known format and writes them as ours, open_clip's, Hugging Face's or another's."""
+    """Converts weights from any known format to ours, open_clip's, Hugging Face's or another."""
     out, path = Path(config.out), find(config.file)
     if out.exists() and out.resolve() == path.resolve():
         raise InputError(f"out={out} is the input file; give another path")

@@ -1,4 +1,4 @@
-"""Models as files that run without their Python: ONNX, and PyTorch's exported programs (`.pt2`).
+"""Models as files that run without this code: ONNX, and PyTorch's exported programs (`.pt2`).
 
 One trace serves both. A file takes its place only after it was loaded back and gave the module's own numbers.
 """

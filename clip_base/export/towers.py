@@ -67,7 +67,7 @@ def export(config: ExportConfig) -> None:
 
 
 class ImageGraph(nn.Module):
-    """Pictures to embeddings, as they come: the tower's normalization is part of it."""
+    """From images to embeddings; the tower's normalization is part of the graph."""
 
     def __init__(self, model: CLIP) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""Images and videos: decoding, forms in memory, preprocessing."""
+"""Images and videos: decoding, input types, preprocessing."""

@@ -1,4 +1,4 @@
-"""Images from files, and the numbers CLIP's towers expect them as."""
+"""Decoding of image files, and the normalized pixels that CLIP's towers expect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which image files a folder holds: one rule for every job, and what is left out is counted."""
+"""Listing of image files in a folder, with one rule for all jobs; ignored files are counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images as people have them, files or in memory, as [H, W, 3] uint8 RGB; large ones at a reduced size."""
+"""Images given as files or in memory, as [H, W, 3] uint8 RGB; large ones at reduced size."""
 
 # H, W height and width
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The way an image lies: as its pixels are stored, or as its EXIF orientation shows it.
+"""Orientation of images: as stored, or rotated by their EXIF orientation.
 
 A camera may store an image on its side or upside down with a note that says how to turn it. Annotations made
 from the raw pixels are in the stored frame, those of tools that show images upright in the turned one. One

@@ -1,4 +1,4 @@
-"""What the published models saw at their evaluation: a PIL image as a square tensor."""
+"""Preprocessing of the published models in evaluation: from a PIL image to a square tensor."""
 
 from __future__ import annotations
 

@@ -222,8 +222,8 @@ def _overview(program: str, jobs: dict[str, Any]) -> str:
     shell = shell if shell in completions.SHELLS else completions.SHELLS[0]
     lines += [
         "",
-        f"`{program} JOB --help` lists a job's options; key=value and --key value are the same thing.",
-        f"`{program} {CONFIGS}` lists config files that come along; `{program} --version` tells the version.",
+        f"`{program} JOB --help` lists a job's options; key=value and --key value are the same.",
+        f"`{program} {CONFIGS}` lists the included config files; `{program} --version` shows the version.",
         f"TAB completes jobs, options and values after `{completions.how(program, shell)}` "
         f"(or {', '.join(other for other in completions.SHELLS if other != shell)}).",
     ]

@@ -1,4 +1,4 @@
-"""What may stand next on the command line, for the shells' TAB: `eval "$(regionclip completion bash)"`.
+"""Completion of the command line in shells: `eval "$(regionclip completion bash)"`.
 
 The shell hands the words so far to `PROGRAM completion --words …` and gets a line for each word that may
 take the place of the last one, with its meaning behind a tab; the line `:files` says that files may too.

@@ -1,4 +1,4 @@
-"""The options that say how a job computes, which many jobs share."""
+"""Compute options that many jobs share: device, precision, batch size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job has found so far, line by line, so that a stopped run resumes and memory does not grow."""
+"""A log of a job's results so far, so that a stopped run resumes and memory does not grow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job's output folder: which run it holds, its log, its metrics.
+"""A job's output folder: its run, log and metrics.
 
 Every job leaves `config.yaml` (resolved; itself a valid config file), `log.jsonl` (one line per step) and,
 when it has ended well, `metrics.json`; of several processes the first writes them. The same command on a

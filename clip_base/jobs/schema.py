@@ -1,4 +1,4 @@
-"""What a job or a plugin says of itself: its docstring and its options, read from the real dataclass.
+"""Descriptions of jobs and plugins: docstrings and options, read from the dataclasses and cached.
 
 Reading them imports the module that holds it, and with it PyTorch and the like. So they are kept in a file of
 the user's cache folder, and `--help` and the shell's completion import nothing the second time. The file

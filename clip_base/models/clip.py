@@ -1,4 +1,4 @@
-"""CLIP: a vision tower and a text tower into one space (arXiv 2103.00020)."""
+"""CLIP: a vision tower and a text tower with a shared embedding space (arXiv 2103.00020)."""
 
 # B images, N texts, T token positions, D embedding size
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Position embeddings for another grid than the one they were trained on."""
+"""Interpolation of position embeddings to another grid."""
 
 # S side of the trained grid, C channels
 from __future__ import annotations

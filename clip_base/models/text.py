@@ -1,4 +1,4 @@
-"""CLIP's text tower: token ids to one embedding a text."""
+"""CLIP's text tower: from token ids to one embedding per text."""
 
 # B texts, T token positions, C channels, D embedding size
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The transformer that both towers share, written for speed with the published parameter names.
+"""The transformer of both towers, optimized for speed, with the published parameter names.
 
 Two identities save most of the time against a plain rendering; both are exact up to rounding.
 

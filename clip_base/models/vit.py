@@ -1,4 +1,4 @@
-"""CLIP's vision transformer: one embedding an image, or a dense map of its patches."""
+"""CLIP's vision transformer: one embedding per image, or a dense map of patch embeddings."""
 
 # B images, G = h · w patches, C channels of a token, D embedding size, p side of a patch in pixels
 from __future__ import annotations

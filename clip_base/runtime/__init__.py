@@ -1,1 +1,1 @@
-"""What every other part stands on: reading and writing files, errors."""
+"""Basics of all other parts: files, errors, progress, devices, processes."""

@@ -1,4 +1,4 @@
-"""Everything that passes between the processes of one run: starting, gathering, wrapping, agreeing.
+"""All communication between the processes of a distributed run.
 
 `torchrun --nproc-per-node=8 $(which clip-base) pretrain …` starts one process a GPU (nccl); without a GPU the
 processes talk through gloo. Process r of W, its rank, computes rows r·b … (r+1)·b of every batch of W·b. In a

@@ -1,4 +1,4 @@
-"""The kinds of errors and notes that a person who types a command should ever read."""
+"""Errors and notes that are shown to the user of a command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading what people give and writing what must survive a kill: every file appears whole or not at all."""
+"""Reading of user files, and atomic writing: a file appears complete or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Large JSON files entry by entry: what memory holds does not grow with the file."""
+"""Large JSON files, read entry by entry; memory does not grow with the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names that a package looks up when they are first used, so that importing the package loads no PyTorch."""
+"""Lazy imports of a package's public names, so that importing the package does not load PyTorch."""
 
 from __future__ import annotations
 

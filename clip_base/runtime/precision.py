@@ -1,4 +1,4 @@
-"""Where a computation runs and in which precision."""
+"""Device and precision of a computation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress on what takes more than a few seconds: a bar in a terminal, a line every ten seconds in a log."""
+"""Progress of longer work: a bar in a terminal, a line every ten seconds in a log."""
 
 from __future__ import annotations
 

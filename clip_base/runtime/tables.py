@@ -1,4 +1,4 @@
-"""Tables, YAML and lists of classes as people write them: one function opens each, whoever reads it."""
+"""User-written tables, YAML files and class lists, each opened by one function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work over several processes: on this machine, or on the machines of a Ray cluster.
+"""Parallel work in several processes, on this machine or on a Ray cluster.
 
 Work is a function of a task alone, so that its results are the same whichever process does it. The executors
 differ in where the processes are:

@@ -1,4 +1,4 @@
-"""English captions of drawn scenes: varied in form, true in every word, silent about some things."""
+"""English captions of generated scenes: varied, true, and incomplete."""
 
 from __future__ import annotations
 

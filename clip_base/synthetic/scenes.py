@@ -88,7 +88,7 @@ class ScenesConfig:
 
 
 def generate(config: ScenesConfig) -> None:
-    """Generates the dataset; resumes a killed run, and returns at once when all is there.
+    """Generates a synthetic dataset of captioned images; a stopped run resumes.
 
     Raises:
         InputError: `out` has another dataset, or one that another version of this job generated.

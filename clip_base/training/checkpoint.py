@@ -1,4 +1,4 @@
-"""Training checkpoints: one folder per step, whole or absent.
+"""Training checkpoints: one folder per step, complete or absent.
 
 `checkpoints/00000500/model.safetensors` has the task's weights, `training.pt` next to it the optimizer, the
 random states and everything else that the loop needs to resume bit for bit. The folder is written under a

@@ -1,4 +1,4 @@
-"""An exponential moving average of a task's weights: steadier than those of the last step."""
+"""Exponential moving average of a task's weights."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class PairEmbeddings:
 
 @dataclass
 class ContrastiveConfig:
-    """The contrastive loss has no options of its own."""
+    """The contrastive loss has no options."""
 
 
 class Contrastive(nn.Module):

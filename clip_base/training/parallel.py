@@ -1,4 +1,4 @@
-"""A task whose gradients are averaged over the processes of a run: DDP, FSDP2, sharded tensors made whole."""
+"""Distributed training of a task with DDP or FSDP2, and gathering of sharded tensors."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def make_task(config: PretrainConfig, model: CLIP) -> ContrastiveTask:
 
 
 def pretrain(config: PretrainConfig) -> None:
-    """Trains a CLIP on image-text pairs; leaves `out/model.safetensors`.
+    """Trains a CLIP on image-text pairs; writes `out/model.safetensors`.
 
     With `train.ema` those are the averaged weights, and `out/model_raw.safetensors` holds the last step's.
     """

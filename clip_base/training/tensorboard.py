@@ -1,4 +1,4 @@
-"""Figures of a run for TensorBoard."""
+"""Logging to TensorBoard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Retrieval and zero-shot classification measured while a CLIP is being trained."""
+"""Evaluation of retrieval and zero-shot classification during training."""
 
 # N images, M texts, D embedding size, R resolution
 from __future__ import annotations

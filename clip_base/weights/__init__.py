@@ -1,1 +1,1 @@
-"""Weights in files: our own form (`native`), the published ones (`reading`), and how to get them (`load`)."""
+"""Weights files: our own format (`native`), published ones (`reading`), and loading by name (`load`)."""

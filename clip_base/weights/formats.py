@@ -1,4 +1,4 @@
-"""Forms of weights files that other packages know, found by entry point.
+"""Weights formats of other packages, found by entry point.
 
     [project.entry-points."clip_base.formats"]
     regionclip = "regionclip.checkpoints.convert:content_with_readers"

@@ -1,4 +1,4 @@
-"""Sizes of a CLIP from the shapes of its tensors, and from the configs that others put beside weights."""
+"""Inference of a CLIP's sizes from tensor shapes and from config files next to the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The job `inspect`: what a weights file is, and whether it is whole."""
+"""The job `inspect`: what a weights file contains, and whether it is complete."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class InspectConfig(WeightsFile):
 
 
 def inspect(config: InspectConfig) -> None:
-    """Shows what a weights file is: form, towers, parameters; fails unless it is known and whole."""
+    """Shows the content of a weights file: format, towers, parameters; fails unless known and complete."""
     path = find(config.file)
     other = _metadata_of_another_form(path)
     if other is not None:

@@ -1,4 +1,4 @@
-"""Names of the same tensors elsewhere: wrappers, prefixes, openai/CLIP's and open_clip's, Hugging Face's."""
+"""Tensor names of openai/CLIP, open_clip and Hugging Face, and of wrappers, mapped to ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our own form: safetensors whose metadata holds the sizes, so that a file loads by itself."""
+"""Our own format: safetensors with the sizes in the metadata, so that a file needs no config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One reader for every form in which a CLIP comes: it looks at the file and says what it found."""
+"""The reader of all CLIP formats: it recognizes the format from the file's content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights out of PyTorch's pickled files without running anything that is in them.
+"""Weights from PyTorch's pickled files, read without executing anything in them.
 
 A pickle is a program; what it can call is decided by the reader. State dicts go through `torch.load` with
 `weights_only=True`. TorchScript archives, which `torch.load` leaves to an interpreter for the code inside,

@@ -1,1 +1,1 @@
-"""RegionCLIP's published files (arXiv 2112.09106): what is in them, and the same in our forms and back."""
+"""RegionCLIP's published files (arXiv 2112.09106): reading, and conversion to our formats and back."""

@@ -1,4 +1,4 @@
-"""Our files as RegionCLIP's or plain detectron2 checkpoints, and theirs as ours: for `clip-base convert`."""
+"""Conversion between our files and RegionCLIP's or detectron2's, for `clip-base convert`."""
 
 # C names, D embedding size
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each tensor of a RegionCLIP file is: used here, or not needed for a reason; anything else is an error.
+"""The purpose of each tensor of a RegionCLIP file: used, or not needed; any other tensor is an error.
 
 The names are those of the modules in github.com/microsoft/RegionCLIP, which saves detectron2 checkpoints:
 `backbone.*` is the image tower, `lang_encoder.*` the text tower, `roi_heads.box_predictor.*` what names and

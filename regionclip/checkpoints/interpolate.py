@@ -1,4 +1,4 @@
-"""Weights between two models: what one knew, and what the other has learned (WiSE-FT, arXiv 2109.01903)."""
+"""The job `interpolate`: weights between two models (WiSE-FT, arXiv 2109.01903)."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def region_head_of(first: Weights, second: Weights) -> dict[str, str]:
 
 
 def interpolate(config: InterpolateConfig) -> None:
-    """Writes weights between two CLIPs, two detectors, or a CLIP and the detector trained from it."""
+    """Interpolates the weights of two CLIPs, two detectors, or a CLIP and the detector trained from it."""
     first, second = read(config.first), read(config.second)
     out = Path(config.out)
     one = len(config.alpha) == 1

@@ -1,4 +1,4 @@
-"""Which things captions talk about: counted noun phrases, cut by frequency, make the pool of concepts.
+"""The job `concepts`: counts noun phrases of captions and writes the pool of frequent concepts.
 
     regionclip concepts captions=captions_train.json min_count=100 out=concepts.jsonl classes=[coco65]
 

@@ -1,4 +1,4 @@
-"""Phrases of captions on disk, so that a caption is parsed once: in a killed job, and in the next one."""
+"""A cache of caption phrases on disk, so that each caption is parsed only once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Noun phrases of captions, made into concepts: "two red umbrellas" names the concept "red umbrella".
+"""Noun phrases of captions, normalized to concepts: "two red umbrellas" names the concept "red umbrella".
 
 A phrase is one of spaCy's base noun chunks, cut at its head noun and freed of what does not describe the
 thing: determiners, pronouns, numbers standing alone, words of quantity. The head is lemmatised. Words that

@@ -1,4 +1,4 @@
-"""Names of the same thing: a class's synonyms, its forms in captions, and which concepts are one."""
+"""Synonyms: alternative class names, their forms in captions, and groups of equal concepts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images with boxes, from annotations in COCO's instances form: checked, counted and kept flat.
+"""Images with boxes, from COCO instance annotations: validated, counted and stored as flat tensors.
 
 What is wrong with single entries (a box of no area, one outside its image, one of an unknown category, an
 annotation that stands twice, an image that is listed twice, an image that is missing) is left out and

@@ -1,4 +1,4 @@
-"""Boxes that were written in another form than COCO's x, y, width, height: what gives them away."""
+"""Detection of boxes in another format than COCO's x, y, width, height."""
 
 # N boxes
 from __future__ import annotations

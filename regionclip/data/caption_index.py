@@ -1,4 +1,4 @@
-"""The images of a captions file on disk, in the order of their ids: any part is read without the rest."""
+"""An index of a captions file on disk, by image id, of which any part can be read."""
 
 from __future__ import annotations
 

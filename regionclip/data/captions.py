@@ -1,4 +1,4 @@
-"""Captions alone, from whatever file people keep them in; the images need not be there."""
+"""Captions without images, from JSON, JSON Lines, CSV, TSV or text files."""
 
 from __future__ import annotations
 

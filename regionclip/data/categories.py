@@ -1,4 +1,4 @@
-"""Class lists as people give them: typed, by a published list's name, or in a file."""
+"""Class lists: typed, named (coco, lvis) or in a file; splits of base and novel categories."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""COCO's instances and results as detection needs them, on top of `clip_base.data.coco`."""
+"""COCO instances and results for detection, on top of `clip_base.data.coco`."""
 
 # N annotations
 from __future__ import annotations

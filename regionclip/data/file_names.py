@@ -1,4 +1,4 @@
-"""Images found by their file names, however much of the path a file states."""
+"""Lookup of images by file name, with any part of the path."""
 
 from __future__ import annotations
 

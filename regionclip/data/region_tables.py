@@ -1,4 +1,4 @@
-"""Tables of regions in Parquet: what their columns hold, checked when they are read.
+"""Validation of Parquet tables of regions.
 
 A table that another program wrote, or that was damaged, may hold boxes of NaN, probabilities of 7 or lists of
 unequal length; they would go through training and come out in exports.

@@ -1,4 +1,4 @@
-"""Results in COCO's format: entries checked; images and categories found by name where they have names."""
+"""Results in COCO's format: validated entries; images and categories are found by name if they have names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our detector's parts inside detectron2's registries; importing this package registers them.
+"""Our detector as components of detectron2; importing this package registers them.
 
 Backbone `ClipBackbone`, proposal generator `RegionProposals`, RoI heads `OpenVocabularyROIHeads` and
 meta-architecture `OpenVocabularyRCNN` hold the modules of `clip_base` and `regionclip` and hand detectron2's

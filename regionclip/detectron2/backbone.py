@@ -1,4 +1,4 @@
-"""Our weights as detectron2's parts hold them: the tower cut where regions enter, and put together again.
+"""Our weights in detectron2's components: the tower split into trunk and head, and joined again.
 
 As in detectron2's C4 models the backbone ends where the RoI heads begin: stem to layer3 belong to the
 backbone, layer4 and the attention pool to the RoI heads, with the text tower that makes the classifier.

@@ -106,7 +106,7 @@ class OpenVocabularyDataset:
 def register_dataset(
     name: str, annotations: str | Path, images: str | Path, split: str, part: str = "all"
 ) -> None:
-    """Registers a dataset of one's own.
+    """Registers a dataset.
 
     Args:
         name: in detectron2's catalogs.

@@ -1,4 +1,4 @@
-"""The options that detectron2's configs get, and where its own keys say what ours mean.
+"""Options added to detectron2's configs, and the mapping of its own keys to our options.
 
 What detectron2 has a key for is set by that key; MODEL.REGIONCLIP holds the rest, with the meaning and the
 default that the options of `regionclip train-detector` have. A key of what detectron2's own parts do and ours

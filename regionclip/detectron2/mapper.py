@@ -1,4 +1,4 @@
-"""Dataset dicts to model inputs by our own resizing, so that both ways of training see the same pixels."""
+"""From dataset dicts to model inputs with our resizing, so that both trainings see the same pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our flat structures and detectron2's lists of instances, one into the other."""
+"""Conversion between our flat structures and detectron2's Instances."""
 
 # B images, N regions or boxes in all
 from __future__ import annotations

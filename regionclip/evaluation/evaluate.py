@@ -1,4 +1,4 @@
-"""The evaluation job: a results file, or weights over true boxes or proposals; novel, base, all."""
+"""The job `evaluate`: a results file, or weights on ground-truth boxes or proposals; novel, base, all."""
 
 # n boxes of one image, C names of the split
 from __future__ import annotations
@@ -129,7 +129,7 @@ class EvaluateConfig(AnnotatedImages, DetectorOptions):
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Measures detections: AP of novel, base and all classes, and with true boxes top-1 and top-5."""
+    """Evaluates detections: AP of novel, base and all classes; for ground-truth boxes top-1 and top-5."""
     files = ("results", "results_categories", "boxes", "split", "embeddings", "proposer")
     inputs = annotation_inputs(config, "annotations") | files_of(config, *files)
     inputs |= weight_files(config, "weights", "text_weights")

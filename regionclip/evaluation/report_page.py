@@ -1,4 +1,4 @@
-"""The evaluation's page: curves, confusions, and the best, worst and missed detections as images."""
+"""The evaluation report: curves, confusions, and correct, false and missed detections as images."""
 
 # C names, N detections, O objects of all images; T, R, K, A as in `regionclip.metrics.coco_api`
 from __future__ import annotations

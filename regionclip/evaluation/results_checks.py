@@ -1,4 +1,4 @@
-"""Signs that a results file means something else than it says: boxes of another form, another class order."""
+"""Plausibility checks of a results file: boxes in another format, another order of classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Boxes from one format into another: annotations of any known format, or detections.
+"""The job `convert-data`: annotations or detections from one format to another.
 
 regionclip convert-data annotations=instances.json images=images format=yolo out=dataset
 """
@@ -43,7 +43,7 @@ class ConvertDataConfig:
 
 
 def convert_data(config: ConvertDataConfig) -> None:
-    """Writes annotations, or detections in their images, in the format of another program."""
+    """Converts annotations, or detections in their images, to the format of another program."""
     existing(config.images, "images folder")
     dataset = CocoDetection(config.annotations, config.images)
     print(dataset.report())

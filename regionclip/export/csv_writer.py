@@ -1,4 +1,4 @@
-"""Label writer of a table: one row per box."""
+"""Label writer for CSV: one row per box."""
 
 from __future__ import annotations
 

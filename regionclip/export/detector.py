@@ -1,4 +1,4 @@
-"""A detector as an ONNX file, or a PyTorch program, that needs no code of ours.
+"""The job `export-detector`: a detector as an ONNX file or PyTorch program that needs none of this code.
 
 regionclip export-detector model.safetensors vocabulary="cat, dog" out=exported
 """

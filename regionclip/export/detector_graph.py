@@ -1,4 +1,4 @@
-"""A detector as one graph of tensors, from an image's pixels to boxes, scores and labels.
+"""A detector as a single graph, from an image's pixels to boxes, scores and labels.
 
 What `Detector.detect_batch` does for one image, in a form that can be traced: as many proposals for every
 image (some of them empty), and suppression in a fixed number of steps. It calls the detector's own parts.

@@ -1,4 +1,4 @@
-"""Mined regions as training data for any detector: COCO annotations, YOLO's text files, a FiftyOne folder.
+"""The job `export`: mined regions as training data for other detectors.
 
 regionclip export mined=runs/mined out=pseudo/instances.json classes=[coco65] min_probability=0.5
 """
@@ -82,7 +82,7 @@ class Categories:
 
 
 def export(config: ExportConfig) -> None:
-    """Writes mined regions as COCO annotations, YOLO labels or a FiftyOne folder, to train on or look at."""
+    """Writes mined regions as COCO annotations, YOLO labels or a FiftyOne folder, for training or viewing."""
     manifest = read_manifest(config.mined)
     options = {key: value for key, value in asdict(config).items() if key != "out"}
     made = {

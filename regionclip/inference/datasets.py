@@ -1,4 +1,4 @@
-"""Detections as a dataset that another program trains on: a folder labeled automatically."""
+"""Detections as a labeled dataset for training another detector."""
 
 # N boxes of an image
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Detection by name in images and videos: boxes drawn, and the detections as COCO's JSON and as a table."""
+"""The job `detect`: detection by name in images and videos."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Source:
 
 
 def detect(config: DetectConfig) -> None:
-    """Looks for named things in images and videos; draws boxes, writes detections.json and detections.csv.
+    """Detects things by name in images and videos; draws boxes, writes detections.json and detections.csv.
 
     Images that could not be read are named in skipped.jsonl, too. Stopped, the same command resumes behind
     the last batch of images, or video, that was done. A run that has ended is done anew.

@@ -1,4 +1,4 @@
-"""Embeddings of the regions of many images, in batches: what to search, cluster or train with; restartable.
+"""The job `features`: embeddings of the regions of many images, for search, clustering or training.
 
 Images are described in shards, in the order of the list. A shard depends on the options and on its images
 alone, so that interruptions and numbers of processes change nothing about the files.
@@ -37,7 +37,7 @@ BOXES = ".boxes.parquet"
 
 
 def features(config: FeaturesConfig) -> None:
-    """Embeds the regions of many images, in batches, into Parquet or npz files; a stopped run resumes."""
+    """Embeds the regions of many images and writes Parquet or npz files; a stopped run resumes."""
     files = [] if config.annotations else picture_files(config.images)
     inputs: Inputs = {**config.inputs(), "list of images": text_hash(files)}
     folder = RunFolder(config.out, config, "region-features", inputs)

@@ -1,4 +1,4 @@
-"""Describing one shard of images after another: regions, their embeddings, their names."""
+"""Extraction of region features, shard by shard: regions, embeddings, names."""
 
 # B images of a batch, N regions of a batch, n regions of one image, D embedding size
 from __future__ import annotations

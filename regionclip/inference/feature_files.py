@@ -1,4 +1,4 @@
-"""Embeddings of regions on disk: Parquet with one row per region, or an .npz file an image."""
+"""Files of region embeddings: Parquet with one row per region, or one .npz file per image."""
 
 # n regions of one image, N regions of a file, D embedding size, K names a region
 from __future__ import annotations

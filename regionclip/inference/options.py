@@ -1,4 +1,4 @@
-"""The options of every job that uses a detector, and the detector they mean."""
+"""Options shared by all jobs that use a detector, and loading of that detector."""
 
 from __future__ import annotations
 

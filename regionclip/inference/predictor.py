@@ -1,4 +1,4 @@
-"""A detector with everything around it: it reads images, batches them and takes names as words."""
+"""The Python interface of a detector: reads and batches images, embeds names."""
 
 # B images, N regions, C names, D embedding size
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How good detections, proposals, labels of true boxes are, for base and novel apart.
+"""Average precision of detections and accuracy of classified boxes, for base and novel categories.
 
 Every figure is a fraction in [0, 1], or -1 where there is nothing to measure (pycocotools' convention).
 """

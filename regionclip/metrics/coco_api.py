@@ -1,4 +1,4 @@
-"""Two that compute precision and recall as COCO does: pycocotools, the reference, and faster-coco-eval."""
+"""Precision and recall by the COCO protocol: pycocotools, the reference, and faster-coco-eval."""
 
 # T IoU thresholds, R recall thresholds, K categories, A area ranges, M limits on detections
 from __future__ import annotations

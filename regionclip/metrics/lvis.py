@@ -1,4 +1,4 @@
-"""LVIS's federated evaluation: detections are evaluated only where annotations tell.
+"""LVIS's federated evaluation: detections count only for categories that were checked in the image.
 
 In LVIS an image is annotated for a few of the 1,203 categories only: those that occur in its boxes and those
 in its `neg_category_ids`, which were looked for and are not there. Detections of other categories do not

@@ -1,4 +1,4 @@
-"""Recall of proposals over a stream of images; what memory holds does not grow with their number."""
+"""Recall of proposals over a stream of images, in constant memory."""
 
 from __future__ import annotations
 

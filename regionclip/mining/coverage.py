@@ -1,4 +1,4 @@
-"""What mining made of the captions: which images and concepts got regions, which phrases got none."""
+"""Coverage of mined pairs: images and concepts with regions, and phrases without."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From captioned images to region-phrase pairs: proposals, a frozen teacher, a matcher; restartable.
+"""The job `mine`: from captioned images to region-phrase pairs.
 
 Images are mined in shards, in the order of their ids. A shard depends on the options and on its images alone,
 so that executors, numbers of processes and interruptions change nothing about the result.

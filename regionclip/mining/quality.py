@@ -1,4 +1,4 @@
-"""Mined region-phrase pairs against the truth: which are right, and how many true objects they name."""
+"""Quality of mined region-phrase pairs: precision and recall against ground truth."""
 
 # P pairs, G true boxes; p and g those of one image
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The report on mined pairs: how they look, what they cover and, where truth exists, how true they are."""
+"""The job `report`: examples, coverage and, with ground truth, quality of mined pairs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ReportConfig:
 
 
 def report(config: ReportConfig) -> None:
-    """Shows mined pairs on one HTML page: gallery, scores, coverage and, with true boxes, their precision."""
+    """Writes an HTML report on mined pairs: gallery, scores, coverage and, with ground truth, precision."""
     data = read_data(config)
     run = RunFolder(config.out, config, "region-report")
     limits = ReportLimits(

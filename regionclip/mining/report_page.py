@@ -1,4 +1,4 @@
-"""The page of the report on mined pairs: what its template shows, from data that is read already."""
+"""The HTML report on mined pairs: data for its template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mined region-phrase pairs on disk: Parquet shards, and a manifest that says how they were made."""
+"""Files of mined region-phrase pairs: Parquet shards and a manifest."""
 
 from __future__ import annotations
 

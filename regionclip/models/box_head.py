@@ -1,4 +1,4 @@
-"""What moves a detector's boxes: four numbers per region, from its embedding or from layer4's map of it.
+"""Box heads: box deltas per region, from its embedding or from layer4's feature map.
 
 A box head is a `BoxHead` that a package declares in the entry-point group `regionclip.box_heads`. The file of
 a detector names its head, so that it is made again when the file is read.

@@ -1,4 +1,4 @@
-"""RoIAlign as weights: each bin of a region is a sum of the map's cells, row weight times column weight."""
+"""RoIAlign as a weighted sum: each bin of a region is a sum of map cells with row and column weights."""
 
 # B images, N regions in all, C channels of the map, H, W its sides, s bins of a region along one side
 from __future__ import annotations

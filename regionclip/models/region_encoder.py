@@ -1,4 +1,4 @@
-"""Regions to embeddings, over a CLIP vision tower: by RoIAlign on its map or by crops of the pixels."""
+"""The region encoder: embeds regions with a CLIP vision tower, by RoIAlign on its map or by crops."""
 
 # B images, N regions in all, C channels of the map, s side of a region on the map, D embedding size
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a ResNet trunk's map and regions on it to embeddings: layer4 for each region, or once for all.
+"""Region heads of a ResNet: from the trunk's map to region embeddings; layer4 per region, or once for all.
 
 `PerRegionHead` is the published design (arXiv 2112.09106, section 3.1): RoIAlign on the trunk's map, then
 layer4 and the attention pool of each region. `SharedHead` runs layer4 once on the whole map and cuts the

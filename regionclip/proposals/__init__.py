@@ -1,1 +1,1 @@
-"""Where regions come from: parts that look at images, or a file about them, and return scored boxes."""
+"""Proposers: they return scored boxes for images."""

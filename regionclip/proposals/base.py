@@ -1,4 +1,4 @@
-"""What a proposer is; whatever keeps this contract can be declared in the group `regionclip.proposers`."""
+"""The protocol of proposers, which plugins declare in the group `regionclip.proposers`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Boxes laid out over the image without looking at it: needs no training and misses little."""
+"""The proposer `grid`: boxes on a regular grid, without training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The true boxes of a dataset as proposals: what a detector would do if it missed nothing."""
+"""Proposals from a file, or the ground-truth boxes of a dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proposals of any proposer, written in COCO's results format or as Parquet."""
+"""The job `propose`: writes proposals in COCO's results format or as Parquet."""
 
 from __future__ import annotations
 

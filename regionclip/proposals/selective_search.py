@@ -1,4 +1,4 @@
-"""Selective search (Uijlings et al., IJCV 2013): boxes around what grows together, by color and texture."""
+"""The proposer `selective_search` (Uijlings et al., IJCV 2013): boxes by color and texture."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The whole path on a generated dataset."""
+"""The quickstart: all jobs on a synthetic dataset."""

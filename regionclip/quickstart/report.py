@@ -1,4 +1,4 @@
-"""The end of `regionclip quickstart`: the result table, and its figures as data."""
+"""Results of the quickstart: the table and its metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The quickstart's page: what its template shows, from what the stages leave."""
+"""The quickstart's HTML report: data for its template."""
 
 from __future__ import annotations
 

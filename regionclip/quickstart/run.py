@@ -1,4 +1,4 @@
-"""The whole product on a synthetic dataset: every job in turn, ending with a table and a page."""
+"""The job `quickstart`: runs all jobs on a synthetic dataset and writes a table and a report."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _detectors(
 
 
 def quickstart(config: QuickstartConfig) -> None:
-    """Runs every job on a synthetic dataset, about 15 minutes on two cores; leaves report.html."""
+    """Runs every job on a synthetic dataset, about 15 minutes on two cores; writes report.html."""
     run = RunFolder(config.out, config, "region-quickstart")
     timings = run_stages(stages(config), config.preset, run.path / "timings.json")
     mined = judge_mining(run.path)

@@ -1,4 +1,4 @@
-"""Jobs in turn: each a stage with its overrides, timed, with an estimate of what is left; restartable."""
+"""A sequence of jobs as timed stages that can be resumed."""
 
 from __future__ import annotations
 

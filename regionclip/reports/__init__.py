@@ -1,1 +1,1 @@
-"""What HTML pages are made of: templates, charts, image crops. Which pages there are is not known here."""
+"""Building blocks of HTML reports: templates, charts, image crops."""

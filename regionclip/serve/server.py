@@ -1,4 +1,4 @@
-"""Where the page can be reached, and who may ask it for what."""
+"""The server of the demo page: its address and the requests it accepts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the page asks of its models: images read once, names embedded once, thresholds moved at will.
+"""Queries of the demo page: images, embedded names and detections are cached; thresholds only filter.
 
 Requests share the models and leave nothing behind in them: the names are part of a query.
 """

@@ -1,4 +1,4 @@
-"""What the flat structures have in common: columns of a stated shape, and picking of rows."""
+"""Validation and indexing shared by the flat structures."""
 
 from __future__ import annotations
 

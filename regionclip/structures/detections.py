@@ -1,4 +1,4 @@
-"""What was found in one image: to filter, draw, write and hand on to other packages."""
+"""Detections of one image: filtering, drawing, writing, conversion to other packages."""
 
 # N detections
 from __future__ import annotations

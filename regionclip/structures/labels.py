@@ -1,4 +1,4 @@
-"""What labels are to every writer of them: the target, an image with its boxes, and the protocol of a writer.
+"""Labeled images, and the protocol of label writers.
 
 A label writer is a class of one `LabelTarget`, group `regionclip.label_writers`. It is asked whether the
 labels already exist, then entered, given one image after another, and left; files appear whole or not at all.

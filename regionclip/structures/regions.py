@@ -1,4 +1,4 @@
-"""Regions of a batch, and what a training step receives: checked when made."""
+"""Regions of a batch and the input of a training step, validated on construction."""
 
 # B images, N regions in all, K concepts kept for a region, T token positions
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From an image to the batch's frame and back: resize, flip, pad; boxes follow."""
+"""Resizing, flipping and padding of images and their boxes, and the inverse for boxes."""
 
 # H, W original height and width; h, w height and width in the frame
 from __future__ import annotations

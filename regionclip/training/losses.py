@@ -121,7 +121,7 @@ class RegionTextBatch:
 
 @dataclass
 class SoftmaxConfig:
-    """The softmax form has no options of its own."""
+    """The softmax variant has no options."""
 
 
 class SoftmaxRegionText(nn.Module):

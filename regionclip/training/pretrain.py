@@ -1,4 +1,4 @@
-"""Region pretraining: on mined region-text pairs (arXiv 2112.09106, 3.3), on a tower's own view of crops."""
+"""The job `pretrain`: region pretraining on mined pairs (arXiv 2112.09106, 3.3) or on crops."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def scaled(train: TrainConfig, lr_reference_batch_size: int) -> TrainConfig:
 
 
 def pretrain(config: RegionPretrainConfig) -> None:
-    """Trains regions of a CLIP against mined concepts or crops; leaves `out/model.safetensors`."""
+    """Pretrains a CLIP on mined regions or crops; writes `out/model.safetensors`."""
     inputs = {**weight_files(config, "weights", "teacher"), **files_of(config, "captions", "synonyms")}
     manifest = Path(config.mined) / MANIFEST
     if config.mined and manifest.exists():  # else reading the shards says what is wrong

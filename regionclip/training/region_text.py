@@ -1,4 +1,4 @@
-"""The task of region pretraining: a batch of regions in, its losses out."""
+"""Task and losses of region pretraining."""
 
 # B images, n regions of this process, P concepts among those of all, C of the pool, K kept a region or
 # prompts a concept, T token positions, D embedding size

@@ -1,4 +1,4 @@
-"""Training samples of the region stages: an image, boxes that follow it, and what is known of them."""
+"""Training samples of the region stages: images with boxes and their labels or concepts."""
 
 # n boxes of one image, K concepts kept a box, N boxes of a batch
 from __future__ import annotations

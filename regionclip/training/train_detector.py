@@ -1,4 +1,4 @@
-"""Training of the detector on base classes; the text-embedding classifier stays frozen.
+"""The job `train-detector`: training on base classes; the text-embedding classifier stays frozen.
 
 A proposal network with a backbone of its own stays frozen too (arXiv 2112.09106); one on the detector's trunk
 is trained with the detector.
@@ -263,7 +263,7 @@ def proposal_network(config: TrainDetectorConfig, clip: CLIP) -> ProposalNetwork
 
 
 def train_detector(config: TrainDetectorConfig) -> None:
-    """Trains an open-vocabulary detector on base classes; leaves `out/model.safetensors`."""
+    """Trains an open-vocabulary detector on base classes; writes `out/model.safetensors`."""
     inputs = {**weight_files(config, "weights"), **annotation_inputs(config, "annotations")}
     inputs |= files_of(config, "split", "rpn")
     run = RunFolder(config.out, config, "region-train-detector", inputs)

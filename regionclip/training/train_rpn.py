@@ -1,4 +1,4 @@
-"""Training of the proposal network on boxes whose class does not matter."""
+"""The job `train-rpn`: class-agnostic training of the proposal network."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class RPNTask(nn.Module):
 
 
 def train_rpn(config: TrainRPNConfig) -> None:
-    """Trains a class-agnostic proposal network on base-class boxes; leaves `out/model.safetensors`."""
+    """Trains a class-agnostic proposal network on base-class boxes; writes `out/model.safetensors`."""
     inputs = annotation_inputs(config, "annotations") | files_of(config, "split", "network")
     run = RunFolder(config.out, config, "region-train-rpn", inputs)
     measured_on = hashes_of(annotation_inputs(config, "val_annotations")).get("val_annotations", "")

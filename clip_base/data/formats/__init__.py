@@ -1,1 +1,1 @@
-"""Annotations in other formats, brought into COCO's format: group `clip_base.annotation_formats`."""
+"""Annotations in other formats, converted to COCO's format: group `clip_base.annotation_formats`."""

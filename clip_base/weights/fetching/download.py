@@ -1,4 +1,4 @@
-"""Published files by name: where they are, how they are recognized, how they get here.
+"""Published files by name: addresses, checksums and downloads.
 
 OpenAI's nine are listed here; their addresses and checksums are those in openai/CLIP's `clip/clip.py`, where
 the checksum is the folder of each file. Other packages declare tables of theirs, name -> `Published`:

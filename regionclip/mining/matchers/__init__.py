@@ -1,1 +1,1 @@
-"""Who belongs to whom: which regions of an image show which concepts."""
+"""Matchers: they decide which regions of an image show which concepts."""

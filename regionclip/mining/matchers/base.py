@@ -1,4 +1,4 @@
-"""What a matcher is. Anything that keeps this contract can be declared in the group `regionclip.matchers`."""
+"""The protocol of matchers, which plugins declare in the group `regionclip.matchers`."""
 
 # n regions of one image, C concepts of the vocabulary, P concepts that the image's own captions name, K kept
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Matching with what the image's own captions name, and a slot for regions that belong to none of it."""
+"""The matcher `caption`: the image's own captions as a prior, with a slot for unmatched regions."""
 
 # n regions of one image, C concepts of the vocabulary, P concepts that the image's own captions name
 from __future__ import annotations

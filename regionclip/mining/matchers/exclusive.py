@@ -1,4 +1,4 @@
-"""The best region of every phrase, and further ones that surely show it, each object once."""
+"""The matcher `exclusive`: the best region of every phrase, and further ones with high scores."""
 
 # n regions of one image, P concepts that the image's own captions name
 from __future__ import annotations

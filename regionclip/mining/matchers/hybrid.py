@@ -1,4 +1,4 @@
-"""Captions first; what they leave unmatched is matched with the pool."""
+"""The matcher `hybrid`: captions first; unmatched regions are matched with the whole pool."""
 
 from __future__ import annotations
 

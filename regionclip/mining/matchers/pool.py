@@ -1,4 +1,4 @@
-"""The published matcher: every region against the whole pool of concepts."""
+"""The matcher `pool`, as published: every region is compared with the whole pool of concepts."""
 
 from __future__ import annotations
 

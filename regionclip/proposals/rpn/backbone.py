@@ -1,4 +1,4 @@
-"""What a proposal network looks through: the trunk of CLIP's ResNet, or torchvision's ResNet-50."""
+"""Backbones of a proposal network: the trunk of CLIP's ResNet, or torchvision's ResNet-50."""
 
 # B images, H and W padded sides, C channels
 from __future__ import annotations

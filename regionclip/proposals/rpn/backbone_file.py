@@ -1,4 +1,4 @@
-"""The file that a ResNet-50 backbone starts from, and how its weights want to be used.
+"""Initial weights of a ResNet-50 backbone, and the conventions of their file.
 
 MSRA's ResNets, which detectron2 starts from, halve maps in their 1x1 convolutions and are shown Caffe's
 pixels; torchvision's halve them in the 3x3 ones and are shown normalized pixels. A network that uses weights

@@ -1,4 +1,4 @@
-"""The options of a proposal network, and what is stored of it beside its weights."""
+"""Options of a proposal network, which are stored with its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proposals of a trained network, and the file that holds one."""
+"""The proposer `rpn`: proposals of a trained network, and its file."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Device and precision of a computation."""
+"""Device and precision of a computation, and compilation for it."""
 
 from __future__ import annotations
 
 import contextlib
+import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ import torch
 from clip_base.runtime.errors import InputError
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
+VECTOR_BITS = {"AVX512": 512, "AVX2": 256, "DEFAULT": 1}  # of x86 processors; 1: no vectors
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -50,6 +53,20 @@ def computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False
+
+
+def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """Returns `torch.compile(function)` for `device`, whoever else filled the compiler's cache.
+
+    PyTorch finds compiled graphs in its cache ($TORCHINDUCTOR_CACHE_DIR, by default below /tmp) without
+    asking how wide the vectors are that their loops step by. A graph written for AVX-512 sets half of its
+    numbers where the same processor is told to compute with AVX2, or where another one shares the folder;
+    the rest is what was in memory. As an explicit option the width is part of what a graph is found by.
+    """
+    bits = VECTOR_BITS.get(torch.backends.cpu.get_cpu_capability())
+    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64") or bits is None:
+        return torch.compile(function)
+    return torch.compile(function, options={"cpp.simdlen": bits})
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -23,7 +23,7 @@ from clip_base.models.clip import set_checkpointing
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import write_json
-from clip_base.runtime.precision import PRECISIONS, autocast, pick_device
+from clip_base.runtime.precision import PRECISIONS, autocast, compiled, pick_device
 from clip_base.runtime.progress import Progress
 from clip_base.training import checkpoint
 from clip_base.training.ema import EMA
@@ -248,7 +248,8 @@ class _Loop:
             set_checkpointing(task)
         self.parallel = Parallel(task, config.parallel, device)
         self.optimizer = make_optimizer(task, config)
-        self.forward = torch.compile(self.parallel.forward) if config.compile else self.parallel.forward
+        forward = self.parallel.forward
+        self.forward = compiled(forward, device) if config.compile else forward
         self.average = EMA(task, config.ema) if config.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.folder = run.path / "checkpoints"

@@ -105,7 +105,7 @@ class Embedder:
         kept = self.folder / f"{self._key(pictures)}.safetensors"
         features = _read(kept)
         if features is None:
-            features = self._embed(pictures, description)
+            features = self.embed(pictures, description)
             self.require_finite(features.values, description)
             with replacing(kept) as temporary:
                 tensors = {"values": features.values, "kept": features.kept}
@@ -132,7 +132,8 @@ class Embedder:
 
     # Not inference_mode: in it autocast casts the weights anew for every batch.
     @torch.no_grad()
-    def _embed(self, pictures: list[Picture], description: str) -> Features:
+    def embed(self, pictures: list[Picture], description: str) -> Features:
+        """Returns the features of the images, computed anew and not kept."""
         config, side = self.config, self.model.visual.resolution
         boxes = any(picture.box is not None for picture in pictures)
 

@@ -1,0 +1,82 @@
+"""A page of thumbnails that opens from disk and loads nothing else."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from clip_base.data.webdataset import Member
+from clip_base.images.decode import as_rgb, decode_stored
+from clip_base.images.orientation import turned_upright
+from clip_base.runtime.errors import InputError
+from clip_base.runtime.files import write_text
+
+SIDE = 220  # pixels of a thumbnail's longer side
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """An image on a page.
+
+    Attributes:
+        name: what is written below it.
+        note: a second line.
+        image: the file, or its place in a tar.
+    """
+
+    name: str
+    note: str
+    image: Path | Member
+
+    @property
+    def address(self) -> str:
+        """The link to the whole image; "" for one in a tar."""
+        return self.image.absolute().as_uri() if isinstance(self.image, Path) else ""
+
+    @property
+    def source(self) -> str:
+        """The picture itself, as a `data:` address; "" when it cannot be read."""
+        try:
+            decoded = decode_stored(self.image, least=SIDE)
+        except InputError:
+            return ""
+        if isinstance(self.image, Path):
+            decoded = turned_upright(decoded, self.image)
+        picture = Image.fromarray(as_rgb(decoded))
+        picture.thumbnail((SIDE, SIDE))
+        data = io.BytesIO()
+        picture.save(data, "JPEG", quality=80)
+        return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("clip_base.search"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def write_gallery(
+    path: Path, title: str, lead: str, sections: Sequence[tuple[str, Sequence[Thumbnail]]]
+) -> None:
+    """Writes a page.
+
+    Args:
+        path: the HTML file.
+        title: its headline.
+        lead: the sentence below it.
+        sections: headings, each with its images; a heading may be empty.
+    """
+    page = _environment().get_template("gallery.html").render(title=title, lead=lead, sections=sections)
+    write_text(path, page + "\n")

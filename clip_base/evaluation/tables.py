@@ -3,7 +3,6 @@
 # N images, C classes
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+from clip_base.runtime.tables import TableWriter
 
 _SHOWN = 40  # classes up to which the table lists all of them
 _EXTREMES = 5  # classes at either end that it lists otherwise
@@ -64,9 +65,9 @@ def summarize(
 def to_csv(rows: list[dict[str, Any]]) -> str:
     """Returns rows with the same keys as CSV with a header line."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = TableWriter(text)
+    writer.writerow(rows[0])
+    writer.writerows(row.values() for row in rows)
     return text.getvalue()
 
 

@@ -11,9 +11,18 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from clip_base.images.headers import (
+    PNG,
+    chunks_of,
+    open_image,
+    plain_size,
+    read_image_file,
+    require_size,
+    undecodable,
+)
 from clip_base.images.orientation import Decoded as Decoded
 from clip_base.images.orientation import Pixels as Pixels
 from clip_base.images.orientation import size_of as size_of
@@ -78,8 +87,10 @@ def decode_stored(path: str | Stored, least: int = 0) -> Decoded:
 
 def read_bytes(path: str | Stored) -> bytes:
     """Returns a file's content; InputError when it cannot be read."""
+    if isinstance(path, str | Path):
+        return read_image_file(Path(path))
     try:
-        return (Path(path) if isinstance(path, str) else path).read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise InputError(f"image {path} cannot be read: {error.strerror}") from None
 
@@ -111,6 +122,10 @@ def require_depth(image: Image.Image, name: object) -> None:
 def decode_data(data: bytes, name: object, least: int = 0) -> Decoded:
     """Returns the encoded image `data` as `decode_stored` does; `name`, as text, is for the error message."""
     if _is_plain(data):
+        size = jpeg_size(data)
+        require_size(plain_size(data) if size is None else size, name)
+        if data.startswith(PNG):
+            chunks_of(io.BytesIO(data[len(PNG) :]), name)
         # OpenCV is the faster and gives Pillow's pixels; what it cannot decode Pillow explains.
         decoded = None
         with contextlib.suppress(cv2.error):  # it refuses very large images so
@@ -118,19 +133,17 @@ def decode_data(data: bytes, name: object, least: int = 0) -> Decoded:
             decoded = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if decoded is not None:
             return np.asarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), dtype=np.uint8)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            require_depth(image, name)
+    if not data:
+        raise InputError(f"image {name} does not decode: it is empty")
+    with open_image(io.BytesIO(data), name) as image:
+        require_depth(image, name)
+        try:
             image.load()
-            if image.mode in ("RGB", "L"):
-                return np.array(image.convert("RGB"))
-            return image
-    except InputError:
-        raise
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        unknown = isinstance(error, UnidentifiedImageError)  # which names an object in memory
-        reason = "it is of no known format" if unknown else error
-        raise InputError(f"image {name} does not decode: {reason if data else 'it is empty'}") from None
+        except Exception as error:  # decoders raise what they like
+            raise undecodable(error, name) from None
+        if image.mode in ("RGB", "L"):
+            return np.array(image.convert("RGB"))
+        return image
 
 
 def _is_plain(data: bytes) -> bool:
@@ -138,7 +151,7 @@ def _is_plain(data: bytes) -> bool:
     frame = _jpeg_frame(data)
     if frame is not None:
         return frame[2] in (1, 3)
-    if data[:8] == b"\x89PNG\r\n\x1a\n":  # depth and color type of the header; acTL: an animation
+    if data[:8] == PNG:  # depth and color type of the header; acTL: an animation
         return data[24:26] in (b"\x08\x00", b"\x08\x02", b"\x10\x02") and b"acTL" not in data[33:400]
     if data[:2] == b"BM":  # 24 bits per pixel, not compressed
         return data[28:34] == b"\x18\x00\x00\x00\x00\x00"

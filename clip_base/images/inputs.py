@@ -29,6 +29,7 @@ from clip_base.images.folders import (
     note_left_out,
     require_utf8,
 )
+from clip_base.images.headers import open_image_file
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing
 
@@ -156,23 +157,14 @@ def read_upright(file: Path, max_megapixels: float | None = None) -> tuple[Pixel
     is decoded.
 
     Args:
-        file: of any form that OpenCV or Pillow knows.
-        max_megapixels: images of more million pixels are not decoded, nor are those whose header does not
-            say how many they have; None: no limit of our own.
+        file: the image.
+        max_megapixels: images of more million pixels are not decoded; None: no further limit.
 
     Raises:
-        InputError: the image does not decode, or is larger than allowed, or than Pillow takes to be harmless.
+        InputError: the image does not decode, or is larger than allowed.
     """
-    with _about_size_unwarned():
-        try:
-            with Image.open(file) as header:
-                width, height = header.size
-        except Image.DecompressionBombError as error:
-            raise InputError(f"image {file} is too large: {error}; make it smaller") from None
-        except (OSError, ValueError, SyntaxError):
-            if max_megapixels is not None:
-                raise InputError(f"image {file} is not in a supported format; use JPEG or PNG") from None
-            width = height = 0  # decoding says what is wrong, or knows a form that Pillow does not
+    with _about_size_unwarned(), open_image_file(file) as header:
+        width, height = header.size
     if max_megapixels is not None and width * height > max_megapixels * 1e6:
         raise InputError(
             f"image {file} has {width} × {height} = {width * height / 1e6:.1f} million pixels, more than the "

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from clip_base.images.headers import may_be_turned, open_image_file
 from clip_base.runtime.errors import InputError
 
 Pixels = npt.NDArray[np.uint8]
@@ -48,11 +49,13 @@ def orientation_of(path: str | Path) -> tuple[int, bool]:
     Every decoder turns TIFF files, and no other.
     """
     try:
-        with Image.open(path) as image:
+        if not may_be_turned(path):
+            return 1, False
+        with open_image_file(path) as image:
             found = image.getexif().get(EXIF_ORIENTATION, 1)
             return (found if found in range(1, 9) else 1), image.format == "TIFF"
-    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
-        return 1, False  # a damaged note is no note: whether the pixels decode is seen elsewhere
+    except Exception:  # a damaged note is no note: whether the pixels decode is seen elsewhere
+        return 1, False
 
 
 def upright_size(path: str | Path) -> tuple[int, int]:
@@ -61,12 +64,9 @@ def upright_size(path: str | Path) -> tuple[int, int]:
     Raises:
         InputError: the file is missing or its header cannot be read.
     """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            sideways = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
-        raise InputError(f"image {path} cannot be read: {error}") from None
+    with open_image_file(path) as image:
+        width, height = image.size
+    sideways = orientation_of(path)[0] in (5, 6, 7, 8)
     return (width, height) if sideways else (height, width)
 
 

@@ -279,9 +279,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes `text` to `path` atomically."""
+    """Writes `text` to `path` atomically; half a surrogate pair, which UTF-8 lacks, as `\\ud800`."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -225,6 +225,36 @@ def _sniffed(head: list[str], wanted: Sequence[Collection[str]], suffix: str) ->
         if len(counts) == 1 and counts != {0}:
             return mark
     return max(marks, key=lambda mark: (mark in head[0], mark == usual, head[0].count(mark)))
+
+
+class TableWriter:
+    """Writes a table as CSV, in which no text is a formula.
+
+    Spreadsheets compute cells that begin with `=`, `+`, `-` or `@`; names come from data, so such a text gets
+    an apostrophe before it. Numbers stay as they are.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self._writer = csv.writer(file, lineterminator="\n")
+
+    def writerow(self, cells: Iterable[object]) -> None:
+        """Writes one row."""
+        self._writer.writerow([_no_formula(cell) for cell in cells])
+
+    def writerows(self, rows: Iterable[Iterable[object]]) -> None:
+        """Writes several rows."""
+        for row in rows:
+            self.writerow(row)
+
+
+def _no_formula(cell: object) -> object:
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 CLASS_FILES = (".txt", ".names", ".json", ".jsonl", ".ndjson", ".yaml", ".yml", ".csv", ".tsv", ".tab")

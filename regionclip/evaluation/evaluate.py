@@ -3,7 +3,6 @@
 # n boxes of one image, C names of the split
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, write_json, write_text
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import Progress
+from clip_base.runtime.tables import TableWriter
 from clip_base.weights.load import weight_files
 from regionclip.checkpoints.load import vocabulary_for
 from regionclip.data.annotations import AnnotatedImages, CocoDetection, ImageAnnotations
@@ -251,7 +251,7 @@ def _say_doubts(
 
 def _write_per_class(path: Path, rows: list[dict[str, Any]]) -> None:
     text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
+    table = TableWriter(text)
     table.writerow(PER_CLASS)
     for row in rows:
         table.writerow([f"{row[key]:.6f}" if key.startswith("AP") else row[key] for key in PER_CLASS])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 from types import TracebackType
 from typing import Any
 
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import replacing
+from clip_base.runtime.tables import TableWriter
 from regionclip.structures.labels import LabeledImage, LabelTarget
 
 COLUMNS = ("file_name", "width", "height", "name", "x1", "y1", "x2", "y2", "score", "ignored")
@@ -30,7 +30,7 @@ class CsvWriter:
     def __enter__(self) -> CsvWriter:
         temporary = self._closing.enter_context(replacing(self.target.out))
         file = self._closing.enter_context(temporary.open("w", encoding="utf-8", newline=""))
-        self._table = csv.writer(file, lineterminator="\n")
+        self._table = TableWriter(file)
         self._table.writerow(COLUMNS)
         return self
 

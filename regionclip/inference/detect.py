@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import itertools
 import json
 import time
@@ -27,6 +26,7 @@ from clip_base.runtime.errors import InputError, note
 from clip_base.runtime.files import replacing, write_text
 from clip_base.runtime.hashing import text_hash
 from clip_base.runtime.progress import Progress
+from clip_base.runtime.tables import TableWriter
 from regionclip.data.batches import DecodedImage, read_batches, read_upright
 from regionclip.data.categories import parse_names
 from regionclip.inference.datasets import planned_datasets, write_datasets
@@ -324,7 +324,7 @@ def write_detections(out: Path, entries: Callable[[], Iterable[dict[str, Any]]],
         replacing(out / "detections.csv") as temporary,
         temporary.open("w", encoding="utf-8", newline="") as text,
     ):
-        table = csv.writer(text, lineterminator="\n")
+        table = TableWriter(text)
         more = [f"{what}_{place}" for place in range(1, top + 1) for what in ("name", "probability")]
         table.writerow([*COLUMNS, *BOX, *more])
         for entry in entries():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,7 @@ from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import read_json_lines, write_text
 from clip_base.runtime.progress import track
+from clip_base.runtime.tables import TableWriter
 from regionclip.concepts.phrases import Phrase, read_stop_words
 from regionclip.concepts.pool import read_concepts
 from regionclip.data.annotations import CocoDetection
@@ -167,7 +167,7 @@ def _write_tables(folder: Path, data: ReportData) -> None:
 
 def _csv(titles: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
+    table = TableWriter(text)
     table.writerow(titles)
     table.writerows([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in row] for row in rows)
     return text.getvalue()

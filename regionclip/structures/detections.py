@@ -3,7 +3,6 @@
 # N detections
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from clip_base.images.inputs import Picture
 from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import write_json, write_text
+from clip_base.runtime.tables import TableWriter
 from regionclip.structures.boxes import xywh_to_xyxy, xyxy_to_xywh
 from regionclip.structures.checks import check_tensor, rows
 from regionclip.structures.drawing import FORMATS, draw, save_picture
@@ -178,7 +178,7 @@ class Detections:
 
     def _table(self) -> str:
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
+        writer = TableWriter(text)
         writer.writerow(["name", "score", "x1", "y1", "x2", "y2"])
         writer.writerows([entry["name"], entry["score"], *entry["box"]] for entry in self.to_dicts())
         return text.getvalue()

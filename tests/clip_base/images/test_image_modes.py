@@ -76,8 +76,6 @@ def files() -> dict[str, bytes]:
         "48bit.tif": by_opencv(3, ".tiff"),
         "RGB.bmp": encoded(rgb, "BMP"),
         "RGBA.bmp": encoded(rgba, "BMP"),
-        "RGBA.tga": encoded(rgba, "TGA"),
-        "RGB.jp2": encoded(rgb, "JPEG2000"),
     }
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
         found[f"{mode}.png"] = encoded((palette if mode == "P" else rgba).convert(mode), "PNG")

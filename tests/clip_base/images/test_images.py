@@ -83,7 +83,7 @@ def test_what_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_a_missing_image_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no\.jpg cannot be read: No such file"):
         decode(tmp_path / "no.jpg")
-    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+    with pytest.raises(InputError, match="cannot be read: it is a folder"):
         decode(tmp_path)
 
 

@@ -103,5 +103,5 @@ def test_a_limit_of_pixels_is_asked_before_decoding(tmp_path: Path, monkeypatch:
     ):
         read_upright(file, 0.005)
     file.write_bytes(b"no header says how large this is")
-    with pytest.raises(InputError, match=r"large\.png is not in a supported format"):
+    with pytest.raises(InputError, match=r"large\.png does not decode: it is of no known format"):
         read_upright(file, 1)

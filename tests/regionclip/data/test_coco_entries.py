@@ -114,8 +114,6 @@ def test_what_has_one_meaning_is_taken_for_it(
         (lambda c: c["images"][1].update(id=1), "image id 1 is used for both 1.jpg and 2.jpg"),
         (lambda c: c["images"][1].update(id="1"), "image id 1 is used for both 1.jpg and 2.jpg"),
         (lambda c: c["images"][1].update(file_name=None), r"images\[1\] needs a 'file_name'"),
-        (lambda c: c["images"][1].update(file_name="a\0.jpg"), "is not a valid file name"),
-        (lambda c: c["images"][1].update(file_name="a\ud83d.jpg"), "is not a valid file name"),
         (
             lambda c: c["annotations"][1].update(image_id=None),
             r"annotations\[1\] needs a whole number 'image_id'",

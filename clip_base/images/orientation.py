@@ -35,7 +35,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_told: set[str] = set()
+notes_given: set[str] = set()  # in this process: one image in doubt is named, not each
 
 
 def size_of(image: Decoded) -> tuple[int, int]:
@@ -126,8 +126,8 @@ def turned_as_annotated(image: Kind, path: str | Path, size: tuple[int, int] | N
         raise InputError(
             f"image {path} is {w}x{h} pixels, its annotations say {width}x{height}; has it been resized?"
         )
-    if len(fitting) > 1 and "undecided" not in _told:
-        _told.add("undecided")
+    if len(fitting) > 1 and "undecided" not in notes_given:
+        notes_given.add("undecided")
         fits = "its annotated size fits the stored pixels and the turned ones"
         why = "no size is annotated" if size is None else fits
         print(

@@ -51,7 +51,7 @@ def _run(program: str, prefix: str, arguments: list[str]) -> int:
     if arguments[:1] != [completions.COMMAND]:  # there it is a word that was typed
         arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        with _notes_as_lines(), releasing_locks():
+        with notes_as_lines(), releasing_locks():
             code = _dispatch(program, prefix, arguments)
         sys.stdout.flush()  # a reader that has gone away (`| head`) shows here, not while Python shuts down
         return code
@@ -81,7 +81,7 @@ def _told(error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def _notes_as_lines() -> Iterator[None]:
+def notes_as_lines() -> Iterator[None]:
     """Prints an `InputNote` as one line on stderr, and other warnings as Python does."""
     with warnings.catch_warnings():
         others, shown = warnings.showwarning, set[str]()

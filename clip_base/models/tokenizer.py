@@ -33,7 +33,7 @@ _PIECES = regex.compile(
     regex.IGNORECASE,
 )
 # Words kept; captions repeat a few ten thousand, but links and numbers would grow the table without end.
-_MAX_WORDS = 1 << 18
+MAX_WORDS = 1 << 18
 
 
 class TextTooLongError(InputError, RuntimeError):
@@ -113,7 +113,7 @@ class Tokenizer:
     def _learn(self, word: str) -> list[int]:
         """Finds the ids of a word that was not met before, and keeps them."""
         pieces = [word] if word.isascii() and word.isalpha() else _PIECES.findall(word)
-        if len(self._words) >= _MAX_WORDS:
+        if len(self._words) >= MAX_WORDS:
             self._words.clear()
         ids: list[int] = []
         for piece in pieces:

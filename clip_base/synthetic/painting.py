@@ -171,7 +171,7 @@ class Painter:
 
     def scene(self, rng: np.random.Generator) -> Scene:
         """Draws the scene that `rng` determines."""
-        ground, backdrop = self._background(rng)
+        ground, backdrop = self.background(rng)
         size = self.recipe.size
         drawing = _Drawing(ground.copy(), ground, np.full((size, size), -1, np.int8))
         for _ in range(int(rng.random() * (self.recipe.distractors + 1))):
@@ -179,9 +179,10 @@ class Painter:
         fewest, most = self.recipe.objects
         for _ in range(fewest + int(rng.random() * (most - fewest + 1))):
             self._object(drawing, rng)
-        return Scene(self._camera(drawing.pixels, rng), _visible(drawing), backdrop)
+        return Scene(self.camera(drawing.pixels, rng), _visible(drawing), backdrop)
 
-    def _background(self, rng: np.random.Generator) -> tuple[Bytes, Backdrop]:
+    def background(self, rng: np.random.Generator) -> tuple[Bytes, Backdrop]:
+        """Draws what the objects stand before: [S, S, 3] pixels, and what they are called."""
         index = int(rng.random() * len(self._bank))
         texture, size = self._bank[index], self.recipe.size
         top, left = (int(rng.random() * (len(texture) - size + 1)) for _ in range(2))
@@ -229,11 +230,11 @@ class Painter:
             category = kinds[int(rng.random() * len(kinds))]
         smallest, largest = (share * self.recipe.size for share in self.recipe.side)
         side, upon = rng.uniform(smallest, largest), bool(drawing.patches) and rng.random() < _OVERLAP
-        patch = _warped(category, side, rng)
+        patch = warped(category, side, rng)
         for attempt in range(_TRIES):
             if attempt in (4, 7, 9) and side > smallest:
                 side = max(smallest, side * 0.75)
-                patch = _warped(category, side, rng)
+                patch = warped(category, side, rng)
             if upon and attempt < _TRIES // 2:
                 self._beside(patch, drawing.patches[int(rng.random() * len(drawing.patches))], rng)
             else:
@@ -303,7 +304,7 @@ class Painter:
         window[...] = (window + body * (paint - window) + 0.5).astype(np.uint8)
         return self._names[index]
 
-    def _camera(self, pixels: Bytes, rng: np.random.Generator) -> Bytes:
+    def camera(self, pixels: Bytes, rng: np.random.Generator) -> Bytes:
         """Now and then a little blur, now and then a little noise."""
         if rng.random() < 0.15:
             pixels = np.asarray(cv2.GaussianBlur(pixels, (3, 3), 0), np.uint8)
@@ -333,7 +334,7 @@ def _shared(patch: _Patch, other: _Patch) -> int:
     return int(max(down, 0) * max(across, 0))
 
 
-def _warped(category: Category, side: float, rng: np.random.Generator) -> _Patch:
+def warped(category: Category, side: float, rng: np.random.Generator) -> _Patch:
     """Scales a pictogram to about `side` pixels, turns it a little and stretches it less."""
     choices = levels(category)
     level = next((one for one in reversed(choices) if max(one.shape) >= side), choices[0])

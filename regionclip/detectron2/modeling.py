@@ -153,7 +153,7 @@ class OpenVocabularyROIHeads(nn.Module):
         half = Detector(whole.clip, detector, None, *parts, region_head=whole.encoder.region_head)
         self.detector, self.templates = half, training.templates
         # In a tuple, because the detector that it trains is registered already.
-        self._task = (DetectorTask(half, half.classifier, training),) if trained else ()
+        self.tasks = (DetectorTask(half, half.classifier, training),) if trained else ()
         self.datasets = {True: train_dataset, False: test_dataset}
         self.feature = feature
         self._vocabularies: dict[bool, Vocabulary] = {}
@@ -206,11 +206,11 @@ class OpenVocabularyROIHeads(nn.Module):
         vocabulary = self._vocabulary(self.training)
         if self.training:
             assert targets is not None
-            if not self._task:
+            if not self.tasks:
                 raise InputError(
                     "a zero-shot model has nothing to train; set MODEL.REGIONCLIP.TRAINED to True"
                 )
-            (task,) = self._task
+            (task,) = self.tasks
             task.classifier = vocabulary.embeddings.to(regions.boxes.device)
             losses = task.region_losses(maps, regions, from_truth(targets))
             return [], {"loss_cls": losses["classification"], "loss_box_reg": losses["box"]}

@@ -3,20 +3,17 @@
 # B images, N regions, C names, D embedding size
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from clip_base.data.batch import ImageBatch
 from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
 from clip_base.images.decode import Pixels
-from clip_base.images.inputs import Picture, picture_files, read_picture
+from clip_base.images.inputs import Picture, read_picture
 from clip_base.jobs.config import Plugin
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast, pick_device
@@ -32,17 +29,22 @@ from regionclip.data.batches import (
     read_upright,
 )
 from regionclip.data.categories import check_names, parse_names
+from regionclip.inference.arguments import (
+    Boxes,
+    Images,
+    boxes_in,
+    described_image,
+    required_several,
+    several_of,
+)
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
 from regionclip.proposals.base import Proposer, build_proposer
-from regionclip.structures.boxes import clip_boxes, valid_boxes
 from regionclip.structures.detections import Detections
 from regionclip.structures.regions import Regions, whole_images
 from regionclip.structures.transforms import ResizeConfig
 
-Images = str | Path | Iterable[Picture]  # a folder or pattern, a list, an iterator, a batch
 Names = str | Path | Sequence[str] | Vocabulary
-Boxes = Tensor | npt.NDArray[Any] | Sequence[Sequence[float]]
 
 
 def load(
@@ -188,10 +190,10 @@ class Predictor:
             InputError: several images were given, the image does not decode or is of no known format, no
                 vocabulary is set, or a CLIP was given no proposer.
         """
-        if _several(image) is not None:
+        if several_of(image) is not None:
             raise InputError(
-                f"detect takes one image, but {_described(image)} is several; call detect_many for a list "
-                "of their detections, or iter_detect for an iterator"
+                f"detect takes one image, but {described_image(image)} is several; call detect_many for a "
+                "list of their detections, or iter_detect for an iterator"
             )
         (found,) = self.detect_batch([read_picture(image)])
         return found.with_min_score(score)
@@ -211,7 +213,7 @@ class Predictor:
             InputError: one image was given or none, an image does not decode or is of no known format, no
                 vocabulary is set, or a CLIP was given no proposer.
         """
-        several = _required_several(images)
+        several = required_several(images)
         total = len(several) if isinstance(several, Sized) else None
         return list(track(self.iter_detect(several, score, batch_size), "detecting", total))
 
@@ -227,7 +229,7 @@ class Predictor:
             InputError: see `detect_many`.
         """
         self._check_ready()
-        groups = self._read(_required_several(images), batch_size)
+        groups = self._read(required_several(images), batch_size)
         return (
             found.with_min_score(score) for group in groups for _, _, found in group.map(self.detect_loaded)
         )
@@ -270,7 +272,7 @@ class Predictor:
             InputError: the image does not decode, or a box covers nothing of it.
         """
         pixels, size = read_picture(image)
-        given = _boxes_in(boxes, size)
+        given = boxes_in(boxes, size)
         batch = batch_of([DecodedImage(0, pixels, size)], self.resize, self.device)
         index = torch.zeros(len(given), dtype=torch.int64)
         regions = Regions(batch.transforms[0].apply_boxes(given), index)
@@ -291,7 +293,7 @@ class Predictor:
             return list(self._embed(batch.images, whole_images(batch.images)))
 
         alone: list[Any] = [images]
-        several = _several(images)
+        several = several_of(images)
         groups = self._read(alone if several is None else several, batch_size)
         return torch.stack([row for group in groups for _, _, row in group.map(embed)])
 
@@ -353,60 +355,3 @@ class Predictor:
 
 def _read_numbered(item: tuple[int, Picture]) -> DecodedImage:
     return read_upright(item[1], item[0])
-
-
-def _several(images: Any) -> Iterable[Any] | None:
-    """Returns the images of a list, an iterator, a batch, a folder or a pattern; None for one image."""
-    if isinstance(images, str | Path):
-        is_one = not Path(images).is_dir() and (Path(images).exists() or not glob.has_magic(str(images)))
-        return None if is_one else picture_files([str(images)])
-    if isinstance(images, Tensor | np.ndarray):
-        return list(images) if images.ndim == 4 else None
-    return images if isinstance(images, Iterable) else None
-
-
-def _required_several(images: Any) -> Iterable[Any]:
-    several = _several(images)
-    if several is None and isinstance(images, str | Path) and not Path(images).exists():
-        picture_files([str(images)])  # which says that it does not exist
-    if several is None:
-        raise InputError(
-            f"expected several images (a list, an iterator, a batch, a folder or a pattern), got "
-            f"{_described(images)}; call detect for one image"
-        )
-    return several
-
-
-def _described(images: Any) -> str:
-    if isinstance(images, str | Path):
-        return f"{'folder' if Path(images).is_dir() else 'image'} {images}"
-    shape = f" {list(images.shape)}" if isinstance(images, Tensor | np.ndarray) else ""
-    return f"a {type(images).__name__}{shape}"
-
-
-def _boxes_in(boxes: Boxes, size: tuple[int, int]) -> Tensor:
-    """Returns [N, 4] boxes cut at the edges of an image of (height, width), on the CPU.
-
-    Raises:
-        InputError: they are of another shape, or one covers no part of the image; it is named.
-    """
-    try:
-        given = torch.as_tensor(boxes, dtype=torch.float32).cpu()
-    except (TypeError, ValueError) as error:
-        raise InputError(f"boxes must be [N, 4] numbers (x1, y1, x2, y2): {error}") from None
-    if not given.numel():
-        return given.reshape(0, 4)
-    if given.ndim != 2 or given.shape[1] != 4:
-        raise InputError(f"boxes must be [N, 4] (x1, y1, x2, y2) in pixels, got {list(given.shape)}")
-    cut = clip_boxes(given, size)
-    # A box without area that is in the image passes: rounding makes one of a detection now and then.
-    missing = ~valid_boxes(cut) & (cut != given).any(1)
-    swapped = (given[:, 2:] < given[:, :2]).any(1)
-    bad = (missing | swapped | ~given.isfinite().all(1)).nonzero().flatten().tolist()
-    if bad:
-        corners = ", ".join(f"{side:g}" for side in given[bad[0]].tolist())
-        raise InputError(
-            f"boxes[{bad[0]}] is ({corners}), which does not cover any part of the image of "
-            f"{size[1]}x{size[0]} pixels; boxes are (x1, y1, x2, y2) with x1 < x2 and y1 < y2"
-        )
-    return cut

@@ -51,14 +51,11 @@ class ReportConfig:
     max_report_mb: float = option(
         6.0, "maximum size of the report in MB; further images are left out", renamed_from="megabytes"
     )
-    table_rows: int = option(40, "rows per table in the report; the files have all", renamed_from="listed")
     workers: int = option(1, "processes that parse captions", runtime_only=True)
 
     def __post_init__(self) -> None:
-        if min(self.max_regions, self.concepts, self.examples) < 0 or self.table_rows < 1 or self.workers < 1:
-            raise InputError(
-                "max_regions, concepts and examples must be at least 0, table_rows and workers not below 1"
-            )
+        if min(self.max_regions, self.concepts, self.examples) < 0 or self.workers < 1:
+            raise InputError("max_regions, concepts and examples must be at least 0, workers at least 1")
         if self.max_report_mb < 0:
             raise InputError(f"max_report_mb must be at least 0, got {self.max_report_mb}")
         if self.split and not self.annotations:
@@ -71,9 +68,7 @@ def report(config: ReportConfig) -> None:
     """Writes an HTML report on mined pairs: gallery, scores, coverage and, with ground truth, precision."""
     data = read_data(config)
     run = RunFolder(config.out, config, "region-report")
-    limits = ReportLimits(
-        config.max_regions, config.concepts, config.examples, config.max_report_mb, config.table_rows
-    )
+    limits = ReportLimits(config.max_regions, config.concepts, config.examples, config.max_report_mb)
     write_text(run.path / "report.html", make_page(data, limits))
     _write_tables(run.path, data)
     metrics = _metrics(data)

@@ -47,7 +47,7 @@ class ReportLimits:
     concepts: int
     examples: int
     max_report_mb: float
-    table_rows: int
+    table_rows: int = 40
 
 
 @dataclass(frozen=True)

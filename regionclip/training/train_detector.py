@@ -174,25 +174,31 @@ class DetectorTask(nn.Module):
         assert deltas is not None
         with torch.autocast(embeddings.device.type, enabled=False):
             logits = detector.logits(embeddings, self.classifier, True)
-            classification = self._classification(logits, labels)
+            classification = classification_loss(logits, labels, config)
             objects = labels < len(self.classifier)
             wanted = encode_deltas(regions.boxes[objects], targets[objects], DELTA_WEIGHTS)
             box = F.smooth_l1_loss(deltas[objects], wanted, reduction="sum", beta=config.smooth_l1_beta)
             box = box / max(len(labels), 1)
         return {"classification": classification, "box": config.box_weight * box}
 
-    def _classification(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy with focal scaling and a weight for the background (arXiv 2112.09106, section 4).
 
-        As in the released code, the weights count in the mean's denominator when there is no focal scaling.
-        """
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        weights = torch.where(labels == len(self.classifier), self.config.background_weight, 1.0)
-        if not self.config.focal_gamma:
-            return (weights * losses).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
-        # Away from 0, where the gradient of a root is not finite.
-        scaling = (-torch.expm1(-losses)).clamp(min=1e-7) ** self.config.focal_gamma  # (1 - p)^γ
-        return (weights * scaling * losses).sum() / max(len(labels), 1)
+def classification_loss(logits: Tensor, labels: Tensor, config: TrainDetectorConfig) -> Tensor:
+    """Cross entropy with focal scaling and a weight for the background (arXiv 2112.09106, section 4).
+
+    As in the released code, the weights count in the mean's denominator when there is no focal scaling.
+
+    Args:
+        logits: [N, C + 1]; the last column is the background's.
+        labels: [N] int64.
+        config: the weight and the exponent.
+    """
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    weights = torch.where(labels == logits.shape[1] - 1, config.background_weight, 1.0)
+    if not config.focal_gamma:
+        return (weights * losses).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+    # Away from 0, where the gradient of a root is not finite.
+    scaling = (-torch.expm1(-losses)).clamp(min=1e-7) ** config.focal_gamma  # (1 - p)^γ
+    return (weights * scaling * losses).sum() / max(len(labels), 1)
 
 
 @torch.no_grad()

@@ -40,6 +40,11 @@ def json_list(folder: Path) -> list[tuple[str, ...]]:
     return source("jsonl", file=str(folder / "a.jsonl"))
 
 
+def json_keys(folder: Path) -> list[tuple[str, ...]]:
+    (folder / "a.jsonl").write_text(json.dumps({"path": "a.jpg", "texts": CAPTIONS, "image": 3}) + "\n")
+    return source("jsonl", file=str(folder / "a.jsonl"), image_key="path", caption_key="texts")
+
+
 def json_lines(folder: Path) -> list[tuple[str, ...]]:
     lines = (json.dumps({"image": "a.jpg", "caption": text}) + "\n" for text in CAPTIONS)
     (folder / "a.jsonl").write_text("".join(lines))
@@ -94,6 +99,7 @@ def of_retrieval(folder: Path) -> list[tuple[str, ...]]:
     [
         table,
         json_list,
+        json_keys,
         json_lines,
         parquet_list,
         coco,

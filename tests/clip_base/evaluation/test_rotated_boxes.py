@@ -70,11 +70,11 @@ def test_zero_shot_cuts_every_box_where_it_lies(
     save_clip(model, tmp_path / "w.safetensors")
     crops: list[Tensor] = []
 
-    def keep(_: Embedder, pixels: Tensor) -> Tensor:
+    def keep(_: CLIP, pixels: Tensor) -> Tensor:
         crops.extend(pixels)
         return torch.zeros(len(pixels), 32)
 
-    monkeypatch.setattr(Embedder, "_features", keep)
+    monkeypatch.setattr(CLIP, "encode_image", keep)
     _, pictures = coco_pictures(str(annotations), str(tmp_path / "data" / "images"))
     config = FeatureConfig(weights=str(tmp_path / "w.safetensors"), out="", precision="fp32")
     found = Embedder(config, tmp_path / "out")(pictures, "boxes")
@@ -87,7 +87,7 @@ def test_zero_shot_cuts_every_box_where_it_lies(
 def test_the_command_says_once_what_no_size_decides(
     tmp_path: Path, make: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clip_base.images.orientation._told", set())
+    monkeypatch.setattr("clip_base.images.orientation.notes_given", set())
     annotations = scene(tmp_path / "data", 3, upright_boxes=True)
     data = tmp_path / "data"
     for name in ("b", "c"):

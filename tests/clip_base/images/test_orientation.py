@@ -72,7 +72,7 @@ def test_where_the_size_cannot_decide_the_image_is_upright(
 def test_an_undecided_image_is_said_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clip_base.images.orientation._told", set())
+    monkeypatch.setattr("clip_base.images.orientation.notes_given", set())
     for number in range(3):
         file = save(tmp_path / f"{number}.jpg", stored(), 3)
         turned_as_annotated(decode(file), file, (40, 60))
@@ -105,7 +105,7 @@ def test_images_in_other_modes_are_turned_likewise(mode: str, orientation: int, 
 def test_without_an_annotated_size_an_image_is_upright_and_that_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clip_base.images.orientation._told", set())
+    monkeypatch.setattr("clip_base.images.orientation.notes_given", set())
     for orientation in (1, 6):
         file = save(tmp_path / "image.png", stored(), orientation)
         assert same(turned_as_annotated(decode(file), file, None), shown(stored(), orientation))

@@ -122,11 +122,11 @@ def test_masks_of_one_picture_share_no_pixel(world: Path):
 def test_the_painted_pixels_are_the_masks_pixels():
     recipe = painting.Recipe(128, pictograms.TABLE, (1, 4), (0.2, 0.5), 0)
     painter = painting.Painter(recipe, (0, 2), textures=7)
-    painter._camera = lambda pixels, rng: pixels  # type: ignore[method-assign]
+    painter.camera = lambda pixels, rng: pixels  # type: ignore[method-assign]
     for seed in range(40):
         rng = np.random.default_rng(seed)
         scene = painter.scene(rng)
-        ground, _ = painter._background(np.random.default_rng(seed))
+        ground, _ = painter.background(np.random.default_rng(seed))
         changed = np.abs(scene.pixels.astype(int) - ground).sum(-1) > 0
         union = np.any([placed.mask for placed in scene.objects], axis=0)
         assert changed[union].mean() > 0.99
@@ -277,7 +277,7 @@ def test_the_smallest_pictogram_still_has_a_mask():
     rng = np.random.default_rng(0)
     for category in pictograms.TABLE:
         for _ in range(5):
-            assert painting._warped(category, 10.0, rng).body.sum() >= 8, category.name
+            assert painting.warped(category, 10.0, rng).body.sum() >= 8, category.name
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,6 @@ def test_commands_print_the_assumption_as_one_line(
 
 
 def test_other_warnings_look_as_python_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
-    with cli._notes_as_lines(), pytest.warns(UserWarning, match="something else"):
+    with cli.notes_as_lines(), pytest.warns(UserWarning, match="something else"):
         warnings.warn("something else", UserWarning, stacklevel=1)
     assert "note:" not in capsys.readouterr().err

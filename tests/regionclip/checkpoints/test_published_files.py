@@ -33,7 +33,6 @@ from regionclip.checkpoints.load import (
     save_detector,
     vocabulary_for,
 )
-from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.data.annotations import CocoDetection
 from regionclip.data.categories import parse_names
 from regionclip.models.detector import Detector
@@ -306,12 +305,6 @@ def test_an_rpn_file_serves_as_a_proposer(
         load_clip(rpn_file)
 
 
-def test_pickles_with_programs_are_refused_here_too(tmp_path: Path) -> None:
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "rpn.pth")
-    with pytest.raises(InputError, match="is refused: its pickle holds"):
-        load_network(tmp_path / "rpn.pth")
-
-
 def to(form: str, file: Path, out: Path, **options: Any) -> Path:
     convert(ConvertConfig(file=str(file), out=str(out), to=form, **options))
     return out
@@ -393,10 +386,3 @@ def test_a_detector_goes_to_detectron2s_parts(detector_file: Path, clip_file: Pa
     assert "roi_heads.detector.clip.visual.layer4.0.conv1.weight" in held
     with pytest.raises(InputError, match="detectron2's format is for proposal networks"):
         to("detectron2", clip_file, tmp_path / "c.pth")
-
-
-def test_a_vocabulary_becomes_class_embeddings(tmp_path: Path) -> None:
-    rows = torch.nn.functional.normalize(torch.randn(2, 8), dim=1)
-    Vocabulary(("a", "b"), rows).save(tmp_path / "v.safetensors")
-    path = to("regionclip", tmp_path / "v.safetensors", tmp_path / "v.pth")
-    torch.testing.assert_close(Vocabulary.load(path, ["a", "b"]).embeddings, rows)

@@ -12,7 +12,6 @@ import cv2
 import numpy as np
 import pytest
 
-from clip_base.jobs.cli import main_regionclip
 from clip_base.runtime.files import read_json, write_json, write_text
 
 Content = dict[str, Any]
@@ -24,58 +23,6 @@ Swap = Callable[..., list[str]]
 SMALL: Options = {"resize.short": "[64]", "resize.long": 64}
 TRAINING = ["train-rpn", "train-detector"]
 ANNOTATED = [*TRAINING, "propose", "evaluate", "features"]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a job: exit code, what it printed, what it told on stderr."""
-
-    def run(job: str, options: Options, out: Path) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main_regionclip([job, *(f"{key}={value}" for key, value in options.items()), f"out={out}"])
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
-
-
-@pytest.fixture
-def options_for(
-    world: Path, clip_file: Path, rpn_file: Path, detector_file: Path, tmp_path: Path
-) -> MakeOptions:
-    """Makes options with which a job runs on these annotations: options_for(job, content, images)."""
-
-    def make(job: str, content: Content, images: Path = world / "images") -> Options:
-        annotations = tmp_path / "given.json"
-        write_json(annotations, content)
-        annotated: Options = {"annotations": annotations, "images": images, **SMALL}
-        # Twelve samples: each image of an epoch comes up.
-        training = {
-            **annotated,
-            "split": world / "split.json",
-            "train.steps": 6,
-            "train.batch_size": 2,
-            "train.lr": 0.001,
-        }
-        rois = {"max_proposals": 20, "rois_per_image": 8}
-        detector: Options = {"weights": detector_file, "use_checkpoint_config": "false", "precision": "fp32"}
-        found: dict[str, Options] = {
-            "train-rpn": {**training, "network.channels": 16, "network.backbone_weights": clip_file},
-            "train-detector": {**training, "weights": clip_file, "rpn": rpn_file, **rois},
-            "propose": {**annotated, "proposer.name": "rpn", "proposer.weights": rpn_file},
-            "evaluate": {**annotated, **detector, "report": "false"},
-            "features": {**annotated, **detector, "regions_from": "truth"},
-            "detect": {**SMALL, **detector, "images": f"[{images / 'train'}]", "vocabulary": "cup, star"},
-        }
-        return found[job]
-
-    return make
-
-
-@pytest.fixture
-def content(world: Path) -> Content:
-    """The training annotations."""
-    return dict(read_json(world / "instances_train.json"))
 
 
 def one_line(told: str) -> bool:
@@ -354,83 +301,3 @@ def test_a_picture_of_another_size_than_its_boxes_were_drawn_in_is_skipped_and_n
     assert call(job, options, tmp_path / "out")[0] == 0
     (line,) = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
     assert f"{name} is 48x32 pixels, its annotations say 64x64" in json.loads(line)["reason"]
-
-
-def test_a_broken_validation_picture_does_not_cost_the_training(
-    content: Content, world: Path, options_for: MakeOptions, call: Command, tmp_path: Path
-) -> None:
-    images = shutil.copytree(world / "images", tmp_path / "images")
-    entry = read_json(world / "instances_val.json")["images"][0]
-    (images / entry["file_name"]).write_bytes(b"")
-    options = options_for("train-rpn", content, images)
-    options |= {"val_annotations": world / "instances_val.json"}
-    code, printed, _ = call("train-rpn", options, tmp_path / "out")
-    assert code == 0
-    assert "validation: 4 images" in printed
-    assert read_json(tmp_path / "out" / "metrics.json")["val_skipped"] == 1
-    (line,) = (tmp_path / "out" / "val_skipped.jsonl").read_text().splitlines()
-    assert json.loads(line)["image_id"] == entry["id"]
-    assert "it is empty" in line
-
-
-def test_a_fault_of_the_validation_shows_before_the_first_step_and_is_fixed_in_the_same_folder(
-    content: Content, world: Path, options_for: MakeOptions, call: Command, tmp_path: Path
-) -> None:
-    options = options_for("train-rpn", content)
-    options |= {"val_annotations": world / "instances_val.json", "val_images": tmp_path}
-    code, _, told = call("train-rpn", options, tmp_path / "out")
-    assert code == 2
-    assert "none of the 4 images" in told
-    assert not (tmp_path / "out" / "log.jsonl").exists()
-    options["val_images"] = ""
-    assert call("train-rpn", options, tmp_path / "out")[0] == 0
-    first = read_json(tmp_path / "out" / "metrics.json")
-    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
-    # The finished folder is measured on other images, and keeps what it holds.
-    options["val_annotations"] = world / "instances_train.json"
-    assert call("train-rpn", options, tmp_path / "out")[0] == 0
-    second = read_json(tmp_path / "out" / "metrics.json")
-    assert second["measured_on"] != first["measured_on"]
-    assert second["recall@100_base"] != first["recall@100_base"]
-    assert second["steps"] == first["steps"]
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
-
-
-def test_without_a_split_all_annotated_categories_are_base(
-    content: Content, world: Path, options_for: MakeOptions, call: Command, tmp_path: Path
-) -> None:
-    options = options_for("train-rpn", content) | {
-        "split": "",
-        "val_annotations": world / "instances_val.json",
-    }
-    code, printed, _ = call("train-rpn", options, tmp_path / "out")
-    assert code == 0
-    assert f"no split given: all {len(content['categories'])} annotated categories are base" in printed
-    assert "recall@100_novel" not in read_json(tmp_path / "out" / "metrics.json")
-
-
-def test_a_loss_that_is_not_a_number_stops_the_proposal_networks_training(
-    content: Content, options_for: MakeOptions, call: Command, tmp_path: Path
-) -> None:
-    options = options_for("train-rpn", content)
-    code, _, told = call("train-rpn", {**options, "box_weight": ".nan"}, tmp_path / "out")
-    assert code == 2
-    assert one_line(told), told
-    assert "the loss is not finite at step 1" in told
-    assert "box nan" in told
-    assert len(read_json(tmp_path / "out" / "not_finite.json")["samples"]) == 2
-    assert not (tmp_path / "out" / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("job", TRAINING)
-def test_weights_that_are_no_numbers_are_never_kept(
-    content: Content, job: str, options_for: MakeOptions, call: Command, tmp_path: Path
-) -> None:
-    """The last step's loss is finite, what it makes of the weights is not."""
-    options = options_for(job, content)
-    options |= {"train.steps": 1, "train.lr": 1e39, "train.schedule": "constant", "train.warmup_steps": 0}
-    code, _, told = call(job, options, tmp_path / "out")
-    assert code == 2
-    assert "are not finite after step 1; lower train.lr" in told
-    assert not (tmp_path / "out" / "model.safetensors").exists()
-    assert not list((tmp_path / "out").glob("checkpoints/*/*"))

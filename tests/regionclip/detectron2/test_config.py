@@ -83,7 +83,7 @@ def test_what_is_read_reaches_the_parts(detector_file: Path, make_cfg: MakeCfg) 
         "MODEL.ROI_HEADS.IOU_THRESHOLDS": [0.6],
     }
     model = build_model(make_cfg(detector_file, changes))
-    proposals, (task,) = model.proposal_generator, model.roi_heads._task
+    proposals, (task,) = model.proposal_generator, model.roi_heads.tasks
     found = proposals.network.config
     assert (found.samples, found.positive_fraction, found.negative_iou, found.positive_iou) == (
         64,

@@ -17,7 +17,6 @@ from pycocotools.cocoeval import COCOeval
 from clip_base.jobs.cli import main_regionclip
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.files import read_json, write_json
-from clip_base.weights.native import read_weights, write_weights
 from regionclip.checkpoints.load import load_detector
 from regionclip.concepts.vocabulary import embed
 from regionclip.data.annotations import CocoDetection
@@ -369,44 +368,3 @@ def test_both_evaluators_give_the_jobs_figures(measured: Path, world: Path, tmp_
     assert main_regionclip(common) == 0
     first, second = read_json(measured / "metrics.json"), read_json(tmp_path / "out" / "metrics.json")
     assert second == pytest.approx({key: first[key] for key in second}, abs=1e-6)
-
-
-Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-DAMAGE: dict[str, Change] = {
-    "half is missing": lambda weights: dict(list(weights.items())[::2]),
-    "all under other names": lambda weights: {f"module.{name}": value for name, value in weights.items()},
-    "the vision tower is missing": lambda weights: {
-        name: value for name, value in weights.items() if "layer" not in name
-    },
-    "all are of another size": lambda weights: {
-        name: value[: len(value) // 2].clone() if value.ndim else value for name, value in weights.items()
-    },
-    "something is left over": lambda weights: {**weights, "head.weight": torch.zeros(3)},
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("kind", ["detector", "clip", "rpn"])
-def test_weights_that_do_not_load_end_the_evaluation_before_anything_is_detected(
-    damage: str,
-    kind: str,
-    options: list[str],
-    clip_file: Path,
-    rpn_file: Path,
-    detector_file: Path,
-    regionclip: Command,
-    tmp_path: Path,
-) -> None:
-    sound = {"detector": detector_file, "clip": clip_file, "rpn": rpn_file}
-    weights, metadata = read_weights(sound[kind])
-    damaged = tmp_path / "damaged.safetensors"
-    write_weights(damaged, DAMAGE[damage](weights), metadata)
-    files = {**sound, kind: damaged}
-    given = [f"weights={files['detector']}"]
-    if kind != "detector":
-        given = [f"weights={files['clip']}", "proposer.name=rpn", f"proposer.weights={files['rpn']}"]
-    code, told = regionclip("evaluate", *options, *given, f"out={tmp_path / 'out'}")
-    assert code == 2, told
-    assert "damaged.safetensors" in told
-    assert not (tmp_path / "out" / "results.json").exists()
-    assert not (tmp_path / "out" / "metrics.json").exists()

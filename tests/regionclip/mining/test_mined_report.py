@@ -92,6 +92,16 @@ def test_without_true_boxes_nothing_is_judged(mined: Path, tmp_path: Path, regio
     assert "precision" not in read_json(tmp_path / "out" / "metrics.json")
 
 
+def test_a_report_may_be_kept_small(mined: Path, tmp_path: Path, regionclip: Command):
+    sizes = []
+    for name, limit in (("all", "6"), ("none", "0")):
+        call = [f"mined={mined}", f"max_report_mb={limit}", f"out={tmp_path / name}"]
+        assert regionclip("report", *call)[0] == 0
+        text = (tmp_path / name / "report.html").read_text(encoding="utf-8")
+        sizes.append(text.count("data:image"))
+    assert sizes[0] > sizes[1] == 0
+
+
 def test_a_report_made_again_is_the_same_and_another_set_is_refused(
     reported: Path, mined: Path, world: Path, regionclip: Command
 ):

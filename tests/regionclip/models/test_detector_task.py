@@ -153,9 +153,9 @@ def test_without_focal_scaling_the_mean_is_weighted(
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels, weight=torch.tensor([1, 1, 1, 0.8])))
 
 
-def test_regions_that_are_surely_right_give_finite_gradients(make_detector: Callable[..., Detector]) -> None:
+def test_regions_that_are_surely_right_give_finite_gradients() -> None:
     logits = torch.tensor([[90.0, 0, 0, 0], [0, 0, 0, 90], [0, 90, 0, 0]], requires_grad=True)
-    task_of(make_detector(), focal_gamma=0.5)._classification(logits, torch.tensor([0, 3, 2])).backward()
+    training.classification_loss(logits, torch.tensor([0, 3, 2]), config(focal_gamma=0.5)).backward()
     assert logits.grad is not None
     assert bool(logits.grad.isfinite().all())
     assert bool(logits.grad[2].abs().sum() > 0)

@@ -24,7 +24,7 @@ SHARD_IMAGES = ["webp", "png", "jpg", "jpeg"]  # the extensions that CLIP_benchm
 
 
 @dataclass(frozen=True)
-class Picture:
+class EvaluationImage:
     """One image, or one box of it, and its class.
 
     Attributes:
@@ -40,19 +40,19 @@ class Picture:
     size: tuple[int, int] | None = None
 
 
-def folder_pictures(folder: str) -> tuple[list[str], list[Picture]]:
+def folder_images(folder: str) -> tuple[list[str], list[EvaluationImage]]:
     """Returns the names of a folder's classes, and the images in them.
 
     Args:
         folder: with a subfolder for each class, sorted as `subfolders` says, `_` as a space; or a
-            classification dataset of CLIP_benchmark, see `shard_pictures`.
+            classification dataset of CLIP_benchmark, see `tar_images`.
 
     Raises:
         InputError: the folder is missing, or holds neither subfolders with images nor tars.
     """
     root = existing(folder, "image folder")
     if tars_folder(root) is not None:
-        return shard_pictures(root)
+        return tar_images(root)
     listing = list_files(root, what="image folder")
     inside = [path for path in listing.files if len(path.relative_to(root).parts) > 1]
     if not inside:
@@ -66,8 +66,8 @@ def folder_pictures(folder: str) -> tuple[list[str], list[Picture]]:
     note_left_out(folder, listing)
     classes = subfolders(root)
     label_of = {path.name: label for label, path in enumerate(classes)}
-    pictures = [Picture(path, label_of[path.relative_to(root).parts[0]]) for path in inside]
-    return [path.name.replace("_", " ") for path in classes], pictures
+    examples = [EvaluationImage(path, label_of[path.relative_to(root).parts[0]]) for path in inside]
+    return [path.name.replace("_", " ") for path in classes], examples
 
 
 def tars_folder(folder: Path) -> Path | None:
@@ -82,7 +82,7 @@ def beside_tars(folder: Path, name: str) -> Path:
     return next((path for path in (folder / name, folder.parent / name) if path.exists()), folder / name)
 
 
-def shard_pictures(folder: Path) -> tuple[list[str], list[Picture]]:
+def tar_images(folder: Path) -> tuple[list[str], list[EvaluationImage]]:
     """Returns the class names and the images of a classification dataset in CLIP_benchmark's `wds_*` layout.
 
     It has `classnames.txt`, and in `test` and `train` tars of records: an image, and in `.cls` the number of
@@ -107,7 +107,7 @@ def shard_pictures(folder: Path) -> tuple[list[str], list[Picture]]:
         )
     names = [line.strip() for line in read_text(listed, "class names").splitlines() if line.strip()]
     source = WebdatasetSource(WebdatasetConfig(str(tars), images=SHARD_IMAGES, captions=["cls"]))
-    records, pictures = source.pairs(), []
+    records, examples = source.pairs(), []
     for index in track(range(len(records)), "reading classes"):
         image, (text, *_) = (pair := records[index]).image, pair.captions
         if not text.isdecimal() or int(text) >= len(names):
@@ -115,11 +115,11 @@ def shard_pictures(folder: Path) -> tuple[list[str], list[Picture]]:
                 f"{image}: its class is {quote(text)}; {listed} has {len(names)} names, numbered from 0"
             )
         assert isinstance(image, Member)
-        pictures.append(Picture(image, int(text)))
-    return names, pictures
+        examples.append(EvaluationImage(image, int(text)))
+    return names, examples
 
 
-def shard_captions(folder: Path) -> tuple[list[Picture], list[tuple[str, ...]], list[dict[str, Any]]]:
+def shard_captions(folder: Path) -> tuple[list[EvaluationImage], list[tuple[str, ...]], list[dict[str, Any]]]:
     """Returns the images and captions of a retrieval dataset in the `wds_*` layout, and records without them.
 
     Args:
@@ -129,7 +129,7 @@ def shard_captions(folder: Path) -> tuple[list[Picture], list[tuple[str, ...]], 
     if tars is None:
         raise InputError(f"captions folder {folder} holds no tars, nor does a folder test in it")
     records = WebdatasetSource(WebdatasetConfig(str(tars), images=SHARD_IMAGES)).pairs()
-    pictures, captions, skipped = [], [], []
+    examples, captions, skipped = [], [], []
     for index in track(range(len(records)), "reading captions"):
         try:
             pair = records[index]
@@ -137,12 +137,12 @@ def shard_captions(folder: Path) -> tuple[list[Picture], list[tuple[str, ...]], 
             skipped.append({"image": f"{tars}, record {index}", "box": None, "reason": str(error)})
             continue
         assert isinstance(pair.image, Member)
-        pictures.append(Picture(pair.image, 0))
+        examples.append(EvaluationImage(pair.image, 0))
         captions.append(pair.captions)
-    return pictures, captions, skipped
+    return examples, captions, skipped
 
 
-def coco_pictures(annotations: str, images: str) -> tuple[list[str], list[Picture]]:
+def coco_images(annotations: str, images: str) -> tuple[list[str], list[EvaluationImage]]:
     """Returns the categories of a COCO instances file, by id, and the boxes of its single objects.
 
     Raises:
@@ -160,7 +160,7 @@ def coco_pictures(annotations: str, images: str) -> tuple[list[str], list[Pictur
         entry["id"]: stated_size(entry, f"{where}: images[{place}]")
         for place, entry in enumerate(content["images"])
     }
-    pictures = []
+    examples = []
     for place, entry in enumerate(content["annotations"]):
         at = f"{where}: annotations[{place}]"
         for key, known in (("image_id", path_of), ("category_id", label_of)):
@@ -168,48 +168,50 @@ def coco_pictures(annotations: str, images: str) -> tuple[list[str], list[Pictur
                 raise InputError(f"{at} has {key} {entry[key]}, which the file does not list")
         if not is_crowd(entry, at):
             image, label = entry["image_id"], label_of[entry["category_id"]]
-            pictures.append(Picture(path_of[image], label, box_of(entry, at), size_of_image[image]))
-    if not pictures:
+            examples.append(EvaluationImage(path_of[image], label, box_of(entry, at), size_of_image[image]))
+    if not examples:
         raise InputError(f"{annotations} has no boxes of single objects")
-    return [names[key] for key in sorted(names)], sorted(pictures, key=lambda picture: str(picture.path))
+    return [names[key] for key in sorted(names)], sorted(examples, key=lambda example: str(example.path))
 
 
 def batches(
-    pictures: list[Picture], load: Callable[[Picture], Tensor | str], size: int, workers: int
+    examples: list[EvaluationImage], load: Callable[[EvaluationImage], Tensor | str], size: int, workers: int
 ) -> Iterator[list[Tensor | str]]:
     """Yields loaded batches in order; the next one is loading meanwhile."""
     waiting: deque[Iterator[Tensor | str]] = deque()
     with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(pictures), size):
-            waiting.append(pool.map(load, pictures[start : start + size]))
+        for start in range(0, len(examples), size):
+            waiting.append(pool.map(load, examples[start : start + size]))
             if len(waiting) > 1:
                 yield list(waiting.popleft())
         while waiting:
             yield list(waiting.popleft())
 
 
-def load_picture(
-    decode: Callable[[Picture], Decoded], prepare: Callable[[Decoded], Tensor], picture: Picture
+def prepare_image(
+    decode: Callable[[EvaluationImage], Decoded],
+    prepare: Callable[[Decoded], Tensor],
+    example: EvaluationImage,
 ) -> Tensor | str:
     """Returns [3, R, R] uint8, or why the image cannot be used.
 
     Args:
         decode: reads the image file.
         prepare: makes the tower's input, before normalization, of the image's pixels.
-        picture: what to read.
+        example: what to read.
     """
     try:
-        image = decode(picture)
+        image = decode(example)
     except InputError as error:
         return str(error)
-    if picture.box is not None:
-        x, y, width, height = picture.box
-        if not all(math.isfinite(value) for value in picture.box):
-            return f"box {picture.box} is not finite"
+    if example.box is not None:
+        x, y, width, height = example.box
+        if not all(math.isfinite(value) for value in example.box):
+            return f"box {example.box} is not finite"
         last_row, last_column = size_of(image)
         top, left = max(math.floor(y), 0), max(math.floor(x), 0)
         bottom, right = min(math.ceil(y + height), last_row), min(math.ceil(x + width), last_column)
         if width <= 0 or height <= 0 or bottom <= top or right <= left:
-            return f"box {picture.box} holds no pixels of the image"
+            return f"box {example.box} holds no pixels of the image"
         image = cut(image, left, top, right, bottom)
     return prepare(image)

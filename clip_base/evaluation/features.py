@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clip_base.data.webdataset import Member
-from clip_base.evaluation.datasets import Picture, batches, load_picture
+from clip_base.evaluation.datasets import EvaluationImage, batches, prepare_image
 from clip_base.evaluation.ranking import require_finite
 from clip_base.images.decode import Decoded, decode_stored, normalize
 from clip_base.images.orientation import turned_as_annotated
@@ -96,16 +96,16 @@ class Embedder:
         """The model, read when it is first needed."""
         return load_clip(self.path, self.config.activation).to(self.device)
 
-    def __call__(self, pictures: list[Picture], description: str) -> Features:
+    def __call__(self, examples: list[EvaluationImage], description: str) -> Features:
         """Returns the features of the images, from the folder when they are there.
 
         Raises:
             InputError: a feature is not finite; the message names the weights.
         """
-        kept = self.folder / f"{self._key(pictures)}.safetensors"
+        kept = self.folder / f"{self._key(examples)}.safetensors"
         features = _read(kept)
         if features is None:
-            features = self.embed(pictures, description)
+            features = self.embed(examples, description)
             self.require_finite(features.values, description)
             with replacing(kept) as temporary:
                 tensors = {"values": features.values, "kept": features.kept}
@@ -116,7 +116,7 @@ class Embedder:
         """Raises an InputError that names the weights when embeddings of theirs hold NaN or infinity."""
         require_finite(features, what, self.model, self.path)
 
-    def _key(self, pictures: list[Picture]) -> str:
+    def _key(self, examples: list[EvaluationImage]) -> str:
         """Returns a digest of all that the features depend on."""
         digest = hashlib.sha256()
         config = self.config
@@ -125,35 +125,35 @@ class Embedder:
             digest.update(f"{entry}\n".encode())
         for path in [self.path, *self.path.glob("*")] if self.path.is_dir() else [self.path]:
             digest.update(_stamp(path).encode())
-        for picture in pictures:
-            place = f"{_identity(picture.path)} {picture.box} {picture.size}\n"
+        for example in examples:
+            place = f"{_identity(example.path)} {example.box} {example.size}\n"
             digest.update(place.encode(errors="surrogateescape"))
         return digest.hexdigest()[:24]
 
     # Not inference_mode: in it autocast casts the weights anew for every batch.
     @torch.no_grad()
-    def embed(self, pictures: list[Picture], description: str) -> Features:
+    def embed(self, examples: list[EvaluationImage], description: str) -> Features:
         """Returns the features of the images, computed anew and not kept."""
         config, side = self.config, self.model.visual.resolution
-        boxes = any(picture.box is not None for picture in pictures)
+        boxes = any(example.box is not None for example in examples)
 
         # Boxes are in the pixels of the whole image, which several of them may share.
         @functools.lru_cache(4 * config.workers)
         def whole(path: Path, size: tuple[int, int] | None) -> Decoded:
             return turned_as_annotated(decode_stored(path), path, size)
 
-        def read(picture: Picture) -> Decoded:
-            if boxes and isinstance(picture.path, Path):
-                return whole(picture.path, picture.size)
-            return decode_stored(picture.path, 2 * side)
+        def read(example: EvaluationImage) -> Decoded:
+            if boxes and isinstance(example.path, Path):
+                return whole(example.path, example.size)
+            return decode_stored(example.path, 2 * side)
 
-        load = functools.partial(load_picture, read, functools.partial(_square, side))
+        load = functools.partial(prepare_image, read, functools.partial(_square, side))
         parts: list[Tensor] = []
         kept: list[int] = []
         skipped: list[dict[str, Any]] = []
         start = 0
-        with Progress(description, len(pictures)) as progress, autocast(config.precision, self.device):
-            for loaded in batches(pictures, load, config.batch_size, config.workers):
+        with Progress(description, len(examples)) as progress, autocast(config.precision, self.device):
+            for loaded in batches(examples, load, config.batch_size, config.workers):
                 usable = [item for item in loaded if isinstance(item, Tensor)]
                 if usable:
                     pixels = normalize(torch.stack(usable).to(self.device))  # [B, 3, R, R]
@@ -162,8 +162,8 @@ class Embedder:
                     if isinstance(item, Tensor):
                         kept.append(index)
                     else:
-                        picture = pictures[index]
-                        skipped.append({"image": str(picture.path), "box": picture.box, "reason": item})
+                        example = examples[index]
+                        skipped.append({"image": str(example.path), "box": example.box, "reason": item})
                 start += len(loaded)
                 progress.advance(len(loaded))
         values = torch.cat(parts) if parts else torch.empty(0, 0)

@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from clip_base.data.coco import annotation_inputs
-from clip_base.evaluation.datasets import coco_pictures, folder_pictures
+from clip_base.evaluation.datasets import coco_images, folder_images
 from clip_base.evaluation.features import LAYERS, Embedder, FeatureConfig, note_skipped
 from clip_base.evaluation.ranking import ranks_of_best
 from clip_base.evaluation.tables import print_classes, summarize, to_csv
@@ -136,11 +136,11 @@ def _read(
     config: LinearProbeConfig, embed: Embedder, which: str
 ) -> tuple[list[str], LabeledFeatures, list[dict[str, Any]]]:
     folder, annotations = getattr(config, which), getattr(config, f"{which}_annotations")
-    names, pictures = coco_pictures(annotations, folder) if annotations else folder_pictures(folder)
-    found = embed(pictures, f"{which} images")
+    names, examples = coco_images(annotations, folder) if annotations else folder_images(folder)
+    found = embed(examples, f"{which} images")
     if not len(found.kept):
         raise JobError(f"{which}={folder}: no image can be used (first: {found.skipped[0]['reason']})")
-    labels = np.array([pictures[index].label for index in found.kept.tolist()], np.int64)
+    labels = np.array([examples[index].label for index in found.kept.tolist()], np.int64)
     return names, LabeledFeatures(found.values.numpy(), labels), found.skipped
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from clip_base.data.coco import read_captions
 from clip_base.evaluation import ranking
-from clip_base.evaluation.datasets import Picture, shard_captions
+from clip_base.evaluation.datasets import EvaluationImage, shard_captions
 from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
 from clip_base.evaluation.ranking import Answers, ranks_of_best, ranks_of_classes
 from clip_base.evaluation.tables import to_csv
@@ -59,11 +59,11 @@ def retrieval(config: RetrievalConfig) -> None:
     if done is not None:
         _print(done)
         return
-    pictures, captions, unread = captioned(config)
+    examples, captions, unread = captioned(config)
     embed = Embedder(config, run.path)
-    found = embed(pictures, "images")
+    found = embed(examples, "images")
     skipped = unread + found.skipped
-    note_skipped(skipped, len(pictures) + len(unread), config.max_skipped, run.path / "skipped.jsonl")
+    note_skipped(skipped, len(examples) + len(unread), config.max_skipped, run.path / "skipped.jsonl")
     limit = config.captions_per_image or None
     texts: list[str] = []
     owners: list[int] = []
@@ -78,7 +78,7 @@ def retrieval(config: RetrievalConfig) -> None:
     embed.require_finite(text_features, "captions")
     images = F.normalize(found.values, dim=-1)
     ranks = ranks_of(images, text_features, owner)
-    files = [Path(str(pictures[index].path)).name for index in found.kept.tolist()]
+    files = [Path(str(examples[index].path)).name for index in found.kept.tolist()]
     write_text(run.path / "per_query.csv", to_csv(_queries(ranks, files, texts, owners)))
     figures = {
         **recalls(ranks, KS),
@@ -94,7 +94,7 @@ def retrieval(config: RetrievalConfig) -> None:
 
 def captioned(
     config: RetrievalConfig,
-) -> tuple[list[Picture], Sequence[Sequence[str]], list[dict[str, Any]]]:
+) -> tuple[list[EvaluationImage], Sequence[Sequence[str]], list[dict[str, Any]]]:
     """Returns the images, the captions of each, and what cannot be read, with the reason.
 
     Raises:
@@ -113,7 +113,7 @@ def captioned(
     if not captions:
         raise InputError(f"captions file {config.captions} holds no captions")
     keys = sorted(captions)
-    return [Picture(folder / names[key], 0) for key in keys], [captions[key] for key in keys], []
+    return [EvaluationImage(folder / names[key], 0) for key in keys], [captions[key] for key in keys], []
 
 
 def recall_at(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from clip_base.data.coco import annotation_inputs
-from clip_base.evaluation.datasets import beside_tars, coco_pictures, folder_pictures
+from clip_base.evaluation.datasets import beside_tars, coco_images, folder_images
 from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
 from clip_base.evaluation.prompts import classifier, read_templates
 from clip_base.evaluation.ranking import ranks_of_classes
@@ -55,22 +55,22 @@ def zeroshot(config: ZeroshotConfig) -> None:
         print(f"{run.path} is complete: top1 {done['top1']:.4f}, top5 {done['top5']:.4f}")
         return
     if config.annotations:
-        names, pictures = coco_pictures(config.annotations, config.images)
+        names, examples = coco_images(config.annotations, config.images)
     else:
-        names, pictures = folder_pictures(config.images)
+        names, examples = folder_images(config.images)
     names = class_names(config.names, names)
     templates = read_templates(config.templates)
     own = beside_tars(Path(config.images), "zeroshot_classification_templates.txt")
     if own.exists() and config.templates == "published":
         note(f"the prompts are CLIP's 80; templates={own} uses the dataset's own, as CLIP_benchmark does")
     embed = Embedder(config, run.path)
-    found = embed(pictures, "zero-shot images")
-    note_skipped(found.skipped, len(pictures), config.max_skipped, run.path / "skipped.jsonl")
+    found = embed(examples, "zero-shot images")
+    note_skipped(found.skipped, len(examples), config.max_skipped, run.path / "skipped.jsonl")
     with autocast(config.precision, embed.device):
         directions = classifier(embed.model, names, templates, config.batch_size)  # [C, D]
     embed.require_finite(directions, "class names")
-    labels = torch.tensor([picture.label for picture in pictures])
-    ranks = torch.full((len(pictures),), -1)  # -1: unusable
+    labels = torch.tensor([example.label for example in examples])
+    ranks = torch.full((len(examples),), -1)  # -1: unusable
     ranks[found.kept] = ranks_of_classes(found.values, directions.cpu(), labels[found.kept])
     figures, classes = summarize(ranks, labels, names)
     write_text(run.path / "per_class.csv", to_csv(classes))

@@ -95,16 +95,16 @@ def write_image_tower(model: CLIP, folder: Path, formats: list[str]) -> dict[str
     side = model.visual.resolution
     generator = torch.Generator().manual_seed(0)
 
-    def pictures(count: int) -> Tensor:
+    def images(count: int) -> Tensor:
         """Draws random patches, of a few pixels and coarser: images have both."""
         parts = [torch.rand(count, 3, cells, cells, generator=generator) for cells in (4, 16, 64)]
         sized = sum(F.interpolate(part, (side, side), mode="bilinear") for part in parts)
         return (sized * 85).byte().permute(0, 2, 3, 1).contiguous()  # type: ignore[union-attr]
 
     graph = graphs.Graph(
-        ImageGraph(model).eval(), {"images": pictures(2)}, {"images": {0: Dim("batch")}}, EMBEDDINGS
+        ImageGraph(model).eval(), {"images": images(2)}, {"images": {0: Dim("batch")}}, EMBEDDINGS
     )
-    return graphs.write_graph(graph, folder, "image", formats, _compare(graph, [pictures(1), pictures(5)]))
+    return graphs.write_graph(graph, folder, "image", formats, _compare(graph, [images(1), images(5)]))
 
 
 def write_text_tower(model: CLIP, folder: Path, formats: list[str]) -> dict[str, float]:

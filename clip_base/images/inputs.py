@@ -33,7 +33,7 @@ from clip_base.images.headers import open_image_file
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing
 
-Picture = str | Path | Image.Image | npt.NDArray[Any] | Tensor
+ImageLike = str | Path | Image.Image | npt.NDArray[Any] | Tensor
 LARGE = 25_000_000  # pixels
 _WARNINGS = threading.Lock()  # what is to be warned of is one setting for all threads
 
@@ -86,7 +86,7 @@ def _checked(array: npt.NDArray[Any], given: str) -> Pixels:
     return np.ascontiguousarray(array[..., :3] if colors > 1 else array.repeat(3, axis=2))
 
 
-def picture_files(places: Sequence[str], endings: Collection[str] = IMAGE_SUFFIXES) -> list[Path]:
+def image_files(places: Sequence[str], endings: Collection[str] = IMAGE_SUFFIXES) -> list[Path]:
     """Returns the image files that some places stand for, in the order given, each once.
 
     Args:
@@ -135,7 +135,7 @@ def _matching(pattern: Path, endings: Collection[str]) -> list[Path]:
     return listing.files
 
 
-def read_picture(image: Picture) -> tuple[Pixels, tuple[int, int]]:
+def read_image(image: ImageLike) -> tuple[Pixels, tuple[int, int]]:
     """Returns an image as [H, W, 3] uint8 RGB, and its (height, width), which is larger when it was reduced.
 
     Args:

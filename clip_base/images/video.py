@@ -103,21 +103,21 @@ class VideoWriter:
         self._writer: cv2.VideoWriter | None = None
         self.size = (0, 0)
 
-    def add(self, picture: Image.Image) -> None:
+    def add(self, image: Image.Image) -> None:
         """Appends a frame; sides are made even, as players want them, by leaving out a last row or column.
 
         Raises:
             InputError: this OpenCV has no encoder for the codec.
         """
         if self._writer is None:
-            self.size = (max(picture.width // 2 * 2, 2), max(picture.height // 2 * 2, 2))
+            self.size = (max(image.width // 2 * 2, 2), max(image.height // 2 * 2, 2))
             code = cv2.VideoWriter_fourcc(*self.codec)  # type: ignore[attr-defined]
             self._writer = cv2.VideoWriter(str(self.path), code, self.rate, self.size)
             if not self._writer.isOpened():
                 raise InputError(
                     f"this OpenCV cannot encode {self.codec}; give another video_codec= ({', '.join(CODECS)})"
                 )
-        frame = picture.crop((0, 0, *self.size))
+        frame = image.crop((0, 0, *self.size))
         self._writer.write(cv2.cvtColor(np.asarray(frame), cv2.COLOR_RGB2BGR))
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clip_base.evaluation.datasets import Picture
+from clip_base.evaluation.datasets import EvaluationImage
 from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.hashing import content_hash
@@ -49,8 +49,8 @@ def build_index(config: IndexConfig) -> None:
     skipped = []
     for start in range(0, len(new), SHARD_ROWS):
         part = new[start : start + SHARD_ROWS]
-        pictures = [Picture(image.place, 0) for image in part]
-        features = embedder.embed(pictures, f"indexing {len(new):,} images, from {start + 1:,}")
+        examples = [EvaluationImage(image.place, 0) for image in part]
+        features = embedder.embed(examples, f"indexing {len(new):,} images, from {start + 1:,}")
         embedder.require_finite(features.values, "images")
         rows = [part[place] for place in features.kept.tolist()]
         if rows:

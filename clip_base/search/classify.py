@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from clip_base.evaluation.datasets import Picture
+from clip_base.evaluation.datasets import EvaluationImage
 from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
 from clip_base.evaluation.prompts import classifier, read_templates
 from clip_base.jobs.config import REQUIRED, option
@@ -64,7 +64,7 @@ def classify(config: ClassifyConfig) -> None:
         print(f"{run.path} is complete: {run.path / TABLE}")
         return
     embed = Embedder(config, run.path)
-    features = embed([Picture(image.place, 0) for image in found], "classifying")
+    features = embed([EvaluationImage(image.place, 0) for image in found], "classifying")
     note_skipped(features.skipped, len(found), config.max_skipped, run.path / "skipped.jsonl")
     with autocast(config.precision, embed.device):
         directions = classifier(embed.model, names, read_templates(config.templates), config.batch_size)

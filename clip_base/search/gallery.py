@@ -42,17 +42,17 @@ class Thumbnail:
 
     @property
     def source(self) -> str:
-        """The picture itself, as a `data:` address; "" when it cannot be read."""
+        """The example itself, as a `data:` address; "" when it cannot be read."""
         try:
             decoded = decode_stored(self.image, least=SIDE)
         except InputError:
             return ""
         if isinstance(self.image, Path):
             decoded = turned_upright(decoded, self.image)
-        picture = Image.fromarray(as_rgb(decoded))
-        picture.thumbnail((SIDE, SIDE))
+        example = Image.fromarray(as_rgb(decoded))
+        example.thumbnail((SIDE, SIDE))
         data = io.BytesIO()
-        picture.save(data, "JPEG", quality=80)
+        example.save(data, "JPEG", quality=80)
         return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clip_base.data.webdataset import Member, scan
 from clip_base.images.folders import IMAGE_SUFFIXES, list_images
-from clip_base.images.inputs import picture_files
+from clip_base.images.inputs import image_files
 from clip_base.runtime.errors import InputError, note
 
 TAR = ".tar"
@@ -43,7 +43,7 @@ def images_of(places: Sequence[str]) -> list[FoundImage]:
         elif path.suffix.lower() == TAR and path.is_file():
             listed = members_of(path)
         else:
-            files = picture_files([place], IMAGE_SUFFIXES | {TAR})
+            files = image_files([place], IMAGE_SUFFIXES | {TAR})
             tars = [file for file in files if file.suffix.lower() == TAR]
             listed = (image for tar in tars for image in members_of(tar))
             found |= {str(file): _of_file(file) for file in files if file not in tars}

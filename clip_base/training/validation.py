@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip_base.data.sources import SOURCES, Pair, Pairs
-from clip_base.evaluation.datasets import folder_pictures
+from clip_base.evaluation.datasets import folder_images
 from clip_base.evaluation.prompts import classifier, read_templates
 from clip_base.evaluation.ranking import ranks_of_classes, require_finite
 from clip_base.evaluation.retrieval import embed_texts, recall_at
@@ -59,8 +59,8 @@ class Validation:
             self.pairs = _usable(pairs, _spread(len(pairs), config.limit))
         self.names: list[str] = []
         if config.images:
-            self.names, pictures = folder_pictures(config.images)
-            self.pictures = [pictures[index] for index in _spread(len(pictures), config.limit)]
+            self.names, examples = folder_images(config.images)
+            self.examples = [examples[index] for index in _spread(len(examples), config.limit)]
             self.templates = read_templates(config.templates)
 
     def __bool__(self) -> bool:
@@ -94,9 +94,9 @@ class Validation:
     def _zeroshot(self, source: str) -> float:
         directions = classifier(self.model, self.names, self.templates, self.config.batch_size, truncate=True)
         require_finite(directions, "class names", self.model, source)
-        images, kept = self._embed_images([picture.path for picture in self.pictures])  # [N, D]
+        images, kept = self._embed_images([example.path for example in self.examples])  # [N, D]
         require_finite(images, "images", self.model, source)
-        labels = torch.tensor([self.pictures[index].label for index in kept], device=images.device)
+        labels = torch.tensor([self.examples[index].label for index in kept], device=images.device)
         with torch.autocast(images.device.type, enabled=False):
             return float((ranks_of_classes(images, directions, labels) < 1).double().mean())
 

@@ -14,7 +14,7 @@ import torch
 
 from clip_base.data.batch import ImageBatch
 from clip_base.images.decode import Pixels, decode
-from clip_base.images.inputs import Picture, read_picture
+from clip_base.images.inputs import ImageLike, read_image
 from clip_base.images.orientation import turned_as_annotated, turned_upright
 from clip_base.jobs.skipped import require_usable
 from clip_base.runtime.errors import InputError
@@ -68,7 +68,7 @@ def read_record(record: ImageAnnotations) -> DecodedImage:
     return read_annotated(record.image_id, record.path, (record.height, record.width))
 
 
-def read_upright(image: Picture, image_id: int) -> DecodedImage:
+def read_upright(image: ImageLike, image_id: int) -> DecodedImage:
     """Reads an image without annotations as people see it: a file is rotated by its EXIF orientation.
 
     Args:
@@ -79,7 +79,7 @@ def read_upright(image: Picture, image_id: int) -> DecodedImage:
         InputError: a file is missing or does not decode, or the object is no image.
     """
     name = str(image) if isinstance(image, str | Path) else ""
-    return DecodedImage(image_id, *read_picture(image), name)
+    return DecodedImage(image_id, *read_image(image), name)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from clip_base.export import graphs
 from clip_base.export.graphs import GraphFormats
 from clip_base.export.towers import write_text_tower
 from clip_base.images.decode import MEAN, Pixels, resize
-from clip_base.images.inputs import picture_files, read_upright
+from clip_base.images.inputs import image_files, read_upright
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.runtime.errors import InputError
@@ -94,16 +94,16 @@ def export_detector(config: ExportDetectorConfig) -> None:
     detector.set_vocabulary(
         vocabulary_for(detector, names, names, config.templates, embeddings=config.embeddings), config.weights
     )
-    pictures = sample_pictures(config, detector)
+    images = comparison_images(config, detector)
     graph = graph_of(detector, config.dynamic_vocabulary, config.size, config.suppress)
-    compare = comparison(detector, graph, pictures) if config.suppress else raw_comparison(graph, pictures)
+    compare = comparison(detector, graph, images) if config.suppress else raw_comparison(graph, images)
     differences = graphs.write_graph(graph, run.path, "detector", config.formats, compare)
     if config.dynamic_vocabulary:
         write_vocabulary(detector, graph, run.path / "vocabulary.npz")
         if hasattr(detector.clip, "text"):
             differences |= write_text_tower(detector.clip, run.path, config.formats)
     write_json(run.path / "detector.json", about(detector, graph, config), indent=2)
-    run.finish({"differences": differences, "pictures": len(pictures)})
+    run.finish({"differences": differences, "images": len(images)})
     for name, difference in differences.items():
         print(f"{run.path / name}: differs from PyTorch by at most {difference:.1e}")
 
@@ -168,12 +168,12 @@ def write_vocabulary(detector: Detector, graph: graphs.Graph, path: Path) -> Non
         np.savez(file, **arrays)
 
 
-def sample_pictures(config: ExportDetectorConfig, detector: Detector) -> list[Pixels]:
+def comparison_images(config: ExportDetectorConfig, detector: Detector) -> list[Pixels]:
     """Returns images [H, W, 3] to compare on, at the size at which the detector sees them."""
     if not config.images:
         return [_blots(config.size or size, seed) for seed, size in enumerate(PAINTED)]
     found, sides = [], detector.resize
-    for file in picture_files(config.images):
+    for file in image_files(config.images):
         pixels = read_upright(file)[0]
         if config.size:
             found.append(resize(pixels, config.size[1], config.size[0]))
@@ -191,12 +191,12 @@ def _blots(size: Sequence[int], seed: int) -> Pixels:
 
 
 def comparison(
-    detector: Detector, graph: graphs.Graph, pictures: Sequence[Pixels]
+    detector: Detector, graph: graphs.Graph, images: Sequence[Pixels]
 ) -> Callable[[graphs.Run], float]:
     """Returns a function that compares what was written with `Detector.detect_batch` on images."""
     multiple = detector.resize.multiple
     wanted = []
-    for pixels in pictures:
+    for pixels in images:
         size = (pixels.shape[0], pixels.shape[1])
         found = detector.detect_batch(
             to_batch([pixels], multiple), [ResizeTransform(size, size)], [ImageInfo(0, *size)]
@@ -205,7 +205,7 @@ def comparison(
 
     def differences(run: graphs.Run) -> float:
         largest = 0.0
-        for pixels, one in zip(pictures, wanted, strict=True):
+        for pixels, one in zip(images, wanted, strict=True):
             boxes, scores, labels = run(
                 {"image": torch.from_numpy(pixels), **vocabulary_inputs(detector, graph)}
             )
@@ -236,7 +236,7 @@ def difference(one: Detections, other: Detections, config: DetectorConfig) -> fl
     return largest
 
 
-def raw_comparison(graph: graphs.Graph, pictures: Sequence[Pixels]) -> Callable[[graphs.Run], float]:
+def raw_comparison(graph: graphs.Graph, images: Sequence[Pixels]) -> Callable[[graphs.Run], float]:
     """Returns a function that compares scores before suppression with the module's, row by row."""
     module = graph.module
     assert isinstance(module, DetectorGraph)
@@ -244,7 +244,7 @@ def raw_comparison(graph: graphs.Graph, pictures: Sequence[Pixels]) -> Callable[
 
     def differences(run: graphs.Run) -> float:
         largest = 0.0
-        for pixels in pictures:
+        for pixels in images:
             given = {"image": torch.from_numpy(pixels), **inputs}
             with torch.no_grad():
                 wanted = module(**given)[1]

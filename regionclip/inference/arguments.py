@@ -13,11 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clip_base.images.inputs import Picture, picture_files
+from clip_base.images.inputs import ImageLike, image_files
 from clip_base.runtime.errors import InputError
 from regionclip.structures.boxes import clip_boxes, valid_boxes
 
-Images = str | Path | Iterable[Picture]  # a folder or pattern, a list, an iterator, a batch
+Images = str | Path | Iterable[ImageLike]  # a folder or pattern, a list, an iterator, a batch
 Boxes = Tensor | npt.NDArray[Any] | Sequence[Sequence[float]]
 
 
@@ -25,7 +25,7 @@ def several_of(images: Any) -> Iterable[Any] | None:
     """Returns the images of a list, an iterator, a batch, a folder or a pattern; None for one image."""
     if isinstance(images, str | Path):
         is_one = not Path(images).is_dir() and (Path(images).exists() or not glob.has_magic(str(images)))
-        return None if is_one else picture_files([str(images)])
+        return None if is_one else image_files([str(images)])
     if isinstance(images, Tensor | np.ndarray):
         return list(images) if images.ndim == 4 else None
     return images if isinstance(images, Iterable) else None
@@ -35,7 +35,7 @@ def required_several(images: Any) -> Iterable[Any]:
     """Returns the same; InputError for one image, or for a path that does not exist."""
     several = several_of(images)
     if several is None and isinstance(images, str | Path) and not Path(images).exists():
-        picture_files([str(images)])  # which says that it does not exist
+        image_files([str(images)])  # which says that it does not exist
     if several is None:
         raise InputError(
             f"expected several images (a list, an iterator, a batch, a folder or a pattern), got "

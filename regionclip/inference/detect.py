@@ -15,7 +15,7 @@ from typing import Any
 
 from clip_base.images.decode import Pixels
 from clip_base.images.folders import IMAGE_SUFFIXES
-from clip_base.images.inputs import picture_files
+from clip_base.images.inputs import image_files
 from clip_base.images.video import CODECS, VIDEOS, Video, VideoFrame, writing_video
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.lock import lock_folder
@@ -33,7 +33,7 @@ from regionclip.inference.datasets import planned_datasets, write_datasets
 from regionclip.inference.options import VOCABULARY_HELP, DetectorOptions
 from regionclip.inference.predictor import Predictor
 from regionclip.structures.detections import Detections
-from regionclip.structures.drawing import draw, save_picture
+from regionclip.structures.drawing import draw, save_image
 
 JOURNAL, SKIPPED = ".detections.jsonl", "skipped.jsonl"
 Likely = list[list[tuple[str, float]]]
@@ -110,10 +110,10 @@ def detect(config: DetectConfig) -> None:
     Images that could not be read are named in skipped.jsonl, too. Stopped, the same command resumes behind
     the last batch of images, or video, that was done. A run that has ended is done anew.
     """
-    files = picture_files(config.images, IMAGE_SUFFIXES.union(VIDEOS))
+    files = image_files(config.images, IMAGE_SUFFIXES.union(VIDEOS))
     out = Path(config.out)
     sources = [Source(*pair) for pair in zip(files, targets_of(files, out), strict=True)]
-    pictures = [source for source in sources if not source.is_video]
+    stills = [source for source in sources if not source.is_video]
     videos = [source for source in sources if source.is_video]
     names = parse_names(config.vocabulary)
     header = _header(config, names, files)
@@ -123,18 +123,18 @@ def detect(config: DetectConfig) -> None:
         predictor = config.predictor()
         predictor.set_vocabulary(names, config.embeddings)
         journal = closing.enter_context(ResumeLog(out / JOURNAL, header))
-        batches = -(-len(pictures) // config.batch_size)
-        pictures = pictures[journal.units * config.batch_size :]
+        batches = -(-len(stills) // config.batch_size)
+        stills = stills[journal.units * config.batch_size :]
         videos = videos[max(journal.units - batches, 0) :]
         before, begun = journal.images, time.monotonic()
         if before:
             print(f"{out}: {before} images were processed before; resuming after them")
-        total = before + len(pictures) + sum(_frames(video, config.frame_stride) for video in videos)
+        total = before + len(stills) + sum(_frames(video, config.frame_stride) for video in videos)
         with Progress("detecting", total, before) as progress:
-            looker = DetectionRunner(config, predictor, journal, progress)
-            looker.look_at_pictures(pictures)
+            runner = DetectionRunner(config, predictor, journal, progress)
+            runner.process_images(stills)
             for video in videos:
-                looker.look_at_video(video)
+                runner.process_video(video)
         rate = (journal.images - before) / (time.monotonic() - begun)
         count = write_detections(out, partial(journal.entries, "found"), config.top_k)
         for told in write_datasets(datasets, journal, config.score_threshold):
@@ -184,7 +184,7 @@ class DetectionRunner:
     journal: ResumeLog
     progress: Progress
 
-    def look_at_pictures(self, sources: Sequence[Source]) -> None:
+    def process_images(self, sources: Sequence[Source]) -> None:
         """Looks at images in batches; one that cannot be read is noted."""
         groups = read_batches(
             enumerate(sources, self.journal.images + 1),
@@ -198,18 +198,18 @@ class DetectionRunner:
         for group in groups:
             for (image_id, source), pixels, found in group.map(self.predictor.detect_loaded):
                 assert pixels is not None
-                self._picture(found, pixels, source, image_id)
+                self._write(found, pixels, source, image_id)
             self.journal.end(group.count)
             self.progress.advance(group.count)
 
-    def _picture(self, found: Detections, pixels: Pixels, source: Source, image_id: int) -> None:
+    def _write(self, found: Detections, pixels: Pixels, source: Source, image_id: int) -> None:
         height, width = found.size
         place = {"image_id": image_id, "file_name": str(source.file)}
         self.journal.add("image", {**place, "height": height, "width": width})
         likely = self._note(found, pixels, image_id, {"file_name": str(source.file)})
         shown = found.with_min_score(self.config.score_threshold)
         if self.config.draw:
-            save_picture(draw(pixels, shown), source.target)
+            save_image(draw(pixels, shown), source.target)
         print(f"{source.target if self.config.draw else source.file}: {shown!r}")
         for index, ranked in enumerate(likely):
             score = float(found.scores[index])
@@ -218,7 +218,7 @@ class DetectionRunner:
                 others = ", ".join(f"{name} {probability:.2f}" for name, probability in ranked)
                 print(f"  {found.names[int(found.labels[index])]} {score:.2f} at ({corners}): {others}")
 
-    def look_at_video(self, source: Source) -> None:
+    def process_video(self, source: Source) -> None:
         """Looks at a video in batches of frames; one that does not decode, or not to its end, is noted."""
         try:
             video = Video(source.file, self.config.frame_stride)
@@ -246,9 +246,9 @@ class DetectionRunner:
         self, frames: Sequence[VideoFrame], source: Source, video: Video
     ) -> Iterator[Detections]:
         """Yields what is to be drawn on each frame; the journal takes all that was found."""
-        pictures = [(frame.pixels, (frame.pixels.shape[0], frame.pixels.shape[1])) for frame in frames]
+        batch = [(frame.pixels, (frame.pixels.shape[0], frame.pixels.shape[1])) for frame in frames]
         first = self.journal.images + 1 + video.seen - len(frames)
-        for slot, found in enumerate(self.predictor.detect_batch(pictures, first)):
+        for slot, found in enumerate(self.predictor.detect_batch(batch, first)):
             frame = frames[slot]
             where = {"file_name": str(source.file), "frame": frame.number, "time": round(frame.time, 3)}
             self._note(found, frame.pixels, first + slot, where)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from clip_base.images.inputs import picture_files
+from clip_base.images.inputs import image_files
 from clip_base.jobs.run import Inputs, RunFolder
 from clip_base.jobs.skipped import require_usable
 from clip_base.runtime.errors import InputError, JobError
@@ -38,7 +38,7 @@ BOXES = ".boxes.parquet"
 
 def features(config: FeaturesConfig) -> None:
     """Embeds the regions of many images and writes Parquet or npz files; a stopped run resumes."""
-    files = [] if config.annotations else picture_files(config.images)
+    files = [] if config.annotations else image_files(config.images)
     inputs: Inputs = {**config.inputs(), "list of images": text_hash(files)}
     folder = RunFolder(config.out, config, "region-features", inputs)
     if folder.finished() is not None:

@@ -135,7 +135,7 @@ class Shard:
     stop: int
 
 
-class FolderPictures(Sequence[ImageAnnotations]):
+class FolderImages(Sequence[ImageAnnotations]):
     """Images without annotations as records without boxes; their ids count them from 1.
 
     Args:
@@ -174,7 +174,7 @@ class RegionFeatureExtractor:
             self.predictor.set_vocabulary(config.vocabulary, config.embeddings)
         self.detector, self.device = self.predictor.detector, self.predictor.device
         dataset = CocoDetection(config.annotations, config.image_folder) if config.annotations else None
-        self.records: Sequence[ImageAnnotations] = FolderPictures(files) if dataset is None else dataset
+        self.records: Sequence[ImageAnnotations] = FolderImages(files) if dataset is None else dataset
         self.categories = () if dataset is None else dataset.categories
         if boxes:
             spec = {"name": "precomputed", "file": boxes, "limit": config.max_regions}

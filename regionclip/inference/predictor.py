@@ -13,7 +13,7 @@ from torch import Tensor
 from clip_base.data.batch import ImageBatch
 from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
 from clip_base.images.decode import Pixels
-from clip_base.images.inputs import Picture, read_picture
+from clip_base.images.inputs import ImageLike, read_image
 from clip_base.jobs.config import Plugin
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast, pick_device
@@ -176,7 +176,7 @@ class Predictor:
             vocabulary = vocabulary_for(self.detector, words, words, self.templates, embeddings=embeddings)
         self.detector.set_vocabulary(vocabulary)
 
-    def detect(self, image: Picture, score: float = 0.0) -> Detections:
+    def detect(self, image: ImageLike, score: float = 0.0) -> Detections:
         """Finds what the vocabulary names in one image.
 
         Args:
@@ -195,7 +195,7 @@ class Predictor:
                 f"detect takes one image, but {described_image(image)} is several; call detect_many for a "
                 "list of their detections, or iter_detect for an iterator"
             )
-        (found,) = self.detect_batch([read_picture(image)])
+        (found,) = self.detect_batch([read_image(image)])
         return found.with_min_score(score)
 
     def detect_many(self, images: Images, score: float = 0.0, batch_size: int = 8) -> list[Detections]:
@@ -261,7 +261,7 @@ class Predictor:
         if self.proposer is None and self.detector.network is None:
             raise InputError("a CLIP has no proposal network; load it with proposer={'name': 'grid'}, say")
 
-    def region_features(self, image: Picture, boxes: Boxes) -> Tensor:
+    def region_features(self, image: ImageLike, boxes: Boxes) -> Tensor:
         """Returns [N, D] float32 unit-length embeddings of regions, in the space of CLIP's texts.
 
         Args:
@@ -271,14 +271,14 @@ class Predictor:
         Raises:
             InputError: the image does not decode, or a box covers nothing of it.
         """
-        pixels, size = read_picture(image)
+        pixels, size = read_image(image)
         given = boxes_in(boxes, size)
         batch = batch_of([DecodedImage(0, pixels, size)], self.resize, self.device)
         index = torch.zeros(len(given), dtype=torch.int64)
         regions = Regions(batch.transforms[0].apply_boxes(given), index)
         return self._embed(batch.images, regions.to(self.device))
 
-    def image_features(self, images: Picture | Images, batch_size: int = 8) -> Tensor:
+    def image_features(self, images: ImageLike | Images, batch_size: int = 8) -> Tensor:
         """Returns [B, D] float32 unit-length embeddings of whole images: one row for each, also of one image.
 
         Args:
@@ -297,7 +297,7 @@ class Predictor:
         groups = self._read(alone if several is None else several, batch_size)
         return torch.stack([row for group in groups for _, _, row in group.map(embed)])
 
-    def classify_regions(self, image: Picture, boxes: Boxes, k: int = 5) -> list[list[tuple[str, float]]]:
+    def classify_regions(self, image: ImageLike, boxes: Boxes, k: int = 5) -> list[list[tuple[str, float]]]:
         """Returns for each region its k most probable names with their probabilities, best first.
 
         `region_features` and `classify_embeddings` in one.
@@ -343,7 +343,7 @@ class Predictor:
             embeddings: Tensor = self.detector.encoder(batch, regions)
         return embeddings.cpu()
 
-    def _read(self, images: Iterable[Any], batch_size: int) -> Iterator[ReadGroup[tuple[int, Picture]]]:
+    def _read(self, images: Iterable[Any], batch_size: int) -> Iterator[ReadGroup[tuple[int, ImageLike]]]:
         """Yields the batches of images, whose ids count from 0; none at all are an InputError."""
         groups = read_batches(enumerate(images), _read_numbered, self.resize, batch_size, self.device)
         first = next(groups, None)
@@ -353,5 +353,5 @@ class Predictor:
         yield from groups
 
 
-def _read_numbered(item: tuple[int, Picture]) -> DecodedImage:
+def _read_numbered(item: tuple[int, ImageLike]) -> DecodedImage:
     return read_upright(item[1], item[0])

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from clip_base.images.inputs import picture_files
+from clip_base.images.inputs import image_files
 from clip_base.jobs.compute import DeviceOptions
 from clip_base.jobs.config import Plugin, option, plugin
 from clip_base.runtime.errors import InputError
@@ -104,4 +104,4 @@ def example_images(source: str, folder: Path) -> list[Path]:
     if not source:
         source = str(folder / "scenes" / "images" / "train")
         generate(ScenesConfig(f"{folder}/scenes", images=6, val_images=1, size=384, objects_min=2, workers=1))
-    return picture_files([source])[:MAX_EXAMPLES]
+    return image_files([source])[:MAX_EXAMPLES]

@@ -106,7 +106,7 @@ def _panel(session: DemoSession, which: int, asked: Any, among: Any) -> list[Any
         chosen = gr.State(None)
         with gr.Row():
             with gr.Column(scale=2, min_width=240):
-                picture = gr.Image(
+                drawn = gr.Image(
                     label="Boxes", interactive=False, format="png", buttons=["fullscreen"],
                     elem_id=f"boxes-{which}", elem_classes="result",
                 )  # fmt: skip
@@ -127,21 +127,21 @@ def _panel(session: DemoSession, which: int, asked: Any, among: Any) -> list[Any
             return [None, None, "", gr.Label(visible=False)]
         answer = session.answer(query, which)
         if box is None or box not in answer.boxes:
-            return [None, answer.picture(), HINT, gr.Label(visible=False)]
+            return [None, answer.drawn(), HINT, gr.Label(visible=False)]
         line, names = session.nearest(query, which, box, title)
-        return [box, answer.picture(box), html.escape(line), gr.Label(names, visible=True)]
+        return [box, answer.drawn(box), html.escape(line), gr.Label(names, visible=True)]
 
-    def on_picture(query: Query | None, title: str, event: gr.SelectData) -> list[Any]:
+    def on_image(query: Query | None, title: str, event: gr.SelectData) -> list[Any]:
         return choose(query, title, session.answer(query, which).box_at(*event.index) if query else None)
 
     def on_table(query: Query | None, title: str, event: gr.SelectData) -> list[Any]:
         return choose(query, title, int(event.row_value[0]) - 1)  # its own number: the table may be sorted
 
-    outputs = [chosen, picture, caption, nearest]
-    picture.select(on_picture, [asked, among], outputs, **PRIVATE)
+    outputs = [chosen, drawn, caption, nearest]
+    drawn.select(on_image, [asked, among], outputs, **PRIVATE)
     table.select(on_table, [asked, among], outputs, **PRIVATE)
     among.change(choose, [asked, among, chosen], outputs, **PRIVATE)
-    return [picture, summary, table, file, chosen, caption, nearest]
+    return [drawn, summary, table, file, chosen, caption, nearest]
 
 
 def _parts(answer: Answer | None, folder: Path) -> list[Any]:
@@ -153,4 +153,4 @@ def _parts(answer: Answer | None, folder: Path) -> list[Any]:
     file = Path(tempfile.mkdtemp(dir=folder)) / f"{Path(answer.query.path).stem}.json"
     write_json(file, answer.results(), indent=1)
     download = gr.DownloadButton(value=str(file), visible=True)
-    return [answer.picture(), answer.summary(), answer.table(), download, None, HINT, gr.Label(visible=False)]
+    return [answer.drawn(), answer.summary(), answer.table(), download, None, HINT, gr.Label(visible=False)]

@@ -69,7 +69,7 @@ class Answer:
         self.shown = found[self.rows]
         self.boxes = range(len(self.rows))
 
-    def picture(self, chosen: int | None = None) -> Image.Image:
+    def drawn(self, chosen: int | None = None) -> Image.Image:
         """Returns the image with the shown boxes; with a chosen one, that one alone in its color."""
         return draw(self.image.shown, self.shown, highlight=chosen if chosen in self.boxes else None)
 
@@ -96,7 +96,7 @@ class Answer:
         return [{**entry, "category_name": name, "file_name": file} for entry, name in named]
 
     def box_at(self, x: float, y: float) -> int | None:
-        """Returns the smallest shown box that holds a point of `picture()`, in its pixels, or None."""
+        """Returns the smallest shown box that holds a point of `drawn()`, in its pixels, or None."""
         height, width = self.image.shown.shape[:2]
         return smallest_at(self.shown.resized((height, width)).boxes, x, y)
 

@@ -15,14 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from clip_base.data.coco import coco_entry
-from clip_base.images.inputs import Picture
+from clip_base.images.inputs import ImageLike
 from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import write_json, write_text
 from clip_base.runtime.tables import TableWriter
 from regionclip.structures.boxes import xywh_to_xyxy, xyxy_to_xywh
 from regionclip.structures.checks import check_tensor, rows
-from regionclip.structures.drawing import FORMATS, draw, save_picture
+from regionclip.structures.drawing import FORMATS, draw, save_image
 
 if TYPE_CHECKING:
     import supervision
@@ -136,7 +136,7 @@ class Detections:
         factors = self.boxes.new_tensor([width / old_width, height / old_height]).repeat(2)
         return replace(self, boxes=self.boxes * factors, size=(height, width))
 
-    def plot(self, image: Picture) -> Image.Image:
+    def plot(self, image: ImageLike) -> Image.Image:
         """Returns the image with the boxes, names and scores on it; small ones are enlarged.
 
         Args:
@@ -148,7 +148,7 @@ class Detections:
         """
         return draw(image, self)
 
-    def save(self, path: str | Path, image: Picture | None = None) -> None:
+    def save(self, path: str | Path, image: ImageLike | None = None) -> None:
         """Writes the detections to a file, which appears whole or not at all; folders are made.
 
         Args:
@@ -170,7 +170,7 @@ class Detections:
             wanted = "give image=, what to draw on" if ending in FORMATS else "leave image= out"
             raise InputError(f"{path} is for {'an image' if ending in FORMATS else 'boxes only'}: {wanted}")
         if image is not None:
-            save_picture(self.plot(image), path)
+            save_image(self.plot(image), path)
         elif ending == ".json":
             write_json(path, self.to_dicts(), indent=1)
         else:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from clip_base.images.decode import Pixels, resize
-from clip_base.images.inputs import Picture, read_picture
+from clip_base.images.inputs import ImageLike, read_image
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import replacing
 
@@ -60,7 +60,7 @@ class NamedBoxes(Protocol):
 
 
 def draw(
-    image: Picture,
+    image: ImageLike,
     detections: NamedBoxes | None = None,
     *,
     boxes: Tensor | Sequence[Sequence[float]] | None = None,
@@ -71,7 +71,7 @@ def draw(
     """Returns a copy of the image with boxes drawn and named; small ones are enlarged (`enlargement`).
 
     Args:
-        image: in any form that `clip_base.images.inputs.read_picture` takes.
+        image: in any form that `clip_base.images.inputs.read_image` takes.
         detections: what to draw; named "dog 0.91", a color a name. They may come from the same image at
             another size.
         boxes: instead of detections: [N, 4] (x1, y1, x2, y2) in pixels of `image`.
@@ -83,7 +83,7 @@ def draw(
     Raises:
         InputError: the image does not decode, or has other proportions than that of the detections.
     """
-    pixels, size = read_picture(image)
+    pixels, size = read_image(image)
     if detections is not None and boxes is None:
         boxes = detections.boxes
         frame = _same_proportions(detections.size, size)
@@ -108,23 +108,23 @@ def draw(
         texts = [text if number == highlight else "" for number, text in enumerate(texts)]
         colors = [color if number == highlight else GRAY for number, color in enumerate(colors)]
 
-    picture = Image.fromarray(pixels)
-    factor = enlargement(picture.width, picture.height)
+    canvas = Image.fromarray(pixels)
+    factor = enlargement(canvas.width, canvas.height)
     if factor > 1:
-        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
-    wide, high = picture.width / frame[1], picture.height / frame[0]
+        canvas = canvas.resize((canvas.width * factor, canvas.height * factor), Image.Resampling.BICUBIC)
+    wide, high = canvas.width / frame[1], canvas.height / frame[0]
     scaled = [
-        _within((x1 * wide, y1 * high, x2 * wide, y2 * high), picture.size) for x1, y1, x2, y2 in rectangles
+        _within((x1 * wide, y1 * high, x2 * wide, y2 * high), canvas.size) for x1, y1, x2, y2 in rectangles
     ]
-    _draw_boxes(picture, [scaled[i] for i in order], [colors[i] for i in order])
-    _draw_texts(picture, [scaled[i] for i in order], [texts[i] for i in order], [colors[i] for i in order])
-    return picture
+    _draw_boxes(canvas, [scaled[i] for i in order], [colors[i] for i in order])
+    _draw_texts(canvas, [scaled[i] for i in order], [texts[i] for i in order], [colors[i] for i in order])
+    return canvas
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
+def save_image(image: Image.Image, path: Path) -> None:
     """Writes an image in the form that its path's ending, one of `FORMATS`, says; whole or not at all."""
     with replacing(path) as temporary:
-        picture.save(temporary, format=FORMATS[path.suffix.lower()], quality=92)
+        image.save(temporary, format=FORMATS[path.suffix.lower()], quality=92)
 
 
 def enlargement(width: int, height: int) -> int:
@@ -174,9 +174,9 @@ def _within(box: Rectangle, size: tuple[int, int]) -> Rectangle:
     return round(left), round(top), round(right), round(bottom)
 
 
-def _draw_boxes(picture: Image.Image, boxes: Sequence[Rectangle], colors: Sequence[Color]) -> None:
-    pen = ImageDraw.Draw(picture)
-    thick = max(2, round(min(picture.size) / 220))
+def _draw_boxes(canvas: Image.Image, boxes: Sequence[Rectangle], colors: Sequence[Color]) -> None:
+    pen = ImageDraw.Draw(canvas)
+    thick = max(2, round(min(canvas.size) / 220))
     for box, color in zip(boxes, colors, strict=True):
         # A dark line around the colored one keeps it visible on any ground.
         outer = (box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1)
@@ -185,10 +185,10 @@ def _draw_boxes(picture: Image.Image, boxes: Sequence[Rectangle], colors: Sequen
 
 
 def _draw_texts(
-    picture: Image.Image, boxes: Sequence[Rectangle], texts: Sequence[str], colors: Sequence[Color]
+    canvas: Image.Image, boxes: Sequence[Rectangle], texts: Sequence[str], colors: Sequence[Color]
 ) -> None:
-    pen = ImageDraw.Draw(picture)
-    letters = font(max(11, round(max(picture.size) / 50)))
+    pen = ImageDraw.Draw(canvas)
+    letters = font(max(11, round(max(canvas.size) / 50)))
     pad = max(2, letters.size // 5)
     ascent, descent = letters.getmetrics()
     high = ascent + descent + pad
@@ -197,8 +197,8 @@ def _draw_texts(
     for box, text, color in reversed(list(zip(boxes, texts, colors, strict=True))):
         if not text:
             continue
-        wide = min(pen.textlength(text, font=letters) + 2 * pad, picture.width)
-        place = _place(box, wide, high, picture.size, taken)
+        wide = min(pen.textlength(text, font=letters) + 2 * pad, canvas.width)
+        place = _place(box, wide, high, canvas.size, taken)
         taken.append(place)
         pen.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=color)
         ink = (0, 0, 0) if _luminance(color) > 0.45 else (255, 255, 255)

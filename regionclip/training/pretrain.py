@@ -68,7 +68,7 @@ def _sample(folder: Path, regions: list[MinedRegion], captions: tuple[str, ...],
     return Sample(folder / first.file_name, boxes, None, ids, probs, captions, size)
 
 
-def picture_samples(folder: str) -> list[Sample]:
+def image_samples(folder: str) -> list[Sample]:
     """Returns one sample without boxes for each image in a folder and its subfolders, sorted by path."""
     return [Sample(path, torch.zeros(0, 4)) for path in list_images(folder)]
 
@@ -103,7 +103,7 @@ def pretrain(config: RegionPretrainConfig) -> None:
     distributed.start()
     model = load_clip(config.weights)
     torch.manual_seed(config.train.seed)
-    task, data = _on_shards(config, model) if config.mined else _on_pictures(config, model)
+    task, data = _on_shards(config, model) if config.mined else _on_images(config, model)
     steps = fit_on(data, task, scaled(config.train, config.lr_reference_batch_size), run)
     notes = {KEY: task.encoder.region_head} if task.encoder.pools_maps else {}
     save_clip(model, run.path / "model.safetensors", notes)
@@ -126,8 +126,8 @@ def _on_shards(config: RegionPretrainConfig, model: CLIP) -> tuple[RegionTextTas
     return task, RegionDataset(samples, config.resize, config.max_regions, tokenizer, config.cache)
 
 
-def _on_pictures(config: RegionPretrainConfig, model: CLIP) -> tuple[RegionTextTask, RegionDataset]:
-    samples = picture_samples(config.images)
+def _on_images(config: RegionPretrainConfig, model: CLIP) -> tuple[RegionTextTask, RegionDataset]:
+    samples = image_samples(config.images)
     data = GridPatchDataset(samples, config.max_grid, config.resize, config.max_regions, cache=config.cache)
     head = choose_head(config.region_head, config.weights)
     return RegionTextTask(model, None, config, region_head=head), data

@@ -267,7 +267,7 @@ class RegionTextTask(nn.Module):
         # Whole images go the way of regions, and with them: one pass over the map for both.
         whole = [whole_images(images)] if config.image_text else []
         both = self.encoder(images, Regions.cat([regions, *whole]))
-        embeddings, pictures = both[: len(regions)], both[len(regions) :]  # [n, D], [B, D] or [0, D]
+        embeddings, image_embeddings = both[: len(regions)], both[len(regions) :]  # [n, D], [B, D] or [0, D]
         counts = distributed.row_counts(embeddings)
         per_region = distributed.world() / max(sum(counts), 1)
         losses = {}
@@ -278,7 +278,7 @@ class RegionTextTask(nn.Module):
             losses["region_text"] = config.contrastive * self._region_text(batch, embeddings, counts)
         if config.image_text:
             assert batch.tokens is not None
-            losses["image_text"] = config.image_text * self._image_text(pictures, batch.tokens)
+            losses["image_text"] = config.image_text * self._image_text(image_embeddings, batch.tokens)
         if self.crops is not None:
             targets = _seen_by(self.crops, images, regions)
             losses["crops"] = config.crop_distillation * per_region * cosine_distance(embeddings, targets)

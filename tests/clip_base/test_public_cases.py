@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from clip_base.data.sources import SOURCES
-from clip_base.evaluation.datasets import folder_pictures
+from clip_base.evaluation.datasets import folder_images
 from clip_base.evaluation.prompts import classifier
 from clip_base.jobs.config import build_plugin
 from clip_base.models.clip import CLIP
@@ -43,7 +43,7 @@ def test_numbered_classes_stand_in_the_order_of_their_numbers(
     for name in folders:
         (tmp_path / "classes" / name).mkdir(parents=True)
         shutil.copy(pictures / "0.png", tmp_path / "classes" / name / "a.png")
-    names, found = folder_pictures(str(tmp_path / "classes"))
+    names, found = folder_images(str(tmp_path / "classes"))
     assert names == wanted
     assert {(Path(str(one.path)).parent.name, names[one.label]) for one in found} == {
         (name, name) for name in folders

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_base.evaluation.datasets import coco_pictures
+from clip_base.evaluation.datasets import coco_images
 from clip_base.evaluation.features import Embedder, FeatureConfig
 from clip_base.jobs import cli
 from clip_base.models.clip import CLIP
@@ -75,7 +75,7 @@ def test_zero_shot_cuts_every_box_where_it_lies(
         return torch.zeros(len(pixels), 32)
 
     monkeypatch.setattr(CLIP, "encode_image", keep)
-    _, pictures = coco_pictures(str(annotations), str(tmp_path / "data" / "images"))
+    _, pictures = coco_images(str(annotations), str(tmp_path / "data" / "images"))
     config = FeatureConfig(weights=str(tmp_path / "w.safetensors"), out="", precision="fp32")
     found = Embedder(config, tmp_path / "out")(pictures, "boxes")
     assert found.skipped == []
@@ -119,7 +119,7 @@ def test_a_stated_size_that_fits_in_no_frame_is_skipped_with_the_reason(tmp_path
     content["images"][0] |= {"width": 60, "height": 45}
     annotations.write_text(json.dumps(content))
     save_clip(make("vit"), tmp_path / "w.safetensors")
-    _, pictures = coco_pictures(str(annotations), str(tmp_path / "data" / "images"))
+    _, pictures = coco_images(str(annotations), str(tmp_path / "data" / "images"))
     found = Embedder(FeatureConfig(weights=str(tmp_path / "w.safetensors"), out=""), tmp_path)(
         pictures, "boxes"
     )

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clip_base.evaluation.datasets import folder_pictures
+from clip_base.evaluation.datasets import folder_images
 from clip_base.evaluation.prompts import read_templates
 from clip_base.evaluation.retrieval import RetrievalConfig, retrieval
 from clip_base.evaluation.zeroshot import ZeroshotConfig, zeroshot
@@ -104,7 +104,7 @@ def test_templates_of_clip_benchmark_mean_the_same(wds: Path) -> None:
 
 def test_both_parts_have_the_classes_for_a_linear_probe(wds: Path) -> None:
     for part in ("train", "test"):
-        names, pictures = folder_pictures(str(wds / part))
+        names, pictures = folder_images(str(wds / part))
         assert names == NAMES
         assert [picture.label for picture in pictures] == [0] * 4 + [1] * 4 + [2] * 4
         assert f"/{part}/0.tar/s0000000.webp" in str(pictures[0].path)
@@ -124,7 +124,7 @@ def test_both_parts_have_the_classes_for_a_linear_probe(wds: Path) -> None:
 def test_a_dataset_that_does_not_fit_is_refused(wds: Path, change: Any, message: str) -> None:
     change(wds)
     with pytest.raises(InputError, match=message):
-        folder_pictures(str(wds))
+        folder_images(str(wds))
 
 
 def test_retrieval_gives_what_files_give(weights: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from clip_base.evaluation.datasets import Picture, load_picture
+from clip_base.evaluation.datasets import EvaluationImage, prepare_image
 from clip_base.evaluation.prompts import SIMPLE, classifier, read_templates
 from clip_base.evaluation.tables import summarize
 from clip_base.evaluation.zeroshot import ZeroshotConfig, zeroshot
@@ -205,11 +205,11 @@ def test_a_box_is_cut_out_at_its_pixels(tmp_path: Path):
     def prepare(pixels: Any) -> torch.Tensor:
         return Preprocess(16)(Image.fromarray(pixels))
 
-    loaded = load_picture(lambda _: pixels, prepare, Picture(tmp_path, 0, (60.0, 20.0, 30.4, 39.9)))
+    loaded = prepare_image(lambda _: pixels, prepare, EvaluationImage(tmp_path, 0, (60.0, 20.0, 30.4, 39.9)))
     assert isinstance(loaded, torch.Tensor)
     assert torch.equal(loaded, prepare(pixels[20:60, 60:91]))
     assert "not finite" in str(
-        load_picture(lambda _: pixels, prepare, Picture(tmp_path, 0, (float("nan"), 0, 1, 1)))
+        prepare_image(lambda _: pixels, prepare, EvaluationImage(tmp_path, 0, (float("nan"), 0, 1, 1)))
     )
 
 

@@ -16,7 +16,7 @@ import pytest
 from pycocotools import mask
 
 from clip_base.data.coco import read_captions
-from clip_base.evaluation.datasets import coco_pictures
+from clip_base.evaluation.datasets import coco_images
 from clip_base.runtime.errors import InputError
 from regionclip.data.annotations import CocoDetection
 from regionclip.data.caption_index import CaptionIndex, write_caption_index
@@ -67,7 +67,7 @@ BOXES: dict[str, tuple[Callable[[Path], Any], Any]] = {
     ),
     "evaluation": (perfect, pytest.approx(1)),
     "zeroshot": (
-        lambda path: [(p.path.name, p.label, p.box) for p in coco_pictures(str(path), ".")[1]],
+        lambda path: [(p.path.name, p.label, p.box) for p in coco_images(str(path), ".")[1]],
         [("1.jpg", 0, (1, 2, 10, 12)), ("2.jpg", 0, (2, 2, 10, 12))],
     ),
 }
@@ -179,7 +179,7 @@ def test_a_crowd_written_as_text_is_one(tmp_path: Path) -> None:
     odd["annotations"][0]["iscrowd"] = "1"
     path = write(tmp_path / "a.json", odd)
     assert [len(record.boxes) for record in CocoDetection(path, None).without_crowds()] == [0, 1]
-    assert [picture.path.name for picture in coco_pictures(str(path), ".")[1]] == ["2.jpg"]
+    assert [picture.path.name for picture in coco_images(str(path), ".")[1]] == ["2.jpg"]
 
 
 def test_an_uncompressed_run_length_code_is_read_as_a_compressed_one() -> None:

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from clip_base.data.sources import SOURCES
-from clip_base.evaluation.datasets import folder_pictures
+from clip_base.evaluation.datasets import folder_images
 from clip_base.images.folders import list_files, list_images
-from clip_base.images.inputs import picture_files
+from clip_base.images.inputs import image_files
 from clip_base.jobs.config import build_plugin
 from clip_base.runtime.errors import InputError, InputNote
-from regionclip.training.pretrain import picture_samples
+from regionclip.training.pretrain import image_samples
 
 
 def sourced(folder: Path) -> list[Path]:
@@ -28,13 +28,13 @@ def sourced(folder: Path) -> list[Path]:
 
 
 def below(pattern: str) -> Callable[[Path], list[Path]]:
-    return lambda folder: picture_files([f"{folder}/{pattern}"])
+    return lambda folder: image_files([f"{folder}/{pattern}"])
 
 
 READERS: dict[str, Callable[[Path], list[Path]]] = {
     "folder source": sourced,
-    "class folders": lambda folder: [picture.path for picture in folder_pictures(str(folder))[1]],
-    "pretrain": lambda folder: [Path(sample.path) for sample in picture_samples(str(folder))],
+    "class folders": lambda folder: [picture.path for picture in folder_images(str(folder))[1]],
+    "pretrain": lambda folder: [Path(sample.path) for sample in image_samples(str(folder))],
     "pattern": below("**"),
     "pattern of files": below("**/*.*"),
 }
@@ -88,16 +88,16 @@ def test_links_are_followed_and_what_systems_leave_is_not_read(photos: Path, rea
 def test_no_folder_of_a_system_becomes_a_class(photos: Path) -> None:
     (photos / "stray.jpg").touch()
     with pytest.warns(InputNote, match="1 in no subfolder, which belong to no class"):
-        names, pictures = folder_pictures(str(photos))
+        names, pictures = folder_images(str(photos))
     assert names == ["cat", "dog"]
     assert [picture.label for picture in pictures] == [0] * 6 + [1]
 
 
 def test_a_folder_itself_stands_for_what_lies_directly_in_it(photos: Path) -> None:
     with pytest.warns(InputNote, match="6 files are read"):
-        found = picture_files([str(photos / "cat")])
+        found = image_files([str(photos / "cat")])
     assert [f"cat/{path.name}" for path in found] == WANTED[:6]
-    assert picture_files([f"{photos}/*/x.jp*"]) == [photos / "cat/x.jpg", photos / "dog/x.jpg"]
+    assert image_files([f"{photos}/*/x.jp*"]) == [photos / "cat/x.jpg", photos / "dog/x.jpg"]
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -121,7 +121,7 @@ def test_names_that_are_no_utf_8_are_left_out_and_counted(tmp_path: Path, reader
     assert "1 pipes or devices" in str(told[0].message)
     odd = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path / "cat"), b"caf\xe9.jpg")))
     with pytest.raises(InputError, match=r"caf\\udce9.jpg' in .* has a name that is not UTF-8; rename it"):
-        picture_files([str(odd)])
+        image_files([str(odd)])
 
 
 @pytest.mark.parametrize("reader", ["folder source", "pretrain"])

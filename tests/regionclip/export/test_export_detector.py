@@ -25,11 +25,11 @@ from regionclip.export.detector import (
     DETECTIONS,
     ExportDetectorConfig,
     comparison,
+    comparison_images,
     difference,
     export_detector,
     graph_of,
     raw_comparison,
-    sample_pictures,
     vocabulary_inputs,
 )
 from regionclip.models.detector import Detector
@@ -57,7 +57,7 @@ def written(detector: Detector, folder: Path, forms: list[str], **options: Any) 
     options = {"dynamic_vocabulary": False, "size": [], "suppress": True, **options}
     graph = graph_of(detector, **options)
     config = ExportDetectorConfig(weights="", vocabulary="", out="", size=options["size"])
-    pictures = sample_pictures(config, detector)
+    pictures = comparison_images(config, detector)
     compare = (
         comparison(detector, graph, pictures) if options["suppress"] else raw_comparison(graph, pictures)
     )
@@ -217,7 +217,7 @@ def test_a_graph_that_differs_is_noticed(make_detector: MakeDetector) -> None:
     detector = make_detector()
     detector.set_vocabulary(vocabulary(4))
     graph = graph_of(detector, True, [], True)
-    pictures = sample_pictures(ExportDetectorConfig(weights="", vocabulary="", out=""), detector)
+    pictures = comparison_images(ExportDetectorConfig(weights="", vocabulary="", out=""), detector)
     compare = comparison(detector, graph, pictures)
 
     def module(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:

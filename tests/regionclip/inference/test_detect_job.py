@@ -13,7 +13,7 @@ from PIL import Image
 
 import regionclip as package
 from clip_base.images import decode
-from clip_base.images.inputs import picture_files, read_upright
+from clip_base.images.inputs import image_files, read_upright
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import read_json
 from regionclip.inference import detect as job
@@ -159,12 +159,12 @@ def test_what_was_given_is_never_written_over(photos: Path, options: list[str], 
 
 def test_folders_stand_for_their_pictures(photos: Path, tmp_path: Path) -> None:
     (photos / "notes.txt").write_text("no picture")
-    assert len(picture_files([str(photos)])) == 4
+    assert len(image_files([str(photos)])) == 4
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no images"):
-        picture_files([str(tmp_path / "empty")])
+        image_files([str(tmp_path / "empty")])
     with pytest.raises(InputError, match="does not exist"):
-        picture_files([str(tmp_path / "nowhere.jpg")])
+        image_files([str(tmp_path / "nowhere.jpg")])
 
 
 def test_a_clip_detects_with_a_proposer(
@@ -215,11 +215,11 @@ def test_patterns_stand_for_files_below(photos: Path, tmp_path: Path) -> None:
     shutil.copy(first, deep / "a.jpg")
     shutil.copy(second, tmp_path / "deep" / "b.JPG")
     (deep / "notes.txt").write_text("no picture")
-    assert picture_files([f"{tmp_path}/deep/**"]) == [tmp_path / "deep" / "b.JPG", deep / "a.jpg"]
-    assert picture_files([f"{tmp_path}/deep/**/*.jpg", str(deep / "a.jpg")]) == [deep / "a.jpg"]
-    assert picture_files([f"{photos}/*{first.stem[-2:]}.jp?"]) == [first]
+    assert image_files([f"{tmp_path}/deep/**"]) == [tmp_path / "deep" / "b.JPG", deep / "a.jpg"]
+    assert image_files([f"{tmp_path}/deep/**/*.jpg", str(deep / "a.jpg")]) == [deep / "a.jpg"]
+    assert image_files([f"{photos}/*{first.stem[-2:]}.jp?"]) == [first]
     with pytest.raises(InputError, match=r"pattern '.*\*\.tiff' matches no file"):
-        picture_files([f"{tmp_path}/*.tiff"])
+        image_files([f"{tmp_path}/*.tiff"])
 
 
 @pytest.mark.parametrize(("given", "count"), [("coco", 80), ("coco65", 65), ("lvis", 1203), ("file", 2)])

@@ -178,7 +178,7 @@ def test_when_nothing_is_shown_the_page_says_what_comes_nearest(session: DemoSes
     answer = ask(session, image, limits=(1.0, 1.0, 100))
     assert answer.rows == answer.results() == answer.table() == []
     assert "No box reaches 1.00; the best is" in answer.summary()
-    assert answer.picture().size == (640, 640)
+    assert answer.drawn().size == (640, 640)
     assert answer.box_at(5, 5) is None
 
 
@@ -201,10 +201,10 @@ def test_a_clicked_box_has_the_nearest_names_of_its_region(
 
 def test_the_clicked_box_keeps_its_color_and_the_others_turn_gray(session: DemoSession, image: str) -> None:
     answer = ask(session, image, limits=(0.0, 1.0, 5))
-    plain, marked = np.asarray(answer.picture()), np.asarray(answer.picture(0))
+    plain, marked = np.asarray(answer.drawn()), np.asarray(answer.drawn(0))
     assert (marked == 150).all(-1).sum() > (plain == 150).all(-1).sum() + 100
     for unknown in (None, -1, 10_000):
-        assert np.array_equal(np.asarray(answer.picture(unknown)), plain)
+        assert np.array_equal(np.asarray(answer.drawn(unknown)), plain)
 
 
 def test_two_who_look_for_different_things_do_not_disturb_each_other(

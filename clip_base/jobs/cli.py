@@ -11,11 +11,14 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from clip_base.jobs import completion as completions
@@ -29,6 +32,11 @@ from clip_base.runtime.errors import InputError, InputNote
 from clip_base.runtime.lazy import installed_version
 
 REGION_PREFIX = "region-"
+_LACK_OF_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk is full",
+    errno.EFBIG: "the largest size of a file (ulimit -f) is reached",
+}
 CONFIGS = "configs"
 
 # OpenMP threads that spin while they wait bring a shared machine to a standstill: two jobs beside each other
@@ -51,7 +59,7 @@ def _run(program: str, prefix: str, arguments: list[str]) -> int:
     if arguments[:1] != [completions.COMMAND]:  # there it is a word that was typed
         arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        with notes_as_lines(), releasing_locks():
+        with notes_as_lines(), _terminable(), releasing_locks():
             code = _dispatch(program, prefix, arguments)
         sys.stdout.flush()  # a reader that has gone away (`| head`) shows here, not while Python shuts down
         return code
@@ -63,10 +71,10 @@ def _run(program: str, prefix: str, arguments: list[str]) -> int:
     except InputError as error:
         return _end(str(error), error.exit_code, debug)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _LACK_OF_ROOM:
             where = f" while writing {error.filename}" if error.filename else ""
             remedy = "make room and give the same command again: what was written before is kept"
-            return _end(f"the disk is full{where}; {remedy}", 1, debug)
+            return _end(f"{_LACK_OF_ROOM[error.errno]}{where}; {remedy}", 1, debug)
         return _end(_told(error), 1, debug)
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
@@ -78,6 +86,31 @@ def _told(error: OSError) -> str:
     if error.strerror is None:
         return " ".join(str(error).split())
     return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Ends a job at SIGTERM as at Ctrl-C: what it holds is closed, its workers end, and it says so.
+
+    Training takes both signals itself while it makes steps, and saves first.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # forked, and told to end as any process
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -134,11 +167,14 @@ def _dispatch(program: str, prefix: str, arguments: list[str]) -> int:
     schema = plugins.schema_of(job)
     file, overrides = parse(schema, rest)
     config: Any = configs.resolve(schema, file, overrides)
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun; torch is imported only for it
-        from clip_base.runtime import distributed  # noqa: PLC0415
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        job(config)
+        return 0
+    from clip_base.runtime import distributed  # noqa: PLC0415 (torchrun; torch is imported only for it)
 
-        distributed.start()
-    job(config)
+    distributed.start()
+    with distributed.naming_lost_processes():
+        job(config)
     return 0
 
 

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from glob import escape
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +22,7 @@ from weakref import WeakValueDictionary
 from filelock import FileLock, Timeout
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import write_json
+from clip_base.runtime.files import make_folder, sweep, write_json
 
 LOCK = ".lock"
 _OWNER = ".json"  # the ending of the file that says who holds the lock
@@ -114,25 +115,32 @@ def lock_folder(folder: str | Path, part: str = "") -> OutputLock:
         folder: a job's output.
         part: which part of it this process writes, "K-of-N", beside processes that write others; "" for all.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return _lock(folder, folder / (f"{LOCK}-{part}" if part else LOCK))
+    folder = make_folder(folder)
+    lock, is_new = _lock(folder, folder / (f"{LOCK}-{part}" if part else LOCK))
+    if is_new and not part:  # beside other parts' processes, which may be on other machines, nothing is swept
+        sweep(folder.rglob(".*.tmp"))
+    return lock
 
 
 def lock_file(file: str | Path) -> OutputLock:
     """Locks a file that a job writes, or a folder that is not only the job's, by a file beside it."""
     file = Path(file)
-    file.absolute().parent.mkdir(parents=True, exist_ok=True)
-    return _lock(file, file.with_name(f".{file.name}{LOCK}"))
+    parent = make_folder(file.parent)
+    lock, is_new = _lock(file, file.with_name(f".{file.name}{LOCK}"))
+    if is_new:
+        sweep(parent.glob(f".{escape(file.name)}.*.tmp"))
+    return lock
 
 
-def _lock(out: Path, path: Path) -> OutputLock:
+def _lock(out: Path, path: Path) -> tuple[OutputLock, bool]:
+    """Returns the lock, and whether this process has just got it."""
     key = path.parent.resolve() / path.name
     with _access:
         lock = _held.get(key)
-        if lock is None or not lock.is_held:
-            lock = _held[key] = OutputLock(out, path)
-        return lock
+        if lock is not None and lock.is_held:
+            return lock, False
+        lock = _held[key] = OutputLock(out, path)
+        return lock, True
 
 
 def _division(path: Path) -> str:
@@ -153,7 +161,9 @@ def releasing_locks() -> Iterator[None]:
 
 def is_lock(path: Path) -> bool:
     """Whether a file is one of a lock's, which says nothing about a run."""
-    return path.name == LOCK or path.name.startswith((f"{LOCK}-", f"{LOCK}."))
+    return path.name == LOCK or path.name.startswith(
+        (f"{LOCK}-", f"{LOCK}.", f".{LOCK}")
+    )  # temporary ones, too
 
 
 def _owner_file(path: Path) -> Path:

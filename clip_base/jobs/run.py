@@ -54,11 +54,9 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"out={out} is a file; give a folder")
         here, held = self.path / CONFIG, f"# {job}\n{configs.to_yaml(config)}"
-        if (
-            not here.exists()
-            and self.path.exists()
-            and any(not _is_leftover(path) for path in self.path.iterdir())
-        ):
+        others = self.path.exists() and any(not _is_leftover(path) for path in self.path.iterdir())
+        # Looked for last: the first process of a group writes it before anything else, and may do so now.
+        if others and not here.exists():
             raise InputError(f"{out} is not empty and has no run of {job}; give another out= or empty it")
         if here.exists() and not self._only_begun():  # before files are read to the end: this is told at once
             self._same_run(here, config, job)

@@ -9,8 +9,10 @@ single process nothing here does anything.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,10 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, JobError
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+
+_LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
 
 
 def start() -> None:
@@ -51,6 +56,25 @@ def start() -> None:
     atexit.register(_leave)
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
+
+
+@contextlib.contextmanager
+def naming_lost_processes() -> Iterator[None]:
+    """Turns what gloo or nccl say when another process of the run has ended into a JobError.
+
+    Raises:
+        JobError: another process has ended; it has said why, unless it was killed.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch's DistError is one
+        text = str(error)
+        if world() < 2 or not (isinstance(error, dist.DistError) or any(word in text for word in _LOST)):
+            raise
+        raise JobError(
+            f"process {rank()} of {world()} has lost another one, which failed or was killed (it says why, "
+            "unless it was killed); the same command resumes from the last checkpoint"
+        ) from error
 
 
 def _leave() -> None:

@@ -11,8 +11,10 @@ import json
 import os
 import re
 import shutil
+import sys
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -20,11 +22,16 @@ from charset_normalizer import from_bytes
 
 from clip_base.runtime.errors import InputError, quote
 
+if sys.platform != "win32":
+    import resource
+
 GZIPPED = b"\x1f\x8b"
 ENCODING_HELP = "encoding of the texts, such as gb18030 or cp1252; empty: UTF-8"
 _UTF8 = "utf-8-sig"
 _BLOCK = 1 << 20  # bytes decoded at once to find the place of a bad one
 _SAMPLE = 1 << 16  # bytes from which an encoding is guessed
+_TEMPORARY = re.compile(r"\..+\.(\d{1,9})\.tmp")  # what `replacing` calls a file, with the process's number
+_LOADED = time.time()
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16's, which it begins with
     codecs.BOM_UTF32_BE: "utf-32",
@@ -289,17 +296,61 @@ def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
+def sweep(paths: Iterable[Path]) -> None:
+    """Deletes those of some files that `replacing` has left in processes that were killed.
+
+    Those of running processes stay, and of this one's what it has written itself.
+    """
+    if sys.platform == "win32":  # which has no way to ask for a process without harming it
+        return
+    for path in paths:
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is None:
+            continue
+        process = int(found[1])
+        with contextlib.suppress(OSError):
+            if not _runs(process) or (process == os.getpid() and path.stat().st_mtime < _LOADED):
+                path.unlink()
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this number runs; after a restart it may be another one's."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
 @contextlib.contextmanager
 def naming_full_disk(path: Path, *kinds: type[Exception]) -> Iterator[None]:
-    """Turns a library's own error (one of `kinds`) into OSError(ENOSPC) when it stems from a full disk.
+    """Turns a library's own error (one of `kinds`) into an OSError when it stems from a lack of room.
 
-    torch and safetensors write through code of their own and do not raise OSError.
+    That is a full disk (ENOSPC) or the limit on a file's size (EFBIG, `ulimit -f`). torch and safetensors
+    write through code of their own and do not raise OSError.
     """
     try:
         yield
     except kinds as error:
-        told = f"(os error {errno.ENOSPC})" in str(error)
-        # The part that was written has taken what was left; torch does not tell why it stopped.
-        if told or shutil.disk_usage(path.parent).free < 1 << 16:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        number = _lack_of_room(path, str(error))
+        if number:
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
+
+
+def _lack_of_room(path: Path, told: str) -> int:
+    """Returns the number of the system's error that stopped a library's writing to `path`; 0 for another."""
+    for number in (errno.ENOSPC, errno.EFBIG):
+        if f"(os error {number})" in told:
+            return number
+    # The part that was written has taken what was left; torch does not tell why it stopped.
+    if shutil.disk_usage(path.parent).free < 1 << 16:
+        return errno.ENOSPC
+    if sys.platform == "win32":
+        return 0
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    written = path.iterdir() if path.is_dir() else path.parent.glob(f"*{path.name}*")
+    reached = limit != resource.RLIM_INFINITY and any(file.stat().st_size >= limit for file in written)
+    return errno.EFBIG if reached else 0

@@ -28,8 +28,7 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], training: dict[str
     """Writes the checkpoint of `step` and removes all but the newest two."""
     make_folder(folder)
     target, temporary = folder / f"{step:08d}", folder / f".{step:08d}.tmp"
-    for leftover in folder.glob(".*.tmp"):
-        shutil.rmtree(leftover)
+    sweep(folder)
     temporary.mkdir()
     try:
         with naming_full_disk(temporary, SafetensorError, RuntimeError):
@@ -46,6 +45,12 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], training: dict[str
         shutil.rmtree(temporary, ignore_errors=True)
     for old in steps(folder)[:-KEPT]:
         shutil.rmtree(folder / f"{old:08d}")
+
+
+def sweep(folder: Path) -> None:
+    """Deletes what a killed process was writing; for the one process that writes there."""
+    for leftover in folder.glob(".*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def steps(folder: Path) -> list[int]:

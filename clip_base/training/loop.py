@@ -259,6 +259,8 @@ class _Loop:
         self._images = 0
 
     def resume(self) -> int:
+        if distributed.is_first():
+            checkpoint.sweep(self.folder)
         found = checkpoint.newest(self.folder)
         step = 0
         if found is not None:

@@ -122,3 +122,20 @@ def test_a_forked_process_does_not_hold_its_parents_lock(tmp_path: Path, hold: H
         os.close(theirs)
         os.waitpid(child, 0)
         os.close(ours)
+
+
+def test_what_dead_processes_were_writing_is_swept_and_nothing_else(tmp_path: Path, hold: Holder) -> None:
+    other = hold(tmp_path / "other")
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait()
+    out = tmp_path / "out"
+    (out / "inner").mkdir(parents=True)
+    left = [out / f".a.json.{dead.pid}.tmp", out / "inner" / f".b.json.{dead.pid}.tmp"]
+    left.append(out / f".before-a-restart.json.{os.getpid()}.tmp")
+    kept = [f".a.json.{other.pid}.tmp", f"a.json.{dead.pid}.tmp", ".a.tmp", f".now.json.{os.getpid()}.tmp"]
+    for path in [*left, *(out / name for name in kept)]:
+        path.write_text("half")
+    os.utime(left[-1], (0, 0))
+    assert lock_folder(out).is_held
+    assert not any(path.exists() for path in left)
+    assert all((out / name).exists() for name in kept)

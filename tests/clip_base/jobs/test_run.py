@@ -90,6 +90,12 @@ def test_rewinding_the_log_drops_later_steps_and_a_line_cut_off(tmp_path: Path) 
     assert lines == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
 
 
+@pytest.mark.parametrize("name", [".lock", ".lock.json", "..lock.json.7.tmp", ".lock-1-of-2"])
+def test_files_of_a_lock_are_no_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    assert RunFolder(str(tmp_path), Job(), "job").finished() is None
+
+
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     """A folder of weights."""

@@ -72,7 +72,7 @@ def outs(options: list[str], launch: Launch, tmp_path_factory: pytest.TempPathFa
     for kind in ("ddp", "fsdp"):
         begun, out = folder / "one" / "ddp", folder / "two" / f"resumed-{kind}"
         shutil.copytree(begun / "checkpoints" / "00000005", out / "checkpoints" / "00000005")
-        for file in ("config.yaml", "log.jsonl"):
+        for file in ("config.yaml", ".inputs.json", "log.jsonl"):
             shutil.copy(begun / file, out / file)
         runs[out.name] = [*RUNS["ddp"], f"train.parallel={kind}", f"out={out}"]
     first, second = launch([["pretrain", *options, *extra] for extra in runs.values()])

@@ -17,6 +17,7 @@ from clip_base.jobs import plugins
 from clip_base.runtime.errors import InputError, quote, shortened
 from clip_base.runtime.files import existing, is_file, read_json
 from clip_base.runtime.hashing import text_hash
+from clip_base.runtime.tables import EXACT, as_number
 
 ANNOTATION_FORMATS = "clip_base.annotation_formats"
 AnnotationFormat = Callable[[Path], dict[str, Any] | None]
@@ -27,7 +28,6 @@ _FOREIGN = (".xml", ".yaml", ".yml", ".txt", ".csv", ".tsv")  # files that are n
 _CROWD = {0: False, 1: True, "0": False, "1": True, None: False}
 _TOO_LARGE = 1 << 63  # ids are 64-bit numbers in Parquet, SQLite and tensors
 LARGEST = 1e7  # pixels: no image has a longer side, and no box a larger number
-_EXACT = 1 << 53  # whole numbers up to which a float has room for each
 
 
 def read_instances(path: str | Path) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def checked_entry(entry: Any, where: str, ids: Sequence[str]) -> dict[str, Any]:
     for key in ids:
         number = as_id(entry.get(key))
         if number is None:
-            large = isinstance(entry.get(key), int | float) and abs(entry[key]) >= _EXACT
+            large = isinstance(entry.get(key), int | float) and abs(entry[key]) >= EXACT
             hint = " below 2 to the power of 63" if large else ""
             raise InputError(f"{where} needs a whole number{hint} {key!r}, found {_shown(entry)}")
         fixed[key] = number
@@ -203,14 +203,8 @@ def is_id(value: Any) -> TypeGuard[int]:
 
 def as_id(value: Any) -> int | None:
     """Returns the id that 7, 7.0 and "7" stand for; None for what stands for none."""
-    if is_id(value):
-        return value
-    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
-        return int(value)
-    if isinstance(value, str) and value.strip().isdecimal() and len(value) < 20:
-        number = int(value)
-        return number if is_id(number) else None
-    return None
+    number = as_number(value)
+    return number if is_id(number) else None
 
 
 def is_crowd(entry: dict[str, Any], where: str) -> bool:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,20 +170,6 @@ def coco_images(annotations: str, images: str) -> tuple[list[str], list[Evaluati
     if not examples:
         raise InputError(f"{annotations} has no boxes of single objects")
     return [names[key] for key in sorted(names)], sorted(examples, key=lambda example: str(example.path))
-
-
-def batches(
-    examples: list[EvaluationImage], load: Callable[[EvaluationImage], Tensor | str], size: int, workers: int
-) -> Iterator[list[Tensor | str]]:
-    """Yields loaded batches in order; the next one is loading meanwhile."""
-    waiting: deque[Iterator[Tensor | str]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(examples), size):
-            waiting.append(pool.map(load, examples[start : start + size]))
-            if len(waiting) > 1:
-                yield list(waiting.popleft())
-        while waiting:
-            yield list(waiting.popleft())
 
 
 def prepare_image(

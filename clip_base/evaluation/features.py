@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clip_base.data.webdataset import Member
-from clip_base.evaluation.datasets import EvaluationImage, batches, prepare_image
+from clip_base.evaluation.datasets import EvaluationImage, prepare_image
 from clip_base.evaluation.ranking import require_finite
 from clip_base.images.decode import Decoded, decode_stored, normalize
 from clip_base.images.orientation import turned_as_annotated
@@ -31,6 +32,7 @@ from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import replacing, write_text
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import Progress
+from clip_base.runtime.workers import in_turn
 from clip_base.weights.load import find, load_clip
 
 LAYERS = ("embedding", "penultimate")
@@ -153,7 +155,9 @@ class Embedder:
         skipped: list[dict[str, Any]] = []
         start = 0
         with Progress(description, len(examples)) as progress, autocast(config.precision, self.device):
-            for loaded in batches(examples, load, config.batch_size, config.workers):
+            # A batch is decoded while the one before is embedded.
+            decoded = in_turn(load, examples, config.workers, ahead=config.batch_size)
+            while loaded := list(itertools.islice(decoded, config.batch_size)):
                 usable = [item for item in loaded if isinstance(item, Tensor)]
                 if usable:
                     pixels = normalize(torch.stack(usable).to(self.device))  # [B, 3, R, R]

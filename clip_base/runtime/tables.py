@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from clip_base.runtime.errors import InputError, quote
 from clip_base.runtime.files import existing_file, open_text, read_json, read_json_lines, read_text
 
+EXACT = 1 << 53  # whole numbers up to which a float has room for each
 DELIMITER_HELP = "what separates fields: one character, or tab; empty: found in the file"
 _DELIMITERS = ("\t", ",", ";", "|")
 _HEAD = 200  # lines by which the delimiter is found
@@ -337,8 +338,10 @@ def _classes(content: Any, where: str) -> list[tuple[str, ...]]:
 
 
 def as_number(value: Any) -> int | None:
-    """Returns the whole number that 7 or "7" stands for, None for anything else."""
+    """Returns the whole number that 7, 7.0 or "7" stands for, None for anything else."""
     if isinstance(value, str) and value.strip().isdecimal() and len(value) < 20:
+        return int(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < EXACT:
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 

@@ -301,16 +301,24 @@ def _on_ray(
             ray.shutdown()
 
 
-def in_turn(read: Callable[[Item], Read], items: Iterable[Item], threads: int) -> Iterator[Read]:
-    """Yields read(item) of each item, in order; threads read ahead, twice as many items as there are threads.
+def in_turn(
+    read: Callable[[Item], Read], items: Iterable[Item], threads: int, ahead: int = 0
+) -> Iterator[Read]:
+    """Yields read(item) of each item, in order, while threads read ahead.
 
     Decoding and resizing run beside what is done with the results, as they hold no lock of Python's.
+
+    Args:
+        read: what is done with an item.
+        items: in order.
+        threads: how many.
+        ahead: items that are read before they are asked for; 0: twice as many as there are threads.
     """
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[Read]] = deque()
         for item in items:
             waiting.append(pool.submit(read, item))
-            if len(waiting) > 2 * threads:
+            if len(waiting) > (ahead or 2 * threads):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -89,6 +89,7 @@ class CocoDetection(Sequence[ImageAnnotations]):
         categories: which categories to keep, in the order that labels count them; None keeps all, in order of
             id.
         keep_empty: whether to keep images in which no single object (crowds do not count) is left.
+        content: what `read_instances` made of the file, when it has been read already.
 
     Attributes:
         categories: names, by label.
@@ -108,9 +109,10 @@ class CocoDetection(Sequence[ImageAnnotations]):
         images: str | Path | None,
         categories: Sequence[str] | None = None,
         keep_empty: bool = True,
+        content: dict[str, Any] | None = None,
     ) -> None:
         path = Path(annotations)
-        content = read_instances(path)
+        content = content or read_instances(path)
         self.problems: dict[str, int] = {}
         self.missing: list[Path] = []
         ids = category_ids_by_name(content["categories"], path)

@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from clip_base.data.coco import LARGEST, as_id, box_of, category_name, checked_entry, file_name_of, is_id
+from clip_base.data.coco import (
+    LARGEST,
+    box_of,
+    category_name,
+    checked_entry,
+    file_name_of,
+    is_id,
+    stated_size,
+)
 from clip_base.runtime.errors import InputError, quote
 
 
@@ -35,10 +43,10 @@ def image_fields(entry: dict[str, Any], path: Path, place: int) -> tuple[int, st
     where = f"{path}: images[{place}]"
     image_id = checked_entry(entry, where, ("id",))["id"]
     name = file_name_of(entry, where)
-    height, width = as_id(entry.get("height")), as_id(entry.get("width"))
-    if height is None or width is None or min(height, width) < 1:
+    size = stated_size(entry, where)
+    if size is None:
         raise InputError(f"{where} needs a 'height' and a 'width' in pixels, found {quote(entry)}")
-    return image_id, name, height, width
+    return image_id, name, *size
 
 
 @dataclass(frozen=True)

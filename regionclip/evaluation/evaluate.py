@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from clip_base.data.coco import annotation_inputs, coco_entry
+from clip_base.data.coco import annotation_inputs, coco_entry, read_instances
 from clip_base.evaluation.tables import figure_lines
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder, files_of
@@ -147,7 +147,8 @@ def _measure(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     if config.images:
         existing(config.images, "images folder")
-    truth = CocoDetection(config.annotations, None)
+    content = read_instances(config.annotations)
+    truth = CocoDetection(config.annotations, None, content=content)
     print(truth.report())
     if not truth.categories:
         raise InputError(
@@ -162,12 +163,12 @@ def _measure(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
     protocol = Protocol(config.protocol, config.evaluator, config.max_detections, config.label_set)
 
     def measure(results: str | list[dict[str, Any]]) -> Evaluation:
-        return evaluate_detections(config.annotations, results, split, protocol)
+        return evaluate_detections(config.annotations, results, split, protocol, content)
 
     read, entries = None, list[dict[str, Any]]()
     if config.weights:
         results = run.path / "results.json"
-        metrics |= _detect(config, split, names, results)
+        metrics |= _detect(config, content, split, names, results)
         evaluation = measure(str(results))
     else:
         read = _read(config, truth)
@@ -259,9 +260,9 @@ def _write_per_class(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _detect(
-    config: EvaluateConfig, split: Split | None, names: Sequence[str], results: Path
+    config: EvaluateConfig, content: dict[str, Any], split: Split | None, names: Sequence[str], results: Path
 ) -> dict[str, Any]:
-    whole = CocoDetection(config.annotations, config.images)
+    whole = CocoDetection(config.annotations, config.images, content=content)
     dataset = whole.restrict(names)
     device = config.pick_device()
     detector = config.load().to(device)

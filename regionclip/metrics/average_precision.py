@@ -79,6 +79,7 @@ def evaluate_detections(
     results: str | Path | Sequence[dict[str, Any]],
     split: Split | None = None,
     protocol: Protocol = Protocol(),
+    content: dict[str, Any] | None = None,
 ) -> Evaluation:
     """Average precision of a results file in COCO's format, as pycocotools or LVIS's tools compute it.
 
@@ -90,15 +91,17 @@ def evaluate_detections(
             content; see `read_results`.
         split: base and novel categories; None evaluates every category of the annotations.
         protocol: how to measure.
+        content: what `read_instances` made of the annotations file, when it has been read already.
 
     Raises:
         InputError: a malformed file or entry, a result for an image that the annotations do not have, a
             split whose names are not in the annotations, or annotations that do not suit the protocol.
     """
     where = "annotations" if isinstance(annotations, dict) else str(annotations)
-    content = (
-        check_instances(annotations, where) if isinstance(annotations, dict) else read_instances(annotations)
-    )
+    if isinstance(annotations, dict):
+        content = check_instances(annotations, where)
+    elif content is None:
+        content = read_instances(annotations)
     ids = category_ids_by_name(content["categories"], where)
     names = {entry["id"]: _file_name(entry) for entry in content["images"]}
     read = read_results(results, names, where, ids)

@@ -14,13 +14,17 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from clip_base.data.coco import read_instances
 from clip_base.jobs.cli import main_regionclip
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.files import read_json, write_json
 from regionclip.checkpoints.load import load_detector
 from regionclip.concepts.vocabulary import embed
+from regionclip.data import annotations
 from regionclip.data.annotations import CocoDetection
 from regionclip.data.batches import read_batches, read_record
+from regionclip.evaluation import evaluate
+from regionclip.metrics import average_precision
 from regionclip.models.postprocess import DetectorConfig
 from regionclip.structures.regions import Regions
 from regionclip.structures.transforms import ResizeConfig
@@ -368,3 +372,23 @@ def test_both_evaluators_give_the_jobs_figures(measured: Path, world: Path, tmp_
     assert main_regionclip(common) == 0
     first, second = read_json(measured / "metrics.json"), read_json(tmp_path / "out" / "metrics.json")
     assert second == pytest.approx({key: first[key] for key in second}, abs=1e-6)
+
+
+def test_the_annotations_are_read_once(
+    world: Path, measured: Path, tmp_path: Path, regionclip: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though they are counted, shown to the detector's evaluator, and tried with boxes in other forms."""
+    read: list[object] = []
+
+    def counting(path: str | Path) -> dict[str, object]:
+        read.append(path)
+        return read_instances(path)
+
+    for module in (annotations, average_precision, evaluate):
+        monkeypatch.setattr(module, "read_instances", counting)
+    entries = read_json(measured / "results.json")
+    far = [{**entry, "bbox": [side + 900 for side in entry["bbox"]]} for entry in entries]
+    write_json(tmp_path / "results.json", far)
+    given = [f"annotations={world / 'instances_val.json'}", f"results={tmp_path / 'results.json'}"]
+    assert regionclip("evaluate", *given, "report=false", f"out={tmp_path / 'out'}")[0] == 0
+    assert len(read) == 1

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, TextIO
 from charset_normalizer import from_bytes
 
 from clip_base.runtime.errors import InputError, quote
+from clip_base.runtime.limits import require_unpacked
 
 if sys.platform != "win32":
     import resource
@@ -29,6 +30,7 @@ GZIPPED = b"\x1f\x8b"
 ENCODING_HELP = "encoding of the texts, such as gb18030 or cp1252; empty: UTF-8"
 _UTF8 = "utf-8-sig"
 _BLOCK = 1 << 20  # bytes decoded at once to find the place of a bad one
+_GZIP_BLOCK = 1 << 24
 _SAMPLE = 1 << 16  # bytes from which an encoding is guessed
 _TEMPORARY = re.compile(r"\..+\.(\d{1,9})\.tmp")  # what `replacing` calls a file, with the process's number
 _LOADED = time.time()
@@ -128,13 +130,24 @@ def read_json(path: str | Path, what: str = "JSON file") -> Any:
     content = _bytes_of(path, what)
     if content.startswith(GZIPPED):
         try:
-            content = gzip.decompress(content)
+            content = _unpacked(content, f"{what} {path}")
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{what} {path} cannot be unpacked ({error}); was it truncated?") from None
     text = decode_text(content, f"{what} {path}")
     if not text.strip():
         raise InputError(f"{what} {path} is empty; write it again or give another path")
     return parse_json(text, f"{what} {path}")
+
+
+def _unpacked(packed: bytes, where: str) -> bytes:
+    """Returns what gzip has packed; stops where it is more than the limits say."""
+    blocks, size = [], 0
+    with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
+        while block := file.read(_GZIP_BLOCK):
+            size += len(block)
+            require_unpacked(size, len(packed), where)
+            blocks.append(block)
+    return b"".join(blocks)
 
 
 def read_json_lines(

@@ -13,6 +13,8 @@ from clip_base.runtime.errors import InputError, quote
 MEGAPIXELS = "REGIONCLIP_MAX_MEGAPIXELS"
 UNPACKED_GB = "REGIONCLIP_MAX_UNPACKED_GB"
 # Pillow's own limit of pixels; the largest published CLIP has 4 GB of weights, LVIS's annotations 1 GB.
+_HARMLESS = 1e8  # bytes that may be unpacked of anything
+_USUAL = 100  # times its size: the most that texts and weights are packed; zeros are packed a thousand times
 _DEFAULTS = {MEGAPIXELS: 178.0, UNPACKED_GB: 20.0}
 
 
@@ -34,10 +36,21 @@ def limit(name: str) -> float:
     return value
 
 
-def require_unpacked(size: float, where: str) -> None:
-    """Raises an InputError when content would unpack to more bytes than the limit; `where` names the file."""
+def require_unpacked(size: float, packed: float, where: str) -> None:
+    """Raises an InputError when content unpacks to more bytes than the limit, or than its size makes likely.
+
+    Args:
+        size: bytes that it unpacks to, as declared or so far.
+        packed: bytes that it takes.
+        where: names the file.
+    """
     if size > limit(UNPACKED_GB) * 1e9:
         raise InputError(
             f"{where} unpacks to {size / 1e9:,.1f} GB, more than the {limit(UNPACKED_GB):g} GB that are "
             f"allowed; if you trust it, set the environment variable {UNPACKED_GB}"
+        )
+    if size > _HARMLESS and size > _USUAL * packed:
+        raise InputError(
+            f"{where} takes {packed / 1e6:,.1f} MB and unpacks to more than {size / 1e6:,.0f} MB, as no data "
+            "does; unpack it yourself if you trust it"
         )

@@ -110,9 +110,17 @@ def _shape(state: Mapping[str, Tensor], name: str, dimensions: int, path: object
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """Returns how many blocks the names tell of; a hole among them shows later as missing names."""
-    numbers = [int(found[1]) for found in (re.match(pattern, name) for name in state) if found]
-    return max(numbers, default=-1) + 1
+    """Returns how many blocks the names tell of.
+
+    Raises:
+        InputError: a block before the last is missing.
+    """
+    numbers = {int(found[1]) for found in (re.match(pattern, name) for name in state) if found}
+    hole = next((number for number in range(len(numbers)) if number not in numbers), None)
+    if hole is not None:
+        last = next(name for name in state if (found := re.match(pattern, name)) and int(found[1]) > hole)
+        raise InputError(f"the weights hold {last}, and nothing of block {hole}: that part is missing")
+    return len(numbers)
 
 
 def from_open_clip(config: Any, source: str) -> Hints:

@@ -49,8 +49,9 @@ def unwrap(content: Any, path: object) -> tuple[dict[str, Tensor], bool]:
     Raises:
         InputError: there is none, or it holds values that are no tensors.
     """
-    wrapped = False
-    while isinstance(content, dict):
+    wrapped, seen = False, set[int]()
+    while isinstance(content, dict) and id(content) not in seen:
+        seen.add(id(content))
         inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), None)
         if inner is None:
             break

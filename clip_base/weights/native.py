@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,10 +18,13 @@ from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing, naming_full_disk, replacing
+from clip_base.runtime.files import existing_file, naming_full_disk, parse_json, replacing
 from clip_base.runtime.safetensors_files import sort_metadata
 
 FORMAT = "clip_base.clip/1"
+_FEW = 10_000_000  # numbers that may be allocated whatever a file holds
+C = TypeVar("C")
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 def save_clip(model: CLIP, path: str | Path, notes: Mapping[str, str] | None = None) -> None:
@@ -45,9 +48,65 @@ def load_clip(path: str | Path) -> CLIP:
     weights, metadata = read_weights(path)
     if metadata.get("format") != FORMAT:
         raise InputError(f"{path} holds {metadata.get('format', 'unnamed weights')!r}, expected {FORMAT!r}")
-    model = CLIP(configs.check(CLIPConfig, json.loads(metadata["config"]), f"sizes in {path}"))
+    config = configs.check(CLIPConfig, sizes_in(metadata, "config", path), f"sizes in {path}")
+    model = sized(CLIP, config, weights, path)
     load_exactly(model, weights, path)
     return model.eval().to(memory_format=torch.channels_last)
+
+
+def sizes_in(metadata: Mapping[str, str], key: str, path: str | Path) -> Any:
+    """Returns the JSON value under a key of a file's metadata; InputError when there is none."""
+    if key not in metadata:
+        raise InputError(f"{path} does not say its {key} in its metadata; write the file again")
+    return parse_json(metadata[key], f"{key} in the metadata of {path}")
+
+
+def sized(make: Callable[[C], M], config: C, weights: Mapping[str, Tensor], path: str | Path) -> M:
+    """Builds a model whose config is in a weights file; arguments and errors as `require_sizes`'."""
+    require_sizes(make, config, weights, path)
+    return make(config)
+
+
+def require_sizes(
+    make: Callable[[C], torch.nn.Module], config: C, weights: Mapping[str, Tensor], path: str | Path
+) -> None:
+    """Checks that the tensors of a file can make the model that its config asks for, before it is built.
+
+    Args:
+        make: makes the model of its config.
+        config: what the file says of its sizes, which costs nothing to exaggerate.
+        weights: the file's tensors.
+        path: the file.
+
+    Raises:
+        InputError: the config asks for more blocks or numbers than there are in the file.
+    """
+    deepest = max(_counts(dataclasses.asdict(cast(Any, config))), default=0)
+    if deepest > len(weights):
+        raise InputError(
+            f"weights {path}: its metadata asks for {deepest:,} blocks, and it holds {len(weights):,} "
+            "tensors; the file is damaged or was edited: get it again"
+        )
+    with torch.device("meta"):  # shapes only
+        wanted = sum(value.numel() for value in make(config).state_dict().values())
+    there = sum(value.numel() for value in weights.values())
+    if wanted > 2 * there + _FEW:  # of a tensor that is merely missing `load_exactly` tells the name
+        raise InputError(
+            f"weights {path}: its metadata asks for {wanted:,} numbers, and its tensors hold {there:,}; the "
+            "file is damaged or was edited: get it again"
+        )
+
+
+def _counts(config: Any, key: str = "") -> Iterator[int]:
+    """Yields how many blocks a config asks for."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            yield from _counts(value, name)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _counts(value, key)
+    elif key in ("layers", "head_convs"):
+        yield int(config)
 
 
 def describe(metadata: dict[str, str]) -> dict[str, Any]:
@@ -76,7 +135,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         InputError: the file is missing, cut off or no safetensors file.
     """
-    path = existing(path, "weights file")
+    path = existing_file(path, "weights file")
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
@@ -90,7 +149,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     Raises:
         InputError: the file is missing, cut off or no safetensors file.
     """
-    path = existing(path, "weights file")
+    path = existing_file(path, "weights file")
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +17,14 @@ from clip_base.models.configs import ACTIVATIONS, CLIPConfig
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, read_json
 from clip_base.weights import formats, infer_config, key_names, unpickle
-from clip_base.weights.native import FORMAT, load_exactly, read_metadata, read_weights
+from clip_base.weights.native import (
+    FORMAT,
+    load_exactly,
+    read_metadata,
+    read_weights,
+    require_sizes,
+    sizes_in,
+)
 
 # Names of dtypes, not dtypes: `--help` lists them without PyTorch.
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -155,6 +160,7 @@ def _build(config: CLIPConfig, found: _Found, dtype: torch.dtype) -> CLIP:
     ]
     if odd:
         raise InputError(f"{found.path}: {len(odd)} weights are not floating-point: {', '.join(odd[:4])}")
+    require_sizes(CLIP, config, found.state, found.path)
     with torch.device("meta"):  # no time is spent on random weights that the file replaces
         model = CLIP(config)
     model = model.to(dtype).to_empty(device="cpu")
@@ -200,7 +206,7 @@ def _find(path: Path) -> _Found:
     weights, metadata = read_weights(path)
     form = metadata.get("format", "")
     if form == FORMAT:
-        config = configs.check(CLIPConfig, _json(metadata.get("config", ""), path), f"sizes in {path}")
+        config = configs.check(CLIPConfig, sizes_in(metadata, "config", path), f"sizes in {path}")
         return _Found(path, "clip_base", weights, infer_config.Hints(source="its metadata"), config)
     if form and form not in FRAMEWORKS:
         raise InputError(f"{path} holds {form!r}, no CLIP; `clip-base inspect {path}` shows what is in it")
@@ -209,7 +215,7 @@ def _find(path: Path) -> _Found:
     if known is not None:
         return _from_another(known, path)
     if CONFIG_KEY in metadata:
-        config = configs.check(CLIPConfig, _json(metadata[CONFIG_KEY], path), f"sizes in {path}")
+        config = configs.check(CLIPConfig, sizes_in(metadata, CONFIG_KEY, path), f"sizes in {path}")
         hints = infer_config.Hints(source="its metadata")
         return _Found(path, f"{_style(state)}, safetensors", key_names.to_ours(state), hints, config)
     form = f"{'training ' if len(state) and set(state) != set(weights) else ''}{_style(state)}, safetensors"
@@ -353,12 +359,3 @@ def _check_magic(path: Path) -> None:
         raise InputError(
             f"{path} is a web page, not weights; the download gave an error page: fetch it again"
         )
-
-
-def _json(text: str, path: Path) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"the sizes in {path} are not valid JSON ({error.msg}); write the file again"
-        ) from None

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from clip_base.runtime.errors import InputError
+from clip_base.runtime.limits import require_unpacked
 
 _STORAGES = {
     "HalfStorage": torch.float16,
@@ -106,6 +107,12 @@ class _ArchiveUnpickler(pickle.Unpickler):
         return values
 
 
+def _require_unpacked(archive: zipfile.ZipFile, path: Path) -> None:
+    """Raises an InputError when an archive declares that it unpacks to far more than it takes."""
+    size = sum(entry.file_size for entry in archive.infolist())
+    require_unpacked(size, path.stat().st_size, f"weights file {path}")
+
+
 def _root(archive: zipfile.ZipFile) -> str | None:
     """Returns the folder inside the zip file that holds `data.pkl`, with its slash."""
     for name in archive.namelist():
@@ -132,6 +139,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            _require_unpacked(archive, path)
             root = _root(archive) or ""
             names = set(archive.namelist())
             if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
@@ -174,10 +182,15 @@ def read_pickle(path: Path) -> Any:
         InputError: the file is damaged, or holds anything else, such as whole modules or a program.
     """
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                _require_unpacked(archive, path)
         # Given a path that ends in .safetensors, torch reads another form.
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that torch.save did not write, which are refused
             return torch.load(file, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|class|global|function) ([A-Za-z_][\w.]*\.[\w.]+)", str(error))
         asks = found[1].rstrip(".") if found else None

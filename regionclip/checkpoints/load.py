@@ -22,7 +22,7 @@ from clip_base.runtime.errors import InputError
 from clip_base.weights import infer_config
 from clip_base.weights.formats import Content, group_of
 from clip_base.weights.load import find, is_published, load_clip
-from clip_base.weights.native import load_exactly, read_weights, write_weights
+from clip_base.weights.native import load_exactly, read_weights, sized, sizes_in, write_weights
 from clip_base.weights.reading import read_foreign
 from regionclip.checkpoints import formats as parts
 from regionclip.concepts.vocabulary import Vocabulary, embed
@@ -308,13 +308,13 @@ def read_detector_file(
     if metadata.get("format") != FORMAT:
         raise InputError(f"{path} holds {metadata.get('format', 'unnamed weights')!r}, expected {FORMAT!r}")
     where = f"sizes in {path}"
-    clip = CLIP(configs.check(CLIPConfig, json.loads(metadata["clip"]), where))
-    proposals = configs.check(ProposalNetworkConfig, json.loads(metadata["proposals"]), where)
+    clip = sized(CLIP, configs.check(CLIPConfig, sizes_in(metadata, "clip", path), where), weights, path)
+    proposals = configs.check(ProposalNetworkConfig, sizes_in(metadata, "proposals", path), where)
     shared = clip.map_tower if proposals.share_trunk else None
-    settings = config or configs.check(DetectorConfig, json.loads(metadata["detector"]), where)
-    size = resize or configs.check(TrainingResizeConfig, json.loads(metadata["resize"]), where)
-    network = ProposalNetwork(proposals, shared)
-    kind = metadata["boxes"]
+    settings = config or configs.check(DetectorConfig, sizes_in(metadata, "detector", path), where)
+    size = resize or configs.check(TrainingResizeConfig, sizes_in(metadata, "resize", path), where)
+    network = sized(lambda sizes: ProposalNetwork(sizes, shared), proposals, weights, path)
+    kind = metadata.get("boxes", "")
     head = metadata.get(KEY, PerRegionHead.kind)  # files of earlier versions do not say it
     try:
         detector = Detector.untrained(clip, settings, network, kind, size, region_head=head)
@@ -325,7 +325,7 @@ def read_detector_file(
         ) from None
     load_exactly(detector, weights, path)
     detector.eval().to(memory_format=torch.channels_last)
-    return detector, tuple(json.loads(metadata["base"]))
+    return detector, tuple(sizes_in(metadata, "base", path))
 
 
 def load_detector(

@@ -20,7 +20,7 @@ from clip_base.models.resnet import ModifiedResNet
 from clip_base.runtime.errors import InputError
 from clip_base.weights.formats import Content, group_of
 from clip_base.weights.load import find, load_clip
-from clip_base.weights.native import load_exactly, read_weights, write_weights
+from clip_base.weights.native import load_exactly, read_weights, sized, sizes_in, write_weights
 from clip_base.weights.reading import read_foreign
 from regionclip.proposals.base import SelectionConfig
 from regionclip.proposals.rpn.backbone import trunk_hash
@@ -96,7 +96,7 @@ def load_network(path: str | Path, trunk: ModifiedResNet | None = None) -> Propo
             f"{path} holds {metadata.get('format', 'unnamed weights')!r}, expected {FORMAT!r}; "
             "give a file that `regionclip train-rpn` wrote"
         )
-    sizes = configs.check(ProposalNetworkConfig, json.loads(metadata["config"]), f"network in {path}")
+    sizes = configs.check(ProposalNetworkConfig, sizes_in(metadata, "config", path), f"network in {path}")
     if not sizes.share_trunk:
         trunk = None
     elif trunk is None:
@@ -109,7 +109,7 @@ def load_network(path: str | Path, trunk: ModifiedResNet | None = None) -> Propo
             f"{path} was trained on the trunk of another CLIP (stem to layer3 have another hash); give that "
             "CLIP, or train a head for this one with `regionclip train-rpn network.share_trunk=true`"
         )
-    network = ProposalNetwork(sizes, trunk)
+    network = sized(lambda one: ProposalNetwork(one, trunk), sizes, weights, path)
     load_exactly(network, weights, path)
     return network.eval().to(memory_format=torch.channels_last)
 

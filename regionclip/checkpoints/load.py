@@ -25,6 +25,7 @@ from clip_base.weights.load import find, is_published, load_clip
 from clip_base.weights.native import load_exactly, read_weights, sized, sizes_in, write_weights
 from clip_base.weights.reading import read_foreign
 from regionclip.checkpoints import formats as parts
+from regionclip.concepts.negatives import embed_negatives
 from regionclip.concepts.vocabulary import Vocabulary, embed
 from regionclip.data.categories import parse_names
 from regionclip.models.detector import Detector
@@ -206,6 +207,34 @@ def vocabulary_for(
             tokenizer = Tokenizer(detector.clip.config.text.context_length)
             vocabulary = embed(detector.clip, tokenizer, names, templates)
     return Vocabulary(vocabulary.names, vocabulary.embeddings, novel, vocabulary.provenance)
+
+
+def look_for(
+    detector: Detector,
+    vocabulary: Vocabulary,
+    templates: Sequence[str],
+    own_words: bool,
+    source: str = "the detector",
+) -> None:
+    """Sets a detector's vocabulary, and beside it the negatives that its config asks for.
+
+    Args:
+        detector: a trained one has its background, and takes no negatives unless they are asked for.
+        vocabulary: what to look for.
+        templates: prompts for the negatives.
+        own_words: whether the names are a user's own words; else they are all that a dataset annotates.
+        source: see `Detector.set_vocabulary`.
+
+    Raises:
+        InputError: the embeddings do not have the detector's width.
+    """
+    vocabulary.require_width(detector.clip.config.embed_dim, source)
+    wanted = detector.config.negatives
+    beside = None
+    if wanted == "generic" or (wanted == "auto" and own_words and not detector.trained):
+        tokenizer = Tokenizer(detector.clip.config.text.context_length)
+        beside = embed_negatives(detector.clip, tokenizer, vocabulary, templates)
+    detector.set_vocabulary(vocabulary, source, beside)
 
 
 def _rows(path: Path) -> Tensor:

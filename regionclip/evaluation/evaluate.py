@@ -22,7 +22,7 @@ from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import Progress
 from clip_base.runtime.tables import TableWriter
 from clip_base.weights.load import weight_files
-from regionclip.checkpoints.load import vocabulary_for
+from regionclip.checkpoints.load import look_for, vocabulary_for
 from regionclip.data.annotations import AnnotatedImages, CocoDetection, ImageAnnotations
 from regionclip.data.batches import LoadedBatch, note_skipped, read_batches, read_record
 from regionclip.data.categories import Split, load_split, parse_names
@@ -279,7 +279,7 @@ def _detect(
         )
     novel = torch.tensor(split.is_novel(names) if split else [False] * len(names))
     vocabulary = vocabulary_for(detector, names, whole.categories, config.templates, novel, config.embeddings)
-    detector.set_vocabulary(vocabulary, config.weights)
+    look_for(detector, vocabulary, config.templates, own_words=False, source=config.weights)
     entries: list[dict[str, Any]] = []
     skipped: dict[int, str] = {}
     named: list[tuple[torch.Tensor, torch.Tensor]] = []

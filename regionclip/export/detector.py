@@ -26,7 +26,7 @@ from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import replacing, write_json
-from regionclip.checkpoints.load import vocabulary_for
+from regionclip.checkpoints.load import look_for, vocabulary_for
 from regionclip.data.categories import parse_names
 from regionclip.export.detector_graph import DetectorGraph
 from regionclip.inference.options import VOCABULARY_HELP, DetectorSource
@@ -91,9 +91,8 @@ def export_detector(config: ExportDetectorConfig) -> None:
         print(f"{config.out} already exists and was made with the same options")
         return
     detector = load(config)
-    detector.set_vocabulary(
-        vocabulary_for(detector, names, names, config.templates, embeddings=config.embeddings), config.weights
-    )
+    vocabulary = vocabulary_for(detector, names, names, config.templates, embeddings=config.embeddings)
+    look_for(detector, vocabulary, config.templates, own_words=True, source=config.weights)
     images = comparison_images(config, detector)
     graph = graph_of(detector, config.dynamic_vocabulary, config.size, config.suppress)
     compare = comparison(detector, graph, images) if config.suppress else raw_comparison(graph, images)

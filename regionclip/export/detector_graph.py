@@ -34,6 +34,7 @@ class DetectorGraph(nn.Module):
     """
 
     embeddings: Tensor
+    negatives: Tensor
     background: Tensor | None
     alpha: Tensor
 
@@ -56,6 +57,7 @@ class DetectorGraph(nn.Module):
         self.detector, self.network, self.suppress = detector, detector.network, suppress
         self.multiple = detector.resize.multiple
         self.register_buffer("embeddings", detector.classifier.clone())
+        self.register_buffer("negatives", detector.negatives.clone())
         self.register_buffer("alpha", detector.alpha.clone())
         background = None
         if detector.background is not None:
@@ -87,6 +89,8 @@ class DetectorGraph(nn.Module):
         rows = self.embeddings if embeddings is None else embeddings
         alpha = self.alpha if alpha is None else alpha
         count = rows.shape[0]
+        if self.negatives.shape[0]:
+            rows = torch.cat([rows, self.negatives])
         none = self.background if background is None else background
         if none is not None:
             rows = torch.cat([rows, none[None]])
@@ -98,7 +102,7 @@ class DetectorGraph(nn.Module):
         found, deltas = self.detector.roi_heads(maps, regions)
         boxes = regions.boxes if deltas is None else decode_deltas(regions.boxes, deltas, DELTA_WEIGHTS)
         boxes = clip_boxes(boxes, seen.sizes)
-        # The background, a row like a name's here, takes its share and goes.
+        # The negatives and the background, rows like names' here, take their share and go.
         probabilities = self.detector.logits(found, rows, False).softmax(1)[:, :count]  # [P, C]
         config = self.detector.config
         scores = score(regions, probabilities, alpha, config.fusion)

@@ -18,7 +18,7 @@ from clip_base.jobs.config import Plugin
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast, pick_device
 from clip_base.runtime.progress import track
-from regionclip.checkpoints.load import load_detector, vocabulary_for
+from regionclip.checkpoints.load import load_detector, look_for, vocabulary_for
 from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.data.batches import (
     DecodedImage,
@@ -164,7 +164,8 @@ class Predictor:
         if isinstance(names, Vocabulary):
             if embeddings:
                 raise InputError(f"a Vocabulary has its own embeddings; omit embeddings={embeddings}")
-            self.detector.set_vocabulary(names)
+            with autocast(self.precision, self.device):
+                look_for(self.detector, names, self.templates, own_words=True)
             return
         words = parse_names(str(names)) if isinstance(names, str | Path) else list(names)
         if not all(isinstance(word, str) for word in words):
@@ -174,7 +175,7 @@ class Predictor:
         check_names(words)
         with autocast(self.precision, self.device):
             vocabulary = vocabulary_for(self.detector, words, words, self.templates, embeddings=embeddings)
-        self.detector.set_vocabulary(vocabulary)
+            look_for(self.detector, vocabulary, self.templates, own_words=True)
 
     def detect(self, image: ImageLike, score: float = 0.0) -> Detections:
         """Finds what the vocabulary names in one image.

@@ -56,6 +56,7 @@ class Detector(nn.Module):
     Attributes:
         encoder: embeds regions with the CLIP's vision tower.
         vocabulary: what it looks for; None until `set_vocabulary` is called.
+        negatives: [M, D], what competes with it; see `set_vocabulary`.
 
     Raises:
         ValueError: a box head without a background or without a tower whose map it could read, or the other
@@ -65,6 +66,7 @@ class Detector(nn.Module):
     """
 
     classifier: Tensor
+    negatives: Tensor
     alpha: Tensor
 
     def __init__(
@@ -97,6 +99,7 @@ class Detector(nn.Module):
         self.vocabulary: Vocabulary | None = None
         width = clip.config.embed_dim
         self.register_buffer("classifier", torch.zeros(0, width), persistent=False)
+        self.register_buffer("negatives", torch.zeros(0, width), persistent=False)
         self.register_buffer("alpha", torch.zeros(0), persistent=False)
 
     @classmethod
@@ -147,12 +150,16 @@ class Detector(nn.Module):
         """Whether proposals and embeddings come from one map."""
         return self.network is not None and self.network.config.share_trunk
 
-    def set_vocabulary(self, vocabulary: Vocabulary, source: str = "the detector") -> None:
+    def set_vocabulary(
+        self, vocabulary: Vocabulary, source: str = "the detector", negatives: Tensor | None = None
+    ) -> None:
         """Makes the detector look for these names from now on.
 
         Args:
             vocabulary: C names and their embeddings.
             source: what has the width, for the message.
+            negatives: [M, D], unit length, names that share the probabilities and are not reported; see
+                `regionclip.concepts.negatives`. None: there are none.
 
         Raises:
             InputError: the embeddings do not have the detector's width.
@@ -160,6 +167,8 @@ class Detector(nn.Module):
         vocabulary.require_width(self.clip.config.embed_dim, source)
         self.vocabulary = vocabulary
         self.classifier = vocabulary.embeddings.to(self.classifier.device)
+        beside = self.classifier.new_zeros(0, self.classifier.shape[1]) if negatives is None else negatives
+        self.negatives = beside.to(self.classifier.device)
         novel = (
             torch.zeros(len(vocabulary.names), dtype=torch.bool)
             if vocabulary.novel is None
@@ -184,6 +193,10 @@ class Detector(nn.Module):
             none = cosines.new_zeros(len(units)) if self.background is None else units @ self.background
             cosines = torch.cat([cosines, none[:, None]], 1)
         return self.scale * cosines
+
+    def _all_names(self) -> Tensor:
+        """Returns [C + M, D], the names that are looked for and the negatives."""
+        return torch.cat([self.classifier, self.negatives.to(self.classifier.dtype)])
 
     def feature_maps(self, images: ImageBatch) -> FeatureMaps:
         """Returns the images with the maps that proposals and regions need."""
@@ -231,7 +244,7 @@ class Detector(nn.Module):
         """
         embeddings, deltas = self.roi_heads(maps, regions)
         with torch.autocast(embeddings.device.type, enabled=False):
-            probabilities = self.logits(embeddings, self.classifier, background).softmax(1)
+            probabilities = self.logits(embeddings, self._all_names(), background).softmax(1)
             boxes = regions.boxes
             if deltas is not None:
                 boxes = decode_deltas(boxes, deltas, DELTA_WEIGHTS)
@@ -253,7 +266,7 @@ class Detector(nn.Module):
             return regions
         embeddings = self.encoder.rough_embeddings(maps, regions)
         with torch.autocast(embeddings.device.type, enabled=False):
-            probabilities = self.logits(embeddings, self.classifier, background).softmax(1)
+            probabilities = self.logits(embeddings, self._all_names(), background).softmax(1)
         scores = score(regions, probabilities[:, : len(self.classifier)], self.alpha, self.config.fusion)
         return regions[best_of_each_image(regions, scores, self.config.max_embedded)]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clip_base.jobs.config import option
 from clip_base.runtime.errors import InputError
+from regionclip.concepts.negatives import CHOICES as NEGATIVES
 from regionclip.structures.boxes import nms, soft_nms, valid_boxes
 from regionclip.structures.regions import Regions
 
@@ -40,6 +41,13 @@ class DetectorConfig:
         False,
         "zero-shot: add a background class, as trained detectors have",
         renamed_from="background",
+    )
+    negatives: str = option(
+        "auto",
+        "zero-shot: generic names (background, materials, common things) that share the probabilities and "
+        "are not reported; auto: where words of your own are looked for (detect, serve, Python), not in "
+        "evaluation; generic: always; none: never, as published",
+        choices=NEGATIVES,
     )
     fusion: str = option(
         "geometric",

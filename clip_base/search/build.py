@@ -11,6 +11,7 @@ from pathlib import Path
 from clip_base.evaluation.datasets import EvaluationImage
 from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.lock import lock_file
 from clip_base.runtime.hashing import content_hash
 from clip_base.search.images import images_of
 from clip_base.search.index import ABOUT, SHARD_ROWS, Index
@@ -32,8 +33,12 @@ def build_index(config: IndexConfig) -> None:
     Images that cannot be read are listed in `skipped.jsonl`. Stopped, the same command resumes behind the
     last shard of 8,192 images.
     """
+    with lock_file(config.out):  # two at once would delete each other's shards
+        _update(config, Path(config.out))
+
+
+def _update(config: IndexConfig, out: Path) -> None:
     found = {image.key: image for image in images_of(config.images)}
-    out = Path(config.out)
     embedder = Embedder(config, out)
     weights = content_hash(embedder.path)
     model = embedder.model

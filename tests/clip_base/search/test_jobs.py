@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -179,3 +181,24 @@ def test_class_lists_are_typed_or_in_a_file(tmp_path: Path) -> None:
     for text in ("cat", "cat, cat", str(tmp_path / "none.txt")):
         with pytest.raises(InputError):
             class_names(text)
+
+
+HOLD = "import sys; from clip_base.jobs.lock import lock_file; l = lock_file(sys.argv[1]); print(1); input()"
+
+
+def test_a_second_index_into_one_folder_is_refused(
+    photos: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "index"
+    command = ("index", photos, f"weights={weights}", f"out={out}", "max_skipped=0.5")
+    start = [sys.executable, "-u", "-c", HOLD, str(out)]
+    other = subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"1\n"
+    try:
+        assert call(*command) == 2
+        assert f"{out} is in use by process {other.pid}" in capsys.readouterr().err
+        assert not out.exists()
+    finally:
+        other.communicate(b"\n")
+    assert call(*command) == 0

@@ -176,6 +176,6 @@ def _owner(path: Path) -> str:
         owner: dict[str, Any] = json.loads(_owner_file(path).read_text(encoding="utf-8"))
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["began"]))
         place = "" if owner["host"] == socket.gethostname() else f" on {owner['host']}"
-        return f"process {owner['pid']}{place}, which began at {began}"
+        return f"process {owner['pid']}{place}, which started at {began}"
     except (OSError, ValueError, TypeError, LookupError, OverflowError):
         return "another process"

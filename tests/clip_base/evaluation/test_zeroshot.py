@@ -20,7 +20,7 @@ from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
-from clip_base.weights.native import save_clip
+from clip_base.weights.native import read_weights, save_clip, write_weights
 
 COLORS = {"blue_sky": (20, 40, 230), "grass": (30, 200, 40), "red brick": (220, 30, 20)}
 NAMES = ["blue sky", "grass", "red brick"]
@@ -152,6 +152,18 @@ def test_a_finished_run_is_not_done_again(
     capsys.readouterr()
     assert run(weights, folder, tmp_path / "out", templates="simple") == first
     assert "is complete" in capsys.readouterr().out
+
+
+def test_a_finished_run_does_not_answer_for_other_weights(weights: str, folder: Path, tmp_path: Path):
+    mine = tmp_path / "w.safetensors"
+    mine.write_bytes(Path(weights).read_bytes())
+    run(str(mine), folder, tmp_path / "out", templates="simple")
+    tensors, metadata = read_weights(mine)
+    write_weights(mine, tensors, metadata)  # the same ones
+    run(str(mine), folder, tmp_path / "out", templates="simple")
+    write_weights(mine, {**tensors, "logit_scale": tensors["logit_scale"] + 1}, metadata)
+    with pytest.raises(InputError, match=r"weights \(.*w\.safetensors\) changed since"):
+        run(str(mine), folder, tmp_path / "out", templates="simple")
 
 
 def test_class_names_come_from_a_list_or_a_file_and_must_fit(weights: str, folder: Path, tmp_path: Path):

@@ -58,7 +58,7 @@ def test_a_second_process_is_refused_and_told_who_is_there(tmp_path: Path, hold:
     with pytest.raises(InputError) as caught:
         lock_folder(tmp_path / "out")
     told = str(caught.value)
-    assert f"{tmp_path / 'out'} is in use by process {process.pid}, which began at 20" in told
+    assert f"{tmp_path / 'out'} is in use by process {process.pid}, which started at 20" in told
     assert "another out=" in told
     assert "\n" not in told
     assert lock_folder(tmp_path / "other").is_held

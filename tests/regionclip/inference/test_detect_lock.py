@@ -45,7 +45,7 @@ def test_a_second_detect_on_one_folder_is_refused(
         os.kill(first.pid, signal.SIGSTOP)
         code, told = regionclip(*arguments, f"out={out}")
         assert code == 2
-        assert f"error: {out} is in use by process {first.pid}, which began at" in told
+        assert f"error: {out} is in use by process {first.pid}, which started at" in told
         assert len(told.strip().splitlines()) == 1
         os.kill(first.pid, signal.SIGCONT)
         output, _ = first.communicate(timeout=300)

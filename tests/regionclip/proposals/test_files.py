@@ -190,3 +190,18 @@ def test_propose_writes_parquet_and_measures_the_same(world: Path, tmp_path: Pat
     assert {
         f"recall{iou}@{k}{part}" for iou in (50, 95) for k in (10, 1000) for part in ("_base", "_novel")
     } <= set(first)
+
+
+def test_proposals_of_annotations_that_changed_since_are_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotations, out = tmp_path / "instances.json", tmp_path / "out"
+    annotations.write_bytes((world / "instances_val.json").read_bytes())
+    options = ["propose", f"annotations={annotations}", f"images={world / 'images'}", f"out={out}"]
+    options += ["proposer.name=grid", "resize.short=[64]", "resize.long=64"]
+    assert main_regionclip(options) == 0
+    before = (out / "proposals.json").read_bytes()
+    annotations.write_bytes(annotations.read_bytes() + b"\n")
+    assert main_regionclip(options) == 2
+    assert f"annotations ({annotations}) changed since the run in {out} started" in capsys.readouterr().err
+    assert (out / "proposals.json").read_bytes() == before

@@ -124,22 +124,22 @@ def _in_processes(
 ) -> Iterator[tuple[Task, Result]]:
     context = multiprocessing.get_context("spawn")
     queue, busy = iter(tasks), dict[connection.Connection, Task]()
-    crew: dict[connection.Connection, BaseProcess] = {}
+    pool: dict[connection.Connection, BaseProcess] = {}
     try:
         for task in queue:
             ours, theirs = context.Pipe()
-            crew[ours] = context.Process(target=_serve, args=(start, theirs), daemon=True)
-            with _surroundings(len(crew) - 1, workers, gpus):
-                crew[ours].start()
+            pool[ours] = context.Process(target=_serve, args=(start, theirs), daemon=True)
+            with _surroundings(len(pool) - 1, workers, gpus):
+                pool[ours].start()
             theirs.close()
-            _send(ours, task, crew[ours])
+            _send(ours, task, pool[ours])
             busy[ours] = task
-            if len(crew) == workers:
+            if len(pool) == workers:
                 break
         while busy:
             for pipe in connection.wait(list(busy)):
                 assert isinstance(pipe, connection.Connection)
-                kind, value = _receive(pipe, crew[pipe])
+                kind, value = _receive(pipe, pool[pipe])
                 if kind == "report":
                     watch(busy[pipe], *value)
                 elif kind == "failed":
@@ -147,13 +147,13 @@ def _in_processes(
                 else:
                     yield busy.pop(pipe), value
                     for task in queue:
-                        _send(pipe, task, crew[pipe])
+                        _send(pipe, task, pool[pipe])
                         busy[pipe] = task
                         break
     finally:
-        for process in crew.values():
+        for process in pool.values():
             process.terminate()
-        for process in crew.values():
+        for process in pool.values():
             process.join()
 
 
@@ -272,13 +272,13 @@ def _on_ray(
     on_gpu = bool(gpus and resources.get("GPU"))
     most = max(int(resources.get("GPU" if on_gpu else "CPU", 1)), 1)
     make = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0)(_Actor)
-    queue, crew = iter(tasks), []
+    queue, pool = iter(tasks), []
     busy: dict[Any, tuple[Task, Any]] = {}  # the result to come -> its task and who works on it
     try:
         for task in queue:
-            crew.append(make.remote(start))
-            busy[crew[-1].do.remote(task)] = task, crew[-1]
-            if len(crew) == min(workers or most, most):  # more would wait for a core for ever
+            pool.append(make.remote(start))
+            busy[pool[-1].do.remote(task)] = task, pool[-1]
+            if len(pool) == min(workers or most, most):  # more would wait for a core for ever
                 break
         while busy:
             (ended,), _ = ray.wait(list(busy), num_returns=1)
@@ -295,7 +295,7 @@ def _on_ray(
                 busy[actor.do.remote(following)] = following, actor
                 break
     finally:
-        for actor in crew:
+        for actor in pool:
             ray.kill(actor)
         if not connected:
             ray.shutdown()

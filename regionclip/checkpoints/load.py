@@ -311,7 +311,7 @@ def save_detector(detector: Detector, path: str | Path, base: Sequence[str]) -> 
         "format": FORMAT,
         "clip": json.dumps(dataclasses.asdict(detector.clip.config)),
         "proposals": json.dumps(proposals),
-        "boxes": detector.box_head.kind,
+        "box_head": detector.box_head.kind,
         KEY: detector.encoder.region_head,
         "detector": json.dumps(dataclasses.asdict(detector.config)),
         "resize": json.dumps(dataclasses.asdict(detector.resize)),
@@ -343,7 +343,7 @@ def read_detector_file(
     settings = config or configs.check(DetectorConfig, sizes_in(metadata, "detector", path), where)
     size = resize or configs.check(TrainingResizeConfig, sizes_in(metadata, "resize", path), where)
     network = sized(lambda sizes: ProposalNetwork(sizes, shared), proposals, weights, path)
-    kind = metadata.get("boxes", "")
+    kind = metadata.get("box_head") or metadata.get("boxes", "")  # its name in files of earlier versions
     head = metadata.get(KEY, PerRegionHead.kind)  # files of earlier versions do not say it
     try:
         detector = Detector.untrained(clip, settings, network, kind, size, region_head=head)

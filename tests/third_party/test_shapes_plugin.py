@@ -185,7 +185,7 @@ def test_its_box_head_is_trained_saved_and_loaded_again(
     assert detected[0] == 0, detected[2]
     assert json.loads((dataset / "found" / "detections.json").read_text())
     tensors, metadata = read_weights(weights)
-    assert metadata["boxes"] == "mean"
+    assert metadata["box_head"] == "mean"
     assert tensors["box_head.both.weight"].shape == (4, 32 + 8 * 32)
     assert bool(tensors["box_head.both.bias"].any())  # it was trained
     assert main_regionclip([*detect[1:], f"out={dataset / 'elsewhere'}"]) == 2  # without the package

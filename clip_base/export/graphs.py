@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,16 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from clip_base.export import runtimes
 from clip_base.jobs.config import option
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import replacing
 
-FORMATS = ("onnx", "torch")
-SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
+FORMATS = ("onnx", "torch", "openvino")
+SUFFIX = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml"}
 TOLERANCE = 1e-3  # what a file's numbers may differ from PyTorch's
 NEEDED = "onnx", "onnxscript", "onnxruntime"
 
-Run = Callable[[dict[str, Tensor]], list[Tensor]]
+
+Run = runtimes.Run
 
 
 @dataclass(kw_only=True)
@@ -35,7 +38,9 @@ class GraphFormats:
     """In which forms a model is written."""
 
     formats: list[str] = option(
-        ["onnx"], "onnx, torch (a .pt2 of torch.export), or both", renamed_from="forms"
+        ["onnx"],
+        "some of onnx, torch (a .pt2 of torch.export) and openvino (.xml and .bin)",
+        renamed_from="forms",
     )
 
 
@@ -63,14 +68,18 @@ def check_formats(formats: Sequence[str]) -> None:
     if wrong or not formats:
         raise InputError(f"formats must be some of {', '.join(FORMATS)}, found {', '.join(wrong) or 'none'}")
     absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if "onnx" in formats and absent:
-        raise InputError(f"formats=onnx needs {', '.join(absent)}: pip install 'regionclip[onnx]'")
+    if "openvino" in formats:
+        runtimes.require_openvino()
+    if {"onnx", "openvino"} & set(formats) and absent:
+        raise InputError(
+            f"formats={','.join(formats)} needs {', '.join(absent)}: pip install 'regionclip[onnx]'"
+        )
 
 
 def write_graph(
     graph: Graph, folder: Path, name: str, formats: Sequence[str], differences: Callable[[Run], float]
 ) -> dict[str, float]:
-    """Writes `folder/name.onnx`, `folder/name.pt2` or both.
+    """Writes `folder/name.onnx`, `folder/name.pt2` and `folder/name.xml` with `.bin`, as asked.
 
     Args:
         graph: what to write.
@@ -86,8 +95,11 @@ def write_graph(
         RuntimeError: a file differs by more than `TOLERANCE`; it is not kept.
     """
     program = trace(graph)
-    found = {}
-    for form in formats:
+    found: dict[str, float] = {}
+    for form in sorted(formats, key=FORMATS.index):  # OpenVINO is made of ONNX
+        if form == "openvino":
+            found |= _openvino(program, graph, folder / f"{name}.xml", differences)
+            continue
         path = folder / f"{name}{SUFFIX[form]}"
         with replacing(path) as temporary:
             if form == "onnx":
@@ -98,12 +110,33 @@ def write_graph(
                     torch.export.save(program, file)
                 run = program_run(temporary)
             found[path.name] = differences(run)
-            if not found[path.name] <= TOLERANCE:  # written so that NaN fails too
-                raise RuntimeError(
-                    f"{path} would differ from PyTorch by {found[path.name]:.2g}, more than {TOLERANCE:g}; "
-                    "it was not written"
-                )
+            _require_close(path, found[path.name])
     return found
+
+
+def _openvino(
+    program: ExportedProgram, graph: Graph, path: Path, differences: Callable[[Run], float]
+) -> dict[str, float]:
+    """Writes OpenVINO's two files from the ONNX file, and returns the difference by the graph's name."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
+        step, written = path.with_suffix(".onnx"), Path(folder) / path.name
+        if not step.exists():
+            step = Path(folder) / step.name
+            _write_onnx(program, graph, step)
+        runtimes.write_openvino(step, written)
+        difference = differences(runtimes.openvino_run(written, graph.outputs))
+        _require_close(path, difference)
+        for file in (written.with_suffix(".bin"), written):  # the graph last: it needs its weights
+            file.replace(path.with_suffix(file.suffix))
+    return {path.name: difference}
+
+
+def _require_close(path: Path, difference: float) -> None:
+    if not difference <= TOLERANCE:  # written so that NaN fails too
+        raise RuntimeError(
+            f"{path} would differ from PyTorch by {difference:.2g}, more than {TOLERANCE:g}; it was not "
+            "written"
+        )
 
 
 def trace(graph: Graph) -> ExportedProgram:

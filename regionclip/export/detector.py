@@ -19,6 +19,7 @@ from torch.export import Dim
 
 from clip_base.export import graphs
 from clip_base.export.graphs import GraphFormats
+from clip_base.export.runtimes import openvino_run, write_int8, write_openvino
 from clip_base.export.towers import write_text_tower
 from clip_base.images.decode import MEAN, Pixels, resize
 from clip_base.images.inputs import image_files, read_upright
@@ -65,6 +66,11 @@ class ExportDetectorConfig(DetectorSource, GraphFormats):
     suppress: bool = option(
         True, "false: the graph ends at boxes [P, 4] and scores [P, C], before overlapping boxes are dropped"
     )
+    int8: bool = option(
+        False,
+        "also write detector.int8.onnx (and .xml) with convolutions in 8-bit integers, whose ranges are "
+        "measured on `images`",
+    )
     network: str = option("", "proposal network's file, for a CLIP or a detector without one")
     images: list[str] = option(
         [], "images, or folders of them, to compare on; empty: synthetic ones", renamed_from="pictures"
@@ -74,6 +80,13 @@ class ExportDetectorConfig(DetectorSource, GraphFormats):
         """Checks the size."""
         if self.size and (len(self.size) != 2 or min(self.size) < STEP):
             raise InputError(f"size must be a height and a width of at least {STEP} pixels, got {self.size}")
+        if "openvino" in self.formats and self.suppress:
+            raise InputError(
+                "OpenVINO has no form for the loop that suppresses overlapping boxes: set suppress=false and "
+                "drop them in your program, or leave openvino out of formats"
+            )
+        if self.int8 and ("onnx" not in self.formats or self.dynamic_vocabulary):
+            raise InputError("int8=true needs formats with onnx and a fixed vocabulary")
 
 
 def export_detector(config: ExportDetectorConfig) -> None:
@@ -97,6 +110,8 @@ def export_detector(config: ExportDetectorConfig) -> None:
     graph = graph_of(detector, config.dynamic_vocabulary, config.size, config.suppress)
     compare = comparison(detector, graph, images) if config.suppress else raw_comparison(graph, images)
     differences = graphs.write_graph(graph, run.path, "detector", config.formats, compare)
+    if config.int8:
+        differences |= write_int8_files(graph, run.path, config, images, compare)
     if config.dynamic_vocabulary:
         write_vocabulary(detector, graph, run.path / "vocabulary.npz")
         if hasattr(detector.clip, "text"):
@@ -105,6 +120,28 @@ def export_detector(config: ExportDetectorConfig) -> None:
     run.finish({"differences": differences, "images": len(images)})
     for name, difference in differences.items():
         print(f"{run.path / name}: differs from PyTorch by at most {difference:.1e}")
+
+
+def write_int8_files(
+    graph: graphs.Graph,
+    folder: Path,
+    config: ExportDetectorConfig,
+    images: Sequence[Pixels],
+    compare: Callable[[graphs.Run], float],
+) -> dict[str, float]:
+    """Writes the graph with convolutions in 8-bit integers; returns the differences by file name.
+
+    They are told and not limited: rounding to 8 bits moves scores, and may exchange proposals.
+    """
+    path = folder / "detector.int8.onnx"
+    samples = [{"image": torch.from_numpy(pixels)} for pixels in images]
+    write_int8(folder / "detector.onnx", path, samples)
+    found = {path.name: compare(graphs.onnx_run(path, graph.outputs))}
+    if "openvino" in config.formats:
+        other = path.with_suffix(".xml")
+        write_openvino(path, other)
+        found[other.name] = compare(openvino_run(other, graph.outputs))
+    return found
 
 
 def load(config: ExportDetectorConfig) -> Detector:

@@ -91,7 +91,7 @@ def machine() -> Iterator[CheckResult]:
         from clip_base.weights.fetching.download import cache_folder  # noqa: PLC0415
     except (ImportError, OSError) as error:
         reason = (str(error).splitlines() or [""])[0]
-        yield CheckResult("device", f"unknown: {reason}", "install PyTorch anew (pytorch.org says how)", True)
+        yield CheckResult("device", f"unknown: {reason}", "reinstall PyTorch (see pytorch.org)", True)
         return
 
     device, remedy = pick_device("auto"), ""
@@ -189,7 +189,7 @@ def optional() -> Iterator[CheckResult]:
         shown = ", ".join(f"{name} {version}" for name, (version, _) in found.items())
         whole = all(fits for _, fits in found.values())
         yield CheckResult(extra, shown, "" if whole else f"pip install '{PACKAGE}[{extra}]'")
-    # The package has its name whoever distributes it.
+    # The package's name does not depend on its distribution.
     (distribution, *_) = metadata.packages_distributions().get("detectron2", ["detectron2"])
     version, fits = _installed(Requirement(distribution))
     yield CheckResult(

@@ -331,5 +331,5 @@ def unlisted(where: str, count: int, image_id: int) -> InputError:
 
 
 def _shown(entry: dict[str, Any]) -> str:
-    # A polygon tells nobody which entry it is.
+    # A polygon does not identify its entry.
     return quote({key: value for key, value in entry.items() if key != "segmentation"})

@@ -136,7 +136,7 @@ def read_index(path: Path, folder: str = "") -> TarIndex:
                     names, damage = json.loads(held["names"].tobytes())
                     return TarIndex(names, held["offsets"], held["sizes"], damage)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            kept.unlink()  # damaged: it is made anew
+            kept.unlink()  # damaged: it is rebuilt
     index = scan(path)
     text = np.frombuffer(json.dumps([index.names, index.damage]).encode(), np.uint8)
     with replacing(kept) as temporary, temporary.open("wb") as file:

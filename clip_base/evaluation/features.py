@@ -132,10 +132,10 @@ class Embedder:
             digest.update(place.encode(errors="surrogateescape"))
         return digest.hexdigest()[:24]
 
-    # Not inference_mode: in it autocast casts the weights anew for every batch.
+    # Not inference_mode: in it autocast casts the weights again for every batch.
     @torch.no_grad()
     def embed(self, examples: list[EvaluationImage], description: str) -> Features:
-        """Returns the features of the images, computed anew and not kept."""
+        """Returns the features of the images, computed and not cached."""
         config, side = self.config, self.model.visual.resolution
         boxes = any(example.box is not None for example in examples)
 
@@ -215,5 +215,5 @@ def _read(path: Path) -> Features | None:
         features = Features(file.get_tensor("values"), file.get_tensor("kept"), skipped)
         if bool(features.values.isfinite().all()):
             return features
-    path.unlink()  # damaged: the features are computed anew
+    path.unlink()  # damaged: the features are recomputed
     return None

@@ -19,7 +19,7 @@ IMAGE_SUFFIXES = frozenset(
 _SYSTEM = frozenset(
     ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "__pycache__")
 )
-# Endings that stand beside images; nobody misses them.
+# Extensions of files that often accompany images; they are ignored without a note.
 _COMPANIONS = frozenset(
     [
         ".txt",

@@ -35,7 +35,7 @@ def read_image_file(path: Path) -> bytes:
     """Returns a file's content.
 
     Raises:
-        InputError: it cannot be read, or is no regular file: a named pipe would block.
+        InputError: it cannot be read, or is not a regular file: a named pipe would block.
     """
     try:
         with _opened(path) as file:

@@ -122,7 +122,7 @@ def _merge(config: Any, change: Any, where: str) -> Any:
             if not isinstance(value, DictConfig):
                 inner = f"{key}.name" if "name" in node else f"{key}.{next(map(str, node), 'NAME')}"
                 raise InputError(f"{where}option {key!r} is a group of options; give {inner}=…")
-            # A part that is named anew starts from that part's defaults, not from another part's options.
+            # A part that is named again starts from that part's defaults, not from another part's options.
             if "name" in value and node.get("name") not in (None, value.name):
                 config[key] = {"name": value.name}
         return OmegaConf.merge(config, change)

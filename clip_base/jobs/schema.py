@@ -171,7 +171,7 @@ def _known() -> tuple[list[str], dict[str, Description]]:
             points = {name: _description(value) for name, value in kept["points"].items()}
             return list(kept["files"]), points
     except (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError):
-        pass  # none, not readable, cut off, of another shape: as good as none, and written anew
+        pass  # none, not readable, cut off, of another shape: treated as missing, and written again
     return [], {}
 
 

@@ -36,7 +36,7 @@ def note(message: str, stacklevel: int = 3) -> None:
 
     Args:
         message: one line.
-        stacklevel: whose line a Python warning names, counted from here; 3: whoever called the caller.
+        stacklevel: the frame that a Python warning names, counted from here; 3: the caller's caller.
     """
     warnings.warn(message, InputNote, stacklevel=stacklevel)
 

@@ -56,7 +56,7 @@ def computes_in_bf16(device: torch.device) -> bool:
 
 
 def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """Returns `torch.compile(function)` for `device`, whoever else filled the compiler's cache.
+    """Returns `torch.compile(function)` for `device`, even if the compiler's cache was filled before.
 
     PyTorch finds compiled graphs in its cache ($TORCHINDUCTOR_CACHE_DIR, by default below /tmp) without
     asking how wide the vectors are that their loops step by. A graph written for AVX-512 sets half of its

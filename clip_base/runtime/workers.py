@@ -210,7 +210,7 @@ def _surroundings(index: int, workers: int, gpus: int) -> Iterator[None]:
 
 
 def _serve(start: Callable[[], Work[Any, Any]], pipe: connection.Connection) -> None:
-    """Works in a process of its own until nobody listens any more: a killed parent's worker ends itself."""
+    """Runs in a worker process until the pipe closes, so that the worker of a killed parent ends itself."""
 
     def tell(kind: str, value: object) -> None:
         try:

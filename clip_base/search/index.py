@@ -40,7 +40,7 @@ class Shard:
 
     Attributes:
         keys: n names.
-        stamps: n texts that change with the images' files; "" where nobody looks.
+        stamps: n texts that change with the images' files; "" where they are not checked.
         vectors: [n, D] float16, unit length.
         file: where it is kept; None: not yet.
     """
@@ -63,7 +63,7 @@ class Index:
     Attributes:
         width: D, the embedding size.
         model: the weights that made the vectors, as their user names them.
-        weights_hash: of those weights; "" when nobody compares.
+        weights_hash: of those weights; "" if they are not compared.
         shards: in the order in which they were added.
     """
 
@@ -84,7 +84,7 @@ class Index:
         """Adds images.
 
         Args:
-            keys: n names; a name that is there already is another image of that name.
+            keys: n names; an existing name stands for another image of that name.
             vectors: [n, D], of any length above 0.
             stamps: n texts, see `Shard`.
 

@@ -166,7 +166,7 @@ def fit(
     Args:
         task: a batch in, a dict of named, already weighted scalar losses out. Trained in place. It may have
             `after_step()`, and `log_scalars()` with further numbers for the log.
-        loader: begins anew when it ends; `seek(step)` moves it, `len` is the number of batches in an epoch,
+        loader: starts again when it ends; `seek(step)` moves it, `len` is the number of batches in an epoch,
             `names(step)` says what a batch's samples are called.
         config: how to train.
         run: takes the log and the checkpoints.

@@ -5,7 +5,7 @@
 
 A form is a function of what a file holds, a state dict or one tensor, and of the file's path. It returns what
 each tensor is for, None when the file is not of its form, and raises an `InputError` when a file of its form
-holds tensors that nobody knows.
+has unknown tensors.
 """
 
 from __future__ import annotations

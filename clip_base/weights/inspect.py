@@ -122,7 +122,7 @@ def _metadata_of_another_form(path: Path) -> tuple[dict[str, str], dict[str, Any
 
 
 def _rows_of_parts(path: Path, metadata: dict[str, str], weights: dict[str, Any]) -> list[tuple[str, str]]:
-    """Returns the rows of a file that says what it is and brings its own sizes, whoever wrote it."""
+    """Returns the rows of a file whose metadata states its format and sizes."""
     if not weights:
         raise InputError(f"{path} names the form {metadata['format']!r} but holds no tensors; write it again")
     require_finite(weights, path)

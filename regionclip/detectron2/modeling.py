@@ -247,5 +247,5 @@ class OpenVocabularyROIHeads(nn.Module):
 
 
 def _forget(heads: OpenVocabularyROIHeads, _: Any) -> None:
-    """After new weights came: names must be embedded anew."""
+    """After new weights were loaded: names must be embedded again."""
     heads._vocabularies.clear()

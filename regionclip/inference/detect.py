@@ -107,8 +107,8 @@ class Source:
 def detect(config: DetectConfig) -> None:
     """Detects things by name in images and videos; draws boxes, writes detections.json and detections.csv.
 
-    Images that could not be read are named in skipped.jsonl, too. Stopped, the same command resumes behind
-    the last batch of images, or video, that was done. A run that has ended is done anew.
+    Images that could not be read are listed in skipped.jsonl. A stopped run resumes with the same command
+    after the last finished batch of images or video. A finished run is repeated.
     """
     files = image_files(config.images, IMAGE_SUFFIXES.union(VIDEOS))
     out = Path(config.out)

@@ -149,7 +149,7 @@ class FolderImages(Sequence[ImageAnnotations]):
         return len(self.files)
 
     def __getitem__(self, index: Any) -> Any:
-        """Returns an `ImageAnnotations`; its height and width, which nobody has looked at yet, are 0."""
+        """Returns an `ImageAnnotations`; its height and width, which are not known yet, are 0."""
         return ImageAnnotations(index + 1, self.files[index], 0, 0, torch.zeros(0, 4), _NONE, _NONE.bool())
 
 

@@ -41,7 +41,7 @@ class Evaluation:
         per_class: for each category: name, category_id, novel (None without a split), boxes (true ones that
             count), detections, AP, AP50.
         ignored: results that do not count: of categories that are not evaluated or not annotated and, by
-            LVIS's protocol, beyond an image's best ones or of categories that nobody looked for there.
+            LVIS's protocol, beyond an image's limit or of categories that were not checked there.
         counted: the other results; by LVIS's protocol with `forgiven`, see `regionclip.metrics.lvis.counted`.
         precision: [T, R, K, A], the categories in the order of `per_class`; -1: no true box.
     """
@@ -241,7 +241,7 @@ def _truth(content: dict[str, Any], where: str) -> dict[str, Any]:
         at = f"{where}: annotations[{place}]"
         box, fields = list(box_of(entry, at)), {key: entry[key] for key in ("image_id", "category_id")}
         # pycocotools takes a detection matched to annotation 0 for unmatched, and mixes up ids that repeat:
-        # count anew from 1.
+        # count from 1 again.
         area = area_of(entry, at)
         size = box[2] * box[3] if area is None else area
         crowd = int(is_crowd(entry, at))

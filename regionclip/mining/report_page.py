@@ -33,7 +33,7 @@ _COLORS = {None: (47, 111, 208), "correct": (60, 200, 110), "misclassified": (23
 
 @dataclass(frozen=True)
 class ReportLimits:
-    """How much goes on the page.
+    """Limits of the report.
 
     Attributes:
         regions: shown over all scores.

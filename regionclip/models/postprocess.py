@@ -81,7 +81,7 @@ class DetectorConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1 per image, found {getattr(self, name)}")
         if self.max_embedded < 0:
-            raise InputError(f"max_embedded must not be below 0, found {self.max_embedded}")
+            raise InputError(f"max_embedded must be at least 0, found {self.max_embedded}")
         if self.temperature < 0 or self.soft_nms_sigma <= 0 or self.soft_nms_min_score < 0:
             raise InputError(
                 f"temperature={self.temperature:g} and soft_nms_min_score={self.soft_nms_min_score:g} must "

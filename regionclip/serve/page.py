@@ -66,7 +66,7 @@ def build(session: DemoSession, folder: Path, examples: list[Path], names: list[
         image, typed, *sliders = inputs
         outputs = [asked, message, *chain(*panels)]
         # One at a time and the last in any case, so that what is shown is what the fields say. Unprocessed:
-        # Gradio's own message about a file that is not an image helps nobody.
+        # Gradio's own message about a file that is not an image does not help.
         gr.on(
             [blocks.load, image.change, typed.submit, button.click, *(one.change for one in sliders)],
             update, [asked, *inputs], outputs, preprocess=False, trigger_mode="always_last",

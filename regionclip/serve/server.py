@@ -93,7 +93,7 @@ def make(blocks: Any, theme: dict[str, Any], folder: Path, host: str, max_megaby
 
 
 class RequestFilter:
-    """Refuses what a mounted Gradio does for whoever asks: read any file and fetch any URL that is named.
+    """Refuses requests in which Gradio would read any named file or fetch any URL.
 
     A request may name files of `folder` only, and carry an uploaded file of up to `max_upload` bytes.
     """

@@ -111,7 +111,7 @@ class DemoSession:
         self, models: Sequence[LoadedModel], lists: Mapping[str, Sequence[str]], max_megapixels: float
     ) -> None:
         self.models, self.lists, self.max_megapixels = models, lists, max_megapixels
-        # A predictor looks for one vocabulary at a time: whoever holds the lock sets it.
+        # A predictor looks for one vocabulary at a time: the holder of the lock sets it.
         self._lock = threading.RLock()
         self.image = cached(4, self._read, threading.RLock())
         self._vocabulary = cached(64, self._embed_names, self._lock)
@@ -171,7 +171,7 @@ class DemoSession:
 
 
 def cached(size: int, compute: Callable[..., T], lock: threading.RLock) -> Callable[..., T]:
-    """Returns `compute` with an LRU cache whose known values wait for nobody.
+    """Returns `compute` with an LRU cache whose known values are returned without waiting.
 
     A value that several want at once is computed once; `lru_cache` alone computes it for each of them.
     """

@@ -72,7 +72,7 @@ def draw(
 
     Args:
         image: in any form that `clip_base.images.inputs.read_image` takes.
-        detections: what to draw; named "dog 0.91", a color a name. They may come from the same image at
+        detections: what to draw; named "dog 0.91", one color per name. They may come from the same image at
             another size.
         boxes: instead of detections: [N, 4] (x1, y1, x2, y2) in pixels of `image`.
         texts: what to write at each box; an empty text writes nothing. With detections: instead of their

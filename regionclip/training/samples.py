@@ -143,7 +143,7 @@ class RegionDataset:
 
 
 class GridPatchDataset(RegionDataset):
-    """Images cut evenly into m × n patches, drawn anew each time (arXiv 2310.01403, section 3.2).
+    """Images cut evenly into m × n patches, sampled again each time (arXiv 2310.01403, section 3.2).
 
     Args:
         samples: the images; what boxes they have are not used.

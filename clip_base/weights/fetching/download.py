@@ -107,7 +107,7 @@ def download(file: Published, folder: Path, timeout: float = _TIMEOUT, pause: fl
     Args:
         file: what to get.
         folder: made when it does not exist.
-        timeout: seconds without a byte after which the connection is given up and made anew.
+        timeout: seconds without a byte after which the connection is closed and reopened.
         pause: seconds before the second attempt, doubled each time.
 
     Raises:

@@ -81,7 +81,7 @@ def test_limits_that_do_nothing_are_refused(
 ) -> None:
     with pytest.raises(InputError, match="max_embedded=5 is for region_head=per_region"):
         Detector(make_clip(), DetectorConfig(max_embedded=5), region_head="shared")
-    with pytest.raises(InputError, match="max_embedded must not be below 0"):
+    with pytest.raises(InputError, match="max_embedded must be at least 0"):
         DetectorConfig(max_embedded=-1)
     with pytest.raises(InputError, match="a graph embeds every proposal"):
         DetectorGraph(ready(make_detector(max_embedded=5)))

@@ -26,7 +26,7 @@ from webdataset.tariterators import base_plus_ext
 from clip_base.data.sources import SPLIT_LINES_HELP, Pair, Pairs, captions_in
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError, note, shortened
-from clip_base.runtime.files import ENCODING_HELP, decode_text, existing, parse_json, replacing
+from clip_base.runtime.files import ENCODING_HELP, decode_text, existing, existing_file, parse_json, replacing
 from clip_base.runtime.progress import track
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -95,7 +95,7 @@ def scan(path: Path) -> TarIndex:
     """
     names, offsets, sizes, end, damage = [], [], [], 0, ""
     try:
-        with tarfile.open(existing(path, "shard"), "r:") as tar:
+        with tarfile.open(existing_file(path, "shard"), "r:") as tar:
             while True:
                 member = tar.next()
                 if member is None:
@@ -106,7 +106,9 @@ def scan(path: Path) -> TarIndex:
                     names.append(member.name)
                     offsets.append(member.offset_data)
                     sizes.append(member.size)
-    except (tarfile.TarError, OSError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # of damaged headers tarfile raises more than its own errors
         if not names:
             raise InputError(
                 f"shard {path} cannot be read as an uncompressed tar: {error}; unpack compressed files first"

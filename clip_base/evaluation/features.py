@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,6 +34,7 @@ from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import Progress
 from clip_base.runtime.workers import in_turn
 from clip_base.weights.load import find, load_clip
+from clip_base.weights.native import open_safetensors
 
 LAYERS = ("embedding", "penultimate")
 _READING = "2"  # of images; to be counted on when other pixels are made of a file than before
@@ -209,7 +210,7 @@ def _read(path: Path) -> Features | None:
         return None
     with (
         contextlib.suppress(SafetensorError, OSError, KeyError, ValueError),
-        safe_open(path, "pt") as file,
+        open_safetensors(path, "features") as file,
     ):
         skipped = json.loads(file.metadata()["skipped"])
         features = Features(file.get_tensor("values"), file.get_tensor("kept"), skipped)

@@ -53,13 +53,23 @@ class ResumeLog:
                 if not line.endswith(b"\n"):
                     break  # cut off by a kill
                 place += len(line)
-                kind, value = json.loads(line)
+                kind, value = self._read(line)
                 if kind == "header":
                     self._require_same(value, json.loads(json.dumps(header)))
                     whole = place
                 elif kind == "end":
                     self.units, self.images, whole = self.units + 1, self.images + value, place
             file.truncate(whole)
+
+    def _read(self, line: str | bytes) -> tuple[Any, Any]:
+        """Returns the kind and the value of a line; InputError when it is none of ours."""
+        try:
+            kind, value = json.loads(line)
+        except (ValueError, TypeError, RecursionError):
+            raise InputError(
+                f"{self.path}, what a stopped run left, is damaged; delete it to start again"
+            ) from None
+        return kind, value
 
     def _require_same(self, there: dict[str, Any], here: dict[str, Any]) -> None:
         differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
@@ -84,7 +94,7 @@ class ResumeLog:
         self._file.flush()
         with self.path.open(encoding="utf-8") as file:
             for line in file:
-                found, value = json.loads(line)
+                found, value = self._read(line)
                 if found == kind:
                     yield value
 

@@ -20,8 +20,9 @@ from omegaconf import OmegaConf
 from clip_base.jobs import config as configs
 from clip_base.jobs.lock import is_lock, lock_folder
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import is_file, read_json, write_json, write_text
+from clip_base.runtime.files import is_file, read_json, read_text, write_json, write_text
 from clip_base.runtime.hashing import content_hash
+from clip_base.runtime.tables import read_yaml
 
 Inputs = Mapping[str, Path | str]
 CONFIG, INPUTS = "config.yaml", ".inputs.json"
@@ -93,12 +94,12 @@ class RunFolder:
             )
 
     def _same_run(self, here: Path, config: Any, job: str) -> None:
-        text = here.read_text(encoding="utf-8")
+        text = read_text(here, "config of the run")
         other_job = text.partition("\n")[0].removeprefix("# ")
         if other_job != job:
             raise InputError(f"{self.path} holds a run of {other_job!r}, not of {job!r}; {REMEDY}")
         free = configs.runtime_only(type(config))
-        there = _flat(OmegaConf.to_container(OmegaConf.create(text)))
+        there = _flat(OmegaConf.to_container(read_yaml(here, "config of the run")))
         here_now = _flat(OmegaConf.to_container(OmegaConf.create(configs.to_yaml(config))))
         differing = differences(there, here_now, free)
         if differing:

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, read_json, write_json
-from clip_base.weights.native import write_weights
+from clip_base.weights.native import open_safetensors, write_weights
 
 ABOUT, FORMAT, VERSION = "index.json", "clip_base.index", 1
 SHARD_ROWS = 8192
@@ -240,11 +239,11 @@ def _files(folder: Path) -> list[Path]:
 
 def _read_shard(file: Path, width: int) -> Shard:
     try:
-        with safe_open(file, "pt") as opened:
+        with open_safetensors(file, "index file") as opened:
             metadata = opened.metadata() or {}
             vectors = opened.get_tensor("vectors")
         keys, stamps = json.loads(metadata["keys"]), json.loads(metadata["stamps"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (KeyError, ValueError) as error:
         raise InputError(f"index file {file} is damaged ({error}); delete it and index again") from None
     if vectors.shape != (len(keys), width) or len(stamps) != len(keys) or vectors.dtype != torch.float16:
         raise InputError(f"index file {file} is damaged: its names and vectors do not fit; index again")

@@ -8,7 +8,6 @@ hidden name and renamed.
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ def newest(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None
     try:
         weights = load_file(path / "model.safetensors")
         training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever the libraries raise of a damaged file
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         onward = f"step {known[-2]}" if len(known) > 1 else "the beginning"
         raise InputError(

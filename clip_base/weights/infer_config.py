@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clip_base.images.decode import DEVIATION, MEAN
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, quote
 
 # Widths of vision transformers whose heads are not 64 channels wide: open_clip's ViT-H-14.
 _HEAD_WIDTHS = {1280: 80}
@@ -133,16 +133,33 @@ def from_open_clip(config: Any, source: str) -> Hints:
     if not isinstance(model, dict):
         raise InputError(f"{source} is not an open_clip config: it has no model_cfg")
     for part, fixed in _OPEN_CLIP_TOWERS.items():
-        tower = model.get(part) or {}
+        tower = _object(model, part, source)
         wrong = [f"{key}={tower[key]!r}" for key, value in fixed.items() if tower.get(key, value) != value]
         wrong += [f"{key}={tower[key]!r}" for key in _OPEN_CLIP_REFUSED if tower.get(key)]
         if wrong:
             raise InputError(
                 f"{source}: {part} has {', '.join(wrong)}, which CLIP's published towers do not have"
             )
-    vision, text = model.get("vision_cfg") or {}, model.get("text_cfg") or {}
+    vision, text = _object(model, "vision_cfg", source), _object(model, "text_cfg", source)
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
-    return Hints(activation, int(vision.get("head_width") or 64), int(text.get("heads") or 8), source)
+    head_width, heads = _whole(vision, "head_width", 64, source), _whole(text, "heads", 8, source)
+    return Hints(activation, head_width, heads, source)
+
+
+def _object(config: Mapping[str, Any], key: str, source: str) -> dict[str, Any]:
+    """Returns the object under a key, {} for none."""
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise InputError(f"{source}: {key} must be an object, found {quote(value)}")
+    return value
+
+
+def _whole(config: Mapping[str, Any], key: str, default: int, source: str) -> int:
+    """Returns the whole number above 0 under a key."""
+    value = config.get(key) or default
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
+        raise InputError(f"{source}: {key} must be a whole number above 0, found {quote(value)}")
+    return value
 
 
 def to_open_clip(config: CLIPConfig) -> dict[str, Any]:
@@ -171,18 +188,20 @@ def from_huggingface(config: Any, source: str) -> Hints:
         found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
         raise InputError(f"{source} is of a {found!r} model, expected model_type 'clip'")
     # Old files repeat a tower's settings under `…_dict`; there the repetition wins.
-    text = {**(config.get("text_config") or {}), **(config.get("text_config_dict") or {})}
-    vision = {**(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
+    text = {**_object(config, "text_config", source), **_object(config, "text_config_dict", source)}
+    vision = {**_object(config, "vision_config", source), **_object(config, "vision_config_dict", source)}
     activations = {str(tower.get("hidden_act", "quick_gelu")) for tower in (text, vision)}
     if len(activations) > 1 or not activations <= {"quick_gelu", "gelu"}:
         raise InputError(
             f"{source} has hidden_act {sorted(activations)}; both towers must have quick_gelu, or both gelu"
         )
     for tower in (text, vision):
-        if not math.isclose(float(tower.get("layer_norm_eps", 1e-5)), 1e-5, rel_tol=1e-3):
-            raise InputError(f"{source} has layer_norm_eps {tower['layer_norm_eps']}, these towers have 1e-5")
-    width, heads = int(vision.get("hidden_size", 768)), int(vision.get("num_attention_heads", 12))
-    return Hints(activations.pop(), width // heads, int(text.get("num_attention_heads", 8)), source)
+        eps = tower.get("layer_norm_eps", 1e-5)
+        if not isinstance(eps, int | float) or not math.isclose(eps, 1e-5, rel_tol=1e-3):
+            raise InputError(f"{source} has layer_norm_eps {quote(eps)}, these towers have 1e-5")
+    width = _whole(vision, "hidden_size", 768, source)
+    heads = _whole(vision, "num_attention_heads", 12, source)
+    return Hints(activations.pop(), width // heads, _whole(text, "num_attention_heads", 8, source), source)
 
 
 def to_huggingface(config: CLIPConfig) -> dict[str, Any]:

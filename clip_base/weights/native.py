@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ from clip_base.jobs import config as configs
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig
 from clip_base.runtime import distributed
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, shortened
 from clip_base.runtime.files import existing_file, naming_full_disk, parse_json, replacing
 from clip_base.runtime.safetensors_files import sort_metadata
 
@@ -135,12 +136,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         InputError: the file is missing, cut off or no safetensors file.
     """
-    path = existing_file(path, "weights file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from None
+    with open_safetensors(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -149,22 +146,36 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     Raises:
         InputError: the file is missing, cut off or no safetensors file.
     """
-    path = existing_file(path, "weights file")
+    with open_safetensors(path) as file:
+        return dict(file.metadata() or {})
+
+
+@contextlib.contextmanager
+def open_safetensors(path: str | Path, what: str = "weights file") -> Iterator[Any]:
+    """Opens a safetensors file as the library's `safe_open` does, with torch's tensors.
+
+    Raises:
+        InputError: the file is missing, cut off or no safetensors file, also while it is read.
+    """
+    path = existing_file(path, what)
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from None
+            yield file
+    except InputError:
+        raise
+    except Exception as error:  # the library has errors of several languages
+        raise _unreadable(path, error, what) from None
 
 
-def _unreadable(path: Path, error: Exception) -> InputError:
+def _unreadable(path: Path, error: Exception, what: str) -> InputError:
     if _is_pickle(path):
         return InputError(
-            f"weights file {path} is no safetensors file but what torch.save writes: rename it to .pth"
+            f"{what} {path} is no safetensors file but what torch.save writes: rename it to .pth"
         )
+    reason = shortened(" ".join(str(error).split()), 200)
     return InputError(
-        f"weights file {path} cannot be read ({str(error).splitlines()[0]}); it was truncated or is not a "
-        "safetensors file: copy it again"
+        f"{what} {path} cannot be read ({reason}); it was truncated or is not a safetensors file: copy it "
+        "again"
     )
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clip_base.evaluation.prompts import (
@@ -24,10 +23,11 @@ from clip_base.evaluation.prompts import (
     ensemble,
 )
 from clip_base.jobs.plugins import did_you_mean
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, shortened
 from clip_base.runtime.files import existing
 from clip_base.runtime.hashing import content_hash
-from clip_base.weights.native import write_weights
+from clip_base.weights.native import open_safetensors, sizes_in, write_weights
+from clip_base.weights.unpickle import read_pickle
 from regionclip.data.categories import check_names
 
 FORMAT = "regionclip.vocabulary"
@@ -250,14 +250,9 @@ def _unit(embeddings: Tensor, names: Sequence[str], source: str) -> Tensor:
 
 
 def _load_safetensors(path: Path) -> Vocabulary:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"vocabulary {path} cannot be read: {error}; was it truncated when it was copied?"
-        ) from None
+    with open_safetensors(path, "vocabulary") as file:
+        metadata = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if metadata.get("format") != FORMAT or "embeddings" not in tensors:
         raise InputError(
             f"{path} is not a vocabulary (its tensors: {', '.join(list(tensors)[:3])}, …); are these weights?"
@@ -267,15 +262,18 @@ def _load_safetensors(path: Path) -> Vocabulary:
             f"vocabulary {path} is of format version {metadata.get('version')}, "
             f"this program reads {VERSION}; make it again"
         )
-    names = tuple(json.loads(metadata["names"]))
-    return Vocabulary(names, tensors["embeddings"], tensors.get("novel"), json.loads(metadata["provenance"]))
+    names, provenance = (sizes_in(metadata, key, path) for key in ("names", "provenance"))
+    if not isinstance(names, list) or not isinstance(provenance, dict):
+        raise InputError(f"vocabulary {path} is damaged: its names are no list; make it again")
+    return Vocabulary(tuple(map(str, names)), tensors["embeddings"], tensors.get("novel"), provenance)
 
 
 def _load_npy(path: Path) -> Tensor:
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"vocabulary {path} is not a complete .npy file: {error}") from None
+    except Exception as error:  # a damaged header is Python's syntax, and may declare any size
+        reason = shortened(" ".join(str(error).split()) or type(error).__name__, 200)
+        raise InputError(f"vocabulary {path} is not a complete .npy file: {reason}") from None
     if array.dtype.kind != "f":
         raise InputError(f"vocabulary {path} must hold floats, found {array.dtype}")
     return torch.from_numpy(array.astype(np.float32))
@@ -283,12 +281,9 @@ def _load_npy(path: Path) -> Tensor:
 
 def _load_pth(path: Path) -> Tensor:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"vocabulary {path} is not a pickled tensor ({reason}); give a .safetensors file"
-        ) from None
+        loaded = read_pickle(path)
+    except InputError as error:
+        raise InputError(f"vocabulary {path} is not a pickled tensor ({error})") from None
     if not isinstance(loaded, Tensor) or not loaded.is_floating_point():
         raise InputError(f"vocabulary {path} must hold one float tensor, found {type(loaded).__name__}")
     return loaded.detach()

@@ -91,6 +91,11 @@ class FiftyOneWriter(CocoWriter):
         link_images(self.target.out.parent / "data", self.target.images_folder)
         return self
 
+    def add(self, image: LabeledImage) -> None:
+        """See `LabelWriter`; FiftyOne reads images by their names in `data`."""
+        inside(self.target.out.parent / "data", Path(image.file_name))
+        super().add(image)
+
 
 class FolderWriter:
     """A folder of labels with `info.json`, which says how they were made and whether they are complete.

@@ -11,10 +11,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors import SafetensorError, safe_open
 
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing, read_json, replacing
+from clip_base.weights.native import open_safetensors
 from regionclip.data.region_tables import (
     BOX,
     IN_IMAGE,
@@ -156,12 +156,8 @@ def _vocabulary_size(folder: Path) -> int:
     path = folder / VOCABULARY
     if not path.exists():
         return 0
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return int(file.get_slice("embeddings").get_shape()[0])
-    except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"vocabulary {path} cannot be read ({reason}); mine again") from None
+    with open_safetensors(path, "vocabulary") as file:
+        return int(file.get_slice("embeddings").get_shape()[0])
 
 
 def read_regions(folder: str | Path) -> Iterator[MinedRegion]:

@@ -8,7 +8,6 @@ tensors, and by its batch norms. MSRA's are folded into a gain and a bias, with 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import existing
 from clip_base.weights.key_names import unwrap
-from clip_base.weights.native import read_weights
+from clip_base.weights.native import read_weights, sizes_in
 from clip_base.weights.unpickle import read_arrays, read_pickle
 from regionclip.proposals.rpn.config import FORMAT
 from regionclip.proposals.rpn.detectron2_names import COUNTER, HEAD, folded, from_detectron2
@@ -63,7 +62,7 @@ def read_resnet50(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.endswith(".safetensors"):
         state, metadata = read_weights(file)
         if metadata.get("format") == FORMAT:
-            return _of_our_network(state, json.loads(metadata["config"]), path)
+            return _of_our_network(state, sizes_in(metadata, "config", path), path)
     elif path.endswith(".pkl"):
         held = read_arrays(file)
         state = {key: value for key, value in held.get("model", held).items() if isinstance(value, Tensor)}

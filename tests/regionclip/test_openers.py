@@ -1,0 +1,86 @@
+"""Each format is opened in one place, where every failure becomes one line; nothing else opens it.
+
+Who adds a reader calls the function of its format; a new opener is a decision, to be listed here.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# What opens a format, and who may. Files that only this project has written count as any other: they may be
+# damaged. Those marked so read text that does not come from a file, or answer every failure themselves.
+OPENERS: dict[str, dict[str, str]] = {
+    "json.loads": {
+        "clip_base/runtime/files.py": "parse_json",
+        "clip_base/runtime/safetensors_files.py": "None for any damage",
+        "clip_base/weights/native.py": "describe, of metadata that is shown",
+        "clip_base/jobs/resume_log.py": "damage is an InputError, or the line that a kill cut off",
+        "clip_base/jobs/run.py": "the log's line that a kill cut off",
+        "clip_base/jobs/schema.py": "what it has just written; its cache is made anew",
+        "clip_base/jobs/lock.py": "anything else is another process",
+        "clip_base/data/loader.py": "the line that a kill cut off",
+        "clip_base/data/webdataset.py": "an index, which is made anew",
+        "clip_base/evaluation/features.py": "features, which are made anew",
+        "clip_base/training/pretrain.py": "the log of the run that has just ended",
+        "clip_base/search/index.py": "damage is an InputError",
+        "clip_base/synthetic/scenes.py": "parts of the run that has just drawn them",
+        "regionclip/serve/server.py": "a request",
+        "regionclip/training/region_text.py": "a vocabulary that was read",
+        "regionclip/checkpoints/interpolate.py": "sizes of detectors that were read",
+        "regionclip/concepts/phrase_cache.py": "phrases, which are parsed anew",
+        "regionclip/mining/mine.py": "shards of this run",
+    },
+    "OmegaConf.create": {
+        "clip_base/runtime/tables.py": "read_yaml",
+        "clip_base/jobs/config.py": "options that were typed, and dataclasses",
+        "clip_base/jobs/run.py": "options of this run",
+    },
+    "OmegaConf.load": {},
+    "yaml.safe_load": {},
+    "csv.reader": {"clip_base/runtime/tables.py": "open_table"},
+    "csv.DictReader": {"clip_base/weights/fetching/hub.py": "a table that comes with the package"},
+    "safe_open": {"clip_base/weights/native.py": "open_safetensors"},
+    "load_file": {"clip_base/training/checkpoint.py": "whatever it raises is an InputError"},
+    "torch.load": {
+        "clip_base/weights/unpickle.py": "read_pickle",
+        "clip_base/training/checkpoint.py": "whatever it raises is an InputError",
+    },
+    "pickle.load": {},
+    "pickle.loads": {},
+    "np.load": {
+        "regionclip/concepts/vocabulary.py": "whatever it raises is an InputError",
+        "clip_base/data/webdataset.py": "an index, which is made anew",
+    },
+    "tarfile.open": {"clip_base/data/webdataset.py": "scan"},
+    "zipfile.ZipFile": {"clip_base/weights/unpickle.py": "archives of torch"},
+    "gzip.decompress": {"clip_base/models/tokenizer.py": "the vocabulary that comes with the package"},
+    "gzip.GzipFile": {"clip_base/runtime/files.py": "read_json"},
+    "gzip.open": {},
+    "Image.open": {"clip_base/images/headers.py": "open_image"},
+    "ElementTree.parse": {"clip_base/data/formats/xml_files.py": "read_xml"},
+}
+
+
+def calls() -> dict[str, set[str]]:
+    """Returns which files of both packages call each opener."""
+    found: dict[str, set[str]] = {name: set() for name in OPENERS}
+    for package in ("clip_base", "regionclip"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call):
+                    name = ast.unparse(node.func)
+                    if name in found:
+                        found[name].add(str(path.relative_to(ROOT)))
+    return found
+
+
+CALLS = calls()
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+def test_a_format_has_no_other_opener(opener: str) -> None:
+    assert CALLS[opener] == set(OPENERS[opener])

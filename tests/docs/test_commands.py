@@ -280,6 +280,8 @@ def small(job: str, words: list[str]) -> list[str]:
     made = [f"{key}={value}" for key, value in wanted.items() if key in known]
     if "proposer" in known and not any("proposer.name=" in word for word in words):
         made += ["proposer.limit=8"] if any("proposer.weights=" in word for word in words) else []
+    if any("matcher.min_objectness=" in word for word in words):
+        made.append("matcher.min_objectness=0")  # a network of two steps is sure of nothing
     return made
 
 

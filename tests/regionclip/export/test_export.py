@@ -16,7 +16,7 @@ from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import read_json, write_json
 from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.data.annotations import CocoDetection
-from regionclip.export.label_writers import YoloWriter
+from regionclip.export.label_writers import FiftyOneWriter, YoloWriter
 from regionclip.export.pseudo_labels import ExportConfig, export
 from regionclip.mining.shards import VERSION, MinedRegion, read_regions, shard_path, write_shard
 from regionclip.structures.boxes import iou
@@ -214,14 +214,18 @@ def test_fiftyone_finds_labels_and_pictures(
         export(dataclasses.replace(config, out=str(tmp_path / "file")))
 
 
+@pytest.mark.parametrize(("kind", "folder"), [(YoloWriter, "labels"), (FiftyOneWriter, "data")])
 @pytest.mark.parametrize("name", ["../outside.jpg", "/outside.jpg", "a/../../outside.jpg"])
-def test_names_from_data_never_lead_out_of_the_folder(tmp_path: Path, name: str) -> None:
+def test_names_from_data_never_lead_out_of_the_folder(
+    tmp_path: Path, name: str, kind: Any, folder: str
+) -> None:
     (tmp_path / "images").mkdir()
-    writer = YoloWriter(LabelTarget(tmp_path / "out", ["cat"], str(tmp_path / "images"), {}))
+    writer = kind(LabelTarget(tmp_path / "out", ["cat"], str(tmp_path / "images"), {}))
     image = LabeledImage(1, name, 10, 10, [[0.0, 0.0, 5.0, 5.0]], [0], [1.0])
-    with pytest.raises(InputError, match="leads out of labels/"), writer:
+    with pytest.raises(InputError, match=f"leads out of {folder}/"), writer:
         writer.add(image)
     assert not list(tmp_path.rglob("outside*"))
+    assert not (tmp_path / "out" / "labels.json").exists()
 
 
 def test_an_unknown_format_names_the_label_writers(pairs: Path, tmp_path: Path) -> None:

@@ -81,6 +81,11 @@ class DetectorOptions(DetectorSource, ComputeOptions):
     """Which detector, where its regions come from, and how it computes."""
 
     proposer: Plugin = plugin(PROPOSERS, "none", "proposer of regions; none: the detector's own network")
+    compile: bool = option(
+        False,
+        "compile a ResNet's trunk with torch.compile: pays off for many images of one size, such as videos",
+        runtime_only=True,
+    )
 
     def inputs(self) -> dict[str, Path | str]:
         """See `DetectorSource`; and the proposer's files."""
@@ -108,4 +113,6 @@ class DetectorOptions(DetectorSource, ComputeOptions):
                 f"{self.weights} is a CLIP without a proposal network; give, for example, proposer.name=grid"
             )
         proposer = build_proposer(self.proposer, device) if named else None
+        if self.compile:
+            detector.encoder.compile()
         return Predictor(detector, proposer, self.precision, self.templates)

@@ -60,6 +60,7 @@ def load(
     embeddings: str = "",
     text_weights: str = "",
     region_head: str = "auto",
+    compile: bool = False,
 ) -> Predictor:
     """Loads a detector, or a CLIP to detect with, ready for images.
 
@@ -78,6 +79,7 @@ def load(
         text_weights: CLIP whose text tower embeds names, for RegionCLIP's detectors, which have none.
         region_head: a ResNet CLIP: "per_region" runs layer4 on each region, "shared" once per image; "auto":
             as the weights were trained, else per_region.
+        compile: compiles a ResNet's trunk with torch.compile; pays off for many images of one size.
 
     Raises:
         InputError: a file is missing, damaged or does not fit; there is no such device or precision, or no
@@ -96,6 +98,8 @@ def load(
     if proposer is not None:
         spec = proposer if isinstance(proposer, dict) else {"name": "rpn", "weights": str(proposer)}
         source = build_proposer(spec, place_)
+    if compile:
+        detector.encoder.compile()
     predictor = Predictor(detector, source, precision, templates)
     if vocabulary is not None:
         predictor.set_vocabulary(vocabulary, embeddings)

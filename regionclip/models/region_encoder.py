@@ -76,6 +76,9 @@ class RegionEncoder:
             )
         self.visual, self.mode, self.context, self.chunk, self.scale = visual, mode, context, chunk, scale
         self.region_head = region_head
+        self._stages: Callable[[Tensor], list[Tensor]] | None = None
+        if isinstance(visual, ModifiedResNet):
+            self._stages = visual.stages
         self._head: RegionHead | None = None
         if mode == "roi_align" and isinstance(visual, ModifiedResNet):
             self._head = HEADS[region_head](visual, chunk)
@@ -91,7 +94,8 @@ class RegionEncoder:
             features = self.visual.dense(pixels).float()  # [B, D, h, w]
             pooled = pool_regions(features, regions.rois(), 4, 1 / self.visual.stride)  # [N, D, 4, 4]
             return F.normalize(pooled.mean((2, 3)), dim=-1)
-        return F.normalize(self.encode_rois(self.visual.trunk(pixels), regions).float(), dim=-1)
+        assert self._stages is not None
+        return F.normalize(self.encode_rois(self._stages(pixels)[-1], regions).float(), dim=-1)
 
     @classmethod
     def of_maps(
@@ -124,10 +128,23 @@ class RegionEncoder:
             images: B images.
             every_level: whether to keep the maps of strides 4 and 8 too, for a network on the same trunk.
         """
-        visual = self.visual
-        if not self.pools_maps or not isinstance(visual, ModifiedResNet):
+        if not self.pools_maps or self._stages is None:
             return FeatureMaps(images)
-        return FeatureMaps(images, tuple(visual.stages(images.pixels)[0 if every_level else -1 :]))
+        return FeatureMaps(images, tuple(self._stages(images.pixels)[0 if every_level else -1 :]))
+
+    def compile(self) -> None:
+        """Compiles a ResNet's trunk with torch.compile; its weights must not change afterwards.
+
+        Each size of batches is compiled for itself, which takes up to a minute; after eight sizes PyTorch
+        goes on without compiling.
+
+        Raises:
+            InputError: the tower is no ResNet.
+        """
+        if not isinstance(self.visual, ModifiedResNet):
+            raise InputError("compile=true is for ResNet towers; this one is a ViT")
+        # Frozen weights are reordered once for the processor, which needs sizes that are known.
+        self._stages = torch.compile(self.visual.stages, dynamic=False, options={"freezing": True})
 
     def embed_maps(self, maps: FeatureMaps, regions: Regions) -> Tensor:
         """Returns [N, D] unit-length embeddings of regions, from the maps where there are any."""

@@ -25,6 +25,7 @@ DETECTOR_KEYS = {
     "min_score": "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
     "nms": "MODEL.ROI_HEADS.NMS_THRESH_TEST",
     "max_detections": "TEST.DETECTIONS_PER_IMAGE",
+    "max_embedded": f"{OWN}MAX_EMBEDDED",
     "temperature": f"{OWN}TEMPERATURE",
     "allow_background": f"{OWN}ALLOW_BACKGROUND",
     "fusion": f"{OWN}FUSION",

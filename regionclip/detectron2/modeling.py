@@ -218,6 +218,7 @@ class OpenVocabularyROIHeads(nn.Module):
         if detector.vocabulary is not vocabulary:
             detector.set_vocabulary(vocabulary)
         background = detector.trained or detector.config.allow_background
+        regions = detector.shortlist(maps, regions, background)
         probabilities, boxes = detector.classify(maps, regions, background)
         scores = score(regions, probabilities, detector.alpha, detector.config.fusion)
         found = []

@@ -225,6 +225,7 @@ ELSEWHERE = {
     "out",
     "detector",
     "resize",
+    "region_head",
     "keep_empty",
     "positive_iou",
     "objectness_weight",

@@ -145,7 +145,9 @@ def test_retrieval_gives_what_files_give(weights: str, tmp_path: Path) -> None:
         "tars": {"captions": str(root)},
         "files": {"captions": str(tmp_path / "captions.json"), "images": str(tmp_path / "images")},
     }.items():
-        given = RetrievalConfig(weights, str(tmp_path / name), precision="fp32", max_skipped=0.2, **options)
+        given = RetrievalConfig(
+            weights=weights, out=str(tmp_path / name), precision="fp32", max_skipped=0.2, **options
+        )
         retrieval(given)
         found.append(json.loads((tmp_path / name / "metrics.json").read_text()))
     assert found[0].pop("skipped") == 1  # the record without captions
@@ -158,4 +160,4 @@ def test_retrieval_gives_what_files_give(weights: str, tmp_path: Path) -> None:
         ({"captions": str(tmp_path / "images")}, "holds no tars"),
     ):
         with pytest.raises(InputError, match=message):
-            retrieval(RetrievalConfig(weights, str(tmp_path / "x"), **options))
+            retrieval(RetrievalConfig(weights=weights, out=str(tmp_path / "x"), **options))

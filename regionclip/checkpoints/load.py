@@ -341,7 +341,9 @@ def read_detector_file(
     proposals = configs.check(ProposalNetworkConfig, sizes_in(metadata, "proposals", path), where)
     shared = clip.map_tower if proposals.share_trunk else None
     settings = config or configs.check(DetectorConfig, sizes_in(metadata, "detector", path), where)
-    size = resize or configs.check(TrainingResizeConfig, sizes_in(metadata, "resize", path), where)
+    # A trained detector's file says what training drew, too; a detector has no use for it.
+    trained = configs.check(TrainingResizeConfig, sizes_in(metadata, "resize", path), where)
+    size = resize or trained.as_seen()
     network = sized(lambda sizes: ProposalNetwork(sizes, shared), proposals, weights, path)
     kind = metadata.get("box_head") or metadata.get("boxes", "")  # its name in files of earlier versions
     head = metadata.get(KEY, PerRegionHead.kind)  # files of earlier versions do not say it

@@ -68,6 +68,10 @@ class TrainingResizeConfig(ResizeConfig):
     flip: bool = option(True, "mirror half of the images")
     jitter: JitterConfig = option(JitterConfig(), "large-scale jitter, instead of `short` and `long`")
 
+    def as_seen(self) -> ResizeConfig:
+        """Returns the sizes alone: how images are seen after training."""
+        return ResizeConfig(self.short, self.long, self.filter, self.multiple)
+
     @property
     def training_multiple(self) -> int:
         """What the sides of a training batch are multiples of: with jitter, it is the square itself."""

@@ -28,6 +28,7 @@ DETECTOR_KEYS = {
     "max_embedded": f"{OWN}MAX_EMBEDDED",
     "temperature": f"{OWN}TEMPERATURE",
     "allow_background": f"{OWN}ALLOW_BACKGROUND",
+    "negatives": f"{OWN}NEGATIVES",
     "fusion": f"{OWN}FUSION",
     "alpha_base": f"{OWN}ALPHA_BASE",
     "alpha_novel": f"{OWN}ALPHA_NOVEL",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from clip_base.images.decode import DEVIATION, MEAN, normalize
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
+from regionclip.checkpoints.load import look_for
 from regionclip.concepts.vocabulary import Vocabulary, embed
 from regionclip.detectron2.backbone import head_of, read_detector
 from regionclip.detectron2.catalog import class_names
@@ -157,6 +158,7 @@ class OpenVocabularyROIHeads(nn.Module):
         self.datasets = {True: train_dataset, False: test_dataset}
         self.feature = feature
         self._vocabularies: dict[bool, Vocabulary] = {}
+        self._own_words = False
         self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -187,11 +189,13 @@ class OpenVocabularyROIHeads(nn.Module):
             novel: those of them that training did not see.
         """
         self._vocabularies[False] = self._embed(names, novel)
+        self._own_words = True
 
     def use_dataset(self, name: str) -> None:
         """Detects the classes of this dataset from now on."""
         self.datasets[False] = name
         self._vocabularies.pop(False, None)
+        self._own_words = False
 
     def forward(
         self,
@@ -216,7 +220,7 @@ class OpenVocabularyROIHeads(nn.Module):
             return [], {"loss_cls": losses["classification"], "loss_box_reg": losses["box"]}
         detector = self.detector
         if detector.vocabulary is not vocabulary:
-            detector.set_vocabulary(vocabulary)
+            look_for(detector, vocabulary, self.templates, self._own_words)
         background = detector.trained or detector.config.allow_background
         regions = detector.shortlist(maps, regions, background)
         probabilities, boxes = detector.classify(maps, regions, background)

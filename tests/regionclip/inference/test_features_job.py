@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +271,17 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(
     assert content(out) == content(tmp_path / "undisturbed")
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread, as each of several processes has: the last bit of a matrix product depends on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_what_two_killed_processes_began_ends_as_an_undisturbed_run(
     photos: Path,
     options: list[str],

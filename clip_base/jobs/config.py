@@ -62,7 +62,10 @@ def option(
 def plugin(group: str, name: str, meaning: str) -> Plugin:
     """Declares a field that holds a plugin: `{name: …, its own options}`, by default the one called `name`.
 
-    A default of "none" makes the plugin optional.
+    Args:
+        group: of entry points, see `clip_base.jobs.plugins`.
+        name: of the default; "none" makes the plugin optional.
+        meaning: one line for `--help`.
     """
     metadata = {"meaning": meaning, "group": group}
     return cast(Plugin, dataclasses.field(default_factory=lambda: {"name": name}, metadata=metadata))

@@ -138,7 +138,7 @@ class RunFolder:
         write_text(self.log_path, "".join(kept))
 
     def log(self, entry: dict[str, Any]) -> None:
-        """Appends one line to `log.jsonl`."""
+        """Appends an entry to `log.jsonl`, as one line."""
         if not _writes():
             return
         with self.log_path.open("a", encoding="utf-8") as file:

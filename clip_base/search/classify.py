@@ -6,7 +6,6 @@ clip-base classify photos classes="cat, dog, neither" weights=RN50 out=runs/clas
 # N images, C classes
 from __future__ import annotations
 
-import csv
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from clip_base.jobs.run import RunFolder, files_of
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import is_file, write_text
 from clip_base.runtime.precision import autocast
-from clip_base.runtime.tables import CLASS_FILES, read_class_list
+from clip_base.runtime.tables import CLASS_FILES, TableWriter, read_class_list
 from clip_base.search.gallery import Thumbnail, write_gallery
 from clip_base.search.images import FoundImage, images_of
 from clip_base.weights.load import weight_files
@@ -108,7 +107,7 @@ def _table(
     """Returns predictions.csv: a row per image."""
     top = min(top, len(names))
     text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
+    table = TableWriter(text)
     columns = [f"{what}_{place}" for place in range(1, top + 1) for what in ("name", "probability")]
     table.writerow(["file_name", *columns])
     for image, row, order in zip(images, values.tolist(), labels.tolist(), strict=True):

@@ -39,11 +39,11 @@ class Matches:
     """The regions that were kept.
 
     Attributes:
-        indices: [m] int64, rows of the inputs.
-        concept_ids: [m, K] int64, most probable first.
-        concept_probs: [m, K] probabilities; a row sums to at most 1, the rest is what was cut off or is
+        indices: [M] int64, rows of the inputs.
+        concept_ids: [M, K] int64, most probable first.
+        concept_probs: [M, K] probabilities; a row sums to at most 1, the rest is what was cut off or is
             unmatched.
-        from_caption: [m] bool, whether the first concept is one that the image's own captions name.
+        from_caption: [M] bool, whether the first concept is one that the image's own captions name.
     """
 
     indices: Tensor

@@ -114,7 +114,7 @@ def test_the_mapper_mirrors_boxes_with_their_image(detector_file: Path, make_cfg
 def test_what_the_mapper_does_not_do_is_refused(
     change: dict[str, Any], detector_file: Path, make_cfg: MakeCfg
 ) -> None:
-    with pytest.raises(InputError, match="beyond RegionMapper"):
+    with pytest.raises(InputError, match="is not supported by RegionMapper"):
         RegionMapper(make_cfg(detector_file, change), True)
 
 

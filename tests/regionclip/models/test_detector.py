@@ -26,7 +26,6 @@ from regionclip.structures.regions import FeatureMaps, ImageInfo, Regions
 from regionclip.structures.transforms import (
     ResizeConfig,
     ResizeTransform,
-    TrainingResizeConfig,
     resize_shortest_edge,
     to_batch,
 )
@@ -190,7 +189,7 @@ def test_a_size_given_at_load_is_a_clips_and_replaces_a_detectors_only_when_aske
 ) -> None:
     file, size = tmp_path / "model.safetensors", ResizeConfig([64], 96)
     save_detector(make_detector(), file, [])
-    assert load_detector(str(file), DetectorConfig(), size).resize == TrainingResizeConfig()
+    assert load_detector(str(file), DetectorConfig(), size).resize == ResizeConfig()
     assert load_detector(str(file), None, size, use_checkpoint_config=False).resize == size
     assert load_detector(str(file), None, size, use_checkpoint_config=False).config.max_proposals == 20
     assert load_detector(str(clip_file), DetectorConfig(), size).resize == size

@@ -6,6 +6,7 @@ clip-base search my.index "a dog on a beach" minus="a leash" out=found
 # D embedding size
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from clip_base.runtime.files import is_file
 from clip_base.runtime.hashing import content_hash
 from clip_base.runtime.precision import autocast
 from clip_base.search.gallery import Thumbnail, write_gallery
-from clip_base.search.images import place_of
+from clip_base.search.images import places_of
 from clip_base.search.index import Hit, Index
 from clip_base.weights.load import find, load_clip
 
@@ -74,7 +75,7 @@ def search(config: SearchConfig) -> None:
         words = " + ".join(config.query[1:]) + "".join(f" - {text}" for text in config.minus)
         page = Path(config.out) / PAGE
         lead = f"{len(hits):,} of {len(index):,} images, by the cosine of {index.model or 'a CLIP'}"
-        write_gallery(page, words, lead, [("", [_thumbnail(hit) for hit in hits])])
+        write_gallery(page, words, lead, [("", thumbnails(hits))])
         print(f"open {page} in a browser")
 
 
@@ -118,13 +119,13 @@ def _print_duplicates(config: SearchConfig, index: Index) -> None:
     print(f"{len(pairs):,} pairs of {len(index):,} images have a cosine of at least {config.duplicates:g}")
     if config.out:
         page = Path(config.out) / PAGE
-        sections = [
-            (f"{score:.4f}", [_thumbnail(Hit(first, score)), _thumbnail(Hit(second, score))])
-            for first, second, score in shown
-        ]
+        shots = thumbnails([Hit(key, score) for first, second, score in shown for key in (first, second)])
+        sections = [(f"{score:.4f}", shots[2 * row : 2 * row + 2]) for row, (_, _, score) in enumerate(shown)]
         write_gallery(page, "Duplicates", f"pairs of at least {config.duplicates:g}", sections)
         print(f"open {page} in a browser")
 
 
-def _thumbnail(hit: Hit) -> Thumbnail:
-    return Thumbnail(hit.key, f"{hit.score:.3f}", place_of(hit.key))
+def thumbnails(hits: Sequence[Hit]) -> list[Thumbnail]:
+    """Returns the images that were found, as a page shows them."""
+    places = places_of([hit.key for hit in hits])
+    return [Thumbnail(hit.key, f"{hit.score:.3f}", places[hit.key]) for hit in hits]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from clip_base.data.webdataset import Member
 from clip_base.images.decode import as_rgb, decode_stored
+from clip_base.images.html import data_uri, page_environment
 from clip_base.images.orientation import turned_upright
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import write_text
@@ -51,20 +48,7 @@ class Thumbnail:
             decoded = turned_upright(decoded, self.image)
         example = Image.fromarray(as_rgb(decoded))
         example.thumbnail((SIDE, SIDE))
-        data = io.BytesIO()
-        example.save(data, "JPEG", quality=80)
-        return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
-
-
-@cache
-def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("clip_base.search"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        return data_uri(example)
 
 
 def write_gallery(
@@ -78,5 +62,9 @@ def write_gallery(
         lead: the sentence below it.
         sections: headings, each with its images; a heading may be empty.
     """
-    page = _environment().get_template("gallery.html").render(title=title, lead=lead, sections=sections)
+    page = (
+        page_environment("clip_base.search")
+        .get_template("gallery.html")
+        .render(title=title, lead=lead, sections=sections)
+    )
     write_text(path, page + "\n")

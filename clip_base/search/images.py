@@ -72,17 +72,20 @@ def members_of(tar: Path) -> Iterator[FoundImage]:
             yield FoundImage(f"{tar}/{name}", stamp, Member(tar, offset, size))
 
 
-def place_of(key: str) -> Path | Member:
-    """Returns where the image of a key is.
+def places_of(keys: Sequence[str]) -> dict[str, Path | Member]:
+    """Returns where the images of some keys are; the headers of each tar among them are read once.
 
     Raises:
-        InputError: it is in a tar that has no such member any more.
+        InputError: one is in a tar that has no such member any more.
     """
-    path = Path(key)
-    tar = next((folder for folder in path.parents if folder.suffix.lower() == TAR and folder.is_file()), None)
-    if tar is None:
-        return path
-    found = next((image.place for image in members_of(tar) if image.key == key), None)
-    if found is None:
-        raise InputError(f"{key} is no longer in its tar; index again")
-    return found
+    in_tars: dict[Path, dict[str, Path | Member]] = {}
+    places: dict[str, Path | Member] = {}
+    for key in keys:
+        path = Path(key)
+        tar = next((one for one in path.parents if one.suffix.lower() == TAR and one.is_file()), None)
+        if tar is not None and tar not in in_tars:
+            in_tars[tar] = {image.key: image.place for image in members_of(tar)}
+        if tar is not None and key not in in_tars[tar]:
+            raise InputError(f"{key} is no longer in its tar; index again")
+        places[key] = path if tar is None else in_tars[tar][key]
+    return places

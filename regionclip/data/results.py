@@ -136,8 +136,7 @@ def _find_categories(
     notes: list[str],
 ) -> tuple[list[dict[str, Any]], int]:
     """Returns the entries whose category the annotations have, with its id; and how many others there are."""
-    known = {_spaced(name): category for name, category in categories.items()}
-    ids = [known.get(_spaced(name)) for name in names]
+    ids = _ids_of(names, categories)
     if not any(category is not None for category in ids):
         raise InputError(
             f"{source}: no category_name, such as {names[0]!r}, is a category of the annotations; "
@@ -151,6 +150,12 @@ def _find_categories(
     if any(entry["category_id"] != category for entry, category in zip(entries, ids, strict=True)):
         notes.append(f"{source}: categories are found by category_name; category_id numbers them otherwise")
     return kept, len(entries) - len(kept)
+
+
+def _ids_of(names: Sequence[str], categories: Mapping[str, int]) -> list[int | None]:
+    """Returns each name's category id, written with spaces or underscores; None: it has none."""
+    known = {_spaced(name): category for name, category in categories.items()}
+    return [known.get(_spaced(name)) for name in names]
 
 
 def _spaced(name: str) -> str:
@@ -247,8 +252,7 @@ def numbered_by(
     Raises:
         InputError: a number outside the list, or a list of which the annotations have no name.
     """
-    known = {_spaced(name): category for name, category in ids.items()}
-    new_ids = [known.get(_spaced(name)) for name in names]
+    new_ids = _ids_of(names, ids)
     if not any(category is not None for category in new_ids):
         raise InputError(
             f"results_categories: none of its {len(names)} names, such as {names[0]!r}, is a category of the "

@@ -55,10 +55,11 @@ def convert_data(config: ConvertDataConfig) -> None:
     info |= {"description": "boxes converted by regionclip", "content": _content(dataset, results)}
     target = LabelTarget(out, dataset.categories, config.images, info)
     counts = Counter[int]()
+    label_of = {category: label for label, category in enumerate(dataset.category_ids)}
 
     def counted() -> Iterator[LabeledImage]:
         for record in track(dataset, "converting", len(dataset)):
-            image = _labeled(record, Path(config.images), dataset, results, config.score_threshold)
+            image = _labeled(record, Path(config.images), label_of, results, config.score_threshold)
             counts.update(image.labels)
             yield image
 
@@ -90,7 +91,7 @@ def _results(config: ConvertDataConfig, dataset: CocoDetection) -> dict[int, lis
 def _labeled(
     record: ImageAnnotations,
     folder: Path,
-    dataset: CocoDetection,
+    label_of: dict[int, int],
     results: dict[int, list[dict[str, Any]]] | None,
     threshold: float,
 ) -> LabeledImage:
@@ -100,7 +101,6 @@ def _labeled(
     if results is None:
         crowds = record.iscrowd.tolist()
         return LabeledImage(*place, record.boxes.tolist(), record.labels.tolist(), None, crowds)
-    label_of = {category: label for label, category in enumerate(dataset.category_ids)}
     boxes, labels, scores = list[list[float]](), list[int](), list[float]()
     for entry in results.get(record.image_id, ()):
         if entry["score"] >= threshold and entry["category_id"] in label_of:

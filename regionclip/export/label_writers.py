@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -97,7 +98,7 @@ class FiftyOneWriter(CocoWriter):
         super().add(image)
 
 
-class FolderWriter:
+class FolderWriter(ABC):
     """A folder of labels with `info.json`, which says how they were made and whether they are complete.
 
     Its subclasses override `begin`, `add` and `end`, and `kind`, the name of the format.
@@ -142,13 +143,15 @@ class FolderWriter:
             self.end()
             write_json(self._info, {"complete": True, "info": self.target.info}, indent=2)
 
+    @abstractmethod
     def begin(self) -> None:
         """Prepares the folder."""
 
+    @abstractmethod
     def add(self, image: LabeledImage) -> None:
         """See `LabelWriter`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self) -> None:
         """Writes what stands behind all images."""
 

@@ -203,9 +203,10 @@ class DetectionRunner:
             self.progress.advance(group.count)
 
     def _write(self, found: Detections, pixels: Pixels, source: Source, image_id: int) -> None:
-        height, width = found.size
-        place = {"image_id": image_id, "file_name": str(source.file)}
-        self.journal.add("image", {**place, "height": height, "width": width})
+        if self.config.format:  # what a dataset needs of images without detections, too
+            height, width = found.size
+            place = {"image_id": image_id, "file_name": str(source.file)}
+            self.journal.add("image", {**place, "height": height, "width": width})
         likely = self._note(found, pixels, image_id, {"file_name": str(source.file)})
         shown = found.with_min_score(self.config.score_threshold)
         if self.config.draw:

@@ -136,7 +136,7 @@ class RegionEncoder:
         """Compiles a ResNet's trunk with torch.compile; its weights must not change afterwards.
 
         Each size of batches is compiled for itself, which takes up to a minute; after eight sizes PyTorch
-        goes on without compiling.
+        continues without compiling.
 
         Raises:
             InputError: the tower is no ResNet.

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from clip_base.images.html import data_uri
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import read_json, read_json_lines, write_text
 from clip_base.runtime.tables import open_table
@@ -32,7 +33,7 @@ from regionclip.quickstart.report import (
 )
 from regionclip.reports import html
 from regionclip.reports.charts import Chart, Points, line_chart, share_bars
-from regionclip.reports.crops import CropBudget, LabeledImage, data_uri
+from regionclip.reports.crops import CropBudget, LabeledImage
 from regionclip.reports.html import DASH
 from regionclip.structures.drawing import draw
 

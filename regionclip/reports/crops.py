@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from clip_base.images.decode import decode
+from clip_base.images.html import data_uri
 from clip_base.images.orientation import turned_as_annotated
 from clip_base.runtime.errors import InputError
 
@@ -76,13 +75,6 @@ class CropBudget:
             self._left = 0  # a smaller one after it would hide that the page is full
         self.left_out += 1
         return None
-
-
-def data_uri(image: Image.Image, quality: int = 84) -> str:
-    """Returns an image as a JPEG inside a `data:` address."""
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "JPEG", quality=quality, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def crop_around(path: Path, size: tuple[int, int], box: Sequence[float], color: RGB) -> Image.Image:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 
+from clip_base.images.html import page_environment
 from clip_base.runtime.progress import clock
 
 DASH = "–"
@@ -28,13 +29,7 @@ def cell(value: str | float) -> str:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("regionclip.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment("regionclip.reports")
     environment.filters |= {"cell": cell, "clock": clock, "count": "{:,.0f}".format, "share": share}
     return environment
 

@@ -18,13 +18,15 @@ import urllib.request
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock
+
 from clip_base.jobs import plugins
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import make_folder
 from clip_base.runtime.hashing import file_hash
 from clip_base.runtime.progress import Progress
 from clip_base.weights.fetching import drive
-from clip_base.weights.fetching.published import Published, alone, length
+from clip_base.weights.fetching.published import Published, length
 
 GROUP = "clip_base.published"
 _BASE = "https://openaipublic.azureedge.net/clip/models"
@@ -116,7 +118,7 @@ def download(file: Published, folder: Path, timeout: float = _TIMEOUT, pause: fl
     target, part = folder / file.name, folder / f"{file.name}.part"
     try:
         make_folder(folder)
-        with alone(folder / f".{file.name}.lock"):
+        with FileLock(folder / f".{file.name}.lock"):
             if target.is_file():
                 if file_hash(target) == file.sha256:
                     return target

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.files import make_folder, write_text
 from clip_base.runtime.hashing import file_hash
-from clip_base.weights.fetching.published import Published, alone, length
+from clip_base.weights.fetching.published import Published, length
 
 
 def fetch(file: Published, folder: Path) -> Path:
@@ -22,10 +24,10 @@ def fetch(file: Published, folder: Path) -> Path:
         InputError: it cannot be fetched, and what to do by hand; or it is not the file that it should be.
     """
     target = folder / file.url
-    for place in (target, folder / file.name):
-        if place.is_file():
-            _verify(file, place)
-            return place
+    kept = file.kept_in(folder)
+    if kept is not None:
+        _verify(file, kept)
+        return kept
     try:
         _fetch_from_drive(file, target)
     except InputError:
@@ -54,7 +56,7 @@ def _fetch_from_drive(file: Published, target: Path) -> None:
         reason = "it is missing (pip install 'regionclip[hub]' fetches it from there)"
         raise _only_by_hand(file, target, reason) from None
     make_folder(target.parent)
-    with alone(target.parent / f".{file.name}.lock"):
+    with FileLock(target.parent / f".{file.name}.lock"):
         if target.is_file():  # another process was first
             return
         print(f"fetching {file.url} from {file.page}", file=sys.stderr, flush=True)

@@ -51,9 +51,8 @@ def _print_names() -> None:
     folder = download.cache_folder()
     rows = [("name", "MiB", "here", "from")]
     for name, file in download.files().items():
-        here = any((folder / place).is_file() for place in (file.url, file.name))
         size = f"{file.size / 2**20:,.0f}" if file.size else "?"
-        rows.append((name, size, "yes" if here else "", file.page or file.url.split("/")[2]))
+        rows.append((name, size, "yes" if file.kept_in(folder) else "", file.page or file.url.split("/")[2]))
     rows += [(name, "?", "", f"{hub.SCHEME}{place}") for name, place in hub.open_clip_table().items()]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for name, size, place, origin in rows:

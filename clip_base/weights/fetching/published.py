@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,18 +27,9 @@ class Published:
         """The file's own name."""
         return self.url.rpartition("/")[2]
 
-
-@contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Lets one process at a time in, where the system has file locks; the lock ends with the process."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl  # noqa: PLC0415 (not everywhere)
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    def kept_in(self, folder: Path) -> Path | None:
+        """Returns the copy in the folder of published files, in folders of its own or without; None: none."""
+        return next((place for place in (folder / self.url, folder / self.name) if place.is_file()), None)
 
 
 def length(path: Path) -> int:

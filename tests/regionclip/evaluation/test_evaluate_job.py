@@ -33,18 +33,6 @@ Command = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
-def options(world: Path) -> list[str]:
-    return [
-        f"annotations={world / 'instances_val.json'}",
-        f"images={world / 'images'}",
-        f"split={world / 'split.json'}",
-        "resize.short=[64]",
-        "resize.long=64",
-        "precision=fp32",
-    ]
-
-
-@pytest.fixture(scope="module")
 def measured(options: list[str], clip_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP's names for a grid of boxes."""
     out = tmp_path_factory.mktemp("evaluation") / "out"

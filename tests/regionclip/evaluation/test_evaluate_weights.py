@@ -13,18 +13,6 @@ from clip_base.weights.native import read_weights, write_weights
 Command = Callable[..., tuple[int, str]]
 
 
-@pytest.fixture(scope="module")
-def options(world: Path) -> list[str]:
-    return [
-        f"annotations={world / 'instances_val.json'}",
-        f"images={world / 'images'}",
-        f"split={world / 'split.json'}",
-        "resize.short=[64]",
-        "resize.long=64",
-        "precision=fp32",
-    ]
-
-
 Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 DAMAGE: dict[str, Change] = {
     "half is missing": lambda weights: dict(list(weights.items())[::2]),

@@ -43,8 +43,8 @@ from rounds import (
 from torch import Tensor
 
 from clip_base.data.batch import ImageBatch
-from clip_base.runtime.files import read_json
 from clip_base.runtime.precision import autocast, computes_in_bf16
+from clip_base.storage.files import read_json
 from regionclip.evaluation.evaluate import EvaluateConfig, evaluate
 from regionclip.models.detector import DELTA_WEIGHTS, Detector
 from regionclip.models.postprocess import postprocess, score

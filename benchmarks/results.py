@@ -35,8 +35,8 @@ import regionclip
 from clip_base.data.coco import read_captions
 from clip_base.evaluation.retrieval import embed_texts, recall_at
 from clip_base.models.clip import CLIP
-from clip_base.runtime.files import read_json, write_json
 from clip_base.runtime.progress import track
+from clip_base.storage.files import read_json, write_json
 from clip_base.weights.load import load_clip
 from clip_base.weights.native import save_clip
 from regionclip.quickstart.stages import run_stages

@@ -19,7 +19,7 @@ from rich.table import Table
 from clip_base.jobs import plugins
 from clip_base.jobs.config import option
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import write_json
+from clip_base.storage.files import write_json
 
 PACKAGE = "regionclip"
 FOR_DEVELOPERS = ("dev", "all")

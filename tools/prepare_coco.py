@@ -24,7 +24,7 @@ from typing import Any
 
 from clip_base.data.coco import read_instances
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import write_json
+from clip_base.storage.files import write_json
 from regionclip.data.categories import Split, load_split
 from regionclip.data.coco import category_ids_by_name, image_fields
 

@@ -15,9 +15,9 @@ from typing import Any, TypeGuard
 
 from clip_base.jobs import plugins
 from clip_base.runtime.errors import InputError, quote, shortened
-from clip_base.runtime.files import existing, is_file, read_json
-from clip_base.runtime.hashing import text_hash
-from clip_base.runtime.tables import EXACT, as_number
+from clip_base.storage.files import existing, is_file, read_json
+from clip_base.storage.hashing import text_hash
+from clip_base.storage.tables import EXACT, as_number
 
 ANNOTATION_FORMATS = "clip_base.annotation_formats"
 AnnotationFormat = Callable[[Path], dict[str, Any] | None]

@@ -9,7 +9,7 @@ from clip_base.data.sources import SPLIT_LINES_HELP, Pair, Pairs, captions_in
 from clip_base.images.folders import list_images
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import ENCODING_HELP, is_file, read_text
+from clip_base.storage.files import ENCODING_HELP, is_file, read_text
 
 
 @dataclass

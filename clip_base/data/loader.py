@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from clip_base.data.sampler import epoch_length, epoch_order
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError, JobError
-from clip_base.runtime.files import write_text
+from clip_base.storage.files import write_text
 
 Item = TypeVar("Item", covariant=True)
 B = TypeVar("B")

@@ -15,7 +15,7 @@ from clip_base.data.sources import Pair, Pairs, grouped
 from clip_base.images.folders import list_files
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError, note, shortened
-from clip_base.runtime.files import existing
+from clip_base.storage.files import existing
 
 STATUS, DOWNLOADED = "status", "success"  # img2dataset's column, and its word for an image that it has got
 

@@ -12,8 +12,8 @@ from clip_base.data.coco import read_captions
 from clip_base.images.decode import Stored
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError, note, quote, shortened
-from clip_base.runtime.files import ENCODING_HELP, existing, read_json_lines
-from clip_base.runtime.tables import DELIMITER_HELP, open_table
+from clip_base.storage.files import ENCODING_HELP, existing, read_json_lines
+from clip_base.storage.tables import DELIMITER_HELP, open_table
 
 SOURCES = "clip_base.sources"
 SPLIT_LINES_HELP = "whether each line of a text is a caption of its own; false: all of it is one"

@@ -26,8 +26,8 @@ from webdataset.tariterators import base_plus_ext
 from clip_base.data.sources import SPLIT_LINES_HELP, Pair, Pairs, captions_in
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError, note, shortened
-from clip_base.runtime.files import ENCODING_HELP, decode_text, existing, existing_file, parse_json, replacing
 from clip_base.runtime.progress import track
+from clip_base.storage.files import ENCODING_HELP, decode_text, existing, existing_file, parse_json, replacing
 
 _BLOCK = tarfile.BLOCKSIZE
 _NOWHERE = (0, -1)  # offset and size of what a record lacks

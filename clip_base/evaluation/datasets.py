@@ -15,8 +15,8 @@ from clip_base.data.webdataset import Member, WebdatasetConfig, WebdatasetSource
 from clip_base.images.decode import Decoded, cut, size_of
 from clip_base.images.folders import list_files, note_left_out, subfolders
 from clip_base.runtime.errors import InputError, quote
-from clip_base.runtime.files import existing, read_text
 from clip_base.runtime.progress import track
+from clip_base.storage.files import existing, read_text
 
 SHARD_IMAGES = ["webp", "png", "jpg", "jpeg"]  # the extensions that CLIP_benchmark looks for, in its order
 

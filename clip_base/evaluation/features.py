@@ -29,10 +29,10 @@ from clip_base.jobs.skipped import max_skipped_option, require_share, require_us
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import ACTIVATIONS
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import replacing, write_text
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import Progress
 from clip_base.runtime.workers import in_turn
+from clip_base.storage.files import replacing, write_text
 from clip_base.weights.load import find, load_clip
 from clip_base.weights.native import open_safetensors
 

@@ -26,8 +26,8 @@ from clip_base.evaluation.tables import print_classes, summarize, to_csv
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError, JobError
-from clip_base.runtime.files import write_text
 from clip_base.runtime.progress import Progress
+from clip_base.storage.files import write_text
 from clip_base.weights.load import weight_files
 
 Floats = npt.NDArray[np.float32]

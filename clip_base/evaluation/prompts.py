@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError, note, quote
-from clip_base.runtime.files import existing, read_text
 from clip_base.runtime.progress import Progress
+from clip_base.storage.files import existing, read_text
 
 # What names are embedded with wherever nothing else is asked for.
 DEFAULT_TEMPLATES = ("a photo of {article} {}.", "{}")

@@ -25,9 +25,9 @@ from clip_base.jobs.run import RunFolder, files_of
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing, write_text
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import track
+from clip_base.storage.files import existing, write_text
 from clip_base.weights.load import weight_files
 
 KS = (1, 5, 10)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from clip_base.runtime.tables import TableWriter
+from clip_base.storage.tables import TableWriter
 
 _SHOWN = 40  # classes up to which the table lists all of them
 _EXTREMES = 5  # classes at either end that it lists otherwise

@@ -19,9 +19,9 @@ from clip_base.evaluation.tables import print_classes, summarize, to_csv
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.runtime.errors import InputError, note
-from clip_base.runtime.files import is_file, read_text, write_text
 from clip_base.runtime.precision import autocast
-from clip_base.runtime.tables import CLASS_FILES, read_class_list
+from clip_base.storage.files import is_file, read_text, write_text
+from clip_base.storage.tables import CLASS_FILES, read_class_list
 from clip_base.weights.load import weight_files
 
 

@@ -19,7 +19,7 @@ from clip_base.jobs.config import REQUIRED, option
 from clip_base.models.clip import CLIP, to_openai_names
 from clip_base.models.tokenizer import VOCAB_SIZE
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import replacing, write_json
+from clip_base.storage.files import replacing, write_json
 from clip_base.weights import formats, infer_config, key_names
 from clip_base.weights.load import WeightsFile, find, read_any
 from clip_base.weights.native import save_clip, write_weights

@@ -22,7 +22,7 @@ from torch.export import Dim, ExportedProgram
 from clip_base.export import runtimes
 from clip_base.jobs.config import option
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import replacing
+from clip_base.storage.files import replacing
 
 FORMATS = ("onnx", "torch", "openvino")
 SUFFIX = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml"}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_base.models.tokenizer import spelled_vocabulary
-from clip_base.runtime.files import write_json, write_text
+from clip_base.storage.files import write_json, write_text
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # as those files spell the two last ids
 PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

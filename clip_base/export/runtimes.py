@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import replacing
+from clip_base.storage.files import replacing
 
 Run = Callable[[dict[str, Tensor]], list[Tensor]]
 

@@ -22,7 +22,7 @@ from clip_base.jobs.run import RunFolder
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import VOCAB_SIZE
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import write_json
+from clip_base.storage.files import write_json
 from clip_base.weights.load import WeightsFile, load_clip, weight_files
 
 TOWERS = ("image", "text")

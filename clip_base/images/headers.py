@@ -17,7 +17,7 @@ from typing import BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.limits import MEGAPIXELS, limit
+from clip_base.storage.limits import MEGAPIXELS, limit
 
 # What people have. Others (PostScript reaches Ghostscript, QOI, PSD, …) are not given to Pillow.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "AVIF")

@@ -31,7 +31,7 @@ from clip_base.images.folders import (
 )
 from clip_base.images.headers import open_image_file
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing
+from clip_base.storage.files import existing
 
 ImageLike = str | Path | Image.Image | npt.NDArray[Any] | Tensor
 LARGE = 25_000_000  # pixels

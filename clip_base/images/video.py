@@ -15,7 +15,7 @@ from PIL import Image
 
 from clip_base.images.decode import Pixels
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing, replacing
+from clip_base.storage.files import existing, replacing
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 CODECS = ("mp4v", "avc1", "vp09")

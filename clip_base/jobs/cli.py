@@ -26,10 +26,10 @@ from clip_base.jobs import config as configs
 from clip_base.jobs import plugins, shipped
 from clip_base.jobs import schema as schemas
 from clip_base.jobs.completion import Word
-from clip_base.jobs.lock import releasing_locks
 from clip_base.jobs.schema import Description
 from clip_base.runtime.errors import InputError, InputNote
 from clip_base.runtime.lazy import installed_version
+from clip_base.storage.lock import releasing_locks
 
 REGION_PREFIX = "region-"
 _LACK_OF_ROOM = {

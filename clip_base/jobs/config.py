@@ -21,7 +21,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 from clip_base.jobs import plugins
 from clip_base.jobs.shipped import find_config
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.tables import read_yaml
+from clip_base.storage.tables import read_yaml
 
 T = TypeVar("T")
 REQUIRED: Any = MISSING

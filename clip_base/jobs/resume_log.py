@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import write_text
+from clip_base.storage.files import write_text
 
 
 class ResumeLog:

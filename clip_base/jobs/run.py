@@ -18,11 +18,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from clip_base.jobs import config as configs
-from clip_base.jobs.lock import is_lock, lock_folder
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import is_file, read_json, read_text, write_json, write_text
-from clip_base.runtime.hashing import content_hash
-from clip_base.runtime.tables import read_yaml
+from clip_base.storage.files import is_file, read_json, read_text, write_json, write_text
+from clip_base.storage.hashing import content_hash
+from clip_base.storage.lock import is_lock, lock_folder
+from clip_base.storage.tables import read_yaml
 
 Inputs = Mapping[str, Path | str]
 CONFIG, INPUTS = "config.yaml", ".inputs.json"

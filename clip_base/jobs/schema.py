@@ -25,8 +25,8 @@ from typing import Any, cast, get_type_hints
 
 from clip_base.jobs import plugins
 from clip_base.jobs.config import REQUIRED, default_of, ordered_fields
-from clip_base.runtime.files import write_json
 from clip_base.runtime.lazy import LOADED_AT
+from clip_base.storage.files import write_json
 
 CACHE = "REGIONCLIP_CACHE"  # the environment variable that names another folder
 PATIENCE = 1.5  # seconds without a word

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing
+from clip_base.storage.files import existing
 
 FOLDER = "configs"
 _PROGRAMS = ("regionclip ", "clip-base ", "python ", "torchrun ")

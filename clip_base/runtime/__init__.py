@@ -1,1 +1,1 @@
-"""Basics of all other parts: files, errors, progress, devices, processes."""
+"""Basics of all other parts: errors, progress, precision, devices, processes."""

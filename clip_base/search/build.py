@@ -11,10 +11,10 @@ from pathlib import Path
 from clip_base.evaluation.datasets import EvaluationImage
 from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.jobs.lock import lock_file
-from clip_base.runtime.hashing import content_hash
 from clip_base.search.images import images_of
 from clip_base.search.index import ABOUT, SHARD_ROWS, Index
+from clip_base.storage.hashing import content_hash
+from clip_base.storage.lock import lock_file
 
 
 @dataclass

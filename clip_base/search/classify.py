@@ -18,11 +18,11 @@ from clip_base.evaluation.prompts import classifier, read_templates
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import is_file, write_text
 from clip_base.runtime.precision import autocast
-from clip_base.runtime.tables import CLASS_FILES, TableWriter, read_class_list
 from clip_base.search.gallery import Thumbnail, write_gallery
 from clip_base.search.images import FoundImage, images_of
+from clip_base.storage.files import is_file, write_text
+from clip_base.storage.tables import CLASS_FILES, TableWriter, read_class_list
 from clip_base.weights.load import weight_files
 
 TABLE, PAGE = "predictions.csv", "report.html"

@@ -22,12 +22,12 @@ from clip_base.jobs.config import REQUIRED, option
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import is_file
-from clip_base.runtime.hashing import content_hash
 from clip_base.runtime.precision import autocast
 from clip_base.search.gallery import Thumbnail, write_gallery
 from clip_base.search.images import places_of
 from clip_base.search.index import Hit, Index
+from clip_base.storage.files import is_file
+from clip_base.storage.hashing import content_hash
 from clip_base.weights.load import find, load_clip
 
 PAGE = "search.html"

@@ -13,7 +13,7 @@ from clip_base.images.decode import as_rgb, decode_stored
 from clip_base.images.html import data_uri, page_environment
 from clip_base.images.orientation import turned_upright
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import write_text
+from clip_base.storage.files import write_text
 
 SIDE = 220  # pixels of a thumbnail's longer side
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing, read_json, write_json
+from clip_base.storage.files import existing, read_json, write_json
 from clip_base.weights.native import open_safetensors, write_weights
 
 ABOUT, FORMAT, VERSION = "index.json", "clip_base.index", 1

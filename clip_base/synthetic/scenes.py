@@ -23,9 +23,9 @@ from clip_base.data.coco import coco_entry
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import make_folder, read_json, write_json
 from clip_base.runtime.progress import Progress
 from clip_base.runtime.workers import Report, cores, run
+from clip_base.storage.files import make_folder, read_json, write_json
 from clip_base.synthetic.captions import Seen, Style, describe
 from clip_base.synthetic.painting import Painter, Recipe, Scene
 from clip_base.synthetic.pictograms import TABLE, Category

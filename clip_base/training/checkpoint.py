@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import make_folder, naming_full_disk
+from clip_base.storage.files import make_folder, naming_full_disk
 
 KEPT = 2
 

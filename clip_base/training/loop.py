@@ -22,9 +22,9 @@ from clip_base.jobs.skipped import max_skipped_option, require_share
 from clip_base.models.clip import set_checkpointing
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import write_json
 from clip_base.runtime.precision import PRECISIONS, autocast, compiled, pick_device
 from clip_base.runtime.progress import Progress
+from clip_base.storage.files import write_json
 from clip_base.training import checkpoint
 from clip_base.training.ema import EMA
 from clip_base.training.parallel import KINDS, Parallel

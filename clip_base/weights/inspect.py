@@ -13,7 +13,7 @@ from rich.table import Table
 
 from clip_base.models.configs import CLIPConfig
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.hashing import file_hash
+from clip_base.storage.hashing import file_hash
 from clip_base.weights import formats, native
 from clip_base.weights.fetching import download
 from clip_base.weights.load import WeightsFile, find

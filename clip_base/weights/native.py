@@ -19,8 +19,8 @@ from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError, shortened
-from clip_base.runtime.files import existing_file, naming_full_disk, parse_json, replacing
-from clip_base.runtime.safetensors_files import sort_metadata
+from clip_base.storage.files import existing_file, naming_full_disk, parse_json, replacing
+from clip_base.storage.safetensors_files import sort_metadata
 
 FORMAT = "clip_base.clip/1"
 _FEW = 10_000_000  # numbers that may be allocated whatever a file holds

@@ -15,7 +15,7 @@ from clip_base.models import zoo
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import ACTIVATIONS, CLIPConfig
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing, read_json
+from clip_base.storage.files import existing, read_json
 from clip_base.weights import formats, infer_config, key_names, unpickle
 from clip_base.weights.native import (
     FORMAT,

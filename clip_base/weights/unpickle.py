@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.limits import require_unpacked
+from clip_base.storage.limits import require_unpacked
 
 _STORAGES = {
     "HalfStorage": torch.float16,

@@ -13,7 +13,7 @@ from torch import Tensor
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import replacing
+from clip_base.storage.files import replacing
 from clip_base.weights.formats import Content
 from clip_base.weights.load import load_clip
 from clip_base.weights.native import read_weights

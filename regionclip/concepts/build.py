@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from clip_base.jobs.config import REQUIRED, option, runtime_only
-from clip_base.jobs.lock import lock_file
 from clip_base.jobs.run import differences
 from clip_base.runtime.errors import InputError, JobError
-from clip_base.runtime.files import ENCODING_HELP, existing, read_json, write_json, write_text
-from clip_base.runtime.hashing import content_hash, text_hash
 from clip_base.runtime.progress import track
 from clip_base.runtime.workers import cores
+from clip_base.storage.files import ENCODING_HELP, existing, read_json, write_json, write_text
+from clip_base.storage.hashing import content_hash, text_hash
+from clip_base.storage.lock import lock_file
 from regionclip.concepts.phrase_cache import PhraseStore, phrases_file
 from regionclip.concepts.phrases import PhraseParser, hidden_by, read_stop_words
 from regionclip.concepts.pool import EXAMPLES, Concept, ConceptCounts, count, meta_file, pool, read_concepts

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import make_folder, naming_full_disk
+from clip_base.storage.files import make_folder, naming_full_disk
 from regionclip.concepts.phrases import Found, LRUPhraseCache, Phrase
 
 _AT_ONCE = 500  # captions that one query asks for; SQLite's oldest limit is 999

@@ -24,8 +24,8 @@ from spacy.symbols import ADP, ADV, CCONJ, DET, INTJ, NOUN, NUM, PART, PRON, PRO
 from spacy.tokens import Span, Token
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_text
 from clip_base.runtime.workers import Report, run
+from clip_base.storage.files import read_text
 from regionclip.concepts.spacy_models import load_language, model_name
 from regionclip.data.categories import parse_names
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json, read_json_lines
 from clip_base.runtime.progress import track
+from clip_base.storage.files import read_json, read_json_lines
 from regionclip.concepts.phrases import PhraseParser
 
 EXAMPLES = 3

@@ -24,8 +24,8 @@ from clip_base.evaluation.prompts import (
 )
 from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError, shortened
-from clip_base.runtime.files import existing
-from clip_base.runtime.hashing import content_hash
+from clip_base.storage.files import existing
+from clip_base.storage.hashing import content_hash
 from clip_base.weights.native import open_safetensors, sizes_in, write_weights
 from clip_base.weights.unpickle import read_pickle
 from regionclip.data.categories import check_names

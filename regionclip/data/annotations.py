@@ -23,7 +23,7 @@ from clip_base.data.coco import read_instances
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing
+from clip_base.storage.files import existing
 from regionclip.data.coco import (
     annotation_columns,
     category_ids_by_name,

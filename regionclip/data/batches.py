@@ -18,8 +18,8 @@ from clip_base.images.inputs import ImageLike, read_image
 from clip_base.images.orientation import turned_as_annotated, turned_upright
 from clip_base.jobs.skipped import require_usable
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import write_text
 from clip_base.runtime.workers import cores, in_turn
+from clip_base.storage.files import write_text
 from regionclip.data.annotations import CocoDetection, ImageAnnotations
 from regionclip.structures.regions import ImageInfo
 from regionclip.structures.transforms import ResizeConfig, ResizeTransform, resize_shortest_edge, to_batch

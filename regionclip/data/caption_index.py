@@ -11,9 +11,9 @@ from typing import Any
 
 from clip_base.data.coco import CAPTIONS, caption_of, checked_entry, file_name_of, two_images, unlisted
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import naming_full_disk, replacing
-from clip_base.runtime.json_stream import stream_entries
 from clip_base.runtime.progress import Progress
+from clip_base.storage.files import naming_full_disk, replacing
+from clip_base.storage.json_stream import stream_entries
 from regionclip.data.captions import cleaned
 
 _AT_ONCE = 10_000  # rows written at once

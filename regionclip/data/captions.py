@@ -12,9 +12,9 @@ import regex  # type: ignore[import-untyped]
 
 from clip_base.models.tokenizer import clean
 from clip_base.runtime.errors import InputError, quote
-from clip_base.runtime.files import existing, open_text, read_json_lines
-from clip_base.runtime.json_stream import stream_entries
-from clip_base.runtime.tables import open_table
+from clip_base.storage.files import existing, open_text, read_json_lines
+from clip_base.storage.json_stream import stream_entries
+from clip_base.storage.tables import open_table
 
 _MARKUP = re.compile("[&<]")
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")

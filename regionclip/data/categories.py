@@ -10,8 +10,8 @@ from pathlib import Path
 
 from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError, quote
-from clip_base.runtime.files import existing, is_file, read_json
-from clip_base.runtime.tables import CLASS_FILES, read_class_list
+from clip_base.storage.files import existing, is_file, read_json
+from clip_base.storage.tables import CLASS_FILES, read_class_list
 
 DATA_FILES = Path(__file__).parents[1] / "data_files"
 # Class lists that come with the project, by the name one types.
@@ -70,7 +70,7 @@ def parse_typed_names(text: str, max_names: int, max_letters: int = 100) -> list
 def read_classes(text: str) -> list[tuple[str, ...]]:
     """Returns (name, its synonyms…) for each class of a list as a user types it, see `parse_names`.
 
-    Files are read by `clip_base.runtime.tables.read_class_list`.
+    Files are read by `clip_base.storage.tables.read_class_list`.
     """
     if text in CLASS_LISTS:
         return [entry for file in CLASS_LISTS[text] for entry in read_class_list(DATA_FILES / file)]

@@ -13,7 +13,7 @@ from pycocotools import mask
 from clip_base.data.coco import as_id, is_in_pixels
 from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError, quote
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 from regionclip.data.file_names import FileNames, name_images
 
 

@@ -20,7 +20,7 @@ from detectron2.utils.events import TensorboardXWriter
 from torch import nn
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import make_folder, write_json
+from clip_base.storage.files import make_folder, write_json
 from regionclip.checkpoints.load import save_detector
 from regionclip.detectron2.backbone import to_detector
 from regionclip.detectron2.catalog import class_names, register_listed

@@ -17,10 +17,10 @@ from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.jobs.skipped import max_skipped_option, require_share
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing, write_json, write_text
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import Progress
-from clip_base.runtime.tables import TableWriter
+from clip_base.storage.files import existing, write_json, write_text
+from clip_base.storage.tables import TableWriter
 from clip_base.weights.load import weight_files
 from regionclip.checkpoints.load import look_for, vocabulary_for
 from regionclip.data.annotations import AnnotatedImages, CocoDetection, ImageAnnotations

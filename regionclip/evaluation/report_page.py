@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_base.runtime.files import write_text
+from clip_base.storage.files import write_text
 from regionclip.data.annotations import ImageAnnotations
 from regionclip.metrics.average_precision import NOTHING, Evaluation, mean_of
 from regionclip.metrics.lvis import RECALLS

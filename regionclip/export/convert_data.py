@@ -14,9 +14,9 @@ from typing import Any
 
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing
-from clip_base.runtime.hashing import text_hash
 from clip_base.runtime.progress import track
+from clip_base.storage.files import existing
+from clip_base.storage.hashing import text_hash
 from regionclip.data.annotations import CocoDetection, ImageAnnotations
 from regionclip.data.results import Results, read_results
 from regionclip.structures.labels import LABEL_FILES, LabeledImage, LabelTarget, write_labels

@@ -7,8 +7,8 @@ from types import TracebackType
 from typing import Any
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import replacing
-from clip_base.runtime.tables import TableWriter
+from clip_base.storage.files import replacing
+from clip_base.storage.tables import TableWriter
 from regionclip.structures.labels import LabeledImage, LabelTarget
 
 COLUMNS = ("file_name", "width", "height", "name", "x1", "y1", "x2", "y2", "score", "ignored")

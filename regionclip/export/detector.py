@@ -26,7 +26,7 @@ from clip_base.images.inputs import image_files, read_upright
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import replacing, write_json
+from clip_base.storage.files import replacing, write_json
 from regionclip.checkpoints.load import look_for, vocabulary_for
 from regionclip.data.categories import parse_names
 from regionclip.export.detector_graph import DetectorGraph

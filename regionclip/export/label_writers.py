@@ -13,8 +13,8 @@ from typing import Any, Self
 
 from clip_base.data.coco import coco_entry
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing, make_folder, read_json, replacing, write_json, write_text
-from clip_base.runtime.json_stream import stream_entries
+from clip_base.storage.files import existing, make_folder, read_json, replacing, write_json, write_text
+from clip_base.storage.json_stream import stream_entries
 from regionclip.structures.labels import LabeledImage, LabelTarget
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.jobs.lock import lock_file
 from clip_base.runtime.errors import InputError, JobError
-from clip_base.runtime.hashing import content_hash
 from clip_base.runtime.progress import Progress
+from clip_base.storage.hashing import content_hash
+from clip_base.storage.lock import lock_file
 from regionclip.concepts.synonyms import aliases_of, given_classes
 from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.mining.shards import MANIFEST, read_manifest, read_regions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from xml.etree import ElementTree
 
-from clip_base.runtime.files import replacing, write_text
+from clip_base.storage.files import replacing, write_text
 from regionclip.export.label_writers import FolderWriter, inside, link_images
 from regionclip.structures.labels import LabeledImage
 

@@ -18,15 +18,15 @@ from clip_base.images.folders import IMAGE_SUFFIXES
 from clip_base.images.inputs import image_files
 from clip_base.images.video import CODECS, VIDEOS, Video, VideoFrame, writing_video
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.jobs.lock import lock_folder
 from clip_base.jobs.resume_log import ResumeLog
 from clip_base.jobs.run import hashes_of
 from clip_base.jobs.skipped import max_skipped_option, require_share, require_usable
 from clip_base.runtime.errors import InputError, note
-from clip_base.runtime.files import replacing, write_text
-from clip_base.runtime.hashing import text_hash
 from clip_base.runtime.progress import Progress
-from clip_base.runtime.tables import TableWriter
+from clip_base.storage.files import replacing, write_text
+from clip_base.storage.hashing import text_hash
+from clip_base.storage.lock import lock_folder
+from clip_base.storage.tables import TableWriter
 from regionclip.data.batches import DecodedImage, read_batches, read_upright
 from regionclip.data.categories import parse_names
 from regionclip.inference.datasets import planned_datasets, write_datasets

@@ -19,11 +19,11 @@ from clip_base.images.inputs import image_files
 from clip_base.jobs.run import Inputs, RunFolder
 from clip_base.jobs.skipped import require_usable
 from clip_base.runtime.errors import InputError, JobError
-from clip_base.runtime.files import existing, read_json, write_json, write_text
-from clip_base.runtime.hashing import text_hash
-from clip_base.runtime.json_stream import stream_entries
 from clip_base.runtime.progress import Progress
 from clip_base.runtime.workers import run
+from clip_base.storage.files import existing, read_json, write_json, write_text
+from clip_base.storage.hashing import text_hash
+from clip_base.storage.json_stream import stream_entries
 from regionclip.data.annotations import CocoDetection
 from regionclip.data.file_names import FileNames
 from regionclip.inference.feature_extractor import FeaturesConfig, RegionFeatureExtractor, Shard, record_path

@@ -18,9 +18,9 @@ from clip_base.jobs.config import option
 from clip_base.jobs.run import files_of
 from clip_base.jobs.skipped import max_skipped_option, require_share
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import write_json
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.workers import Report
+from clip_base.storage.files import write_json
 from regionclip.data.annotations import CocoDetection, ImageAnnotations
 from regionclip.data.batches import (
     DecodedImage,

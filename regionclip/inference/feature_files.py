@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clip_base.runtime.files import replacing
+from clip_base.storage.files import replacing
 from regionclip.data.region_tables import REGION_COLUMNS
 
 Array = npt.NDArray[Any]

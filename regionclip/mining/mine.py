@@ -19,9 +19,9 @@ from clip_base.jobs.run import RunFolder
 from clip_base.jobs.skipped import require_usable
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError, JobError
-from clip_base.runtime.files import existing, replacing, write_json
 from clip_base.runtime.progress import Progress
 from clip_base.runtime.workers import run
+from clip_base.storage.files import existing, replacing, write_json
 from clip_base.weights.fetching import download
 from clip_base.weights.load import find, load_clip
 from regionclip.concepts.pool import pool_language, read_concepts

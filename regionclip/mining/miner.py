@@ -19,9 +19,9 @@ from clip_base.jobs.compute import ComputeOptions
 from clip_base.jobs.config import REQUIRED, Plugin, build_plugin, option, plugin
 from clip_base.jobs.skipped import max_skipped_option, require_share
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.workers import EXECUTORS, Report
+from clip_base.storage.files import existing
 from clip_base.weights.load import load_clip
 from regionclip.concepts.phrase_cache import StoredPhrases, phrases_file
 from regionclip.concepts.phrases import Phrase, PhraseParser

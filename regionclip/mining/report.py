@@ -14,9 +14,9 @@ from clip_base.evaluation.tables import figure_lines
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json_lines, write_text
 from clip_base.runtime.progress import track
-from clip_base.runtime.tables import TableWriter
+from clip_base.storage.files import read_json_lines, write_text
+from clip_base.storage.tables import TableWriter
 from regionclip.concepts.phrases import Phrase, read_stop_words
 from regionclip.concepts.pool import read_concepts
 from regionclip.data.annotations import CocoDetection

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing, read_json, replacing
+from clip_base.storage.files import existing, read_json, replacing
 from clip_base.weights.native import open_safetensors
 from regionclip.data.region_tables import (
     BOX,

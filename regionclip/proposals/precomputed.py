@@ -15,7 +15,7 @@ from clip_base.data.batch import ImageBatch
 from clip_base.data.coco import box_of, checked_entry
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError, quote
-from clip_base.runtime.json_stream import stream_entries
+from clip_base.storage.json_stream import stream_entries
 from regionclip.data.annotations import ImageAnnotations
 from regionclip.data.box_format import other_forms
 from regionclip.data.file_names import FileNames, name_images

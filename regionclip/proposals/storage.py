@@ -20,7 +20,7 @@ from torch import Tensor
 
 from clip_base.data.coco import coco_entry
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing, replacing
+from clip_base.storage.files import existing, replacing
 from regionclip.data.file_names import name_images
 from regionclip.data.region_tables import BOX, OBJECTNESS, numbers, require_rows
 from regionclip.structures.boxes import xyxy_to_xywh

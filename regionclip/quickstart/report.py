@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json, read_json_lines
+from clip_base.storage.files import read_json, read_json_lines
 from regionclip.data.annotations import CocoDetection
 from regionclip.data.categories import Split, load_split
 from regionclip.mining.quality import PairQuality, measure_pairs

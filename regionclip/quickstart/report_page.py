@@ -12,8 +12,8 @@ import numpy as np
 
 from clip_base.images.html import data_uri
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json, read_json_lines, write_text
-from clip_base.runtime.tables import open_table
+from clip_base.storage.files import read_json, read_json_lines, write_text
+from clip_base.storage.tables import open_table
 from clip_base.training.loop import NO_LOSS
 from regionclip.data.annotations import CocoDetection, ImageAnnotations
 from regionclip.data.batches import read_record

@@ -12,8 +12,8 @@ from clip_base.jobs import config as configs
 from clip_base.jobs import plugins
 from clip_base.jobs.shipped import shipped_folder
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json, write_json
 from clip_base.runtime.progress import clock
+from clip_base.storage.files import read_json, write_json
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import write_json
+from clip_base.storage.files import write_json
 from regionclip.serve.server import KEPT
 from regionclip.serve.session import TYPED, Answer, DemoSession, Query
 

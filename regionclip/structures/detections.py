@@ -18,8 +18,8 @@ from clip_base.data.coco import coco_entry
 from clip_base.images.inputs import ImageLike
 from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import write_json, write_text
-from clip_base.runtime.tables import TableWriter
+from clip_base.storage.files import write_json, write_text
+from clip_base.storage.tables import TableWriter
 from regionclip.structures.boxes import xywh_to_xyxy, xyxy_to_xywh
 from regionclip.structures.checks import check_tensor, rows
 from regionclip.structures.drawing import FORMATS, draw, save_image

@@ -15,7 +15,7 @@ from torch import Tensor
 from clip_base.images.decode import Pixels, resize
 from clip_base.images.inputs import ImageLike, read_image
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import replacing
+from clip_base.storage.files import replacing
 
 Color = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]

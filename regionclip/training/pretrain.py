@@ -15,7 +15,7 @@ from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing
+from clip_base.storage.files import existing
 from clip_base.training.loop import TrainConfig
 from clip_base.training.pretrain import last_loss
 from clip_base.weights.load import load_clip, weight_files

@@ -24,7 +24,7 @@ from clip_base.models.tokenizer import Tokenizer
 from clip_base.models.vit import VisionTransformer
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.hashing import content_hash
+from clip_base.storage.hashing import content_hash
 from clip_base.training.loop import TrainConfig, TrainingOptions
 from clip_base.training.losses import row_entropy
 from clip_base.training.pretrain import MAX_LOGIT_SCALE

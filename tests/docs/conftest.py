@@ -19,7 +19,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from clip_base.models.clip import CLIP, to_openai_names
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
-from clip_base.runtime.files import read_json, write_json, write_text
+from clip_base.storage.files import read_json, write_json, write_text
 from clip_base.synthetic.scenes import ScenesConfig, generate
 from clip_base.weights.fetching import download
 from regionclip.checkpoints.load import save_detector

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from clip_base.data.batch import ImageBatch
 from clip_base.images.decode import DEVIATION, MEAN, normalize
 from clip_base.jobs.cli import main_regionclip
-from clip_base.runtime.files import write_json
+from clip_base.storage.files import write_json
 from regionclip.checkpoints.load import load_published_detector
 from regionclip.data.categories import parse_names
 from regionclip.models.postprocess import DetectorConfig

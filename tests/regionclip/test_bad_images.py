@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from clip_base.jobs.cli import main
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 
 NAMES = ["a\0b.png", "\ud800.png", "x" * 300 + ".png", "qoi.png", "gone.png"]
 READABLE = 8

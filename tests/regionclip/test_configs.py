@@ -16,7 +16,7 @@ from clip_base.jobs import plugins
 from clip_base.jobs.cli import main_regionclip
 from clip_base.jobs.schema import options_of
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 from regionclip.quickstart.stages import shipped
 
 Command = Callable[..., tuple[int, str]]

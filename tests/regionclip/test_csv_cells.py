@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from clip_base.evaluation.tables import to_csv
-from clip_base.runtime.tables import TableWriter
+from clip_base.storage.tables import TableWriter
 
 ROOT = Path(__file__).parents[2]
 Command = Callable[..., tuple[int, str]]
@@ -56,4 +56,4 @@ def test_nothing_else_writes_csv(package: str) -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr in ("writer", "DictWriter")
     }
-    assert writers <= {"clip_base/runtime/tables.py"}
+    assert writers <= {"clip_base/storage/tables.py"}

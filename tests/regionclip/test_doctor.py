@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 from regionclip import doctor
 
 

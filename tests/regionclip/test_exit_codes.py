@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from clip_base.jobs.cli import main
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 
 Run = Callable[..., str]
 Jobs = dict[str, list[str]]

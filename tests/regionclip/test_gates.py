@@ -17,9 +17,9 @@ from clip_base.evaluation.prompts import read_templates
 from clip_base.jobs.cli import main_regionclip
 from clip_base.jobs.resume_log import ResumeLog
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json, read_json_lines
-from clip_base.runtime.json_stream import stream_entries
-from clip_base.runtime.tables import open_table, read_class_list, read_yaml
+from clip_base.storage.files import read_json, read_json_lines
+from clip_base.storage.json_stream import stream_entries
+from clip_base.storage.tables import open_table, read_class_list, read_yaml
 from clip_base.training.checkpoint import newest
 from clip_base.weights.infer_config import from_huggingface, from_open_clip
 from clip_base.weights.native import read_weights

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from clip_base.runtime.files import read_json, write_json
+from clip_base.storage.files import read_json, write_json
 
 Command = Callable[..., tuple[int, str]]
 Figures = Callable[[dict[str, Any], list[dict[str, Any]]], dict[str, float]]

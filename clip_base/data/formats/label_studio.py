@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from clip_base.data.formats.instances import Instances, number_of, rotated
 from clip_base.runtime.errors import InputError, note, quote
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 
 LABELS = "rectanglelabels"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from clip_base.runtime.errors import InputError, quote
-from clip_base.runtime.files import existing_file
+from clip_base.storage.files import existing_file
 
 
 def read_xml(path: Path) -> ElementTree.Element:

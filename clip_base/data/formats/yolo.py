@@ -16,8 +16,8 @@ from clip_base.data.formats.instances import Instances, around, number_of
 from clip_base.images.folders import IMAGE_SUFFIXES, list_files
 from clip_base.images.orientation import upright_size
 from clip_base.runtime.errors import InputError, note, quote
-from clip_base.runtime.files import existing, read_text
-from clip_base.runtime.tables import read_class_list, read_yaml
+from clip_base.storage.files import existing, read_text
+from clip_base.storage.tables import read_class_list, read_yaml
 
 SPLITS = ("train", "val", "test")
 YAML = (".yaml", ".yml")

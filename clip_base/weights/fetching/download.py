@@ -22,9 +22,9 @@ from filelock import FileLock
 
 from clip_base.jobs import plugins
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import make_folder
-from clip_base.runtime.hashing import file_hash
 from clip_base.runtime.progress import Progress
+from clip_base.storage.files import make_folder
+from clip_base.storage.hashing import file_hash
 from clip_base.weights.fetching import drive
 from clip_base.weights.fetching.published import Published, length
 

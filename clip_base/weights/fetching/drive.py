@@ -8,8 +8,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import make_folder, write_text
-from clip_base.runtime.hashing import file_hash
+from clip_base.storage.files import make_folder, write_text
+from clip_base.storage.hashing import file_hash
 from clip_base.weights.fetching.published import Published, length
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError, quote
-from clip_base.runtime.files import read_json, write_json
-from clip_base.runtime.hashing import file_hash
+from clip_base.storage.files import read_json, write_json
+from clip_base.storage.hashing import file_hash
 
 SCHEME = "hf://"
 INSTALL = "pip install 'regionclip[hub]'"

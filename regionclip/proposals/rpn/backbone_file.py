@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import existing
+from clip_base.storage.files import existing
 from clip_base.weights.key_names import unwrap
 from clip_base.weights.native import read_weights, sizes_in
 from clip_base.weights.unpickle import read_arrays, read_pickle

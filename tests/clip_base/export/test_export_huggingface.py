@@ -12,7 +12,7 @@ from PIL import Image
 
 from clip_base.jobs.cli import main
 from clip_base.models.tokenizer import tokenize
-from clip_base.runtime.files import write_text
+from clip_base.storage.files import write_text
 from clip_base.weights.load import load
 
 CAPTIONS = ["a photo of a small cat, don't!", "Zwei schöne Häuser 1907 & 猫"]

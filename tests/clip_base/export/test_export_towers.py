@@ -18,7 +18,7 @@ from clip_base.images.decode import normalize
 from clip_base.jobs.cli import main
 from clip_base.models.tokenizer import tokenize
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 from clip_base.weights.native import save_clip
 
 onnxruntime = pytest.importorskip("onnxruntime")

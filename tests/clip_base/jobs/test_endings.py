@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 
 AfterImport = Callable[[str, str], dict[str, str]]
 
@@ -113,7 +113,7 @@ def test_the_limit_on_a_files_size_is_one_line_as_a_full_disk_is(
 
 WRITING = """
 import sys, time
-from clip_base.runtime.files import replacing
+from clip_base.storage.files import replacing
 with replacing(sys.argv[1]) as temporary:
     print("writing", flush=True)
     time.sleep(600)

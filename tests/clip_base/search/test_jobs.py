@@ -183,7 +183,9 @@ def test_class_lists_are_typed_or_in_a_file(tmp_path: Path) -> None:
             class_names(text)
 
 
-HOLD = "import sys; from clip_base.jobs.lock import lock_file; l = lock_file(sys.argv[1]); print(1); input()"
+HOLD = (
+    "import sys; from clip_base.storage.lock import lock_file; l = lock_file(sys.argv[1]); print(1); input()"
+)
 
 
 def test_a_second_index_into_one_folder_is_refused(

@@ -11,7 +11,7 @@ import pytest
 
 from clip_base.jobs.cli import main
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.hashing import file_hash
+from clip_base.storage.hashing import file_hash
 from clip_base.weights.fetching import download
 from clip_base.weights.fetching.published import Published
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 from clip_base.weights.load import load_clip
 from clip_base.weights.native import load_clip as load_native
 from clip_base.weights.native import read_weights, save_clip

@@ -12,7 +12,7 @@ from clip_base.jobs import config as configs
 from clip_base.models.clip import CLIP, to_openai_names
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.hashing import file_hash
+from clip_base.storage.hashing import file_hash
 from clip_base.weights.fetching import download
 from clip_base.weights.inspect import InspectConfig, inspect
 from clip_base.weights.load import load_clip

@@ -19,7 +19,7 @@ from clip_base.export.convert import ConvertConfig, convert
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 from clip_base.weights.inspect import InspectConfig, inspect
 from clip_base.weights.load import load_clip
 from clip_base.weights.native import save_clip

@@ -11,7 +11,7 @@ import torch
 from clip_base.jobs.cli import main
 from clip_base.models.clip import CLIP
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 from clip_base.weights.native import read_metadata, read_weights, save_clip, write_weights
 from regionclip.checkpoints.load import load_detector, read_detector_file, save_detector
 from regionclip.mining.shards import read_manifest, read_regions

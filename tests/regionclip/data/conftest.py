@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from clip_base.jobs.cli import main_regionclip
-from clip_base.runtime.files import read_json, write_json
+from clip_base.storage.files import read_json, write_json
 
 Content = dict[str, Any]
 Options = dict[str, object]

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from clip_base.runtime.files import read_json, write_json, write_text
+from clip_base.storage.files import read_json, write_json, write_text
 
 Content = dict[str, Any]
 Options = dict[str, object]

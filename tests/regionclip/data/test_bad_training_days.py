@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 
 Content = dict[str, Any]
 Options = dict[str, object]

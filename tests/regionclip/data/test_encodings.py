@@ -24,7 +24,7 @@ from clip_base.evaluation.zeroshot import ZeroshotConfig, class_names
 from clip_base.jobs import config
 from clip_base.jobs.config import build_plugin
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_text
+from clip_base.storage.files import read_text
 from regionclip.concepts.phrases import read_stop_words
 from regionclip.concepts.pool import read_concepts
 from regionclip.data.caption_index import CaptionIndex, write_caption_index

@@ -11,7 +11,7 @@ import pytest
 from clip_base.data.coco import read_captions
 from clip_base.runtime import json_stream
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.json_stream import stream_entries
+from clip_base.storage.json_stream import stream_entries
 from regionclip.data.caption_index import CaptionIndex, ImageRange, write_caption_index
 
 CONTENT = {

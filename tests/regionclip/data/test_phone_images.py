@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from clip_base.jobs.cli import main_regionclip
-from clip_base.runtime.files import read_json, write_json
+from clip_base.storage.files import read_json, write_json
 from regionclip.data.annotations import CocoDetection
 from regionclip.structures.transforms import TrainingResizeConfig
 from regionclip.training.samples import RegionDataset, Sample

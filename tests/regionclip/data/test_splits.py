@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clip_base.jobs.cli import main_regionclip
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json, write_json
+from clip_base.storage.files import read_json, write_json
 from regionclip.data.annotations import CocoDetection
 from regionclip.data.categories import Split, load_split
 from regionclip.structures.regions import RegionBatch

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from clip_base.data.sources import SOURCES
 from clip_base.jobs.config import build_plugin
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.tables import open_table
+from clip_base.storage.tables import open_table
 from regionclip.data.captions import read_texts
 from regionclip.data.categories import parse_names
 

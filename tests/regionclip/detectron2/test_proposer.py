@@ -11,7 +11,7 @@ import torch
 from clip_base.data.batch import ImageBatch
 from clip_base.images.decode import normalize
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 from regionclip.detectron2.proposer import Detectron2Config, Detectron2Proposer
 from regionclip.proposals.rpn.config import ProposalNetworkConfig
 from regionclip.proposals.rpn.detectron2_names import to_detectron2

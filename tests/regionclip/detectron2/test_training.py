@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 from regionclip.checkpoints.load import read_detector_file
 from regionclip.models.postprocess import DetectorConfig
 from regionclip.training.train_detector import TrainDetectorConfig

@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from clip_base.data.coco import read_instances
 from clip_base.jobs.cli import main_regionclip
 from clip_base.models.tokenizer import Tokenizer
-from clip_base.runtime.files import read_json, write_json
+from clip_base.storage.files import read_json, write_json
 from regionclip.checkpoints.load import load_detector
 from regionclip.concepts.vocabulary import embed
 from regionclip.data import annotations

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from clip_base.jobs.cli import main_regionclip
-from clip_base.runtime.files import read_json, write_json
+from clip_base.storage.files import read_json, write_json
 
 Command = Callable[..., tuple[int, str]]
 Parsed = Callable[[str], Any]

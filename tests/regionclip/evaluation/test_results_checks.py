@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from clip_base.jobs.cli import main_regionclip
-from clip_base.runtime.files import read_json, write_json
+from clip_base.storage.files import read_json, write_json
 
 Entry = dict[str, Any]
 Evaluate = Callable[..., tuple[dict[str, Any], str]]

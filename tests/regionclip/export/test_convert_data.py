@@ -12,7 +12,7 @@ from PIL import Image
 
 from clip_base.data.coco import coco_entry, read_instances
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json, write_json
+from clip_base.storage.files import read_json, write_json
 from regionclip.data.annotations import CocoDetection
 from regionclip.export.convert_data import ConvertDataConfig, convert_data
 

@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 
 from clip_base.jobs.cli import main_regionclip
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json, write_json
+from clip_base.storage.files import read_json, write_json
 from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.data.annotations import CocoDetection
 from regionclip.export.label_writers import FiftyOneWriter, YoloWriter

@@ -19,7 +19,7 @@ from PIL import Image
 from clip_base.export import graphs
 from clip_base.models.clip import CLIP
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.export.detector import (
     DETECTIONS,

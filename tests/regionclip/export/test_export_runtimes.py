@@ -11,7 +11,7 @@ import torch
 
 from clip_base.export.graphs import onnx_run
 from clip_base.export.runtimes import openvino_run
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")

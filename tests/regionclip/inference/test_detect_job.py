@@ -15,7 +15,7 @@ import regionclip as package
 from clip_base.images import decode
 from clip_base.images.inputs import image_files, read_upright
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 from regionclip.inference import detect as job
 from regionclip.inference.detect import targets_of
 from regionclip.inference.predictor import Predictor

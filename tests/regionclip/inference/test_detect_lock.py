@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 
 Command = Callable[..., tuple[int, str]]
 

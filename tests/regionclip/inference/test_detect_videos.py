@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from clip_base.images.video import Video
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 
 Command = Callable[..., tuple[int, str]]
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import regionclip as package
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 from regionclip.inference import feature_extractor
 from regionclip.proposals.storage import ProposalTable
 

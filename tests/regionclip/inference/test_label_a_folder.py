@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 from regionclip.data.annotations import CocoDetection
 
 Command = Callable[..., tuple[int, str]]

@@ -9,7 +9,7 @@ import pytest
 
 import regionclip
 from clip_base.jobs.cli import main_regionclip
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 from regionclip.concepts.negatives import groups, negatives_beside
 from regionclip.inference.predictor import Predictor
 from regionclip.models.postprocess import DetectorConfig

@@ -16,7 +16,7 @@ from PIL import Image
 
 import regionclip
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 from regionclip.inference.predictor import Predictor
 from regionclip.structures.detections import Detections
 

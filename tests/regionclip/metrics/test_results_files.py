@@ -13,7 +13,7 @@ import pytest
 from pycocotools import mask
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 from regionclip.data.categories import Split, load_split
 from regionclip.data.results import numbered_by, read_results
 from regionclip.metrics.average_precision import Protocol, evaluate_detections

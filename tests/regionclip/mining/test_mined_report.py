@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 
 from clip_base.jobs.cli import main_regionclip
-from clip_base.runtime.files import read_json, write_json, write_text
+from clip_base.storage.files import read_json, write_json, write_text
 from regionclip.concepts.phrases import Phrase
 from regionclip.mining.coverage import cover, reasons
 from regionclip.mining.report_page import MAX_CAPTION, caption_around, labeled_image, pick_concepts

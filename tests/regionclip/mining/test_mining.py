@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from clip_base.jobs.cli import main_regionclip
-from clip_base.runtime.files import read_json, write_json
-from clip_base.runtime.hashing import content_hash
+from clip_base.storage.files import read_json, write_json
+from clip_base.storage.hashing import content_hash
 from regionclip.concepts.phrase_cache import PhraseStore, phrases_file
 from regionclip.concepts.phrases import Phrase
 from regionclip.concepts.pool import Concept

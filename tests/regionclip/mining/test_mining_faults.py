@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from clip_base.runtime.files import write_json
+from clip_base.storage.files import write_json
 from regionclip.mining import mine, miner, shards
 from regionclip.mining.shards import read_regions
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from clip_base.jobs.cli import main
 from clip_base.models.clip import CLIP
-from clip_base.runtime.files import read_json
-from clip_base.runtime.hashing import content_hash, file_hash
+from clip_base.storage.files import read_json
+from clip_base.storage.hashing import content_hash, file_hash
 from clip_base.weights.fetching import download
 from clip_base.weights.native import read_weights, save_clip
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip_base.runtime.files import write_json
+from clip_base.storage.files import write_json
 from regionclip.data.annotations import CocoDetection
 from regionclip.mining.quality import Pair, canonical_name, label_pairs
 

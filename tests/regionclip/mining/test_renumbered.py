@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from clip_base.runtime.errors import InputError, InputNote
-from clip_base.runtime.files import read_json, write_json
+from clip_base.storage.files import read_json, write_json
 from regionclip.data.annotations import CocoDetection
 from regionclip.data.file_names import ids_by_name
 from regionclip.mining.quality import measure_pairs

@@ -16,7 +16,7 @@ import torch
 from clip_base.data.batch import ImageBatch
 from clip_base.jobs.cli import main_regionclip
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json, write_json
+from clip_base.storage.files import read_json, write_json
 from regionclip.data.region_tables import REGION_COLUMNS
 from regionclip.proposals.precomputed import PrecomputedConfig, PrecomputedProposer
 from regionclip.structures.regions import ImageInfo

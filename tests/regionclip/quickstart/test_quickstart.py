@@ -16,7 +16,7 @@ import pytest
 from clip_base.jobs import config as configs
 from clip_base.jobs import plugins
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 from regionclip.quickstart.run import QuickstartConfig, stages
 from regionclip.quickstart.stages import shipped
 

@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json, write_json, write_text
+from clip_base.storage.files import read_json, write_json, write_text
 from clip_base.synthetic.scenes import ScenesConfig, generate
 from regionclip.data.annotations import CocoDetection, ImageAnnotations
 from regionclip.data.categories import load_split

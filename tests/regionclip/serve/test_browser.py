@@ -20,7 +20,7 @@ pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'region
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
 
 from clip_base.jobs.config import resolve  # noqa: E402
-from clip_base.runtime.files import read_json  # noqa: E402
+from clip_base.storage.files import read_json  # noqa: E402
 from regionclip.checkpoints.load import save_detector  # noqa: E402
 from regionclip.models.detector import Detector  # noqa: E402
 from regionclip.serve import server  # noqa: E402

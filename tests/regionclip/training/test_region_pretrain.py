@@ -18,7 +18,7 @@ from clip_base.models import zoo
 from clip_base.models.clip import CLIP
 from clip_base.models.resnet import ModifiedResNet
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json
+from clip_base.storage.files import read_json
 from clip_base.training.loop import TrainConfig
 from clip_base.weights.native import load_clip, read_weights, save_clip
 from regionclip.mining.shards import read_regions

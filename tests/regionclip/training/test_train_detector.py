@@ -17,7 +17,7 @@ from clip_base.jobs.cli import main_regionclip
 from clip_base.models.clip import CLIP
 from clip_base.models.resnet import ModifiedResNet
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import read_json, write_json
+from clip_base.storage.files import read_json, write_json
 from clip_base.weights.native import read_weights, save_clip
 from regionclip.checkpoints.load import read_detector_file, save_detector
 from regionclip.concepts.vocabulary import Vocabulary

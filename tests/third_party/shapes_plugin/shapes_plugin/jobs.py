@@ -9,7 +9,7 @@ from pathlib import Path
 from clip_base.images.decode import decode
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
-from clip_base.runtime.files import existing
+from clip_base.storage.files import existing
 
 
 @dataclass

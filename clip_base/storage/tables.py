@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from omegaconf import OmegaConf
 
 from clip_base.runtime.errors import InputError, quote
-from clip_base.runtime.files import existing_file, open_text, read_json, read_json_lines, read_text
+from clip_base.storage.files import existing_file, open_text, read_json, read_json_lines, read_text
 
 EXACT = 1 << 53  # whole numbers up to which a float has room for each
 DELIMITER_HELP = "what separates fields: one character, or tab; empty: found in the file"
@@ -45,7 +45,7 @@ class Table:
         what: what it is to the user, for messages.
         columns: the fields of its first row, which are names in a table that has some.
         dialect: how the rows are written: the keywords of `csv.reader`.
-        encoding: see `clip_base.runtime.files.read_text`.
+        encoding: see `clip_base.storage.files.read_text`.
     """
 
     path: Path
@@ -94,7 +94,7 @@ def open_table(
         wanted: for each column that the caller needs, the names it may have. A delimiter by which the first
             line names all of them is taken.
         delimiter: one character, or "tab"; "" finds it: tab, comma, semicolon or bar.
-        encoding: see `clip_base.runtime.files.read_text`.
+        encoding: see `clip_base.storage.files.read_text`.
 
     Raises:
         InputError: the file is missing, empty or undecodable; a row has more or fewer fields than the first

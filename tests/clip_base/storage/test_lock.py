@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from clip_base.jobs.lock import lock_file, lock_folder, releasing_locks
 from clip_base.runtime.errors import InputError
+from clip_base.storage.lock import lock_file, lock_folder, releasing_locks
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from clip_base.jobs.lock import lock_file, lock_folder
+from clip_base.storage.lock import lock_file, lock_folder
 kind, path, part = sys.argv[1:]
 held = lock_folder(path, part) if kind == "folder" else lock_file(path)
 print("held", flush=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import json_fault, open_text
+from clip_base.storage.files import json_fault, open_text
 
 _BLOCK = 1 << 20  # characters read at once
 _WHITE = " \t\n\r"

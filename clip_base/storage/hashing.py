@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from clip_base.runtime.files import existing
-from clip_base.runtime.safetensors_files import tensors_hash
+from clip_base.storage.files import existing
+from clip_base.storage.safetensors_files import tensors_hash
 
 
 def content_hash(path: str | Path) -> str:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.hashing import content_hash, file_hash
+from clip_base.storage.hashing import content_hash, file_hash
 from clip_base.weights.native import write_weights
 
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(3, dtype=torch.int64), "c": torch.zeros(0)}

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TextIO
 from charset_normalizer import from_bytes
 
 from clip_base.runtime.errors import InputError, quote
-from clip_base.runtime.limits import require_unpacked
+from clip_base.storage.limits import require_unpacked
 
 if sys.platform != "win32":
     import resource

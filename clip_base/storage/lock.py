@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 from filelock import FileLock, Timeout
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.files import make_folder, sweep, write_json
+from clip_base.storage.files import make_folder, sweep, write_json
 
 LOCK = ".lock"
 _OWNER = ".json"  # the ending of the file that says who holds the lock

@@ -1,0 +1,1 @@
+"""Files: opening and writing them, what they may hold, who holds them."""

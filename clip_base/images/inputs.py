@@ -30,6 +30,7 @@ from clip_base.images.folders import (
     require_utf8,
 )
 from clip_base.images.headers import open_image_file
+from clip_base.images.samples import located
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import existing
 
@@ -90,8 +91,9 @@ def image_files(places: Sequence[str], endings: Collection[str] = IMAGE_SUFFIXES
     """Returns the image files that some places stand for, in the order given, each once.
 
     Args:
-        places: files; folders, which stand for the files directly in them; patterns such as `photos/*.jpg` or
-            `photos/**/*.jpg`, where `**` is any folders below. Folders are listed by `list_files`.
+        places: files; samples such as `sample:cat`; folders, which stand for the files directly in them;
+            patterns such as `photos/*.jpg` or `photos/**/*.jpg`, where `**` is any folders below. Folders are
+            listed by `list_files`.
         endings: of the files that folders and patterns stand for; a file that is named itself may end
             otherwise.
 
@@ -102,7 +104,7 @@ def image_files(places: Sequence[str], endings: Collection[str] = IMAGE_SUFFIXES
     for place_ in places:
         if "://" in place_:
             raise InputError(f"{place_} is a URL; download it and give the path of the file")
-        path = Path(place_)
+        path = located(place_)
         if glob.has_magic(place_) and not path.exists():
             inside = _matching(path, endings)
             if not inside:
@@ -139,13 +141,14 @@ def read_image(image: ImageLike) -> tuple[Pixels, tuple[int, int]]:
     """Returns an image as [H, W, 3] uint8 RGB, and its (height, width), which is larger when it was reduced.
 
     Args:
-        image: a file's path, rotated by its EXIF orientation; or an image in memory, see `pixels_of`.
+        image: a file's path, rotated by its EXIF orientation, or `sample:cat`, see `samples`; or an image in
+            memory, see `pixels_of`.
 
     Raises:
         InputError: a file is missing or does not decode; an array or a tensor of another form.
     """
     if isinstance(image, str | Path):
-        return read_upright(Path(image))
+        return read_upright(located(image))
     pixels = pixels_of(image)
     return pixels, (pixels.shape[0], pixels.shape[1])
 

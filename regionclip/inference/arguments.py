@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clip_base.images.inputs import ImageLike, image_files
+from clip_base.images.samples import located
 from clip_base.runtime.errors import InputError
 from regionclip.structures.boxes import clip_boxes, valid_boxes
 
@@ -34,7 +35,7 @@ def several_of(images: Any) -> Iterable[Any] | None:
 def required_several(images: Any) -> Iterable[Any]:
     """Returns the same; InputError for one image, or for a path that does not exist."""
     several = several_of(images)
-    if several is None and isinstance(images, str | Path) and not Path(images).exists():
+    if several is None and isinstance(images, str | Path) and not located(images).exists():
         image_files([str(images)])  # which says that it does not exist
     if several is None:
         raise InputError(

@@ -27,6 +27,7 @@ from clip_base.storage.files import replacing, write_text
 from clip_base.storage.hashing import text_hash
 from clip_base.storage.lock import lock_folder
 from clip_base.storage.tables import TableWriter
+from regionclip.checkpoints import zoo
 from regionclip.data.batches import DecodedImage, read_batches, read_upright
 from regionclip.data.categories import parse_names
 from regionclip.inference.datasets import planned_datasets, write_datasets
@@ -47,11 +48,17 @@ class DetectConfig(DetectorOptions):
 
     images: list[str] = option(
         REQUIRED,
-        "images, videos, folders of them, or quoted patterns such as 'photos/**/*.jpg'",
+        "images, videos, folders of them, quoted patterns such as 'photos/**/*.jpg', or sample:cat, "
+        "sample:coffee, sample:astronaut",
         positional=True,
         renamed_from="photos",
     )
     vocabulary: str = option(REQUIRED, VOCABULARY_HELP)
+    weights: str = option(
+        zoo.DETECTOR,
+        "a detector (ours or RegionCLIP's), or a CLIP (then give a proposer); by default RegionCLIP's "
+        "published detector, which is downloaded once",
+    )
     out: str = option(
         "detections",
         "folder for drawn images, detections.json (COCO's results format) and detections.csv",
@@ -83,6 +90,8 @@ class DetectConfig(DetectorOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.text_weights and not self.embeddings:
+            self.text_weights = zoo.text_tower(self.weights, parse_names(self.vocabulary))
         require_share(self.max_skipped)
         if self.frame_stride < 1 or self.top_k < 0 or not 0 <= self.score_threshold <= 1:
             raise InputError(
@@ -116,6 +125,7 @@ def detect(config: DetectConfig) -> None:
     stills = [source for source in sources if not source.is_video]
     videos = [source for source in sources if source.is_video]
     names = parse_names(config.vocabulary)
+    zoo.fetch_detector(config.weights, config.text_weights)
     header = _header(config, names, files)
     datasets = planned_datasets(config.format, out, names, files, header)
     with contextlib.ExitStack() as closing:

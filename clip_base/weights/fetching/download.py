@@ -26,11 +26,10 @@ from clip_base.runtime.progress import Progress
 from clip_base.storage.files import make_folder
 from clip_base.storage.hashing import file_hash
 from clip_base.weights.fetching import drive
-from clip_base.weights.fetching.published import Published, length
+from clip_base.weights.fetching.published import MIB, Published, length
 
 GROUP = "clip_base.published"
 _BASE = "https://openaipublic.azureedge.net/clip/models"
-_MIB = 1 << 20
 _CHUNK = 1 << 18
 _ATTEMPTS = 4  # in a row that bring nothing new
 _PAUSE = 1.0  # seconds before the second attempt; doubled each time
@@ -137,7 +136,7 @@ def download(file: Published, folder: Path, timeout: float = _TIMEOUT, pause: fl
 def _receive(file: Published, part: Path, timeout: float, pause: float) -> None:
     """Makes `part` as long as the server's file; resumes after cuts and stalls while bytes arrive."""
     fruitless = 0
-    with Progress(f"{file.name} (MiB)", -(-file.size // _MIB) or None, length(part) // _MIB) as progress:
+    with Progress(f"{file.name} (MiB)", -(-file.size // MIB) or None, length(part) // MIB) as progress:
         while True:
             before = length(part)
             try:
@@ -184,7 +183,7 @@ def _continues(answer: Any, start: int) -> bool:
 def _copy(answer: Any, out: IO[bytes], progress: Progress) -> None:
     while chunk := answer.read1(_CHUNK):
         out.write(chunk)
-        progress.advance(out.tell() // _MIB - progress.done)
+        progress.advance(out.tell() // MIB - progress.done)
 
 
 def _reason(error: Exception) -> str:

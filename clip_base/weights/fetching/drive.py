@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
 from filelock import FileLock
 
 from clip_base.runtime.errors import InputError
+from clip_base.runtime.progress import Progress
 from clip_base.storage.files import make_folder, write_text
 from clip_base.storage.hashing import file_hash
-from clip_base.weights.fetching.published import Published, length
+from clip_base.weights.fetching.published import MIB, Published, length
 
 
 def fetch(file: Published, folder: Path) -> Path:
@@ -65,13 +67,36 @@ def _fetch_from_drive(file: Published, target: Path) -> None:
         if place is None:
             raise _only_by_hand(file, target, f"it is not among the {len(listed)} files that are listed")
         part = target.with_name(f"{target.name}.part")
-        gdown.download(id=place.id, output=str(part), resume=True, quiet=not sys.stderr.isatty())
+        with _Watch(file.name) as watch:
+            gdown.download(id=place.id, output=str(part), resume=True, quiet=True, progress=watch)
         if length(part) == 0:
             raise OSError("nothing arrived")
         if file.sha256 and file_hash(part) != file.sha256:
             raise OSError("what arrived has another sha256")
         write_text(target.with_name(f"{target.name}.sha256"), f"{file_hash(part)}  {file.name}\n")
         part.replace(target)
+
+
+class _Watch:
+    """Shows how far a download is, and how large the file is as soon as the server has told it."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.shown = name, contextlib.ExitStack()
+        self.progress: Progress | None = None
+
+    def __enter__(self) -> _Watch:
+        return self
+
+    def __call__(self, done: int, total: int | None) -> None:
+        if self.progress is None:
+            if total and not sys.stderr.isatty():  # a bar shows it
+                print(f"{self.name}: {total / MIB:,.0f} MiB", file=sys.stderr, flush=True)
+            begun = Progress(f"{self.name} (MiB)", -(-total // MIB) if total else None, done // MIB)
+            self.progress = self.shown.enter_context(begun)
+        self.progress.advance(done // MIB - self.progress.done)
+
+    def __exit__(self, *_: object) -> None:
+        self.shown.close()
 
 
 def _reason(error: Exception) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+MIB = 1 << 20
+
 
 @dataclass(frozen=True)
 class Published:

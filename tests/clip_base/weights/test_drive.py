@@ -33,6 +33,8 @@ class Gdown:
         if self.content == b"quota":
             raise RuntimeError("Too many users have viewed or downloaded this file recently.\nTry later.")
         Path(options["output"]).write_bytes(self.content)
+        if self.content:
+            options["progress"](len(self.content), 3 << 20)
 
 
 @pytest.fixture
@@ -43,12 +45,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_named_file_is_fetched_once_and_its_hash_is_kept(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gdown = Gdown()
     monkeypatch.setitem(sys.modules, "gdown", gdown)
     path = download.fetch("one")
     assert path == cache / "rpn" / "one.pth"
+    assert "one.pth: 3 MiB\n" in capsys.readouterr().err
     assert path.read_bytes() == b"weights"
     assert gdown.calls[0]["id"] == "rpn/one.pth"
     assert gdown.calls[0]["resume"]

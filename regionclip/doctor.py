@@ -88,7 +88,7 @@ def machine() -> Iterator[CheckResult]:
         import torch  # noqa: PLC0415 (what is broken here is what the doctor is asked about)
 
         from clip_base.runtime.precision import computes_in_bf16, pick_device  # noqa: PLC0415
-        from clip_base.weights.fetching.download import cache_folder  # noqa: PLC0415
+        from clip_base.storage.remote_cache import cache_folder  # noqa: PLC0415
     except (ImportError, OSError) as error:
         reason = (str(error).splitlines() or [""])[0]
         yield CheckResult("device", f"unknown: {reason}", "reinstall PyTorch (see pytorch.org)", True)

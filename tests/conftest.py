@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from clip_base.storage.remote import filesystem
+
 # Tests start processes beside each other; OpenMP threads that spin would slow them all down manyfold. Torch
 # reads this when it is imported, and what the tests start inherits it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -129,6 +131,28 @@ def after_import(tmp_path: Path) -> AfterImport:
         return {"PYTHONPATH": str(folder)}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def store() -> Iterator[str]:
+    """An object store on this machine that speaks S3; all processes that a test starts find it.
+
+    Yields the address of a bucket.
+    """
+    pytest.importorskip("s3fs")
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        files, _ = filesystem("s3://bucket")
+        files.mkdir("bucket")
+        yield "s3://bucket"
+    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,8 @@ from charset_normalizer import from_bytes
 
 from clip_base.runtime.errors import InputError, quote
 from clip_base.storage.limits import require_unpacked
+from clip_base.storage.remote import address_of
+from clip_base.storage.remote_cache import fetch
 
 if sys.platform != "win32":
     import resource
@@ -43,7 +45,14 @@ _MARKS = {
 
 
 def existing(path: str | Path, what: str = "file") -> Path:
-    """Returns `path` when it exists; otherwise an InputError that names the nearest folder that does."""
+    """Returns `path` when it exists; of an address, the copy in the cache, see `remote_cache.fetch`.
+
+    Raises:
+        InputError: it does not exist, and the nearest folder that does; the address cannot be read.
+    """
+    address = address_of(path)
+    if address is not None:
+        return fetch(address, what)
     path = Path(path)
     try:
         if path.exists():
@@ -65,7 +74,9 @@ def existing_file(path: str | Path, what: str = "file") -> Path:
 
 
 def is_file(text: str | Path) -> bool:
-    """Whether a text, which may be something else, is the path of a file."""
+    """Whether a text, which may be something else, is the path of a file, or an address."""
+    if address_of(text) is not None:
+        return True
     try:
         return Path(text).is_file()
     except OSError:  # too long for a path

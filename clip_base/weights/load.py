@@ -13,6 +13,9 @@ from clip_base.jobs.config import REQUIRED, option
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import ACTIVATIONS
 from clip_base.runtime.errors import InputError, note
+from clip_base.storage.files import existing
+from clip_base.storage.remote import address_of
+from clip_base.storage.remote_cache import cache_folder
 from clip_base.weights.fetching import download, hub
 from clip_base.weights.reading import PRECISIONS, Report, is_safetensors, read_clip
 
@@ -29,9 +32,9 @@ def find(name_or_path: str | Path, folder: str | Path | None = None) -> Path:
     """Returns the weights file: a path as it is, or a published file, downloaded when it is not there.
 
     Args:
-        name_or_path: a file, a folder, the name of a published file (see `download.files`), or a place on the
-            Hugging Face hub (see `hub.parse`).
-        folder: where published files are kept; None: see `download.cache_folder`.
+        name_or_path: a file, a folder, the name of a published file (see `download.files`), a place on the
+            Hugging Face hub (see `hub.parse`), or another address, of which the cache gets a copy.
+        folder: where published files are kept; None: see `remote_cache.cache_folder`.
 
     Raises:
         InputError: there is neither such a file nor such a model, or it cannot be downloaded.
@@ -39,12 +42,14 @@ def find(name_or_path: str | Path, folder: str | Path | None = None) -> Path:
     path = Path(name_or_path)
     if path.exists():
         return path
-    known, name = download.files(), str(name_or_path)
+    known, name = download.files(), address_of(name_or_path) or str(name_or_path)
+    if address_of(name) is not None and not hub.is_model(name):
+        return existing(name, "weights file")
     if name in known:
         return download.fetch(name, folder)
     address = hub.parse(name)
     if address is not None:
-        return hub.fetch(address, download.cache_folder() if folder is None else Path(folder))
+        return hub.fetch(address, cache_folder() if folder is None else Path(folder))
     raise InputError(
         f"there is no weights file {name_or_path} and no published model of that name; published are "
         f"{', '.join(known)}, open_clip's such as ViT-B-32/laion2b_s34b_b79k, and hf://owner/name"

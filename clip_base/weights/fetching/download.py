@@ -9,31 +9,22 @@ the checksum is the folder of each file. Other packages declare tables of theirs
 
 from __future__ import annotations
 
-import http.client
-import os
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
-from typing import IO, Any
 
 from filelock import FileLock
 
 from clip_base.jobs import plugins
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.progress import Progress
 from clip_base.storage.files import make_folder
 from clip_base.storage.hashing import file_hash
+from clip_base.storage.remote import TIMEOUT, RemoteError, RemoteFile
+from clip_base.storage.remote_cache import cache_folder, receive
 from clip_base.weights.fetching import drive
-from clip_base.weights.fetching.published import MIB, Published, length
+from clip_base.weights.fetching.published import Published, length
 
 GROUP = "clip_base.published"
 _BASE = "https://openaipublic.azureedge.net/clip/models"
-_CHUNK = 1 << 18
-_ATTEMPTS = 4  # in a row that bring nothing new
-_PAUSE = 1.0  # seconds before the second attempt; doubled each time
-_TIMEOUT = 30.0  # seconds without a byte
 
 
 def _file(name: str, sha256: str, size: int) -> Published:
@@ -67,11 +58,6 @@ FILES = {
 }
 
 
-def cache_folder() -> Path:
-    """Returns the folder of published files: $CLIP_BASE_CACHE, else ~/.cache/clip, as openai/CLIP."""
-    return Path(os.environ.get("CLIP_BASE_CACHE") or Path.home() / ".cache" / "clip").expanduser()
-
-
 def files() -> dict[str, Published]:
     """Returns every published file by name: OpenAI's, then those that other packages declare."""
     every = dict(FILES)
@@ -98,7 +84,7 @@ def recognize(sha256: str) -> str | None:
     return next((name for name, file in files().items() if file.sha256 == sha256), None)
 
 
-def download(file: Published, folder: Path, timeout: float = _TIMEOUT, pause: float = _PAUSE) -> Path:
+def download(file: Published, folder: Path, timeout: float = TIMEOUT, pause: float | None = None) -> Path:
     """Returns `folder / file.name`, which has the right content; downloads it when it has not.
 
     What arrives goes to `NAME.part`, and a later call resumes where an earlier one was cut off. The file is
@@ -109,7 +95,7 @@ def download(file: Published, folder: Path, timeout: float = _TIMEOUT, pause: fl
         file: what to get.
         folder: made when it does not exist.
         timeout: seconds without a byte after which the connection is closed and reopened.
-        pause: seconds before the second attempt, doubled each time.
+        pause: seconds before the second attempt, doubled each time; None: see `RemoteFile`.
 
     Raises:
         InputError: the server cannot be reached, refuses, or sends other content; or the disk is full.
@@ -123,77 +109,17 @@ def download(file: Published, folder: Path, timeout: float = _TIMEOUT, pause: fl
                     return target
                 print(f"{target} is not the published file; downloading it again", file=sys.stderr)
             for _ in range(2):  # once more from the beginning when what came was wrong
-                _receive(file, part, timeout, pause)
+                with RemoteFile(file.url, length(part), timeout, pause) as source:
+                    receive(source, part)
                 if file_hash(part) == file.sha256:
                     part.replace(target)
                     return target
                 part.unlink()
-    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-        raise _unavailable(file, target, _reason(error)) from None
+    except RemoteError as error:
+        raise _unavailable(file, target, error.reason) from None
+    except OSError as error:
+        raise _unavailable(file, target, str(error)) from None
     raise _unavailable(file, target, "what arrives has another sha256")
-
-
-def _receive(file: Published, part: Path, timeout: float, pause: float) -> None:
-    """Makes `part` as long as the server's file; resumes after cuts and stalls while bytes arrive."""
-    fruitless = 0
-    with Progress(f"{file.name} (MiB)", -(-file.size // MIB) or None, length(part) // MIB) as progress:
-        while True:
-            before = length(part)
-            try:
-                if _receive_once(file, part, timeout, progress):
-                    return
-                fault: Exception = ConnectionError("the connection was cut")
-            except urllib.error.HTTPError as error:
-                if error.code < 500 and error.code != 429:
-                    raise
-                fault = error
-            except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-                fault = error
-            fruitless = 0 if length(part) > before else fruitless + 1
-            if fruitless >= _ATTEMPTS:
-                raise fault
-            time.sleep(pause * 2**fruitless / 2)
-
-
-def _receive_once(file: Published, part: Path, timeout: float, progress: Progress) -> bool:
-    """Makes one request and appends what arrives; returns whether the file is whole now."""
-    start = length(part)
-    request = urllib.request.Request(file.url, headers={"Range": f"bytes={start}-"} if start else {})
-    try:
-        answer = urllib.request.urlopen(request, timeout=timeout)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and start:  # nothing lies beyond what is here; the checksum decides
-            return True
-        raise
-    with answer:
-        if start and not _continues(answer, start):
-            start = 0  # the server sends the file from its beginning
-        announced = answer.headers.get("Content-Length")
-        total = start + int(announced) if announced and announced.isdigit() else file.size
-        with part.open("r+b" if start else "wb") as out:
-            out.seek(start)
-            _copy(answer, out, progress)
-    return length(part) >= total if total else True
-
-
-def _continues(answer: Any, start: int) -> bool:
-    return answer.status == 206 and str(answer.headers.get("Content-Range", "")).startswith(f"bytes {start}-")
-
-
-def _copy(answer: Any, out: IO[bytes], progress: Progress) -> None:
-    while chunk := answer.read1(_CHUNK):
-        out.write(chunk)
-        progress.advance(out.tell() // MIB - progress.done)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, urllib.error.HTTPError):
-        return f"the server answers {error.code} {error.reason}"
-    if isinstance(error, TimeoutError):
-        return "the server has stopped sending"
-    if isinstance(error, urllib.error.URLError):
-        return f"the server cannot be reached: {error.reason}"
-    return str(error) or type(error).__name__
 
 
 def _unavailable(file: Published, target: Path, reason: str) -> InputError:

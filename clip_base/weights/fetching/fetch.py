@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from clip_base.jobs.config import option
 from clip_base.runtime.errors import InputError, JobError
+from clip_base.storage.remote_cache import cache_folder
 from clip_base.weights.fetching import download, hub
 from clip_base.weights.load import find
 
@@ -48,7 +49,7 @@ def fetch(config: FetchConfig) -> None:
 
 
 def _print_names() -> None:
-    folder = download.cache_folder()
+    folder = cache_folder()
     rows = [("name", "MiB", "here", "from")]
     for name, file in download.files().items():
         size = f"{file.size / 2**20:,.0f}" if file.size else "?"

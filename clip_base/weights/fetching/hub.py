@@ -78,6 +78,11 @@ def parse(text: str) -> Address | None:
     return Address(f"{parts[0]}/{name}", revision or None, "/".join(parts[2:]))
 
 
+def is_model(text: str) -> bool:
+    """Whether an address names a place in a repository of models; datasets and spaces hold files only."""
+    return text.startswith(SCHEME) and not text.startswith((f"{SCHEME}datasets/", f"{SCHEME}spaces/"))
+
+
 @cache
 def open_clip_table() -> dict[str, str]:
     """Returns the repository of each `MODEL/PRETRAINED` of open_clip whose towers are CLIP's."""

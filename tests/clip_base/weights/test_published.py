@@ -12,6 +12,7 @@ import pytest
 
 from clip_base.models import zoo
 from clip_base.runtime.errors import InputError
+from clip_base.storage import remote
 from clip_base.weights.fetching import download as downloads
 from clip_base.weights.fetching.download import FILES, Published, download
 from clip_base.weights.load import find
@@ -158,9 +159,9 @@ def test_a_server_that_keeps_failing_is_given_up_and_what_arrived_is_kept(server
 
 def test_offline_it_says_where_the_file_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CLIP_BASE_CACHE", str(tmp_path / "models"))
-    monkeypatch.setattr(downloads, "_PAUSE", 0.0)
+    monkeypatch.setattr(remote, "PAUSE", 0.0)
     monkeypatch.setitem(FILES, "RN50", Published(f"http://127.0.0.1:9/{DIGEST}/RN50.pt", DIGEST))
-    monkeypatch.setattr(downloads, "_ATTEMPTS", 1)
+    monkeypatch.setattr(remote, "ATTEMPTS", 1)
     with pytest.raises(InputError) as raised:
         find("RN50")
     for part in (

@@ -1,0 +1,94 @@
+"""Files in an object store: moto's server speaks S3 here."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clip_base.storage import remote, remote_cache
+from clip_base.storage.files import existing, read_json, read_text
+from clip_base.storage.hashing import content_hash
+from clip_base.storage.remote import RemoteError, filesystem, open_remote, read_range
+from clip_base.weights.load import find
+
+CONTENT = np.random.default_rng(2).bytes(300_000)
+
+
+@pytest.fixture
+def files(store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The store's file system; the cache is empty."""
+    monkeypatch.setenv("CLIP_BASE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    remote_cache.fetch.cache_clear()
+    found, _ = filesystem(store)
+    return found
+
+
+def test_files_are_read_and_copied(files: Any, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_BLOCK", 70_000)  # five requests
+    files.pipe_file("bucket/a/x.bin", CONTENT)
+    files.pipe_file("bucket/a/x.json", b'[1, "two"]')
+    with open_remote(f"{store}/a/x.bin") as file:
+        assert file.read() == CONTENT
+    assert read_range(f"{store}/a/x.bin", 1000, 50) == CONTENT[1000:1050]
+    assert existing(Path(f"{store}/a/x.bin")).read_bytes() == CONTENT
+    assert read_json(f"{store}/a/x.json") == [1, "two"]
+
+
+def test_weights_are_found_at_an_address(files: Any, store: str) -> None:
+    files.pipe_file("bucket/w.safetensors", CONTENT)
+    assert find(f"{store}/w.safetensors").read_bytes() == CONTENT
+
+
+def test_folders_are_listed_and_copied(files: Any, store: str) -> None:
+    for name in ("w/one.txt", "w/below/two.txt", "w/10.tar"):
+        files.pipe_file(f"bucket/{name}", name.encode())
+    assert remote_cache.listing(f"{store}/w", ".tar") == [f"{store}/w/10.tar"]
+    assert remote_cache.listing(f"{store}/w/*.txt") == [f"{store}/w/one.txt"]
+    folder = existing(f"{store}/w")
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
+        "one.txt",
+        "10.tar",
+        "below/two.txt",
+    }
+    assert read_text(folder / "below" / "two.txt") == "w/below/two.txt"
+    before = content_hash(f"{store}/w")
+    files.pipe_file("bucket/w/one.txt", b"one again")
+    remote_cache.fetch.cache_clear()
+    assert content_hash(f"{store}/w") != before
+
+
+def test_a_folder_of_too_many_files_is_refused(
+    files: Any, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_cache, "MOST_FILES", 1)
+    for name in "ab":
+        files.pipe_file(f"bucket/many/{name}.jpg", b"")
+    with pytest.raises(RemoteError, match=r"images folder 'many' has 2 files.*pack images into webdataset"):
+        existing(f"{store}/many", "images folder")
+
+
+def test_what_is_not_there_is_told_at_once(files: Any, store: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(RemoteError, match=r"s3://bucket/none\.json cannot be used: there is no such file"):
+        existing(f"{store}/none.json")
+    with pytest.raises(RemoteError, match="there is no such"):
+        open_remote("s3://another-bucket/x.tar")
+    assert time.monotonic() - began < 20  # it is not asked for again and again
+
+
+def test_missing_credentials_are_told(files: Any, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.pipe_file("bucket/x.json", b"{}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    kind = type(files)
+    monkeypatch.setattr(kind, "_cache", {})
+    with pytest.raises(RemoteError, match="credentials are missing: set AWS_ACCESS_KEY_ID"):
+        existing(f"{store}/x.json")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clip_base.runtime import files
 from clip_base.runtime.errors import InputError
+from clip_base.storage import files
 
 
 def only(folder: Path) -> list[str]:

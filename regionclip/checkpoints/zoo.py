@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clip_base.runtime.errors import InputError
+from clip_base.storage.remote_cache import cache_folder
 from clip_base.weights.fetching import download
 from clip_base.weights.fetching.published import MIB, Published
 from regionclip.data.categories import parse_names
@@ -83,7 +84,7 @@ def fetch_detector(weights: str, text_weights: str) -> None:
     Raises:
         InputError: it cannot be fetched; what to do then, for all that is missing.
     """
-    known, folder = download.files(), download.cache_folder()
+    known, folder = download.files(), cache_folder()
     wanted = [weights, text_weights] if weights in _TEXT_TOWERS and not Path(weights).exists() else []
     missing = [name for name in wanted if name in known and known[name].kept_in(folder) is None]
     if not missing:

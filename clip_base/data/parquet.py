@@ -72,8 +72,7 @@ class ParquetSource:
                 (image or "", text) for image, own in zip(images, texts, strict=True) for text in own or [""]
             ]
             own_folder = path if path.is_dir() else path.parent
-            folder = Path(self.config.images) if self.config.images else own_folder
-            return grouped(rows, folder, f"Parquet table {path}")
+            return grouped(rows, self.config.images, own_folder, f"Parquet table {path}")
         if not isinstance(first, bytes | dict) or (isinstance(first, dict) and "bytes" not in first):
             raise InputError(
                 f"{path}: column {self.config.image_column!r} holds {type(first).__name__}; "

@@ -13,6 +13,7 @@ from clip_base.images.decode import Stored
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError, note, quote, shortened
 from clip_base.storage.files import ENCODING_HELP, existing, read_json_lines
+from clip_base.storage.paths import image_in
 from clip_base.storage.tables import DELIMITER_HELP, open_table
 
 SOURCES = "clip_base.sources"
@@ -67,7 +68,8 @@ class CocoCaptionsSource:
         """Returns one pair an image."""
         folder = existing(self.config.images, "images folder")
         captions, names = read_captions(self.config.captions)
-        return [Pair(folder / names[key], tuple(texts)) for key, texts in captions.items()]
+        where = f"captions file {self.config.captions}"
+        return [Pair(image_in(folder, names[key], where), tuple(texts)) for key, texts in captions.items()]
 
 
 @dataclass
@@ -101,7 +103,7 @@ class TableSource:
                 "set image_column= and caption_column="
             )
         rows = [(row[places[0]], row[places[1]]) for _, row in itertools.islice(table.rows(), 1, None)]
-        return grouped(rows, Path(config.images) if config.images else path.parent, f"table {path}")
+        return grouped(rows, config.images, path.parent, f"table {path}")
 
 
 @dataclass
@@ -138,7 +140,7 @@ class JsonLinesSource:
                     "set image_key= and caption_key="
                 ) from None
             rows += [(image, text) for text in texts]
-        return grouped(rows, Path(config.images) if config.images else path.parent, f"JSON Lines file {path}")
+        return grouped(rows, config.images, path.parent, f"JSON Lines file {path}")
 
 
 def captions_in(text: str, split_lines: bool) -> tuple[str, ...]:
@@ -147,13 +149,18 @@ def captions_in(text: str, split_lines: bool) -> tuple[str, ...]:
     return tuple(" ".join(line.split()) for line in lines if line.strip())
 
 
-def grouped(rows: list[tuple[str, str]], folder: Path, where: str) -> list[Pair]:
+def grouped(rows: list[tuple[str, str]], images: str, beside: Path, where: str) -> list[Pair]:
     """Returns one pair per image of (image path, caption) rows; notes how many lack one and are left out.
 
     Args:
         rows: as they stand in a table.
-        folder: what the paths are relative to.
+        images: the folder that the paths are relative to and lead out of only where that is allowed; "": the
+            user gave none, and paths may lead anywhere.
+        beside: what the paths are relative to in that case: the table's folder.
         where: the table, for the note.
+
+    Raises:
+        InputError: a path leads out of `images`.
     """
     captions: dict[str, list[str]] = defaultdict(list)
     left_out = 0
@@ -165,4 +172,7 @@ def grouped(rows: list[tuple[str, str]], folder: Path, where: str) -> list[Pair]
             left_out += 1
     if left_out:
         note(f"{where}: {left_out:,} of {len(rows):,} rows lack an image or a caption and are left out")
-    return [Pair(folder / image, tuple(texts)) for image, texts in captions.items()]
+    if not images:
+        return [Pair(beside / image, tuple(texts)) for image, texts in captions.items()]
+    folder = Path(images)
+    return [Pair(image_in(folder, image, where), tuple(texts)) for image, texts in captions.items()]

@@ -17,6 +17,7 @@ from clip_base.images.folders import list_files, note_left_out, subfolders
 from clip_base.runtime.errors import InputError, quote
 from clip_base.runtime.progress import track
 from clip_base.storage.files import existing, read_text
+from clip_base.storage.paths import image_in
 
 SHARD_IMAGES = ["webp", "png", "jpg", "jpeg"]  # the extensions that CLIP_benchmark looks for, in its order
 
@@ -153,7 +154,8 @@ def coco_images(annotations: str, images: str) -> tuple[list[str], list[Evaluati
     for place, entry in enumerate(content["categories"]):
         names[entry["id"]] = category_name(entry, f"{where}: categories[{place}]", names)
     label_of = {category: label for label, category in enumerate(sorted(names))}
-    path_of = {key: folder / name for key, name in image_names(content["images"], where).items()}
+    listed = image_names(content["images"], where)
+    path_of = {key: image_in(folder, name, where) for key, name in listed.items()}
     size_of_image = {
         entry["id"]: stated_size(entry, f"{where}: images[{place}]")
         for place, entry in enumerate(content["images"])

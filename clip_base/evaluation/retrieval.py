@@ -28,6 +28,7 @@ from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import track
 from clip_base.storage.files import existing, write_text
+from clip_base.storage.paths import image_in
 from clip_base.weights.load import weight_files
 
 KS = (1, 5, 10)
@@ -113,7 +114,9 @@ def captioned(
     if not captions:
         raise InputError(f"captions file {config.captions} holds no captions")
     keys = sorted(captions)
-    return [EvaluationImage(folder / names[key], 0) for key in keys], [captions[key] for key in keys], []
+    where = f"captions file {config.captions}"
+    images = [EvaluationImage(image_in(folder, names[key], where), 0) for key in keys]
+    return images, [captions[key] for key in keys], []
 
 
 def recall_at(

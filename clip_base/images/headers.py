@@ -17,7 +17,7 @@ from typing import BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from clip_base.runtime.errors import InputError
-from clip_base.storage.limits import MEGAPIXELS, limit
+from clip_base.storage.limits import MEGAPIXELS
 
 # What people have. Others (PostScript reaches Ghostscript, QOI, PSD, …) are not given to Pillow.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "AVIF")
@@ -68,14 +68,14 @@ def open_image(file: BinaryIO, name: object) -> Image.Image:
     if file.read(len(PNG)) == PNG:
         chunks_of(file, name)
     file.seek(0)
-    allowed = limit(MEGAPIXELS) * 1e6
+    allowed = MEGAPIXELS.value * 1e6
     if Image.MAX_IMAGE_PIXELS is not None and allowed > 2 * Image.MAX_IMAGE_PIXELS:  # where Pillow refuses
         Image.MAX_IMAGE_PIXELS = round(allowed / 2) + 1
     try:
         image = Image.open(file, formats=_formats())
     except Image.DecompressionBombError:
         raise InputError(
-            f"image {name} declares far more than the {limit(MEGAPIXELS):g} million pixels that are allowed"
+            f"image {name} declares far more than the {MEGAPIXELS.value:g} million pixels that are allowed"
         ) from None
     except Exception as error:  # decoders raise what they like
         raise undecodable(error, name) from None
@@ -106,11 +106,11 @@ def undecodable(error: Exception, name: object) -> InputError:
 
 def require_size(size: tuple[int, int] | None, name: object) -> None:
     """Raises an InputError for more pixels, of (width, height), than are allowed; None is not known yet."""
-    if size is not None and size[0] * size[1] > limit(MEGAPIXELS) * 1e6:
+    if size is not None and size[0] * size[1] > MEGAPIXELS.value * 1e6:
         raise InputError(
             f"image {name} has {size[0]} × {size[1]} = {size[0] * size[1] / 1e6:,.0f} million pixels, more "
-            f"than the {limit(MEGAPIXELS):g} million that are allowed; reduce it, or set the environment "
-            f"variable {MEGAPIXELS}"
+            f"than the {MEGAPIXELS.value:g} million that are allowed; reduce it, or raise "
+            f"{MEGAPIXELS.option}"
         )
 
 

@@ -29,6 +29,7 @@ from clip_base.jobs.completion import Word
 from clip_base.jobs.schema import Description
 from clip_base.runtime.errors import InputError, InputNote
 from clip_base.runtime.lazy import installed_version
+from clip_base.storage.limits import LIMITS, limits_set, split_limits
 from clip_base.storage.lock import releasing_locks
 
 REGION_PREFIX = "region-"
@@ -59,7 +60,9 @@ def _run(program: str, prefix: str, arguments: list[str]) -> int:
     if arguments[:1] != [completions.COMMAND]:  # there it is a word that was typed
         arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        with notes_as_lines(), _terminable(), releasing_locks():
+        is_completion = arguments[:1] == [completions.COMMAND]
+        arguments, limits = (arguments, {}) if is_completion else split_limits(arguments)
+        with notes_as_lines(), _terminable(), releasing_locks(), limits_set(limits):
             code = _dispatch(program, prefix, arguments)
         sys.stdout.flush()  # a reader that has gone away (`| head`) shows here, not while Python shuts down
         return code
@@ -269,11 +272,18 @@ def _overview(program: str, jobs: dict[str, Any]) -> str:
 def job_help(command: str, job: Description) -> str:
     """Returns the text of `JOB --help`: what it does, and every option with type, default and meaning."""
     lines = [f"usage: {command} [FILE.yaml] [key=value …]", "", job.text.partition("\n\nRaises:")[0]]
-    for title, rows in (("options", _rows(job)),):
+    for title, rows in (("options", _rows(job)), ("options of every job", _limits())):
         lines += ["", f"{title}:"]
         for left, right in rows:
             lines += [f"  {left}", f"      {right}"]
     return "\n".join(lines)
+
+
+def _limits() -> Iterator[Word]:
+    """Yields the limits on what files may ask for, with their meanings."""
+    for limit in LIMITS:
+        kind, default = ("bool", bool(limit.default)) if limit.is_flag else ("float", limit.default)
+        yield f"{limit.key} ({kind}, default {default!r})", limit.meaning
 
 
 def _rows(described: Description, prefix: str = "", note: str = "") -> Iterator[Word]:

@@ -16,10 +16,12 @@ from clip_base.jobs import plugins
 from clip_base.jobs import schema as schemas
 from clip_base.jobs.schema import Description, Option
 from clip_base.runtime.errors import InputError
+from clip_base.storage.limits import LIMITS
 
 COMMAND = "completion"
 SHELLS = ("bash", "zsh", "fish")
 FILES = ":files"
+LIMIT_WORDS = tuple(f"{limit.option}{'' if limit.is_flag else '='}" for limit in LIMITS)
 
 Jobs = dict[str, EntryPoint]
 Word = tuple[str, str]
@@ -81,7 +83,7 @@ def _in_job(job: Description, before: Sequence[str], current: str) -> list[Word]
         option = options.get(_key(key))
         return _values(option, f"{dashes}{key}=", current) if option else []
     found = dict(_keys([option for option in options.values() if option.key not in given], dashes, current))
-    found |= {word: "" for word in ("--help", "--debug") if dashes and word.startswith(current)}
+    found |= {word: "" for word in ("--help", "--debug", *LIMIT_WORDS) if dashes and word.startswith(current)}
     positional = any(option.positional for option in job.options)
     if not dashes and (positional or not found):  # images, weights; or the config file
         found[FILES] = ""

@@ -17,7 +17,7 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from clip_base.runtime.errors import InputError
 
 EXECUTORS = ("local", "ray")
+SETTINGS = "REGIONCLIP_"  # begins the environment variables that workers have from the command
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Report = Callable[[int, str], None]
@@ -245,7 +246,8 @@ def _end_with(sentinel: int) -> None:
 class _Actor:
     """A worker of a Ray cluster."""
 
-    def __init__(self, start: Callable[[], Work[Any, Any]]) -> None:
+    def __init__(self, start: Callable[[], Work[Any, Any]], settings: Mapping[str, str]) -> None:
+        os.environ.update(settings)
         self.start = start
         self.work: Work[Any, Any] | None = None
 
@@ -273,10 +275,12 @@ def _on_ray(
     most = max(int(resources.get("GPU" if on_gpu else "CPU", 1)), 1)
     make = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0)(_Actor)
     queue, pool = iter(tasks), []
+    # The cluster's processes were not started by this one and do not inherit what limits it.
+    settings = {name: text for name, text in os.environ.items() if name.startswith(SETTINGS)}
     busy: dict[Any, tuple[Task, Any]] = {}  # the result to come -> its task and who works on it
     try:
         for task in queue:
-            pool.append(make.remote(start))
+            pool.append(make.remote(start, settings))
             busy[pool[-1].do.remote(task)] = task, pool[-1]
             if len(pool) == min(workers or most, most):  # more would wait for a core for ever
                 break

@@ -16,7 +16,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ _STORAGES = {
 _LISTS = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
 # What NumPy pickles arrays and numbers with; its module is called otherwise in each major version.
 _ARRAY_PARTS = {"_reconstruct": np.zeros(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
+T = TypeVar("T")
 _DEEPEST = 64  # modules inside modules; CLIP needs nine
 # What reading a damaged or foreign pickle, or a zip file around it, can raise.
 _FAULTS = (
@@ -113,6 +114,23 @@ def _require_unpacked(archive: zipfile.ZipFile, path: Path) -> None:
     require_unpacked(size, path.stat().st_size, f"weights file {path}")
 
 
+def _within_limits(held: T, path: Path) -> T:
+    """Returns what was read of a file; an InputError when its tensors repeat few numbers very often.
+
+    A tensor whose stride is 0 takes no memory until it is copied.
+    """
+    size, queue, seen = 0, [held], set[int]()
+    while queue:
+        value: Any = queue.pop()
+        if isinstance(value, Tensor):
+            size += value.numel() * value.element_size()
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))  # a dictionary may contain itself
+            queue += value.values() if isinstance(value, dict) else value
+    require_unpacked(size, path.stat().st_size, f"weights file {path}")
+    return held
+
+
 def _root(archive: zipfile.ZipFile) -> str | None:
     """Returns the folder inside the zip file that holds `data.pkl`, with its slash."""
     for name in archive.namelist():
@@ -156,7 +174,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
                 module = _ArchiveUnpickler(file, storage).load()
             if not isinstance(module, _Part):
                 raise Forbidden(f"a {type(module).__name__} where the model should be")
-            return dict(_tensors(module, "", 0))
+            return _within_limits(dict(_tensors(module, "", 0)), path)
     except InputError:
         raise
     except Forbidden as error:
@@ -188,7 +206,7 @@ def read_pickle(path: Path) -> Any:
         # Given a path that ends in .safetensors, torch reads another form.
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that torch.save did not write, which are refused
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return _within_limits(torch.load(file, map_location="cpu", weights_only=True), path)
     except InputError:
         raise
     except pickle.UnpicklingError as error:

@@ -24,6 +24,7 @@ from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import existing
+from clip_base.storage.paths import image_in
 from regionclip.data.coco import (
     annotation_columns,
     category_ids_by_name,
@@ -209,7 +210,7 @@ class CocoDetection(Sequence[ImageAnnotations]):
         none = torch.zeros(0, dtype=torch.int64)
         for place, entry in enumerate(entries):
             image_id, name, height, width = image_fields(entry, path, place)
-            file = Path(name) if folder is None else folder / name
+            file = Path(name) if folder is None else image_in(folder, name, f"annotations file {path}")
             if image_id in records:
                 if records[image_id].path != file:
                     raise InputError(

@@ -14,6 +14,7 @@ from clip_base.runtime.errors import InputError
 from clip_base.runtime.progress import Progress
 from clip_base.storage.files import naming_full_disk, replacing
 from clip_base.storage.json_stream import stream_entries
+from clip_base.storage.paths import image_in
 from regionclip.data.captions import cleaned
 
 _AT_ONCE = 10_000  # rows written at once
@@ -53,13 +54,14 @@ class CaptionedImageEntry:
     size: tuple[int, int] | None = None
 
 
-def write_caption_index(captions: str | Path, path: Path) -> None:
+def write_caption_index(captions: str | Path, path: Path, images: Path | None = None) -> None:
     """Writes the images of a captions file in COCO's format as an SQLite file, atomically.
 
     The file is read entry by entry, so that memory does not grow with it.
 
     Raises:
-        InputError: the file is missing or malformed, or a caption's image is not listed in it.
+        InputError: the file is missing or malformed, a caption's image is not listed in it, or an image's
+            name leads out of `images`, the folder that names are relative to.
     """
     with replacing(path) as temporary, naming_full_disk(path, sqlite3.OperationalError):
         temporary.unlink(missing_ok=True)  # of a killed process that had this one's number
@@ -71,7 +73,7 @@ def write_caption_index(captions: str | Path, path: Path) -> None:
                 "CREATE TABLE images (id INTEGER PRIMARY KEY, file_name TEXT, height INT, width INT)"
             )
             base.execute("CREATE TABLE captions (image_id INTEGER, text TEXT)")
-            _fill(base, captions)
+            _fill(base, captions, images)
             base.execute("CREATE INDEX by_image ON captions (image_id)")
             base.commit()
             _require_listed(base, captions)
@@ -79,7 +81,7 @@ def write_caption_index(captions: str | Path, path: Path) -> None:
             base.close()
 
 
-def _fill(base: sqlite3.Connection, captions: str | Path) -> None:
+def _fill(base: sqlite3.Connection, captions: str | Path, folder: Path | None) -> None:
     images, texts, seen = list[tuple[Any, ...]](), list[tuple[int, str]](), Counter[str]()
     file = f"captions file {captions}"
 
@@ -100,7 +102,10 @@ def _fill(base: sqlite3.Connection, captions: str | Path) -> None:
             if key in CAPTIONS:
                 entry = checked_entry(entry, where, CAPTIONS[key])
             if key == "images":
-                images.append((entry["id"], file_name_of(entry, where), *_size_of(entry)))
+                name = file_name_of(entry, where)
+                if folder is not None:
+                    image_in(folder, name, where)  # refused before the first image is read
+                images.append((entry["id"], name, *_size_of(entry)))
             elif key == "annotations":
                 texts.append((entry["image_id"], cleaned(caption_of(entry, where))))
                 progress.advance()
@@ -117,7 +122,7 @@ def _fill(base: sqlite3.Connection, captions: str | Path) -> None:
 def _size_of(entry: dict[str, Any]) -> tuple[int | None, int | None]:
     """Returns the height and width that an entry states; None where they are no sides of an image."""
     height, width = entry.get("height"), entry.get("width")
-    if not all(isinstance(side, int | float) and side >= 1 for side in (height, width)):
+    if not all(isinstance(side, int | float) and 1 <= side < 2**31 for side in (height, width)):
         return None, None
     return int(height or 0), int(width or 0)
 

@@ -17,6 +17,7 @@ from clip_base.runtime.errors import InputError
 from clip_base.runtime.progress import track
 from clip_base.storage.files import existing
 from clip_base.storage.hashing import text_hash
+from clip_base.storage.paths import name_in
 from regionclip.data.annotations import CocoDetection, ImageAnnotations
 from regionclip.data.results import Results, read_results
 from regionclip.structures.labels import LABEL_FILES, LabeledImage, LabelTarget, write_labels
@@ -96,7 +97,7 @@ def _labeled(
     threshold: float,
 ) -> LabeledImage:
     """Returns an image with its annotations, or with its results of at least `threshold`."""
-    name = str(record.path.relative_to(folder))
+    name = name_in(folder, record.path)
     place = (record.image_id, name, record.height, record.width)
     if results is None:
         crowds = record.iscrowd.tolist()

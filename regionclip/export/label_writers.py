@@ -15,6 +15,7 @@ from clip_base.data.coco import coco_entry
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import existing, make_folder, read_json, replacing, write_json, write_text
 from clip_base.storage.json_stream import stream_entries
+from clip_base.storage.paths import leads_out
 from regionclip.structures.labels import LabeledImage, LabelTarget
 
 
@@ -85,6 +86,7 @@ class FiftyOneWriter(CocoWriter):
             raise InputError(
                 f"out={target.out} is a file; format=fiftyone writes a folder; give another out="
             )
+        require_images(target, "fiftyone")
         super().__init__(replace(target, out=target.out / "labels.json"))
 
     def __enter__(self) -> FiftyOneWriter:
@@ -111,6 +113,7 @@ class FolderWriter(ABC):
             raise InputError(
                 f"out={target.out} is a file; format={self.kind} makes a folder, give another out="
             )
+        require_images(target, self.kind)
         self.target, self.folder = target, target.out.absolute()
         self._info = self.folder / "info.json"
 
@@ -203,9 +206,17 @@ def inside(folder: Path, name: Path) -> Path:
     Raises:
         InputError: the name, which comes from data, leads out of the folder.
     """
-    if name.is_absolute() or ".." in name.parts:
+    if leads_out(str(name)):
         raise InputError(f"file name {str(name)!r} leads out of {folder.name}/; nothing was written there")
     return folder / name
+
+
+def require_images(target: LabelTarget, kind: str) -> None:
+    """Raises an InputError when the user named no folder of images to link to."""
+    if not target.images_folder:
+        raise InputError(
+            f"format={kind} links to the images: give images=FOLDER, the folder that they are in"
+        )
 
 
 def link_images(link: Path, images_folder: str) -> None:

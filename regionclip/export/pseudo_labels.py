@@ -38,6 +38,9 @@ class ExportConfig:
         "table; fiftyone: labels.json and data/; "
         "or another label writer that is installed",
     )
+    images: str = option(
+        "", "folder of the images that were mined; yolo, voc and fiftyone put a link to it beside the labels"
+    )
     classes: list[str] = option(
         [], "class lists whose classes are the categories (coco, coco65, files …); empty: the mined concepts"
     )
@@ -83,7 +86,7 @@ class Categories:
 
 def export(config: ExportConfig) -> None:
     """Writes mined regions as COCO annotations, YOLO labels or a FiftyOne folder, for training or viewing."""
-    manifest = read_manifest(config.mined)
+    manifest = read_manifest(config.mined, "images", "skipped")
     options = {key: value for key, value in asdict(config).items() if key != "out"}
     made = {
         "description": "region-phrase pairs mined by regionclip; no box was drawn by hand",
@@ -92,7 +95,7 @@ def export(config: ExportConfig) -> None:
     }
     concepts = Vocabulary.load(Path(config.mined) / "vocabulary.safetensors").names
     categories = Categories(config, concepts)
-    target = LabelTarget(Path(config.out), categories.names, manifest["images_folder"], made)
+    target = LabelTarget(Path(config.out), categories.names, config.images, made)
     counts, images = Counter[int](), 0
 
     def counted() -> Iterator[LabeledImage]:

@@ -21,6 +21,7 @@ from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.workers import Report
 from clip_base.storage.files import write_json
+from clip_base.storage.paths import name_in
 from regionclip.data.annotations import CocoDetection, ImageAnnotations
 from regionclip.data.batches import (
     DecodedImage,
@@ -219,7 +220,7 @@ class RegionFeatureExtractor:
 
     def _name(self, record: ImageAnnotations) -> str:
         folder = self.config.image_folder
-        return str(record.path.relative_to(folder) if folder else record.path)
+        return name_in(Path(folder), record.path) if folder else str(record.path)
 
     def describe(self, batch: LoadedBatch[int]) -> list[ImageFeatures]:
         """Returns what is to be written of each image of a batch, whose items are rows of `records`."""

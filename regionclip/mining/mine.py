@@ -48,7 +48,7 @@ def mine(config: MineConfig) -> None:
     vocabulary = Vocabulary.load(path) if path.exists() else _embed(config)
     listed = folder.path / f".images-{first}-of-{shares}.db"
     if not listed.exists():
-        write_caption_index(config.captions, listed)
+        write_caption_index(config.captions, listed, Path(config.images))
         _require_images(config, listed)
     # Only now, so that a call that failed at once leaves nothing that a fixed one would have to equal.
     vocabulary.save(path)

@@ -16,6 +16,7 @@ from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.progress import track
 from clip_base.storage.files import read_json_lines, write_text
+from clip_base.storage.paths import image_in
 from clip_base.storage.tables import TableWriter
 from regionclip.concepts.phrases import Phrase, read_stop_words
 from regionclip.concepts.pool import read_concepts
@@ -27,7 +28,7 @@ from regionclip.mining.coverage import cover
 from regionclip.mining.miner import mining_parser, rows_of
 from regionclip.mining.quality import measure_pairs
 from regionclip.mining.report_page import THRESHOLDS, ReportData, ReportLimits, make_page
-from regionclip.mining.shards import read_manifest, read_regions
+from regionclip.mining.shards import images_of, read_manifest, read_regions
 
 
 @dataclass
@@ -77,15 +78,21 @@ def report(config: ReportConfig) -> None:
     print(f"open {run.path / 'report.html'} in a browser")
 
 
+_NEEDS = (
+    *("images", "regions", "images_folder", "matcher", "proposer"),
+    *(f"config.{key}" for key in ("captions", "concepts", "weights", "teacher", "language")),
+)
+
+
 def read_data(config: ReportConfig) -> ReportData:
     """Reads what mining left and compares it with the true boxes.
 
     Raises:
         InputError: mining has not ended, or its captions or images, or the true boxes, are not there.
     """
-    manifest = read_manifest(config.mined)
+    manifest = read_manifest(config.mined, *_NEEDS)
     mining: dict[str, Any] = manifest["config"]
-    folder = _there(config.images or manifest["images_folder"], "images folder", "images=DIR")
+    folder = images_of(manifest, config.images, config.mined)
     file = _there(config.captions or mining["captions"], "captions file", "captions=FILE")
     raw, names = read_captions(file)
     captions = {
@@ -98,6 +105,8 @@ def read_data(config: ReportConfig) -> ReportData:
     truth = CocoDetection(config.annotations, None) if config.annotations else None
     regions = list(read_regions(config.mined))
     own = {region.image_id: region.file_name for region in regions}
+    for name in own.values():
+        image_in(folder, name, "the mined regions")
     ids = ids_by_name(own, names, "the mined regions", f"captions file {file}")
     matches = None
     if truth is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, note, quote
 from clip_base.storage.files import existing, read_json, replacing
+from clip_base.storage.paths import leads_out
 from clip_base.weights.native import open_safetensors
 from regionclip.data.region_tables import (
     BOX,
@@ -27,6 +28,7 @@ from regionclip.data.region_tables import (
     numbers,
     require_rows,
 )
+from regionclip.models.region_heads import KEY
 
 VERSION = 2
 MANIFEST, VOCABULARY = "manifest.json", "vocabulary.safetensors"
@@ -44,6 +46,40 @@ SCHEMA = pa.schema(
         ("caption", pa.string()),  # the caption that phrase stands in
     ]
 )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and "\0" not in value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_part(value: object) -> bool:
+    return isinstance(value, dict) and _is_text(value.get("name"))
+
+
+# What is read of a manifest, and whether a value is of that kind.
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "shards": _are_texts,
+    **dict.fromkeys(("images", "skipped", "regions"), _is_count),
+    **dict.fromkeys(("images_folder", "teacher", KEY), _is_text),
+    **dict.fromkeys(("matcher", "proposer"), _is_part),
+    "synonyms": lambda value: isinstance(value, dict) and all(map(_are_texts, value.values())),
+    "config": lambda value: isinstance(value, dict),
+    **dict.fromkeys((f"config.{key}" for key in ("captions", "concepts", "weights", "language")), _is_text),
+    **dict.fromkeys((f"config.{key}" for key in ("context", "temperature", "teacher_scale")), _is_number),
+    "config.teacher": _is_text,
+}
 
 
 @dataclass(frozen=True)
@@ -114,21 +150,51 @@ def _damaged(path: Path, error: Exception) -> InputError:
     return InputError(f"shard {path} is damaged ({reason}); delete it and run `regionclip mine` again")
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
+def read_manifest(folder: str | Path, *needs: str) -> dict[str, Any]:
     """Reads a mined folder's manifest.
 
+    Args:
+        folder: of the mined pairs.
+        needs: keys of it that the caller reads, `config.captions` for one in its `config`.
+
     Raises:
-        InputError: the folder holds no finished mining run.
+        InputError: the folder holds no finished mining run; a key is missing or holds another kind of value.
     """
     path = existing(folder, "folder of mined pairs") / MANIFEST
     if not path.exists():
         raise InputError(f"{folder} has no {MANIFEST}: mining is not finished; run `regionclip mine` again")
     manifest: dict[str, Any] = read_json(path, "manifest")
-    if manifest.get("version") != VERSION:
-        raise InputError(
-            f"{path} is of version {manifest.get('version')}, this program reads {VERSION}; mine again"
-        )
+    version = manifest.get("version") if isinstance(manifest, dict) else manifest
+    if version != VERSION:
+        raise InputError(f"{path} is of version {quote(version)}, this program reads {VERSION}; mine again")
+    for key, fits in _KINDS.items():
+        part, _, name = key.rpartition(".")
+        content = manifest.get(part, {}) if part else manifest
+        if (key in ("shards", *needs) or name in content) and not fits(content.get(name)):
+            raise InputError(f"{path} is damaged: {key} is {quote(content.get(name))}; mine again")
     return manifest
+
+
+def images_of(manifest: dict[str, Any], images: str, mined: str | Path) -> Path:
+    """Returns the folder of the images that were mined: the user's, else what the manifest names, noted.
+
+    Args:
+        manifest: of `read_manifest`.
+        images: what the user gave; "": nothing.
+        mined: the mined folder, for messages.
+
+    Raises:
+        InputError: the folder does not exist.
+    """
+    if images:
+        return existing(images, "images folder")
+    folder = manifest["images_folder"]
+    try:
+        path = existing(folder, "images folder")
+    except InputError as error:
+        raise InputError(f"{error}; give images=DIR") from None
+    note(f"images are read from {folder}, which {Path(mined) / MANIFEST} names; images= gives another folder")
+    return path
 
 
 def _rules(concepts: int) -> list[Rule]:
@@ -169,6 +235,10 @@ def read_regions(folder: str | Path) -> Iterator[MinedRegion]:
     """
     rules = _rules(_vocabulary_size(Path(folder)))
     for name in read_manifest(folder)["shards"]:
+        if leads_out(name):
+            raise InputError(
+                f"{Path(folder) / MANIFEST}: shard {quote(name)} is not in its folder; mine again"
+            )
         path = existing(Path(folder) / name, "shard")
         try:
             table = pq.read_table(path)

@@ -26,7 +26,7 @@ class LabelTarget:
     Attributes:
         out: the file or folder to write.
         categories: C names; labels count them.
-        images_folder: the folder that the images' file names are relative to.
+        images_folder: the folder that the images' file names are relative to; "": the user named none.
         info: how the labels were made, as plain values; equal ones make equal labels.
     """
 

@@ -15,7 +15,7 @@ from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError
-from clip_base.storage.files import existing
+from clip_base.storage.paths import image_in
 from clip_base.training.loop import TrainConfig
 from clip_base.training.pretrain import last_loss
 from clip_base.weights.load import load_clip, weight_files
@@ -23,7 +23,7 @@ from clip_base.weights.native import save_clip
 from regionclip.concepts.synonyms import synonym_sets
 from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.data.file_names import ids_by_name
-from regionclip.mining.shards import MANIFEST, MinedRegion, read_manifest, read_regions
+from regionclip.mining.shards import MANIFEST, MinedRegion, images_of, read_manifest, read_regions
 from regionclip.models.region_heads import KEY, choose_head
 from regionclip.training.region_text import RegionPretrainConfig, RegionTextTask, Teacher
 from regionclip.training.samples import GridPatchDataset, RegionDataset, Sample, fit_on
@@ -40,8 +40,8 @@ def mined_samples(mined: str, images: str, captions: str) -> list[Sample]:
     Raises:
         InputError: there are no regions, or the captions are of other images.
     """
-    manifest = read_manifest(mined)
-    folder = existing(images or manifest["images_folder"], "images folder")
+    manifest = read_manifest(mined, "images_folder", "config.captions")
+    folder = images_of(manifest, images, mined)
     file = captions or manifest["config"]["captions"]
     texts, names = read_captions(file)
     regions = list(read_regions(mined))
@@ -65,7 +65,8 @@ def _sample(folder: Path, regions: list[MinedRegion], captions: tuple[str, ...],
     boxes = torch.tensor([region.box for region in regions])
     first = regions[0]
     size = (first.height, first.width)
-    return Sample(folder / first.file_name, boxes, None, ids, probs, captions, size)
+    path = image_in(folder, first.file_name, "the mined regions")
+    return Sample(path, boxes, None, ids, probs, captions, size)
 
 
 def image_samples(folder: str) -> list[Sample]:
@@ -116,7 +117,7 @@ def pretrain(config: RegionPretrainConfig) -> None:
 
 def _on_shards(config: RegionPretrainConfig, model: CLIP) -> tuple[RegionTextTask, RegionDataset]:
     samples = mined_samples(config.mined, config.images, config.captions)
-    manifest = read_manifest(config.mined)
+    manifest = read_manifest(config.mined, *Teacher.NEEDS if config.teacher else ())
     vocabulary = Vocabulary.load(Path(config.mined) / "vocabulary.safetensors")
     vocabulary.require_width(model.config.embed_dim, config.weights)
     teacher = Teacher.from_manifest(config.teacher, manifest) if config.teacher else None

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -174,6 +174,10 @@ class Teacher:
 
     encoder: RegionEncoder
     temperature: float
+    NEEDS: ClassVar = (
+        "teacher",
+        *(f"config.{key}" for key in ("weights", "teacher", "context", "teacher_scale", "temperature")),
+    )
 
     @classmethod
     def from_manifest(cls, weights: str, manifest: dict[str, Any]) -> Teacher:

@@ -114,5 +114,15 @@ def test_gzipped_json_is_unpacked_as_far_as_is_likely(
     (tmp_path / "b.json").write_bytes(gzip.compress(b"[1]") + gzip.compress(b" "))
     assert read_json(tmp_path / "b.json") == [1]
     monkeypatch.setenv("REGIONCLIP_MAX_UNPACKED_GB", "1e-9")
-    with pytest.raises(InputError, match="set the environment variable REGIONCLIP_MAX_UNPACKED_GB"):
+    with pytest.raises(InputError, match="raise --max-unpacked-gb"):
         read_json(tmp_path / "b.json")
+
+
+def test_few_numbers_that_are_repeated_billions_of_times_are_no_weights(tmp_path: Path) -> None:
+    one = torch.zeros(1).as_strided((200_000, 200_000), (0, 0))  # 160 GB once it is copied
+    torch.save({"text.layers": one, "more": [{"b": torch.zeros(2)}]}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match=r"unpacks to 160\.0 GB, more than the 20 GB that are allowed"):
+        read_pickle(tmp_path / "a.pt")
+    torch.save({"a": torch.zeros(1).as_strided((20_000, 20_000), (0, 0))}, tmp_path / "b.pt")
+    with pytest.raises(InputError, match="as no data does"):
+        read_pickle(tmp_path / "b.pt")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from clip_base.data.coco import read_captions
-from clip_base.runtime import json_stream
 from clip_base.runtime.errors import InputError
+from clip_base.storage import json_stream
 from clip_base.storage.json_stream import stream_entries
 from regionclip.data.caption_index import CaptionIndex, ImageRange, write_caption_index
 

@@ -143,7 +143,7 @@ def test_yolo_finds_its_labels_and_pictures(
     pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "yolo"
-    config = ExportConfig(str(pairs), str(out), format="yolo")
+    config = ExportConfig(str(pairs), str(out), format="yolo", images=str(tmp_path / "photos"))
     export(config)
     assert (out / "train.txt").read_text() == "./images/a/1.jpg\n./images/a/2.jpg\n"
     assert (out / "labels/a/2.txt").read_text() == "2 0.700000 0.500000 0.400000 0.750000\n"
@@ -198,7 +198,7 @@ def test_fiftyone_finds_labels_and_pictures(
     pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "fiftyone"
-    config = ExportConfig(str(pairs), str(out), format="fiftyone")
+    config = ExportConfig(str(pairs), str(out), format="fiftyone", images=str(tmp_path / "photos"))
     export(config)
     # The layout of fiftyone.types.COCODetectionDataset: data/ and, with paths in it, labels.json.
     labels = read_json(out / "labels.json")
@@ -226,6 +226,13 @@ def test_names_from_data_never_lead_out_of_the_folder(
         writer.add(image)
     assert not list(tmp_path.rglob("outside*"))
     assert not (tmp_path / "out" / "labels.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["yolo", "voc", "fiftyone"])
+def test_no_link_leads_to_a_folder_that_only_a_manifest_names(kind: str, pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"format={kind} links to the images: give images=FOLDER"):
+        export(ExportConfig(str(pairs), str(tmp_path / "out"), format=kind))
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_format_names_the_label_writers(pairs: Path, tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def _configs(program: str, prefix: str, jobs: Collection[str], arguments: Sequen
 def parse(schema: type, arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """Splits a job's arguments into its config file and its `key=value` overrides."""
     fields = {key: (field, hint) for key, field, hint in configs.fields_of(schema)}
-    positional = next((key for key, (field, _) in fields.items() if field.metadata.get("positional")), None)
+    positional = [key for key, (field, _) in fields.items() if field.metadata.get("positional")]
     file, overrides, plain = None, [], []
     queue = list(arguments)
     while queue:
@@ -222,14 +222,17 @@ def parse(schema: type, arguments: Sequence[str]) -> tuple[str | None, list[str]
             file = argument
         else:
             plain.append(argument)
-    if plain and positional is None:
+    if plain and not positional:
         raise InputError(f"{plain[0]!r} is not key=value (see --help)")
-    if plain and positional is not None:
-        is_list = str(fields[positional][1]).startswith("list")
-        if len(plain) > 1 and not is_list:
-            raise InputError(f"only one {positional} can be given, found {', '.join(plain)}")
-        values = ",".join(_quote(item) for item in plain)
-        overrides.append(f"{positional}=[{values}]" if is_list else f"{positional}={_quote(plain[0])}")
+    given = ", ".join(plain)
+    for key in positional if plain else ():
+        is_list = str(fields[key][1]).startswith("list")
+        taken, plain = (plain, []) if is_list else (plain[:1], plain[1:])
+        values = ",".join(_quote(item) for item in taken)
+        if taken:
+            overrides.append(f"{key}=[{values}]" if is_list else f"{key}={values}")
+    if plain:
+        raise InputError(f"only one {' and one '.join(positional)} can be given, found {given}")
     return file, overrides
 
 

@@ -56,6 +56,16 @@ def find(name_or_path: str | Path, folder: str | Path | None = None) -> Path:
     )
 
 
+def local_copy(weights: str) -> str:
+    """Returns weights as they were given, or, where they are on the hub, the path of their copy here.
+
+    Raises:
+        InputError: they cannot be fetched.
+    """
+    on_hub = not Path(weights).exists() and hub.parse(weights) is not None
+    return str(find(weights)) if on_hub else weights
+
+
 def weight_files(config: Any, *keys: str) -> dict[str, Path | str]:
     """Returns the files that some options name as `find` does, but the empty ones: `RunFolder`'s `inputs`."""
     named = {key: getattr(config, key) for key in keys}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError
-from clip_base.weights.load import find, load_clip
+from clip_base.weights.load import find, load_clip, local_copy
 from clip_base.weights.native import FORMAT as CLIP
 from clip_base.weights.native import read_weights, write_weights
 from clip_base.weights.reading import read_notes
@@ -66,6 +66,7 @@ class Weights:
 
 def read(path: str) -> Weights:
     """Reads a detector, or a CLIP in any known format."""
+    path = local_copy(path)
     if path.endswith(".safetensors"):
         tensors, metadata = read_weights(path)
         if metadata.get("format") == DETECTOR:

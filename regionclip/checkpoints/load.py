@@ -21,7 +21,7 @@ from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
 from clip_base.weights import infer_config
 from clip_base.weights.formats import Content, group_of
-from clip_base.weights.load import find, is_published, load_clip
+from clip_base.weights.load import find, is_published, load_clip, local_copy
 from clip_base.weights.native import load_exactly, read_weights, sized, sizes_in, write_weights
 from clip_base.weights.reading import read_foreign
 from regionclip.checkpoints import formats as parts
@@ -380,6 +380,7 @@ def load_detector(
     Raises:
         InputError: a file is missing, damaged or does not fit.
     """
+    weights = local_copy(weights)
     head = choose_head(region_head, weights)
     settings, size = (None, None) if use_checkpoint_config else (config, resize)
     is_ours = weights.endswith(".safetensors")

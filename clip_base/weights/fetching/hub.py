@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -117,6 +117,55 @@ def fetch(address: Address, folder: Path) -> Path:
         raise InputError(f"{address} cannot be fetched: {_reason(error)}") from None
     _check(path, address, folder)
     return path.parent if path.name.endswith(".index.json") else path
+
+
+def upload(
+    address: Address, paths: Mapping[str, Path], texts: Mapping[str, str], private: bool = False
+) -> str:
+    """Puts files into a repository, as one commit; a repository that does not exist is made.
+
+    Args:
+        address: the repository, and its branch.
+        paths: files by their names there.
+        texts: contents by their names there.
+        private: of a new repository.
+
+    Returns:
+        The commit's address for browsers.
+
+    Raises:
+        InputError: `huggingface_hub` is not installed; there is no token, or it may not write there; no
+            network; or the hub refuses.
+    """
+    hub = _library()
+    if hub.get_token() is None:
+        raise InputError(f"{address} cannot be written without a token: run `hf auth login`, or set HF_TOKEN")
+    try:
+        api = hub.HfApi(endpoint=endpoint())
+        api.create_repo(address.repository, private=private or None, exist_ok=True)
+        if address.revision:
+            api.create_branch(address.repository, branch=address.revision, exist_ok=True)
+        contents: dict[str, Path | bytes] = {**paths, **{name: text.encode() for name, text in texts.items()}}
+        operations = [
+            hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+            for name, content in contents.items()
+        ]
+        message = f"Upload {', '.join(contents)}"[:200]
+        done = api.create_commit(
+            address.repository, operations, commit_message=message, revision=address.revision
+        )
+    except Exception as error:  # of the library, of the network below it, of the disk
+        raise InputError(f"{address} cannot be written: {_reason_of_upload(error)}") from None
+    return str(done.commit_url)
+
+
+def _reason_of_upload(error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return "the hub does not know the token; run `hf auth login`, or set HF_TOKEN"
+    if status == 403:
+        return "the token may not write there; make one with the permission to write"
+    return "the hub cannot be reached" if _is_network(error) else _reason(error)
 
 
 def _library() -> ModuleType:

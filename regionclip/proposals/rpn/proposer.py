@@ -19,7 +19,7 @@ from clip_base.models.configs import VisionConfig
 from clip_base.models.resnet import ModifiedResNet
 from clip_base.runtime.errors import InputError
 from clip_base.weights.formats import Content, group_of
-from clip_base.weights.load import find, load_clip
+from clip_base.weights.load import find, load_clip, local_copy
 from clip_base.weights.native import load_exactly, read_weights, sized, sizes_in, write_weights
 from clip_base.weights.reading import read_foreign
 from regionclip.proposals.base import SelectionConfig
@@ -88,7 +88,8 @@ def load_network(path: str | Path, trunk: ModifiedResNet | None = None) -> Propo
         InputError: the file is missing, cut off, of another form, or its tensors do not fit its config; it
             needs a trunk and there is none, or another than the one that it was trained on.
     """
-    if not str(path).endswith(".safetensors"):
+    path = local_copy(str(path))
+    if not path.endswith(".safetensors"):
         return load_published_network(path)
     weights, metadata = read_weights(path)
     if metadata.get("format") != FORMAT:

@@ -23,7 +23,7 @@ from typing import Any
 
 from clip_base.jobs import completion as completions
 from clip_base.jobs import config as configs
-from clip_base.jobs import plugins, shipped
+from clip_base.jobs import plugins, remote_out, shipped
 from clip_base.jobs import schema as schemas
 from clip_base.jobs.completion import Word
 from clip_base.jobs.schema import Description
@@ -170,14 +170,15 @@ def _dispatch(program: str, prefix: str, arguments: list[str]) -> int:
     schema = plugins.schema_of(job)
     file, overrides = parse(schema, rest)
     config: Any = configs.resolve(schema, file, overrides)
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        job(config)
-        return 0
-    from clip_base.runtime import distributed  # noqa: PLC0415 (torchrun; torch is imported only for it)
+    with remote_out.working_copy(config) as config:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            job(config)
+            return 0
+        from clip_base.runtime import distributed  # noqa: PLC0415 (torchrun; torch is imported only for it)
 
-    distributed.start()
-    with distributed.naming_lost_processes():
-        job(config)
+        distributed.start()
+        with distributed.naming_lost_processes():
+            job(config)
     return 0
 
 

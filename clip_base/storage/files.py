@@ -23,7 +23,7 @@ from charset_normalizer import from_bytes
 from clip_base.runtime.errors import InputError, quote
 from clip_base.storage.limits import require_unpacked
 from clip_base.storage.remote import address_of
-from clip_base.storage.remote_cache import fetch
+from clip_base.storage.remote_cache import exists_at, fetch
 
 if sys.platform != "win32":
     import resource
@@ -61,6 +61,19 @@ def existing(path: str | Path, what: str = "file") -> Path:
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise InputError(f"{what} {quote(str(path))} cannot be opened: {error.strerror}") from None
     raise InputError(f"{what} {path} does not exist ({parent} is the last folder on that path which does)")
+
+
+def beside(path: str | Path, ending: str) -> Path | None:
+    """Returns the file whose name is another's with an ending behind it; None: there is none.
+
+    Raises:
+        InputError: `path` is an address that cannot be read.
+    """
+    address = address_of(path)
+    if address is None:
+        file = Path(f"{path}{ending}")
+        return file if file.exists() else None
+    return fetch(address + ending) if exists_at(address + ending) else None
 
 
 def existing_file(path: str | Path, what: str = "file") -> Path:
@@ -333,11 +346,11 @@ def sweep(paths: Iterable[Path]) -> None:
             continue
         process = int(found[1])
         with contextlib.suppress(OSError):
-            if not _runs(process) or (process == os.getpid() and path.stat().st_mtime < _LOADED):
+            if not runs_here(process) or (process == os.getpid() and path.stat().st_mtime < _LOADED):
                 path.unlink()
 
 
-def _runs(process: int) -> bool:
+def runs_here(process: int) -> bool:
     """Whether a process of this number runs; after a restart it may be another one's."""
     try:
         os.kill(process, 0)

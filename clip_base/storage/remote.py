@@ -48,11 +48,12 @@ class RemoteError(InputError):
 
     Attributes:
         reason: why, without the address.
+        absent: whether the server says that there is nothing.
     """
 
-    def __init__(self, address: str, reason: str) -> None:
+    def __init__(self, address: str, reason: str, absent: bool = False) -> None:
         super().__init__(f"{address} cannot be used: {reason}")
-        self.reason = reason
+        self.reason, self.absent = reason, absent
 
 
 def address_of(path: str | Path) -> str | None:
@@ -358,7 +359,10 @@ def passes(error: Exception) -> bool:
 
 def told(address: str, error: Exception) -> RemoteError:
     """Returns what the user is told about an error of a server, a network or a package below."""
-    return error if isinstance(error, RemoteError) else RemoteError(address, _reason(address, error))
+    if isinstance(error, RemoteError):
+        return error
+    is_absent = bool(_kinds(error) & set(_ABSENT)) or getattr(error, "code", 0) in (404, 410)
+    return RemoteError(address, _reason(address, error), is_absent)
 
 
 def _reason(address: str, error: Exception) -> str:

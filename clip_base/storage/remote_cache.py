@@ -68,6 +68,21 @@ def is_folder(address: str) -> bool:
     return repeated(address, lambda: bool(files.isdir(path)))
 
 
+def exists_at(address: str) -> bool:
+    """Whether there is a file.
+
+    Raises:
+        RemoteError: it cannot be found out.
+    """
+    try:
+        RemoteFile(address).close()
+    except RemoteError as error:
+        if error.absent:
+            return False
+        raise
+    return True
+
+
 @functools.lru_cache(maxsize=4096)
 def fetch(address: str, what: str = "file") -> Path:
     """Returns the copy of a file, or of a folder with all in it, in the cache; makes it when there is none.
@@ -81,7 +96,7 @@ def fetch(address: str, what: str = "file") -> Path:
     Raises:
         RemoteError: see `RemoteFile`; or a folder holds more than MOST_FILES files.
     """
-    place = cache_folder() / "remote" / _digest(address)
+    place = cache_folder() / "remote" / digest(address)
     if not is_folder(address):
         return _fetch_file(address, place)
     entries = _entries(address)
@@ -92,7 +107,7 @@ def fetch(address: str, what: str = "file") -> Path:
             f"{MOST_FILES:,} are copied; pack images into webdataset tars, or copy it and give the path",
         )
     base = address.rstrip("/") + "/"
-    version = _digest(*(f"{found} {version_of(info)}" for found, info in entries))
+    version = digest(*(f"{found} {version_of(info)}" for found, info in entries))
     target = place / version / name_of(address)
     target.mkdir(parents=True, exist_ok=True)
     with FileLock(place / version / f".{target.name}.lock"):
@@ -108,7 +123,7 @@ def fetch(address: str, what: str = "file") -> Path:
 
 def _fetch_file(address: str, place: Path) -> Path:
     with RemoteFile(address) as source:
-        target = place / _digest(source.version, str(source.size)) / name_of(address)
+        target = place / digest(source.version, str(source.size)) / name_of(address)
         is_known = bool(source.version)  # else nothing tells a new content from the old one
         if is_known and target.is_file():
             return target
@@ -143,5 +158,6 @@ def receive(source: RemoteFile, part: Path) -> None:
             progress.advance(out.tell() // _MIB - progress.done)
 
 
-def _digest(*texts: str) -> str:
+def digest(*texts: str) -> str:
+    """Returns a short name for some texts."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]

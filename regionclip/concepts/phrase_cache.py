@@ -12,12 +12,13 @@ from clip_base.runtime.errors import InputError
 from clip_base.storage.files import make_folder, naming_full_disk
 from regionclip.concepts.phrases import Found, LRUPhraseCache, Phrase
 
+PHRASES = ".phrases.db"  # what the file of phrases is called behind the pool's name
 _AT_ONCE = 500  # captions that one query asks for; SQLite's oldest limit is 999
 
 
 def phrases_file(pool: str | Path) -> Path:
     """Returns the file beside a pool of concepts that keeps the phrases of its captions."""
-    return Path(f"{pool}.phrases.db")
+    return Path(f"{pool}{PHRASES}")
 
 
 class PhraseStore:

@@ -11,10 +11,11 @@ from typing import Any
 
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.progress import track
-from clip_base.storage.files import read_json, read_json_lines
+from clip_base.storage.files import beside, read_json, read_json_lines
 from regionclip.concepts.phrases import PhraseParser
 
 EXAMPLES = 3
+META = ".meta.json"  # what the file that describes a pool is called behind the pool's name
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,11 @@ def read_concepts(path: str | Path) -> list[Concept]:
 
 def meta_file(out: str | Path) -> Path:
     """Returns the file beside a pool that says how it was made."""
-    return Path(f"{out}.meta.json")
+    return Path(f"{out}{META}")
 
 
 def pool_language(out: str | Path) -> str:
     """Returns the spaCy model that a pool was made with; "", the small English one, when nothing tells."""
-    path = meta_file(out)
-    meta = read_json(path, "description of the pool") if path.exists() else {}
+    path = beside(out, META)
+    meta = read_json(path, "description of the pool") if path else {}
     return str(meta.get("options", {}).get("language", ""))

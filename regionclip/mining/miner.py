@@ -21,9 +21,9 @@ from clip_base.jobs.skipped import max_skipped_option, require_share
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.workers import EXECUTORS, Report
-from clip_base.storage.files import existing
+from clip_base.storage.files import beside, existing
 from clip_base.weights.load import load_clip
-from regionclip.concepts.phrase_cache import StoredPhrases, phrases_file
+from regionclip.concepts.phrase_cache import PHRASES, StoredPhrases
 from regionclip.concepts.phrases import Phrase, PhraseParser
 from regionclip.concepts.pool import Concept, pool_language, read_concepts
 from regionclip.concepts.synonyms import aliases_of
@@ -325,8 +325,8 @@ def mining_parser(path: str, pool: Sequence[Concept], language: str, workers: in
     parser = PhraseParser(
         language or pool_language(path), workers=workers, stop_words=frozenset(), names=names
     )
-    kept = phrases_file(path)
-    if kept.exists():
+    kept = beside(path, PHRASES)
+    if kept:
         try:
             parser.memory = StoredPhrases(kept, parser.fingerprint)
         except InputError as error:

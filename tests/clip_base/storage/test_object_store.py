@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from clip_base.storage import remote, remote_cache
-from clip_base.storage.files import existing, read_json, read_text
+from clip_base.storage.files import beside, existing, read_json, read_text
 from clip_base.storage.hashing import content_hash
 from clip_base.storage.remote import RemoteError, filesystem, open_remote, read_range
 from clip_base.weights.load import find
+from regionclip.concepts.pool import pool_language
 
 CONTENT = np.random.default_rng(2).bytes(300_000)
 
@@ -60,6 +61,15 @@ def test_folders_are_listed_and_copied(files: Any, store: str) -> None:
     files.pipe_file("bucket/w/one.txt", b"one again")
     remote_cache.fetch.cache_clear()
     assert content_hash(f"{store}/w") != before
+
+
+def test_what_stands_beside_a_file_is_found(files: Any, store: str) -> None:
+    files.pipe_file("bucket/pool.jsonl", b"")
+    files.pipe_file("bucket/pool.jsonl.meta.json", b'{"options": {"language": "zh"}}')
+    assert pool_language(f"{store}/pool.jsonl") == "zh"
+    assert beside(f"{store}/pool.jsonl", ".phrases.db") is None
+    with pytest.raises(RemoteError, match="cannot be reached"):
+        beside("http://127.0.0.1:9/pool.jsonl", ".meta.json")
 
 
 def test_a_folder_of_too_many_files_is_refused(

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from clip_base.data.sources import Pair, Pairs, grouped
 from clip_base.images.folders import list_files
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.runtime.errors import InputError, note, shortened
+from clip_base.runtime.errors import InputError, note, quote, shortened
 from clip_base.storage.files import existing
+from clip_base.storage.parquet_files import open_parquet
 
 STATUS, DOWNLOADED = "status", "success"  # img2dataset's column, and its word for an image that it has got
 
@@ -90,21 +88,19 @@ class ParquetSource:
 
     def _columns(self, path: Path) -> tuple[list[Any], list[Any]]:
         wanted = [self.config.image_column, self.config.caption_column]
-        try:
-            files = _files(path)
-            names = pq.ParquetDataset(files).schema.names
-            for column in wanted:
-                if column not in names:
-                    raise InputError(f"{path} has no column {column!r}; it has {shortened(', '.join(names))}")
-            read = [*wanted, STATUS] if STATUS in names else wanted
-            table = pq.read_table(files, columns=read)
-            columns = {name: table.column(name).to_pylist() for name in read}
-        # A damaged file may hold texts that are no UTF-8, in its names as well.
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise InputError(f"{path} cannot be read as Parquet: {shortened(reason, 200)}") from None
-        images, captions = columns[wanted[0]], columns[wanted[1]]
-        kept = _downloaded(columns[STATUS], path) if STATUS in columns else range(len(images))
+        images, captions, status = list[Any](), list[Any](), list[Any]()
+        for file in _files(path):
+            with open_parquet(file) as opened:
+                names = opened.schema_arrow.names
+                lacking = next((column for column in wanted if column not in names), None)
+                if lacking is not None:
+                    known = shortened(", ".join(names))
+                    raise InputError(f"{file} has no column {lacking!r}; it has {known}")
+                table = opened.read([*wanted, STATUS] if STATUS in names else wanted)
+                images += table.column(wanted[0]).to_pylist()
+                captions += table.column(wanted[1]).to_pylist()
+                status += table.column(STATUS).to_pylist() if STATUS in names else []
+        kept = _downloaded(status, path) if len(status) == len(images) else range(len(images))
         return [images[row] for row in kept], [captions[row] for row in kept]
 
 
@@ -135,7 +131,9 @@ def _texts(value: Any, path: Path, row: int) -> list[str]:
     texts = value if isinstance(value, list) else [value]
     wrong = next((text for text in texts if text is not None and not isinstance(text, str)), None)
     if wrong is not None:
-        raise InputError(f"{path}, row {row}: a caption must be a text, found {wrong!r}; set caption_column=")
+        raise InputError(
+            f"{path}, row {row}: a caption must be a text, found {quote(wrong)}; set caption_column="
+        )
     return [text for text in texts if text and text.strip()]
 
 

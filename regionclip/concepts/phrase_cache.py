@@ -128,6 +128,13 @@ def _find(base: sqlite3.Connection, captions: Iterable[str]) -> Found:
     for start in range(0, len(wanted), _AT_ONCE):
         some = wanted[start : start + _AT_ONCE]
         marks = ",".join("?" * len(some))
-        for key, text in base.execute(f"SELECT caption, found FROM phrases WHERE caption IN ({marks})", some):
-            found[keys[key]] = [Phrase(*values) for values in json.loads(text)]
+        # A damaged row, or what lies behind damage, is parsed anew.
+        try:
+            query = f"SELECT caption, found FROM phrases WHERE caption IN ({marks})"
+            for key, text in base.execute(query, some):
+                found[keys[key]] = [Phrase(*values) for values in json.loads(text)]
+        except sqlite3.OperationalError:
+            raise
+        except (sqlite3.DatabaseError, ValueError, TypeError, KeyError, RecursionError):
+            continue
     return found

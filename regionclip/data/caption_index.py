@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,19 +137,30 @@ def _require_listed(base: sqlite3.Connection, captions: str | Path) -> None:
 
 
 class CaptionIndex:
-    """Reads what `write_caption_index` wrote; any number of processes may, nothing is locked."""
+    """Reads what `write_caption_index` wrote; any number of processes may, nothing is locked.
+
+    Raises:
+        InputError: from each method, when the file is damaged.
+    """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._base = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+
+    def _select(self, query: str, values: Sequence[int] = ()) -> Iterator[Any]:
+        try:
+            yield from self._base.execute(f"SELECT {query}", values)
+        except (sqlite3.DatabaseError, ValueError, OverflowError) as error:
+            raise InputError(f"list of images {self._path} is damaged ({error}); delete it") from None
 
     def __len__(self) -> int:
         """Returns how many images there are."""
-        (count,) = self._base.execute("SELECT COUNT(*) FROM images").fetchone()
+        ((count,),) = self._select("COUNT(*) FROM images")
         return int(count)
 
     def slices(self, size: int) -> Iterator[ImageRange]:
         """Yields all images in slices of `size`; the last one may have fewer."""
-        ids = (key for (key,) in self._base.execute("SELECT id FROM images ORDER BY id"))
+        ids = (key for (key,) in self._select("id FROM images ORDER BY id"))
         number, first, last, count = 0, 0, 0, 0
         for last in ids:
             first, count = last if not count else first, count + 1
@@ -163,12 +174,12 @@ class CaptionIndex:
         """Returns the images of a slice, in the order of their ids."""
         span = (part.first, part.last)
         texts: dict[int, list[str]] = {}
-        order = "SELECT image_id, text FROM captions WHERE image_id BETWEEN ? AND ? ORDER BY image_id, rowid"
-        for key, text in self._base.execute(order, span):
+        order = "image_id, text FROM captions WHERE image_id BETWEEN ? AND ? ORDER BY image_id, rowid"
+        for key, text in self._select(order, span):
             if text:
                 texts.setdefault(key, []).append(text)
-        rows = self._base.execute(
-            "SELECT id, file_name, height, width FROM images WHERE id BETWEEN ? AND ? ORDER BY id", span
+        rows = self._select(
+            "id, file_name, height, width FROM images WHERE id BETWEEN ? AND ? ORDER BY id", span
         )
         return [
             CaptionedImageEntry(

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from clip_base.runtime.errors import InputError, note, quote
 from clip_base.storage.files import existing, read_json, replacing
+from clip_base.storage.parquet_files import open_parquet
 from clip_base.storage.paths import leads_out
 from clip_base.weights.native import open_safetensors
 from regionclip.data.region_tables import (
@@ -35,6 +36,7 @@ MANIFEST, VOCABULARY = "manifest.json", "vocabulary.safetensors"
 MOST_MASS = 1.001  # of probabilities that were rounded to float32
 _ROWS = 5000  # regions made a table at once: as Python's objects they take ten times the memory
 _SKIPPED = b"skipped"
+_REMEDY = "delete it and run `regionclip mine` again"
 SCHEMA = pa.schema(
     [
         *REGION_COLUMNS,
@@ -138,16 +140,8 @@ def read_skipped(path: Path) -> tuple[str, int]:
     Raises:
         InputError: the shard is damaged.
     """
-    try:
-        file = pq.ParquetFile(path)
+    with open_parquet(path, "shard", _REMEDY) as file:
         return (file.schema_arrow.metadata or {}).get(_SKIPPED, b"").decode(), int(file.metadata.num_rows)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: Exception) -> InputError:
-    reason = str(error).splitlines()[0]
-    return InputError(f"shard {path} is damaged ({reason}); delete it and run `regionclip mine` again")
 
 
 def read_manifest(folder: str | Path, *needs: str) -> dict[str, Any]:
@@ -239,11 +233,9 @@ def read_regions(folder: str | Path) -> Iterator[MinedRegion]:
             raise InputError(
                 f"{Path(folder) / MANIFEST}: shard {quote(name)} is not in its folder; mine again"
             )
-        path = existing(Path(folder) / name, "shard")
-        try:
-            table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
-            raise _damaged(path, error) from None
+        path = Path(folder) / name
+        with open_parquet(path, "shard", _REMEDY) as file:
+            table = file.read()
         if not table.schema.equals(SCHEMA):
             found = ", ".join(table.schema.names[:5])
             raise InputError(

@@ -21,6 +21,7 @@ from torch import Tensor
 from clip_base.data.coco import coco_entry
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import existing, replacing
+from clip_base.storage.parquet_files import open_parquet
 from regionclip.data.file_names import name_images
 from regionclip.data.region_tables import BOX, OBJECTNESS, numbers, require_rows
 from regionclip.structures.boxes import xyxy_to_xywh
@@ -141,7 +142,7 @@ class ProposalTable:
 
 def _index(path: Path, names: dict[int, str]) -> Iterator[tuple[Path, int, NDArray[np.int64]]]:
     """Yields each row group of a file with the ids of the images in it; adds their file names to `names`."""
-    with _named(path), pq.ParquetFile(path) as file:
+    with open_parquet(path, "proposals file") as file:
         lacking = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
         if lacking:
             found = ", ".join(file.schema_arrow.names[:6])
@@ -160,19 +161,9 @@ def _index(path: Path, names: dict[int, str]) -> Iterator[tuple[Path, int, NDArr
 
 def _read_group(path: Path, group: int) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]]:
     """Returns a row group's image ids [m], boxes [m, 4] and scores [m], float32."""
-    with _named(path), pq.ParquetFile(path) as file:
+    with open_parquet(path, "proposals file") as file:
         table = file.read_row_group(group, SCHEMA.names).cast(SCHEMA).combine_chunks()
         first = sum(file.metadata.row_group(before).num_rows for before in range(group))
     require_rows(table, (BOX, OBJECTNESS), f"proposals file {path}", first)
     boxes, scores = (numbers(table, name).astype(np.float32) for name in ("box", "objectness"))
     return table["image_id"].to_numpy(), boxes, scores
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Turns what pyarrow says of a damaged file into an InputError."""
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"proposals file {path} cannot be read ({reason}); write it again") from None

@@ -77,7 +77,7 @@ def test_a_shard_holds_its_images_without_regions(tmp_path: Path) -> None:
     write_shard(tmp_path / "two.parquet", [])
     assert read_skipped(tmp_path / "two.parquet") == ("", 0)
     (tmp_path / "two.parquet").write_bytes(b"PAR1")
-    with pytest.raises(InputError, match="is damaged"):
+    with pytest.raises(InputError, match="cannot be read as Parquet"):
         read_skipped(tmp_path / "two.parquet")
 
 
@@ -108,7 +108,9 @@ def test_a_cut_shard_is_named(tmp_path: Path, size: int) -> None:
     folder = finished(tmp_path, [region(1)])
     path = shard_path(folder, 0)
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(InputError, match=r"shard .*shard-00000\.parquet is damaged .*delete it and run"):
+    with pytest.raises(
+        InputError, match=r"shard .*shard-00000\.parquet cannot be read as Parquet .*delete it and run"
+    ):
         list(read_regions(folder))
 
 

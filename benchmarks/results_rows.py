@@ -1,280 +1,160 @@
-"""The rows of the results tables: what is mined, pretrained, trained and measured, as stages of jobs."""
+"""The rows of the results tables: which steps each needs, and what is measured of it."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from regionclip.quickstart.stages import Stage
+from results_steps import (
+    ALPHAS,
+    BACKGROUND_WEIGHTS,
+    CURVE,
+    STUDENTS,
+    Step,
+    all_steps,
+)
 
-SIDE = 128  # pixels of the scenes that region stages see, as configs/*/results.yaml have it
-ALPHAS = ("0.0", "0.25", "0.5", "0.75")
-BACKGROUND_WEIGHTS = ("0.05", "1.0")  # beside 0.2, the recipe's and the detectors' of the main table
-CURVE = (
-    "0.25",
-    "0.5",
-    "0.75",
-)  # shares of the later model, as configs/region-interpolate/results.yaml has them
+from clip_base.storage.tables import read_yaml
+from regionclip.quickstart.stages import shipped
 
-
-@dataclass(frozen=True)
-class Mining:
-    """How one set of pairs is mined.
-
-    Attributes:
-        title: for the table.
-        options: `key=value` of `regionclip mine`.
-    """
-
-    title: str
-    options: tuple[str, ...]
+TOP1 = ("top1_base", "top1_novel", "top1")
+AP50 = ("AP50_base", "AP50_novel", "AP50_all")
+AP = ("AP_all",)
+RETRIEVAL = ("image_to_text_R@1", "text_to_image_R@1")
 
 
 @dataclass(frozen=True)
-class Student:
-    """How one RegionCLIP is pretrained.
+class Row:
+    """One row of a table, of one dataset and seed.
 
     Attributes:
-        title: for the table.
-        mined: key in MINED.
-        options: `key=value` of `regionclip pretrain`.
+        key: name of its file.
+        title: what the table calls it.
+        table: which table it is in, a key of `TABLES`.
+        measures: by step whose metrics.json is read, the metrics that are kept of it.
+        main: whether it is run for all seeds; the others are ablations.
     """
 
+    key: str
     title: str
-    mined: str
-    options: tuple[str, ...] = ()
+    table: str
+    measures: dict[str, tuple[str, ...]]
+    main: bool = True
 
 
-HALF, GATE = ("teacher=roi_align", "teacher_scale=0.5"), "matcher.min_objectness=0.5"
-MINED = {
-    "published": Mining("pool, RoIAlign at the student's scale", ("matcher.name=pool", "teacher=roi_align")),
-    "pool": Mining("pool, RoIAlign at CLIP's scale", ("matcher.name=pool", GATE, *HALF)),
-    "hybrid": Mining("hybrid, RoIAlign at CLIP's scale", ("matcher.name=hybrid", GATE, *HALF)),
-    "caption": Mining("caption, RoIAlign at CLIP's scale", ("matcher.name=caption", GATE, *HALF)),
-    "exclusive": Mining("exclusive, RoIAlign at CLIP's scale", ("matcher.name=exclusive", *HALF)),
-    "crop": Mining("exclusive, crops", ("matcher.name=exclusive", "teacher=crop", "context=2.2")),
-}
-ONLY = {
-    name: tuple(f"{other}={float(other == name)}" for other in ("distillation", "contrastive", "image_text"))
-    for name in ("distillation", "contrastive", "image_text")
-}
-STUDENTS = {
-    "published": Student("RegionCLIP, as published", "published"),
-    "best": Student("our best: matcher exclusive", "exclusive"),
-}
-ABLATIONS = {
-    "pool": Student("matcher pool", "pool"),
-    "hybrid": Student("matcher hybrid", "hybrid"),
-    "caption": Student("matcher caption", "caption"),
-    "crop": Student("our best, teacher `crop`", "crop"),
-    "distillation": Student("our best, distillation only", "exclusive", ONLY["distillation"]),
-    "contrastive": Student("our best, region-text contrastive loss only", "exclusive", ONLY["contrastive"]),
-    "image_text": Student("our best, image-text contrastive loss only", "exclusive", ONLY["image_text"]),
-    "crops": Student("our best, plus the crop loss", "exclusive", ("crop_distillation=1",)),
-    "temperature": Student("our best, learned temperature", "exclusive", ("learn_temperature=true",)),
-}
-DETECTORS = {
-    "random": "random weights",
-    "clip": "CLIP",
-    "published": "RegionCLIP, as published",
-    "best": "our best",
-}
+def zero_shot(key: str, title: str, table: str = "students", main: bool = True, step: str = "") -> Row:
+    """Returns the row of a model without detector training; `step` begins the names of its evaluations."""
+    step = step or key
+    measures = {f"{step}-truth": TOP1, f"{step}-proposals": AP50, f"{step}-retrieval": RETRIEVAL}
+    return Row(key, title, table, measures, main)
 
 
-def first_stages(folder: Path, seed: int) -> list[Stage]:
-    """Returns what all rows share: world, CLIP, proposal network, concepts, proposals."""
-    world, clip, train = folder / "world", model(folder, "clip"), f"train.seed={seed}"
-    pairs = (f"captions={world}/captions_train.json", f"images={world}/images")
-    return [
-        Stage("world", "scenes", 0.5, (f"out={world}", f"seed={seed}")),
-        Stage(
-            "CLIP",
-            "pretrain",
-            14,
-            (f"out={folder}/clip", "source.name=coco", *(f"source.{pair}" for pair in pairs), train),
-        ),
-        Stage(
-            "proposal network",
-            "region-train-rpn",
-            2,
-            (
-                *boxes(world, "train"),
-                f"val_annotations={world}/instances_val.json",
-                f"network.backbone_weights={clip}",
-                f"out={folder}/rpn",
-                train,
-            ),
-        ),
-        Stage("concepts", "region-concepts", 0.5, (pairs[0], f"out={folder}/concepts.jsonl")),
-        Stage(
-            "proposals",
-            "region-propose",
-            1.5,
-            (
-                *boxes(world, "train"),
-                "proposer.name=rpn",
-                f"proposer.weights={model(folder, 'rpn')}",
-                f"out={folder}/proposals",
-            ),
-        ),
-    ]
+def trained(key: str, title: str, main: bool = True, table: str = "detectors") -> Row:
+    return Row(key, title, table, {f"{key}-evaluation": (*AP50, *AP)}, main)
 
 
-def main_stages(folder: Path, seed: int) -> list[Stage]:
-    """Returns the rows of the main tables: students, detectors, and what each figure needs."""
-    stages = [mining(folder, name) for name in dict.fromkeys(one.mined for one in STUDENTS.values())]
-    stages += zero_shot(folder, "clip")
-    for name, student in STUDENTS.items():
-        stages.append(pretraining(folder, seed, name, student))
-        stages += zero_shot(folder, f"student-{name}")
-    start = {"random": "random", "clip": "clip", "published": "student-published", "best": "student-best"}
-    for name in DETECTORS:
-        own = ("freeze_stages=0", "freeze_batch_norm=false") if name == "random" else ()
-        stages += detector(folder, seed, name, start[name], own)
-    return [*stages, as_trained(folder)]
+ROWS = (
+    zero_shot("random", "random weights (chance)"),
+    zero_shot("clip", "CLIP"),
+    Row("clip-as-trained", "CLIP, images at its training size", "students", {"clip-as-trained-truth": TOP1}),
+    *(zero_shot(f"student-{name}", one.title, main=one.main) for name, one in STUDENTS.items()),
+    *(zero_shot(f"student-{alpha}", f"{alpha} of our best, the rest of CLIP", main=False) for alpha in CURVE),
+    trained("detector-clip", "initialized from CLIP"),
+    trained("detector-published", "initialized from RegionCLIP, as published"),
+    trained("detector-best", "initialized from our best"),
+    trained("detector-shared", "initialized from our best, region_head=shared"),
+    trained("detector-frozen", "our best frozen, a trained box head alone", main=False),
+    trained(
+        "detector-chosen",
+        "weights between detector and student, the factor chosen on held-out base classes",
+        main=False,
+    ),
+    trained("detector-supervised", "supervised on all classes (upper bound)"),
+    *(
+        trained(f"detector-background-{weight}", f"our best, background weight {weight}", main=False)
+        for weight in BACKGROUND_WEIGHTS
+    ),
+    *(trained(f"detector-alpha-{alpha}", f"our best, α {alpha}", main=False) for alpha in ALPHAS),
+    *(
+        trained(f"detector-{alpha}", f"{alpha} of our best, the rest of its student", main=False)
+        for alpha in CURVE
+    ),
+)
 
 
-def as_trained(folder: Path) -> Stage:
-    """Returns the CLIP's evaluation with true boxes in scenes of the size at which it was trained."""
-    val = (*boxes(folder / "world", "val"), f"weights={model(folder, 'clip')}", "boxes=truth")
-    size = ("resize.short=[64]", "resize.long=64", f"out={folder}/clip-as-trained-truth")
-    return Stage("clip at its own scale, true boxes", "region-evaluate", 0.1, (*val, *size))
+@dataclass(frozen=True)
+class Comparison:
+    """What a sentence of the text says: that one row's figure is larger than another's.
+
+    Attributes:
+        better: key of the row that should have the larger figure.
+        worse: key of the other row.
+        metric: of both rows' files.
+        worse_metric: another metric of the second row; "" for the same.
+    """
+
+    better: str
+    worse: str
+    metric: str
+    worse_metric: str = ""
 
 
-def ablation_stages(folder: Path, seed: int) -> list[Stage]:
-    """Returns what changes one thing at a time: losses, teacher, matcher, background, fusion, weights."""
-    stages = []
-    known = {one.mined for one in STUDENTS.values()}
-    for name, student in ABLATIONS.items():
-        stages += [mining(folder, student.mined)] if student.mined not in known else []
-        known.add(student.mined)
-        stages.append(pretraining(folder, seed, name, student))
-        stages += zero_shot(folder, f"student-{name}")
-    for weight in BACKGROUND_WEIGHTS:
-        changed = (f"background_weight={weight}",)
-        stages += detector(folder, seed, f"background-{weight}", "student-best", changed)
-    for alpha in ALPHAS:
-        fusion = (
-            "use_checkpoint_config=false",
-            f"detector.alpha_base={alpha}",
-            f"detector.alpha_novel={alpha}",
-        )
-        stages.append(detection(folder, f"alpha-{alpha}", model(folder, "detector-best"), fusion))
-    return stages + curves(folder)
+COMPARISONS = (
+    Comparison("detector-supervised", "detector-supervised", "AP50_novel", "AP50_base"),
+    *(Comparison("student-best", "student-published", metric) for metric in (*TOP1, *AP50)),
+    *(Comparison("student-published", "clip", metric) for metric in (*TOP1, *AP50)),
+    *(Comparison("student-best", "clip-as-trained", metric) for metric in TOP1),
+    *(Comparison("student-shared", "student-best", metric) for metric in (*TOP1, *AP50)),
+    *(Comparison("detector-published", "detector-clip", metric) for metric in (*AP50, *AP)),
+    *(Comparison("detector-best", "detector-published", metric) for metric in (*AP50, *AP)),
+    *(Comparison("detector-shared", "detector-best", metric) for metric in (*AP50, *AP)),
+    *(
+        Comparison(detector, other, metric)
+        for other in ("detector-best", "student-best")
+        for detector in ("detector-frozen", "detector-chosen")
+        for metric in AP50
+    ),
+    *(Comparison("detector-best", "student-best", metric) for metric in AP50),
+)
 
 
-def curves(folder: Path) -> list[Stage]:
-    """Returns the interpolations: from the CLIP to our best student, and from that to its detector."""
-    clip, student, trained = (model(folder, name) for name in ("clip", "student-best", "detector-best"))
-    before, after = folder / "curve-student", folder / "curve-detector"
-    stages = [
-        Stage(
-            "curve to the student",
-            "region-interpolate",
-            0.1,
-            (f"first={clip}", f"second={student}", f"out={before}"),
-        ),
-        Stage(
-            "curve to the detector",
-            "region-interpolate",
-            0.1,
-            (f"first={student}", f"second={trained}", f"out={after}"),
-        ),
-    ]
-    for alpha in CURVE:
-        file = f"alpha-{alpha}.safetensors"
-        stages += zero_shot(folder, f"student-{alpha}", before / file)
-        stages.append(detection(folder, f"detector-{alpha}", after / file))
-    return stages
+def steps_of(row: Row, steps: dict[str, Step]) -> list[Step]:
+    """Returns everything that a row needs, each step after those that it needs itself."""
+    order: dict[str, Step] = {}
+
+    def visit(name: str) -> None:
+        if name in order:
+            return
+        for needed in steps[name].needs:
+            visit(needed)
+        order[name] = steps[name]
+
+    for name in row.measures:
+        visit(name)
+    return list(order.values())
 
 
-def model(folder: Path, name: str) -> Path:
-    return folder / name / "model.safetensors"
+def row_key(row: Row, world: str, seed: int, preset: str) -> str:
+    """Returns the hash of all options that decide a row; defaults of the jobs are not among them."""
+    place = Path("run")
+    told = []
+    for step in steps_of(row, all_steps(place, world, seed)):
+        stage = step.stage
+        if stage is None:
+            told.append([step.name, *step.needs])
+        else:
+            options = read_yaml(shipped(stage.job, preset))
+            told.append([step.name, stage.job, str(options), *stage.overrides])
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
-def boxes(world: Path, part: str) -> tuple[str, ...]:
-    annotations = f"annotations={world}/instances_{part}.json"
-    return (annotations, f"images={world}/images", f"split={world}/split.json")
-
-
-def mining(folder: Path, name: str) -> Stage:
-    world = folder / "world"
-    return Stage(
-        f"mine {name}",
-        "region-mine",
-        1.5,
-        (
-            f"captions={world}/captions_train.json",
-            f"images={world}/images",
-            f"weights={model(folder, 'clip')}",
-            f"concepts={folder}/concepts.jsonl",
-            "proposer.name=precomputed",
-            f"proposer.file={folder}/proposals/proposals.json",
-            *MINED[name].options,
-            f"out={folder}/mined-{name}",
-        ),
-    )
-
-
-def pretraining(folder: Path, seed: int, name: str, student: Student) -> Stage:
-    return Stage(
-        f"pretrain {name}",
-        "region-pretrain",
-        2.5,
-        (
-            f"mined={folder}/mined-{student.mined}",
-            f"weights={model(folder, 'clip')}",
-            *student.options,
-            f"out={folder}/student-{name}",
-            f"train.seed={seed}",
-        ),
-    )
-
-
-def zero_shot(folder: Path, name: str, file: Path | None = None) -> list[Stage]:
-    """Returns the evaluations without detector training: true boxes, proposals, and retrieval."""
-    weights, world = f"weights={file or model(folder, name)}", folder / "world"
-    own = ("proposer.name=rpn", f"proposer.weights={model(folder, 'rpn')}", "proposer.limit=30")
-    val = (*boxes(world, "val"), weights)
-    truth = (*val, "boxes=truth", f"out={folder}/{name}-truth")
-    return [
-        Stage(f"{name}, true boxes", "region-evaluate", 0.1, truth),
-        Stage(f"{name}, proposals", "region-evaluate", 0.3, (*val, *own, f"out={folder}/{name}-proposals")),
-        Stage(
-            f"{name}, retrieval",
-            "retrieval",
-            0.2,
-            (
-                weights,
-                f"captions={world}/captions_val.json",
-                f"images={world}/images",
-                f"out={folder}/{name}-retrieval",
-            ),
-        ),
-    ]
-
-
-def detector(folder: Path, seed: int, name: str, start: str, options: Sequence[str]) -> list[Stage]:
-    """Returns the training of a detector on base classes, and its evaluation."""
-    training = Stage(
-        f"detector {name}",
-        "region-train-detector",
-        1.3,
-        (
-            *boxes(folder / "world", "train"),
-            f"weights={model(folder, start)}",
-            f"rpn={model(folder, 'rpn')}",
-            *options,
-            f"out={folder}/detector-{name}",
-            f"train.seed={seed}",
-        ),
-    )
-    return [training, detection(folder, f"detector-{name}", model(folder, f"detector-{name}"))]
-
-
-def detection(folder: Path, name: str, weights: Path, options: Sequence[str] = ()) -> Stage:
-    val = (*boxes(folder / "world", "val"), f"weights={weights}")
-    return Stage(
-        f"{name}, evaluation", "region-evaluate", 0.3, (*val, *options, f"out={folder}/{name}-evaluation")
-    )
+def chosen(keys: Sequence[str], ablations: bool) -> list[Row]:
+    """Returns the rows of these keys; without keys the main ones, with `ablations` all."""
+    known = {row.key: row for row in ROWS}
+    unknown = [key for key in keys if key not in known]
+    if unknown:
+        raise SystemExit(f"there is no row {', '.join(unknown)}; known: {', '.join(known)}")
+    return [known[key] for key in keys] if keys else [row for row in ROWS if row.main or ablations]

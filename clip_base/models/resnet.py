@@ -206,7 +206,7 @@ class ModifiedResNet(nn.Module):
     Attributes:
         resolution: side of the square image it was made for, in pixels.
         stride: pixels from one cell of the trunk's map to the next.
-        freezable: the parts of each stage below the head, from the stem on, that can be frozen one by one.
+        freezable: the parts of each stage, from the stem on, that can be frozen one by one; the head is last.
         trunk_channels: channels of the trunk's map.
         region_size: side of the trunk's map for an image of `resolution`: a region cut out at this size
             takes the same path as a whole image.
@@ -216,7 +216,13 @@ class ModifiedResNet(nn.Module):
     """
 
     stride = 16
-    freezable = (("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"), ("layer1",), ("layer2",), ("layer3",))
+    freezable = (
+        ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"),
+        ("layer1",),
+        ("layer2",),
+        ("layer3",),
+        ("layer4", "attnpool"),
+    )
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()

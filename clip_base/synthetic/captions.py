@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -50,10 +50,12 @@ class Style:
     Attributes:
         mention: probability that a kind of object in the scene is named; at least one always is.
         colors: share of the noun phrases for objects that carry a color word.
+        synonyms: share of the noun phrases that use another noun than the category's name, if it has one.
     """
 
     mention: float
     colors: float
+    synonyms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,14 @@ def _phrase(group: _Group, style: Style, rng: np.random.Generator) -> str:
             words.append(_pick(("small", "little", "tiny"), rng))
     if rng.random() < style.colors and len(set(group.colors)) == 1:
         words.append(group.colors[0])
-    return counted(group.category, len(group.members), " ".join(words))
+    return counted(_called(group.category, style, rng), len(group.members), " ".join(words))
+
+
+def _called(category: Category, style: Style, rng: np.random.Generator) -> Category:
+    """Returns the category under its own name or, now and then, under a synonym."""
+    if not category.synonyms or not style.synonyms or rng.random() >= style.synonyms:
+        return category
+    return replace(category, name=_pick(category.synonyms, rng), irregular="")
 
 
 def _be(group: _Group) -> str:
@@ -150,7 +159,7 @@ def _behind(backdrop: Backdrop, style: Style, rng: np.random.Generator) -> str:
 
 def _one(group: _Group, backdrop: Backdrop, style: Style, rng: np.random.Generator) -> str:
     if len(group.members) == 2 and len(set(group.colors)) == 2 and rng.random() < style.colors:
-        things = counted(group.category, 2)
+        things = counted(_called(group.category, style, rng), 2)
         first, second = group.colors
         return _pick(
             (

@@ -64,6 +64,7 @@ MIN_VISIBLE = 0.4
 """Least share of an object's pixels that later objects leave uncovered; with less it could not be named."""
 
 _MAX_ANGLE = 30.0
+_TALL = 1.4  # factor on the height, and divisor of the width, of what is called tall
 _OVERLAP = 0.2  # share of objects that are put beside or upon another on purpose
 _CROWDED = 0.08  # share of the smaller one's rectangle that two other objects may have in common
 _REPEAT = 0.2  # share of objects that repeat a category of the same scene
@@ -341,6 +342,9 @@ def warped(category: Category, side: float, rng: np.random.Generator) -> _Patch:
     height, width = level.shape[:2]
     turn, stretch = math.radians(rng.uniform(-_MAX_ANGLE, _MAX_ANGLE)), rng.uniform(0.9, 1.1)
     cos, sin, scale = math.cos(turn), math.sin(turn), side / max(height, width)
+    if category.attribute == "tall":
+        scale = side / max(height * _TALL, width / _TALL)
+        stretch /= _TALL
     matrix = np.array([[cos, -sin], [sin, cos]]) @ np.diag([scale * stretch, scale / stretch])
     reach = np.abs(matrix) @ np.array([width, height])
     columns, rows = math.ceil(reach[0]) + 2, math.ceil(reach[1]) + 2

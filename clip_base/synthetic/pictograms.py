@@ -8,7 +8,8 @@ apart, so that a small dataset (the first N) is easy.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -38,6 +39,8 @@ class Category:
         paired: the noun is counted in pairs ("two pairs of scissors").
         bold: pixels by which thin lines are thickened on either side, of a font size of 512.
         irregular: the plural where adding s or es does not make it.
+        synonyms: other nouns for it, with regular plurals; captions use them where the dataset has synonyms.
+        attribute: one of `ATTRIBUTES` that is drawn and that the name begins with, or nothing.
     """
 
     name: str
@@ -49,6 +52,8 @@ class Category:
     paired: bool = False
     bold: int = 0
     irregular: str = ""
+    synonyms: tuple[str, ...] = ()
+    attribute: str = ""
 
     @property
     def plural(self) -> str:
@@ -59,85 +64,111 @@ class Category:
 
 
 TABLE: tuple[Category, ...] = (
-    Category("airplane", 0x2708, "vehicle"),
+    Category("airplane", 0x2708, "vehicle", synonyms=("plane",)),
     Category("anchor", 0x2693, "vehicle"),
-    Category("umbrella", 0x2602, "household", bold=4),
+    Category("umbrella", 0x2602, "household", bold=4, synonyms=("parasol",)),
     Category("scissors", 0x2702, "tool", paired=True),
     Category("snowflake", 0x2744, "weather"),
     Category("heart", 0x2665, "shape"),
     Category("skull", 0x2620, "body", hollow=True),
     Category("star", 0x2605, "shape"),
-    Category("telephone", 0x260E, "household"),
+    Category("telephone", 0x260E, "household", synonyms=("phone",)),
     Category("sun", 0x2600, "weather"),
-    Category("cup", 0x2615, "household", hollow=True, single=True),
-    Category("clover", 0x2618, "plant"),
+    Category("cup", 0x2615, "household", hollow=True, single=True, synonyms=("mug",)),
+    Category("clover", 0x2618, "plant", synonyms=("shamrock",)),
     Category("envelope", 0x2709, "office", hollow=True),
-    Category("flag", 0x2691, "sign"),
-    Category("gear", 0x2699, "tool"),
-    Category("cat", 0x1F431, "animal", hollow=True),
+    Category("flag", 0x2691, "sign", synonyms=("banner",)),
+    Category("gear", 0x2699, "tool", synonyms=("cogwheel",)),
+    Category("cat", 0x1F431, "animal", hollow=True, synonyms=("kitten",)),
     Category("cloud", 0x2601, "weather"),
     Category("hand", 0x261B, "body"),
-    Category("crown", 0x265B, "clothing"),
-    Category("horse", 0x265E, "animal"),
+    Category("crown", 0x265B, "clothing", synonyms=("diadem",)),
+    Category("horse", 0x265E, "animal", synonyms=("stallion",)),
     Category("wheel", 0x2638, "vehicle"),
     Category("pencil", 0x270E, "office", hollow=True),
     Category("hammer", 0x2692, "tool"),
-    Category("moon", 0x263D, "weather", filled=True),
-    Category("house", 0x2302, "building", filled=True),
+    Category("moon", 0x263D, "weather", filled=True, synonyms=("crescent",)),
+    Category("house", 0x2302, "building", filled=True, synonyms=("cottage",)),
     Category("wheelchair", 0x267F, "vehicle"),
-    Category("sword", 0x2694, "tool", bold=6),
-    Category("flower", 0x273F, "plant"),
-    Category("note", 0x266A, "music"),
+    Category("sword", 0x2694, "tool", bold=6, synonyms=("blade",)),
+    Category("flower", 0x273F, "plant", synonyms=("blossom",)),
+    Category("note", 0x266A, "music", synonyms=("quaver",)),
     Category("snowman", 0x2603, "weather", hollow=True, single=True, irregular="snowmen"),
-    Category("arrow", 0x27A1, "sign"),
-    Category("mouse", 0x1F42D, "animal", hollow=True, irregular="mice"),
+    Category("arrow", 0x27A1, "sign", synonyms=("pointer",)),
+    Category("mouse", 0x1F42D, "animal", hollow=True, irregular="mice", synonyms=("rodent",)),
     Category("balance", 0x2696, "tool", bold=5),
     Category("tulip", 0x2698, "plant"),
     Category("atom", 0x269B, "science", bold=9),
-    Category("turtle", 0x269C, "animal", hollow=True),
-    Category("warning sign", 0x26A0, "sign", hollow=True),
-    Category("bolt", 0x26A1, "weather", bold=6),
-    Category("vase", 0x26B1, "household", filled=True),
+    Category("turtle", 0x269C, "animal", hollow=True, synonyms=("tortoise",)),
+    Category("warning sign", 0x26A0, "sign", hollow=True, synonyms=("danger sign",)),
+    Category("bolt", 0x26A1, "weather", bold=6, synonyms=("thunderbolt",)),
+    Category("vase", 0x26B1, "household", filled=True, synonyms=("urn",)),
     Category("chain", 0x26AD, "tool"),
     Category("drum", 0x26C1, "music", hollow=True),
     Category("pen", 0x2712, "office"),
-    Category("checkmark", 0x2714, "sign"),
+    Category("checkmark", 0x2714, "sign", synonyms=("tick",)),
     Category("asterisk", 0x2731, "sign"),
     Category("keyboard", 0x2328, "office", hollow=True),
     Category("bowtie", 0x22C8, "clothing", filled=True),
-    Category("target", 0x25CE, "game", hollow=True),
+    Category("target", 0x25CE, "game", hollow=True, synonyms=("bullseye",)),
     Category("domino", 0x1F081, "game", hollow=True, irregular="dominoes"),
-    Category("card", 0x1F0A1, "game", hollow=True),
-    Category("cow", 0x1F42E, "animal", hollow=True),
-    Category("monkey", 0x1F435, "animal", hollow=True),
-    Category("smiley", 0x263A, "face", hollow=True),
-    Category("devil", 0x1F608, "face", hollow=True),
+    Category("card", 0x1F0A1, "game", hollow=True, synonyms=("playing card",)),
+    Category("cow", 0x1F42E, "animal", hollow=True, synonyms=("heifer",)),
+    Category("monkey", 0x1F435, "animal", hollow=True, synonyms=("ape",)),
+    Category("smiley", 0x263A, "face", hollow=True, synonyms=("smiling face",)),
+    Category("devil", 0x1F608, "face", hollow=True, synonyms=("demon",)),
     Category("angel", 0x1F607, "face", hollow=True),
     Category("dart", 0x27B5, "game", bold=4),
     Category("leaf", 0x2766, "plant", irregular="leaves", bold=3),
-    Category("trident", 0x2646, "tool", bold=3),
+    Category("trident", 0x2646, "tool", bold=3, synonyms=("pitchfork",)),
     Category("spade", 0x2660, "game"),
-    Category("diamond", 0x2666, "game"),
+    Category("diamond", 0x2666, "game", synonyms=("rhombus",)),
     Category("pawn", 0x265F, "game"),
-    Category("tower", 0x265C, "building"),
+    Category("tower", 0x265C, "building", synonyms=("rook",)),
     Category("bishop", 0x265D, "game"),
     Category("biohazard", 0x2623, "science", bold=4),
-    Category("fan", 0x2622, "household"),
-    Category("snake", 0x2695, "animal", bold=9),
+    Category("fan", 0x2622, "household", synonyms=("ventilator",)),
+    Category("snake", 0x2695, "animal", bold=9, synonyms=("serpent",)),
     Category("peace sign", 0x262E, "sign"),
     Category("triangle", 0x25B2, "shape"),
-    Category("mirror", 0x2640, "household", hollow=True),
+    Category("mirror", 0x2640, "household", hollow=True, synonyms=("looking glass",)),
     Category("horseshoe", 0x03A9, "household"),
-    Category("pinwheel", 0x2743, "shape"),
+    Category("pinwheel", 0x2743, "shape", synonyms=("whirligig",)),
     Category("ampersand", 0x0026, "sign"),
     Category("question mark", 0x003F, "sign"),
     Category("coffin", 0x26B0, "household", filled=True),
     Category("king", 0x265A, "game"),
     Category("ankh", 0x2625, "shape", bold=3),
     Category("bull", 0x2649, "animal"),
-    Category("cross", 0x271A, "shape"),
+    Category("cross", 0x271A, "shape", synonyms=("plus sign",)),
 )
 """All categories, the easiest to tell apart first."""
+
+ATTRIBUTES = ("striped", "tall")
+"""How a variant of a category may look: painted with diagonal stripes, or stretched in height."""
+
+_STRIPES = 5  # pairs of stripes along the longest side
+
+
+def with_variants(categories: Sequence[Category], attributes: Sequence[str]) -> tuple[Category, ...]:
+    """Returns the categories, followed for each attribute by variants of all of them.
+
+    Args:
+        categories: without attributes.
+        attributes: some of `ATTRIBUTES`. "tall" makes "star" another category, "tall star".
+    """
+    variants = [
+        replace(
+            category,
+            name=f"{attribute} {category.name}",
+            irregular=f"{attribute} {category.irregular}" if category.irregular else "",
+            synonyms=tuple(f"{attribute} {noun}" for noun in category.synonyms),
+            attribute=attribute,
+        )
+        for attribute in attributes
+        for category in categories
+    ]
+    return (*categories, *variants)
 
 
 def font_path() -> Path:
@@ -159,6 +190,10 @@ def levels(category: Category) -> tuple[NDArray[np.uint8], ...]:
     if category.hollow or category.filled:
         body = np.maximum(body, _silhouette(body))
     lines = drawn if category.hollow else np.zeros_like(body)
+    if category.attribute == "striped":
+        rows, columns = np.indices(body.shape)
+        stripes = ((rows + columns) * _STRIPES / max(body.shape)) % 1 < 0.5
+        lines = np.maximum(lines, np.minimum(body, stripes * np.uint8(255)))
     both = np.stack([body, lines], axis=-1)
     made, side = [], LARGEST_LEVEL
     while side >= _SMALLEST_LEVEL:

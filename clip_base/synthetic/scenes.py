@@ -28,7 +28,8 @@ from clip_base.runtime.workers import Report, cores, run
 from clip_base.storage.files import make_folder, read_json, write_json
 from clip_base.synthetic.captions import Seen, Style, describe
 from clip_base.synthetic.painting import Painter, Recipe, Scene
-from clip_base.synthetic.pictograms import TABLE, Category
+from clip_base.synthetic.pictograms import ATTRIBUTES, TABLE, Category, with_variants
+from clip_base.synthetic.splits import SPLITS_OF_CATEGORIES, balanced, spread
 
 SPLITS = ("train", "val")
 DRAWING = 1
@@ -47,8 +48,19 @@ class ScenesConfig:
     val_images: int = option(0, "number of validation images; 0: a tenth of images")
     seed: int = option(0, "determines every image and every word")
     size: int = option(128, "side of the square images, in pixels")
-    categories: int = option(16, f"number of categories, up to {len(TABLE)}")
+    categories: int = option(16, f"number of categories without their variants, up to {len(TABLE)}")
+    attributes: list[str] = option(
+        [],
+        f"some of {', '.join(ATTRIBUTES)}: each adds a variant of every category, such as tall star beside "
+        "star, which is a category of its own",
+    )
     novel: int = option(0, "how many categories are novel; 0: a quarter")
+    split: str = option(
+        "spread",
+        "which categories are novel: spread evenly over the list of categories, or balanced: drawn by seed "
+        "so that base and novel ones are equally hard to tell apart",
+        choices=SPLITS_OF_CATEGORIES,
+    )
     objects_min: int = option(1, "minimum number of objects per image")
     objects_max: int = option(4, "maximum number of objects per image")
     object_min: float = option(0.2, "longest side of the smallest objects, as a share of the image's")
@@ -56,6 +68,9 @@ class ScenesConfig:
     distractors: int = option(1, "maximum number of unnamed shapes per image")
     captions: int = option(3, "captions per image")
     colors: float = option(0.15, "share of the phrases with a color word, 0 to 1", renamed_from="colours")
+    synonyms: float = option(
+        0.0, "share of the phrases that use another noun than the category's name (plane, mug), 0 to 1"
+    )
     mention: float = option(0.75, "probability that a caption names an object, 0 to 1; it always names one")
     quality: int = option(90, "JPEG quality, 1 to 100")
     workers: int = option(0, "processes; 0: one per core", runtime_only=True)
@@ -67,7 +82,13 @@ class ScenesConfig:
         for name, least in whole.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)} is too small; give {least} or more")
-        highest = {"categories": len(TABLE), "novel": self.categories - 1, "quality": 100, "objects_max": 100}
+        strange = [name for name in self.attributes if name not in ATTRIBUTES]
+        if strange or len(set(self.attributes)) < len(self.attributes):
+            raise InputError(
+                f"attributes={self.attributes}: give each of {', '.join(ATTRIBUTES)} at most once"
+            )
+        names = self.categories * (1 + len(self.attributes))
+        highest = {"categories": len(TABLE), "novel": names - 1, "quality": 100, "objects_max": 100}
         for name, most in highest.items():
             if getattr(self, name) > most:
                 raise InputError(f"{name}={getattr(self, name)} is too large; give {most} or less")
@@ -82,7 +103,7 @@ class ScenesConfig:
             raise InputError(
                 f"object_min={self.object_min} of size={self.size} is under 10 pixels, too small to see"
             )
-        for name in ("colors", "mention"):
+        for name in ("colors", "mention", "synonyms"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}={getattr(self, name)} must be between 0 and 1")
 
@@ -119,28 +140,29 @@ def generate(config: ScenesConfig) -> None:
             progress.advance(drawn)
     for split in SPLITS:
         _assemble(folder, split, [_part(parts, task) for task in tasks if task[0] == split], config)
-    categories = TABLE[: config.categories]
-    novel = {category.name for category in novel_categories(config)}
-    names = [category.name for category in categories]
-    split_names = {
-        "base": [name for name in names if name not in novel],
-        "novel": [name for name in names if name in novel],
-    }
+    names, novel = [category.name for category in all_categories(config)], novel_names(config)
+    split_names = {"base": [name for name in names if name not in novel], "novel": novel}
     write_json(folder / "split.json", split_names, indent=2)
     write_json(record, finished, indent=2)
     shutil.rmtree(parts)
 
 
-def novel_categories(config: ScenesConfig) -> list[Category]:
-    """Returns the novel ones of the dataset's categories, spread evenly over the table."""
-    count = config.novel or max(1, config.categories // 4)
-    return [TABLE[int((i + 0.5) * config.categories / count)] for i in range(count)]
+def all_categories(config: ScenesConfig) -> tuple[Category, ...]:
+    """Returns the dataset's categories, variants last, in the order of their ids."""
+    return with_variants(TABLE[: config.categories], config.attributes)
+
+
+def novel_names(config: ScenesConfig) -> list[str]:
+    """Returns the novel ones of the dataset's categories, in the order of their ids."""
+    names = [category.name for category in all_categories(config)]
+    count = config.novel or max(1, len(names) // 4)
+    return balanced(names, count, config.seed) if config.split == "balanced" else spread(names, count)
 
 
 def _resolved(config: ScenesConfig) -> dict[str, Any]:
     """The options that determine the dataset, with the automatic ones filled in."""
     values = asdict(replace(config, val_images=config.val_images or max(1, config.images // 10)))
-    values["novel"] = len(novel_categories(config))
+    values["novel"] = len(novel_names(config))
     return {"drawing": DRAWING} | {
         key: value for key, value in values.items() if key not in ("out", "workers")
     }
@@ -183,16 +205,17 @@ class _Artist:
 
     def __init__(self, config: ScenesConfig) -> None:
         self.config, self.folder = config, Path(config.out)
-        self.category_ids = {category: i + 1 for i, category in enumerate(TABLE[: config.categories])}
+        categories = all_categories(config)
+        self.category_ids = {category: i + 1 for i, category in enumerate(categories)}
         recipe = Recipe(
             size=config.size,
-            categories=TABLE[: config.categories],
+            categories=categories,
             objects=(config.objects_min, config.objects_max),
             side=(config.object_min, config.object_max),
             distractors=config.distractors,
         )
         self.painter = Painter(recipe, (config.seed, _BANK))
-        self.style = Style(config.mention, config.colors)
+        self.style = Style(config.mention, config.colors, config.synonyms)
 
     def __call__(self, task: Task, report: Report) -> int:
         """Draws scenes `start` to `stop` of a split; the part file comes last and says that they exist."""
@@ -265,7 +288,7 @@ def _assemble(folder: Path, split: str, parts: list[Path], config: ScenesConfig)
     info = {"description": f"drawn scenes, {split}, seed {config.seed}", "version": str(DRAWING)}
     categories = [
         {"id": i + 1, "name": category.name, "supercategory": category.group}
-        for i, category in enumerate(TABLE[: config.categories])
+        for i, category in enumerate(all_categories(config))
     ]
     for kind, entries in lists.items():
         numbered = [{"id": i + 1} | entry for i, entry in enumerate(entries)]

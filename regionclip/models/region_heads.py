@@ -121,27 +121,44 @@ class SharedHead:
     def __init__(self, visual: ModifiedResNet, chunk: int) -> None:
         self.visual, self.chunk, self.cell = visual, chunk, 2 * visual.stride
 
-    def __call__(self, feature_map: Tensor, regions: Regions) -> Iterator[tuple[Tensor, Tensor, RegionMaps]]:
-        """See `RegionHead`.
+    def layer4(self, feature_map: Tensor, regions: Regions) -> tuple[Tensor, Tensor, float]:
+        """Returns layer4's maps [B, 2 · C, h, w], rois [N, 5] in pixels, and cells of the maps per pixel.
 
         Raises:
             ValueError: the map has an odd side, of which layer4 would drop the last row or column.
         """
-        visual, side, scale = self.visual, self.visual.region_size // 2, 1 / self.cell
         if not torch.compiler.is_compiling() and any(size % 2 for size in feature_map.shape[-2:]):
             raise ValueError(
                 f"the shared head needs images padded to multiples of {self.cell} pixels, whose maps have "
                 f"even sides; got a map of {list(feature_map.shape[-2:])}"
             )
-        deep = visual.layer4_map(feature_map)  # [B, 2 · C, h, w]
-        rois = regions.rois()
+        return self.visual.layer4_map(feature_map), regions.rois(), 1 / self.cell
+
+    def __call__(self, feature_map: Tensor, regions: Regions) -> Iterator[tuple[Tensor, Tensor, RegionMaps]]:
+        """See `RegionHead`."""
+        visual, side = self.visual, self.visual.region_size // 2
+        deep, rois, scale = self.layer4(feature_map, regions)
+        if not untouched(visual.attnpool) or self._few(rois, deep):
+            for rows in torch.split(torch.arange(len(rois), device=rois.device), self.chunk):
+                pooled = pool_regions(deep, rois[rows], side, scale)
+                # The pool itself is called, which a hook may wait for.
+                yield rows, visual.attnpool(pooled), _Maps(pooled)
+            return
         for image, which in _by_image(regions, len(feature_map)):
-            pool = WindowPool(visual.attnpool, deep[image]) if untouched(visual.attnpool) else None
+            pool = WindowPool(visual.attnpool, deep[image])
             for rows in torch.split(which, self.chunk):
                 maps = _Windows(deep[image], rois[rows], side, scale)
-                # The pool is called when a hook waits for that.
-                found = visual.attnpool(maps.whole()) if pool is None else pool(maps.down, maps.across)
-                yield rows, found, maps
+                yield rows, pool(maps.down, maps.across), maps
+
+    def _few(self, rois: Tensor, deep: Tensor) -> bool:
+        """Whether the regions have fewer tokens than the maps have cells, as when two per image are trained.
+
+        Then it is cheaper to pool all images' regions at once than to project every cell image by image.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        tokens = len(rois) * (1 + (self.visual.region_size // 2) ** 2)
+        return tokens < len(deep) * deep.shape[2] * deep.shape[3]
 
 
 HEADS: dict[str, type[PerRegionHead] | type[SharedHead]] = {

@@ -50,7 +50,11 @@ from regionclip.training.losses import (
 class FreezeOptions:
     """What of a vision tower is not trained."""
 
-    freeze_stages: int = option(2, "frozen stages: 0 none, 1 the stem, 2 also layer1, … 4 also layer3")
+    freeze_stages: int = option(
+        2,
+        "frozen stages: 0 none, 1 the stem, 2 also layer1, … 4 also layer3, 5 also the head (layer4 and "
+        "attention pool), so that only what is added to the tower is trained",
+    )
     freeze_batch_norm: bool = option(True, "freeze the statistics and gains of batch norms")
 
 
@@ -148,7 +152,7 @@ class RegionPretrainConfig(RegionHeadOptions, FreezeOptions, TrainingOptions):
 
 
 def freeze(visual: ModifiedResNet | VisionTransformer, stages: int, batch_norm: bool) -> None:
-    """Freezes the first `stages` stages of a ResNet (stem, layer1, layer2, layer3), and batch norms if asked.
+    """Freezes the first `stages` stages of a ResNet (stem, layer1 to 3, head), and batch norms if asked.
 
     Raises:
         InputError: stages of a tower that has none, or more than there are.
@@ -157,8 +161,8 @@ def freeze(visual: ModifiedResNet | VisionTransformer, stages: int, batch_norm: 
         freeze_batch_norm(visual)
     if stages and not visual.freezable:
         raise InputError("freeze_stages is for ResNet towers; set it to 0 for a ViT")
-    if not 0 <= stages <= 4:
-        raise InputError(f"freeze_stages must be 0 to 4, found {stages}")
+    if not 0 <= stages <= len(visual.freezable):
+        raise InputError(f"freeze_stages must be 0 to {len(visual.freezable)}, found {stages}")
     for name in (name for stage in visual.freezable[:stages] for name in stage):
         getattr(visual, name).requires_grad_(False)
 

@@ -187,3 +187,17 @@ def test_boxes_are_regressed_by_absolute_differences_of_objects_alone(
         assert moves is not None
         total += float((moves - wanted).abs().sum().detach())
     assert float(loss.detach()) == pytest.approx(2 * total / len(regions), rel=1e-3)
+
+
+def test_a_frozen_tower_leaves_the_box_head_alone_to_be_trained(
+    make_detector: Callable[..., Detector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proposals, truth = proposals_and_truth()
+    detector = make_detector()
+    monkeypatch.setattr(detector, "propose", lambda *_: proposals)
+    task = task_of(detector, freeze_stages=5, rois_per_image=16).train()
+    losses = task(RegionBatch(ImageBatch.whole(torch.randn(2, 3, 160, 160)), truth))
+    assert not losses["classification"].requires_grad
+    sum(losses.values(), torch.zeros(())).backward()
+    moved = {name.split(".")[0] for name, one in detector.named_parameters() if one.grad is not None}
+    assert moved == {"box_head"}

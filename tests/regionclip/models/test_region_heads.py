@@ -25,6 +25,8 @@ MakeClip = Callable[..., CLIP]
 INSIDE = ((20, 30, 90, 70), (33, 21, 60, 100), (40, 40, 44, 47))
 BORDER = ((0, 0, 128, 96), (-30, -40, 50, 60), (100, 60, 190, 150), (0, 0, 9, 9), (120, 90, 128, 96))
 
+MANY = (*INSIDE, *BORDER) * 3  # so many that the shared head projects the map's cells instead of the regions'
+
 
 @pytest.fixture(scope="module")
 def tower(make_clip: MakeClip) -> ModifiedResNet:
@@ -62,7 +64,7 @@ def plain(visual: ModifiedResNet, feature_map: Tensor, regions: Regions, head: s
 
 @torch.no_grad()
 @pytest.mark.parametrize("head", ["per_region", "shared"])
-@pytest.mark.parametrize("boxes", [INSIDE, BORDER], ids=["inside", "border"])
+@pytest.mark.parametrize("boxes", [INSIDE, BORDER, MANY], ids=["inside", "border", "many"])
 def test_a_head_is_its_plain_rendering(
     tower: ModifiedResNet, feature_map: Tensor, boxes: tuple[tuple[int, ...], ...], head: str
 ) -> None:
@@ -82,11 +84,12 @@ def test_the_heads_are_two(tower: ModifiedResNet, feature_map: Tensor) -> None:
     assert not torch.allclose(found[0], found[1], atol=1e-2)
 
 
+@pytest.mark.parametrize("boxes", [BORDER, MANY], ids=["border", "many"])
 @pytest.mark.parametrize("head", ["per_region", "shared"])
 def test_gradients_are_those_of_the_plain_rendering(
-    tower: ModifiedResNet, feature_map: Tensor, head: str
+    tower: ModifiedResNet, feature_map: Tensor, head: str, boxes: tuple[tuple[int, ...], ...]
 ) -> None:
-    regions = some_regions(BORDER)
+    regions = some_regions(boxes)
     weights = [tower.layer4[0].conv1.weight, *tower.attnpool.parameters()]
     kinds = (
         lambda maps: RegionEncoder(tower, region_head=head).encode_rois(maps, regions),
@@ -97,7 +100,7 @@ def test_gradients_are_those_of_the_plain_rendering(
         maps = feature_map.clone().requires_grad_()
         found.append(torch.autograd.grad(kind(maps).square().sum(), [maps, *weights]))
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(one, other, atol=5e-4, rtol=1e-3)
 
 
 @torch.no_grad()

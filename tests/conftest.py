@@ -19,6 +19,8 @@ from clip_base.storage.remote import filesystem
 # Tests start processes beside each other; OpenMP threads that spin would slow them all down manyfold. Torch
 # reads this when it is imported, and what the tests start inherits it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Nor shall it depend on the machine's speed what a test reads on stderr.
+os.environ["REGIONCLIP_QUIET"] = "1"
 
 # A shell starts what shall run in the background with Ctrl-C ignored, and that is inherited; tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

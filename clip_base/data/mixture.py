@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clip_base.data.sources import SOURCES, Pair, Pairs, Source
+from clip_base.images.decode import Stored
 from clip_base.jobs.config import REQUIRED, build_plugin, option
 from clip_base.runtime.errors import InputError
 
@@ -85,3 +86,9 @@ def weights_of(pairs: Pairs) -> Tensor | None:
     """Returns [N] float32, how often an epoch shows each pair, or None where each is shown once."""
     weights = own_weights(pairs)
     return None if bool((weights == 1).all()) else weights
+
+
+def listed_images(pairs: Pairs) -> list[Stored]:
+    """Returns the images of pairs that are listed in memory; those that are read when drawn are left out."""
+    parts = pairs.parts if isinstance(pairs, Mixed) else [pairs]
+    return [pair.image for part in parts if isinstance(part, list) for pair in part]

@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from clip_base.data.coco import annotation_inputs
-from clip_base.evaluation.datasets import coco_images, folder_images
+from clip_base.evaluation.datasets import EvaluationImage, coco_images, folder_images
 from clip_base.evaluation.features import LAYERS, Embedder, FeatureConfig, note_skipped
 from clip_base.evaluation.ranking import ranks_of_best
 from clip_base.evaluation.tables import print_classes, summarize, to_csv
@@ -105,12 +105,13 @@ def linear_probe(config: LinearProbeConfig) -> None:
     if done is not None:
         print(f"{run.path} is complete: top1 {done['top1']:.4f} with C {done['C']:.3g}")
         return
-    embed = Embedder(config, run.path, config.layer)
-    names, train, skipped = _read(config, embed, "train")
-    test_names, test, skipped_test = _read(config, embed, "test")
+    (names, examples), (test_names, test_examples) = _listed(config, "train"), _listed(config, "test")
     if test_names != names:
         first, second = (f"{len(some)} ({', '.join(some[:3])}, …)" for some in (names, test_names))
         raise InputError(f"train and test must have the same classes; found {first} and {second}")
+    embed = Embedder(config, run.path, config.layer)
+    train, skipped = _embedded(config, embed, "train", examples)
+    test, skipped_test = _embedded(config, embed, "test", test_examples)
     skipped += skipped_test
     total = len(train) + len(test) + len(skipped)
     note_skipped(skipped, total, config.max_skipped, run.path / "skipped.jsonl")
@@ -132,16 +133,21 @@ def linear_probe(config: LinearProbeConfig) -> None:
     _print(figures)
 
 
-def _read(
-    config: LinearProbeConfig, embed: Embedder, which: str
-) -> tuple[list[str], LabeledFeatures, list[dict[str, Any]]]:
+def _listed(config: LinearProbeConfig, which: str) -> tuple[list[str], list[EvaluationImage]]:
+    """Returns the names of the classes and the images of a part, which may not be there."""
     folder, annotations = getattr(config, which), getattr(config, f"{which}_annotations")
-    names, examples = coco_images(annotations, folder) if annotations else folder_images(folder)
+    return coco_images(annotations, folder) if annotations else folder_images(folder)
+
+
+def _embedded(
+    config: LinearProbeConfig, embed: Embedder, which: str, examples: list[EvaluationImage]
+) -> tuple[LabeledFeatures, list[dict[str, Any]]]:
     found = embed(examples, f"{which} images")
     if not len(found.kept):
+        folder = getattr(config, which)
         raise JobError(f"{which}={folder}: no image can be used (first: {found.skipped[0]['reason']})")
     labels = np.array([examples[index].label for index in found.kept.tolist()], np.int64)
-    return names, LabeledFeatures(found.values.numpy(), labels), found.skipped
+    return LabeledFeatures(found.values.numpy(), labels), found.skipped
 
 
 def split(labels: Labels, share: float, seed: int) -> tuple[Labels, Labels]:

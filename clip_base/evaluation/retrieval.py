@@ -22,6 +22,7 @@ from clip_base.evaluation.ranking import Answers, ranks_of_best, ranks_of_classe
 from clip_base.evaluation.tables import to_csv
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder, files_of
+from clip_base.jobs.skipped import MAX_SKIPPED, require_present
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
@@ -116,6 +117,7 @@ def captioned(
     keys = sorted(captions)
     where = f"captions file {config.captions}"
     images = [EvaluationImage(image_in(folder, names[key], where), 0) for key in keys]
+    require_present([image.path for image in images], MAX_SKIPPED, where)
     return images, [captions[key] for key in keys], []
 
 

@@ -64,11 +64,12 @@ def zeroshot(config: ZeroshotConfig) -> None:
     if own.exists() and config.templates == "published":
         note(f"the prompts are CLIP's 80; templates={own} uses the dataset's own, as CLIP_benchmark does")
     embed = Embedder(config, run.path)
-    found = embed(examples, "zero-shot images")
-    note_skipped(found.skipped, len(examples), config.max_skipped, run.path / "skipped.jsonl")
+    # Names first: that one is too long for its prompt shows before all images are embedded.
     with autocast(config.precision, embed.device):
         directions = classifier(embed.model, names, templates, config.batch_size)  # [C, D]
     embed.require_finite(directions, "class names")
+    found = embed(examples, "zero-shot images")
+    note_skipped(found.skipped, len(examples), config.max_skipped, run.path / "skipped.jsonl")
     labels = torch.tensor([example.label for example in examples])
     ranks = torch.full((len(examples),), -1)  # -1: unusable
     ranks[found.kept] = ranks_of_classes(found.values, directions.cpu(), labels[found.kept])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -94,6 +95,7 @@ def write_graph(
     Raises:
         RuntimeError: a file differs by more than `TOLERANCE`; it is not kept.
     """
+    print(f"{name}: tracing the graph, which takes a minute or two for large models", file=sys.stderr)
     program = trace(graph)
     found: dict[str, float] = {}
     for form in sorted(formats, key=FORMATS.index):  # OpenVINO is made of ONNX
@@ -101,6 +103,7 @@ def write_graph(
             found |= _openvino(program, graph, folder / f"{name}.xml", differences)
             continue
         path = folder / f"{name}{SUFFIX[form]}"
+        print(f"{path}: writing, then comparing it with PyTorch", file=sys.stderr)
         with replacing(path) as temporary:
             if form == "onnx":
                 _write_onnx(program, graph, temporary)
@@ -120,6 +123,7 @@ def _openvino(
     """Writes OpenVINO's two files from the ONNX file, and returns the difference by the graph's name."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
         step, written = path.with_suffix(".onnx"), Path(folder) / path.name
+        print(f"{path}: writing, then comparing it with PyTorch", file=sys.stderr)
         if not step.exists():
             step = Path(folder) / step.name
             _write_onnx(program, graph, step)

@@ -27,6 +27,7 @@ from clip_base.jobs import plugins, remote_out, shipped
 from clip_base.jobs import schema as schemas
 from clip_base.jobs.completion import Word
 from clip_base.jobs.schema import Description
+from clip_base.runtime.announce import announced
 from clip_base.runtime.errors import InputError, InputNote
 from clip_base.runtime.lazy import installed_version
 from clip_base.storage.limits import LIMITS, limits_set, split_limits
@@ -166,7 +167,8 @@ def _dispatch(program: str, prefix: str, arguments: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         print(job_help(f"{program} {name}", schemas.describe(jobs[name])))
         return 0
-    job: Callable[[Any], None] = jobs[name].load()
+    with announced(f"starting {program} {name}"):
+        job: Callable[[Any], None] = jobs[name].load()
     schema = plugins.schema_of(job)
     file, overrides = parse(schema, rest)
     config: Any = configs.resolve(schema, file, overrides)

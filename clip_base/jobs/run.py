@@ -160,11 +160,12 @@ def _is_leftover(path: Path) -> bool:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
-    """Returns a sentence for each key, but the `free` ones, whose values differ."""
+    """Returns a sentence for each key whose values differ, but the `free` ones and those below them."""
+    below = tuple(f"{key}." for key in free)
     return [
         f"{key}={there.get(key)!r} there, {here.get(key)!r} here"
         for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key) and key not in free
+        if there.get(key) != here.get(key) and key not in free and not key.startswith(below)
     ]
 
 

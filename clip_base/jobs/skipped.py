@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from clip_base.jobs.config import option
 from clip_base.runtime.errors import InputError, JobError
 
+_SAMPLE = 200  # files that are looked for before all are
 MAX_SKIPPED = 0.5  # what is trained or measured in clip_base has a smaller default
 
 
@@ -42,4 +44,29 @@ def require_usable(
     raise JobError(
         f"{count:,} of {total:,} {what} cannot be used, more than max_skipped={max_skipped:g} allows "
         f"(first: {reasons[0]}){where}"
+    )
+
+
+def require_present(files: Sequence[Any], max_skipped: float, where: str) -> None:
+    """Raises a JobError, before any work, when so many image files are missing that the work would fail.
+
+    Args:
+        files: paths; what else holds an image, such as a tar's member, is not looked for.
+        max_skipped: the share in [0, 1] that may be missing; all of them never may.
+        where: the option or file that names them, for the message.
+    """
+    paths = [file for file in files if isinstance(file, Path)]
+    if not paths:
+        return
+    some = paths if len(paths) <= _SAMPLE else paths[:: len(paths) // _SAMPLE]
+    for looked in (some, paths):  # all are asked for only where some suggest it
+        missing = [path for path in looked if not path.exists()]
+        if len(missing) < len(looked) and len(missing) <= max(max_skipped * len(looked), 1):
+            return
+    folder = missing[0].parent
+    here = "which exists" if folder.is_dir() else "which does not exist"
+    raise JobError(
+        f"{where}: {len(missing):,} of {len(paths):,} images are missing, more than "
+        f"max_skipped={max_skipped:g} allows; the first is {missing[0].name} in {folder}, {here}; give the "
+        "folder that the file names are relative to"
     )

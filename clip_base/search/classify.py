@@ -63,11 +63,12 @@ def classify(config: ClassifyConfig) -> None:
         print(f"{run.path} is complete: {run.path / TABLE}")
         return
     embed = Embedder(config, run.path)
-    features = embed([EvaluationImage(image.place, 0) for image in found], "classifying")
-    note_skipped(features.skipped, len(found), config.max_skipped, run.path / "skipped.jsonl")
+    # Names first: that one is too long for its prompt shows before all images are embedded.
     with autocast(config.precision, embed.device):
         directions = classifier(embed.model, names, read_templates(config.templates), config.batch_size)
     embed.require_finite(directions, "class names")
+    features = embed([EvaluationImage(image.place, 0) for image in found], "classifying")
+    note_skipped(features.skipped, len(found), config.max_skipped, run.path / "skipped.jsonl")
     scale = embed.model.logit_scale.detach().exp().float().cpu()
     units = torch.nn.functional.normalize(features.values, dim=1)  # [N, D]
     values, labels = (scale * units @ directions.float().cpu().T).softmax(1).sort(1, True)  # [N, C]

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, TextIO
 
 from charset_normalizer import from_bytes
 
+from clip_base.runtime.announce import announced
 from clip_base.runtime.errors import InputError, quote
 from clip_base.storage.limits import require_unpacked
 from clip_base.storage.remote import address_of
@@ -151,16 +152,17 @@ def read_json(path: str | Path, what: str = "JSON file") -> Any:
         InputError: the file is missing, empty or malformed; the file and the place in it are named.
     """
     path = existing_file(path, what)
-    content = _bytes_of(path, what)
-    if content.startswith(GZIPPED):
-        try:
-            content = _unpacked(content, f"{what} {path}")
-        except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{what} {path} cannot be unpacked ({error}); was it truncated?") from None
-    text = decode_text(content, f"{what} {path}")
-    if not text.strip():
-        raise InputError(f"{what} {path} is empty; write it again or give another path")
-    return parse_json(text, f"{what} {path}")
+    with announced(f"reading {what} {path}"):
+        content = _bytes_of(path, what)
+        if content.startswith(GZIPPED):
+            try:
+                content = _unpacked(content, f"{what} {path}")
+            except (OSError, EOFError, zlib.error) as error:
+                raise InputError(f"{what} {path} cannot be unpacked ({error}); was it truncated?") from None
+        text = decode_text(content, f"{what} {path}")
+        if not text.strip():
+            raise InputError(f"{what} {path} is empty; write it again or give another path")
+        return parse_json(text, f"{what} {path}")
 
 
 def _unpacked(packed: bytes, where: str) -> bytes:

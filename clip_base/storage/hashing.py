@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from clip_base.runtime.announce import announced
 from clip_base.storage.files import existing
 from clip_base.storage.safetensors_files import tensors_hash
 
@@ -21,7 +22,8 @@ def content_hash(path: str | Path) -> str:
     """
     path = existing(path)
     if path.is_file():
-        return tensors_hash(path) or file_hash(path)
+        with announced(f"reading {path}"):
+            return tensors_hash(path) or file_hash(path)
     lines = [f"{file.name} {content_hash(file)}" for file in sorted(path.iterdir()) if file.is_file()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

@@ -24,6 +24,7 @@ from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import PRECISIONS, autocast, compiled, pick_device
 from clip_base.runtime.progress import Progress
+from clip_base.runtime.progress import rate as rate_of
 from clip_base.storage.files import write_json
 from clip_base.training import checkpoint
 from clip_base.training.ema import EMA
@@ -75,7 +76,9 @@ class TrainConfig:
     save_every: float = option(60.0, "seconds between checkpoints", runtime_only=True)
     log_every: int = option(10, "steps between lines in log.jsonl")
     tensorboard: bool = option(False, "also write the log to out/tensorboard", runtime_only=True)
-    evaluate_every: int = option(0, "steps between evaluations during training; 0: none")
+    evaluate_every: int = option(
+        0, "steps between evaluations during training; 0: only at the end", runtime_only=True
+    )
     device: str = option("auto", "auto uses a GPU if there is one", runtime_only=True)
 
     def __post_init__(self) -> None:
@@ -201,6 +204,7 @@ def _steps(
     config, run, steps = loop.config, loop.run, loop.steps
     if hasattr(loader, "seek"):
         loader.seek(step)
+    loop.start_clock()
     progress = Progress(run.path.name, steps, step, quiet=not distributed.is_first())
     with progress, _Stop() as stop:
         for batch in _endless(loader):
@@ -326,15 +330,16 @@ class _Loop:
 
     def _log(self, step: int) -> None:
         now = time.monotonic()
-        rate = self._images / max(now - self._logged, 1e-9)
+        seconds = max(now - self._logged, 1e-9)
+        speed = float(f"{self._images / seconds:.4g}")
         sums = {name: distributed.mean(both) for name, both in self._sums.items()}
         means = {name: float(total / count) for name, (total, count) in sums.items()}
         lr = self.optimizer.param_groups[0]["lr"]
         figures: dict[str, float] = getattr(self.task, "log_scalars", dict)()
-        self._write(step, {**means, **figures, "lr": lr, "images_per_second": round(rate, 1)})
+        self._write(step, {**means, **figures, "lr": lr, "images_per_second": speed})
         shown = [f"{name} {mean:.3f}" for name, mean in means.items()]
         shown += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items()]
-        self.note = f"{', '.join(shown)}, lr {lr:.2e}, {rate:.0f} images/s"
+        self.note = f"{', '.join(shown)}, lr {lr:.2e}, {rate_of(self._images, seconds)}"
         self._sums, self._logged, self._images = {}, now, 0
 
     def _write(self, step: int, figures: dict[str, float]) -> None:
@@ -349,6 +354,10 @@ class _Loop:
             figures = evaluate(step)
         self.task.train()
         self._write(step, figures)
+
+    def start_clock(self) -> None:
+        """Begins to measure: what was loaded before is no step."""
+        self._saved = self._logged = time.monotonic()
 
     def save_is_due(self) -> bool:
         return time.monotonic() - self._saved >= self.config.save_every

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from clip_base.data.batch import ImageBatch, ImageTextBatch
 from clip_base.data.loader import Loader
-from clip_base.data.mixture import weights_of
+from clip_base.data.mixture import listed_images, weights_of
 from clip_base.data.sources import SOURCES, Pairs, Source
 from clip_base.images.decode import ImageStore, Pixels, normalize, size_of, to_tensor
 from clip_base.images.preprocess import cut_and_resize
 from clip_base.jobs.config import Plugin, build_plugin, option, plugin
 from clip_base.jobs.run import RunFolder, files_of
+from clip_base.jobs.skipped import require_present
 from clip_base.models import zoo
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig
@@ -28,6 +30,7 @@ from clip_base.models.positions import resample_positions
 from clip_base.models.resnet import recompute_contexts
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
+from clip_base.runtime.precision import autocast, pick_device
 from clip_base.training import checkpoint as checkpoints
 from clip_base.training.loop import NO_LOSS, TrainConfig, TrainingOptions, fit
 from clip_base.training.losses import OBJECTIVES, Contrastive, ContrastiveConfig, PairEmbeddings
@@ -35,6 +38,7 @@ from clip_base.training.validation import Validation, ValidationConfig
 from clip_base.weights.load import load_clip, weight_files
 from clip_base.weights.native import load_exactly, save_clip
 
+VALIDATED = "val_"  # how the figures of a validation begin
 MAX_LOGIT_SCALE = math.log(100)  # arXiv 2103.00020, section 2.5
 
 
@@ -50,7 +54,11 @@ class PretrainConfig(TrainingOptions):
     objective: Plugin = plugin(OBJECTIVES, "contrastive", "the loss over the batch's embeddings")
     accumulate: int = option(1, "parts in which a batch is embedded, to save memory; the loss is unchanged")
     replacement: bool = option(False, "sample pairs independently instead of each once per epoch")
-    evaluate: ValidationConfig = option(ValidationConfig(), "evaluation during training")
+    evaluate: ValidationConfig = option(
+        ValidationConfig(),
+        "evaluation during training and at its end; a finished folder is measured again with other ones",
+        runtime_only=True,
+    )
     train: TrainConfig = option(TrainConfig(epochs=32), "the training loop")
 
     def __post_init__(self) -> None:
@@ -198,11 +206,27 @@ def pretrain(config: PretrainConfig) -> None:
     """
     inputs = {**weight_files(config, "init"), **files_of(config, "source")}
     run = RunFolder(config.out, config, "pretrain", inputs)
-    if run.finished() is not None:
-        print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
+    metrics, file = run.finished(), run.path / "model.safetensors"
+    measured_on = config.evaluate.identity()
+    if metrics is None:
+        metrics = _train(config, run)
+    elif measured_on not in ("", metrics.get("measured_on")):
+        metrics = {key: value for key, value in metrics.items() if not key.startswith(VALIDATED)}
+        metrics |= _measured(config, file, metrics["steps"])
+        run.log({"step": metrics["steps"], **validated(metrics)})
+    else:
+        print(f"{run.path} is complete: {file}")
         return
+    run.finish(metrics | ({"measured_on": measured_on} if measured_on else {}))
+    shown = "".join(f", {name} {value:.3f}" for name, value in validated(metrics).items())
+    print(f"{file}: {metrics['steps']} steps on {metrics['pairs']} images, loss {metrics['loss']:.3f}{shown}")
+
+
+def _train(config: PretrainConfig, run: RunFolder) -> dict[str, Any]:
+    """Trains, writes the weights, and returns what `metrics.json` says."""
     source: Source = build_plugin(SOURCES, config.source)
     pairs = source.pairs()
+    require_present(listed_images(pairs), config.train.max_skipped, "source")
     model = make_model(config)
     sizes = model.config
     data = CaptionedImages(
@@ -228,8 +252,16 @@ def pretrain(config: PretrainConfig) -> None:
     if train.ema:
         _save_last(task, run)
     loss, skipped = last_loss(run.log_path), len(loader.broken)
-    run.finish({"steps": steps, "pairs": len(pairs), "skipped": skipped, "loss": loss, **figures})
-    print(f"{run.path / 'model.safetensors'}: {steps} steps on {len(pairs)} images, loss {loss:.3f}")
+    metrics = {"steps": steps, "pairs": len(pairs), "skipped": skipped, "loss": loss, **figures}
+    return metrics | last_validation(run.log_path, steps)
+
+
+def _measured(config: PretrainConfig, file: Path, step: int) -> dict[str, float]:
+    """Returns what the validation measures of a finished training's weights."""
+    device = pick_device(config.train.device)
+    model = load_clip(file).to(device)
+    with torch.no_grad(), autocast(config.train.precision, device):
+        return Validation(config.evaluate, model)(step)
 
 
 def _save_last(task: ContrastiveTask, run: RunFolder) -> None:
@@ -239,6 +271,17 @@ def _save_last(task: ContrastiveTask, run: RunFolder) -> None:
     step, weights, _ = found
     load_exactly(task, weights, run.path / f"checkpoints/{step:08d}")
     save_clip(task.model, run.path / "model_raw.safetensors")
+
+
+def validated(figures: dict[str, Any]) -> dict[str, float]:
+    """Returns those of some figures that a validation measured."""
+    return {name: value for name, value in figures.items() if name.startswith(VALIDATED)}
+
+
+def last_validation(log: Path, step: int) -> dict[str, float]:
+    """Returns what a training log says of the validation after `step`; nothing without one."""
+    entries = (json.loads(line) for line in reversed(log.read_text(encoding="utf-8").splitlines()))
+    return next((validated(entry) for entry in entries if entry["step"] == step and validated(entry)), {})
 
 
 def last_loss(log: Path) -> float:

@@ -3,9 +3,10 @@
 # N images, M texts, D embedding size, R resolution
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,11 @@ from clip_base.evaluation.retrieval import embed_texts, recall_at
 from clip_base.images.decode import Stored, decode_stored, normalize
 from clip_base.images.preprocess import square_view
 from clip_base.jobs.config import Plugin, build_plugin, option, plugin
-from clip_base.jobs.skipped import MAX_SKIPPED, require_usable
+from clip_base.jobs.run import files_of, hashes_of
+from clip_base.jobs.skipped import MAX_SKIPPED, require_present, require_usable
 from clip_base.models.clip import CLIP
 from clip_base.runtime.errors import InputError, note
+from clip_base.storage.hashing import text_hash
 
 _THREADS = 2
 
@@ -42,6 +45,14 @@ class ValidationConfig:
         if self.batch_size < 1 or self.limit < 0:
             raise InputError("evaluate.batch_size must be at least 1 and evaluate.limit at least 0")
 
+    def identity(self) -> str:
+        """Returns a hash of what decides the figures; "" when nothing is measured."""
+        if self.source["name"] == "none" and not self.images:
+            return ""
+        options = {key: value for key, value in asdict(self).items() if key != "batch_size"}
+        files = hashes_of(files_of(self, "source", "templates"))
+        return text_hash([json.dumps(options, sort_keys=True), json.dumps(files, sort_keys=True)])
+
 
 class Validation:
     """Measures a model on data that it is not trained on; called with the step, it returns the figures.
@@ -57,6 +68,7 @@ class Validation:
         if config.source["name"] != "none":
             pairs = build_plugin(SOURCES, config.source).pairs()
             self.pairs = _usable(pairs, _spread(len(pairs), config.limit))
+            require_present([pair.image for pair in self.pairs], MAX_SKIPPED, "evaluate.source")
         self.names: list[str] = []
         if config.images:
             self.names, examples = folder_images(config.images)

@@ -12,6 +12,7 @@ from clip_base.images.preprocess import Preprocess
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import ACTIVATIONS
+from clip_base.runtime.announce import announced
 from clip_base.runtime.errors import InputError, note
 from clip_base.storage.files import existing
 from clip_base.storage.remote import address_of
@@ -76,7 +77,9 @@ def read_any(
     name_or_path: str | Path, activation: str = "", precision: str = "fp32", folder: str | Path | None = None
 ) -> tuple[CLIP, Report]:
     """Reads a published model by name, or any file; see `reading.read_clip`."""
-    return read_clip(find(name_or_path, folder), activation, precision)
+    path = find(name_or_path, folder)
+    with announced(f"loading {path}"):
+        return read_clip(path, activation, precision)
 
 
 def load_clip(name_or_path: str | Path, activation: str = "", precision: str = "fp32") -> CLIP:

@@ -18,6 +18,7 @@ from clip_base.models import zoo
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig, TextConfig
 from clip_base.models.tokenizer import Tokenizer
+from clip_base.runtime.announce import announced
 from clip_base.runtime.errors import InputError
 from clip_base.weights import infer_config
 from clip_base.weights.formats import Content, group_of
@@ -384,11 +385,12 @@ def load_detector(
     head = choose_head(region_head, weights)
     settings, size = (None, None) if use_checkpoint_config else (config, resize)
     is_ours = weights.endswith(".safetensors")
-    published = None if is_ours else load_published_detector(weights, settings, text_weights, size)
-    if published is not None:
-        return published
-    if text_weights:
-        raise InputError(f"{weights} already has a text tower; omit text_weights={text_weights}")
-    if is_ours and read_weights(weights)[1].get("format") == FORMAT:
-        return read_detector_file(weights, settings, size)[0]
+    with announced(f"loading {weights}"):
+        published = None if is_ours else load_published_detector(weights, settings, text_weights, size)
+        if published is not None:
+            return published
+        if text_weights:
+            raise InputError(f"{weights} already has a text tower; omit text_weights={text_weights}")
+        if is_ours and read_weights(weights)[1].get("format") == FORMAT:
+            return read_detector_file(weights, settings, size)[0]
     return Detector(load_clip(weights), config or DetectorConfig(), resize=resize, region_head=head).eval()

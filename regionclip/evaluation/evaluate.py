@@ -33,6 +33,7 @@ from regionclip.inference.options import DetectorOptions
 from regionclip.metrics.average_precision import (
     Evaluation,
     Protocol,
+    check_protocol,
     classification_accuracy,
     evaluate_detections,
 )
@@ -161,6 +162,7 @@ def _measure(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
             f"label_set={config.label_set}: split {config.split} has no {config.label_set} categories"
         )
     protocol = Protocol(config.protocol, config.evaluator, config.max_detections, config.label_set)
+    check_protocol(content, config.annotations, split, protocol)
 
     def measure(results: str | list[dict[str, Any]]) -> Evaluation:
         return evaluate_detections(config.annotations, results, split, protocol, content)

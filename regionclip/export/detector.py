@@ -7,6 +7,7 @@ regionclip export-detector model.safetensors vocabulary="cat, dog" out=exported
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +135,7 @@ def write_int8_files(
     They are told and not limited: rounding to 8 bits moves scores, and may exchange proposals.
     """
     path = folder / "detector.int8.onnx"
+    print(f"{path}: measuring ranges on {len(images)} images", file=sys.stderr)
     samples = [{"image": torch.from_numpy(pixels)} for pixels in images]
     write_int8(folder / "detector.onnx", path, samples)
     found = {path.name: compare(graphs.onnx_run(path, graph.outputs))}

@@ -22,7 +22,7 @@ from clip_base.jobs.resume_log import ResumeLog
 from clip_base.jobs.run import hashes_of
 from clip_base.jobs.skipped import max_skipped_option, require_share, require_usable
 from clip_base.runtime.errors import InputError, note
-from clip_base.runtime.progress import Progress
+from clip_base.runtime.progress import Progress, rate
 from clip_base.storage.files import replacing, write_text
 from clip_base.storage.hashing import text_hash
 from clip_base.storage.lock import lock_folder
@@ -145,7 +145,7 @@ def detect(config: DetectConfig) -> None:
             runner.process_images(stills)
             for video in videos:
                 runner.process_video(video)
-        rate = (journal.images - before) / (time.monotonic() - begun)
+        speed = rate(journal.images - before, time.monotonic() - begun)
         count = write_detections(out, partial(journal.entries, "found"), config.top_k)
         for told in write_datasets(datasets, journal, config.score_threshold):
             print(told)
@@ -155,7 +155,7 @@ def detect(config: DetectConfig) -> None:
             write_text(out / SKIPPED, "".join(json.dumps(entry) + "\n" for entry in skipped))
         journal.remove()
     unread = sum(Path(entry["file_name"]).suffix.lower() not in VIDEOS for entry in skipped)
-    print(f"{out}: {count} detections in {journal.images - unread} images, {rate:.1f} images/s")
+    print(f"{out}: {count} detections in {journal.images - unread} images, {speed}")
     if skipped:
         reasons = [entry["reason"] for entry in skipped]
         require_usable(reasons, len(files), config.max_skipped, out / SKIPPED)

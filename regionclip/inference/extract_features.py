@@ -19,7 +19,7 @@ from clip_base.images.inputs import image_files
 from clip_base.jobs.run import Inputs, RunFolder
 from clip_base.jobs.skipped import require_usable
 from clip_base.runtime.errors import InputError, JobError
-from clip_base.runtime.progress import Progress
+from clip_base.runtime.progress import Progress, rate
 from clip_base.runtime.workers import run
 from clip_base.storage.files import existing, read_json, write_json, write_text
 from clip_base.storage.hashing import text_hash
@@ -56,7 +56,7 @@ def features(config: FeaturesConfig) -> None:
         for number, start in enumerate(range(0, count, config.shard_images))
     ]
     try:
-        rate = _describe_all(config, files, boxes, shards)
+        speed = _describe_all(config, files, boxes, shards)
     finally:
         # If it failed at once, nothing may be left that a corrected call would have to equal.
         if not any(record_path(folder.path, one.number).exists() for one in shards):
@@ -64,7 +64,7 @@ def features(config: FeaturesConfig) -> None:
     manifest = _finish(folder, config, shards)
     print(
         f"{folder.path}: {manifest['regions']} regions of {manifest['images']} images, "
-        f"{manifest['skipped']} skipped, {rate:.2f} images/s"
+        f"{manifest['skipped']} skipped, {speed}"
     )
 
 
@@ -73,8 +73,8 @@ def _describe_all(
     files: Sequence[Path],
     boxes: str,
     shards: Sequence[Shard],
-) -> float:
-    """Describes the shards that are not there yet; returns how many images it did a second."""
+) -> str:
+    """Describes the shards that are not there yet; returns how fast it was."""
     missing = [one for one in shards if not record_path(Path(config.out), one.number).exists()]
     total, left = (sum(one.stop - one.start for one in some) for some in (shards, missing))
     begun, seen = time.monotonic(), 0
@@ -83,13 +83,13 @@ def _describe_all(
         def watch(_: Shard, images: int, __: str) -> None:
             nonlocal seen
             seen += images
-            progress.advance(images, f"{seen / (time.monotonic() - begun):.2f} images/s")
+            progress.advance(images, rate(seen, time.monotonic() - begun))
 
         start = functools.partial(RegionFeatureExtractor, config, files, boxes)
         gpus = torch.cuda.device_count() if config.pick_device().type == "cuda" else 0
         for _ in run("local", start, missing, config.workers, watch, gpus):
             pass
-    return seen / max(time.monotonic() - begun, 1e-9)
+    return rate(seen, time.monotonic() - begun)
 
 
 def _boxes(config: FeaturesConfig, files: Sequence[Path], out: Path) -> str:

@@ -22,7 +22,13 @@ from regionclip.data.categories import Split
 from regionclip.data.coco import category_ids_by_name, frequencies
 from regionclip.data.results import read_results
 from regionclip.metrics import lvis
-from regionclip.metrics.coco_api import EVALUATORS, Curves, Precision, with_faster_coco_eval
+from regionclip.metrics.coco_api import (
+    EVALUATORS,
+    Curves,
+    Precision,
+    require_faster_coco_eval,
+    with_faster_coco_eval,
+)
 
 NOTHING = -1.0
 AREAS = ("all", "small", "medium", "large")
@@ -102,19 +108,14 @@ def evaluate_detections(
         content = check_instances(annotations, where)
     elif content is None:
         content = read_instances(annotations)
+    federated = check_protocol(content, where, split, protocol)
     ids = category_ids_by_name(content["categories"], where)
     names = {entry["id"]: _file_name(entry) for entry in content["images"]}
     read = read_results(results, names, where, ids)
     often = dict(zip(ids, frequencies(content["categories"]), strict=True))
     if split is not None:
-        absent = [name for name in split.all if name not in ids]
-        if absent:
-            raise InputError(
-                f"{where}: no category {absent[0]!r} ({len(absent)} of the split's names are missing)"
-            )
         chosen = set(split.competing(protocol.label_set))
         ids = {name: category for name, category in ids.items() if name in chosen}
-    federated = protocol.kind == "lvis" or (protocol.kind == "auto" and lvis.is_federated(content))
     evaluated = set(ids.values())
     counted = [entry for entry in read.entries if entry["category_id"] in evaluated]
     truth = _truth(content, where)
@@ -122,7 +123,6 @@ def evaluate_detections(
     if not federated:
         curves = EVALUATORS[protocol.evaluator](truth, counted, numbers, most or 100)
     else:
-        _check_federated(content, often, where)
         counted = lvis.counted(truth, counted, most or lvis.MOST)
         if protocol.evaluator == "fast":
             curves = with_faster_coco_eval(truth, counted, numbers, most or lvis.MOST, federated=True)
@@ -133,6 +133,33 @@ def evaluate_detections(
     rows = _per_class(curves.precision, ids, split, truth, counted)
     ignored = len(read.entries) + read.unknown - len(counted)
     return Evaluation(metrics, rows, ignored, counted, curves.precision)
+
+
+def check_protocol(content: dict[str, Any], where: str, split: Split | None, protocol: Protocol) -> bool:
+    """Returns whether annotations are evaluated by LVIS's protocol; to be called before anything is detected.
+
+    Args:
+        content: in COCO's instances form.
+        where: names the annotations in messages.
+        split: base and novel names; None: there is no such split.
+        protocol: how to evaluate.
+
+    Raises:
+        InputError: the split's names are not in the annotations, these do not suit the protocol, or the
+            evaluator is not installed.
+    """
+    ids = category_ids_by_name(content["categories"], where)
+    absent = [name for name in split.all if name not in ids] if split else []
+    if absent:
+        raise InputError(
+            f"{where}: no category {absent[0]!r} ({len(absent)} of the split's names are missing)"
+        )
+    if protocol.evaluator == "fast":
+        require_faster_coco_eval()
+    federated = protocol.kind == "lvis" or (protocol.kind == "auto" and lvis.is_federated(content))
+    if federated:
+        _check_federated(content, dict(zip(ids, frequencies(content["categories"]), strict=True)), where)
+    return federated
 
 
 def _file_name(entry: dict[str, Any]) -> str:

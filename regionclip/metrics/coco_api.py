@@ -84,13 +84,7 @@ def with_faster_coco_eval(
     Raises:
         InputError: faster-coco-eval is not installed.
     """
-    try:
-        import faster_coco_eval as fast  # noqa: PLC0415 (optional)
-    except ImportError:
-        raise InputError(
-            "evaluator=fast needs faster-coco-eval: pip install 'regionclip[fast]'; "
-            "evaluator=pycocotools gives the same figures"
-        ) from None
+    fast = require_faster_coco_eval()
     index = _indexed(fast.COCO(), truth)
     detected = _indexed(fast.COCO(), {**truth, "annotations": numbered(results)})
     evaluation = fast.COCOeval_faster(
@@ -101,6 +95,18 @@ def with_faster_coco_eval(
     evaluation.evaluate()
     evaluation.accumulate()
     return _curves(evaluation)
+
+
+def require_faster_coco_eval() -> Any:
+    """Returns the module; an InputError when it is not installed."""
+    try:
+        import faster_coco_eval as fast  # noqa: PLC0415 (optional)
+    except ImportError:
+        raise InputError(
+            "evaluator=fast needs faster-coco-eval: pip install 'regionclip[fast]'; "
+            "evaluator=pycocotools gives the same figures"
+        ) from None
+    return fast
 
 
 def _curves(evaluation: Any) -> Curves:

@@ -31,6 +31,7 @@ from regionclip.data.caption_index import CaptionIndex, ImageRange, write_captio
 from regionclip.mining.miner import UNREADABLE, MineConfig, Miner, teacher_head
 from regionclip.mining.shards import MANIFEST, VERSION, VOCABULARY, read_manifest, read_skipped, shard_path
 from regionclip.models.region_heads import KEY
+from regionclip.proposals.base import build_proposer
 
 
 def mine(config: MineConfig) -> None:
@@ -45,6 +46,8 @@ def mine(config: MineConfig) -> None:
         return
     existing(config.images, "images folder")
     path = folder.path / VOCABULARY
+    if not path.exists():  # a proposer or matcher that cannot be made is told before names are embedded
+        build_proposer(config.proposer, torch.device("cpu"))
     vocabulary = Vocabulary.load(path) if path.exists() else _embed(config)
     listed = folder.path / f".images-{first}-of-{shares}.db"
     if not listed.exists():

@@ -67,8 +67,8 @@ class ReportConfig:
 
 def report(config: ReportConfig) -> None:
     """Writes an HTML report on mined pairs: gallery, scores, coverage and, with ground truth, precision."""
-    data = read_data(config)
     run = RunFolder(config.out, config, "region-report")
+    data = read_data(config)
     limits = ReportLimits(config.max_regions, config.concepts, config.examples, config.max_report_mb)
     write_text(run.path / "report.html", make_page(data, limits))
     _write_tables(run.path, data)
@@ -103,6 +103,7 @@ def read_data(config: ReportConfig) -> ReportData:
     if not pool:
         raise InputError(f"concept pool {pool_file} is empty: nothing was mined with it; give another pool=")
     truth = CocoDetection(config.annotations, None) if config.annotations else None
+    split = load_split(config.split, truth.categories, truth.frequencies) if truth and config.split else None
     regions = list(read_regions(config.mined))
     own = {region.image_id: region.file_name for region in regions}
     for name in own.values():
@@ -110,7 +111,6 @@ def read_data(config: ReportConfig) -> ReportData:
     ids = ids_by_name(own, names, "the mined regions", f"captions file {file}")
     matches = None
     if truth is not None:
-        split = load_split(config.split, truth.categories, truth.frequencies) if config.split else None
         matches = measure_pairs(regions, truth, split, images=names.values())
     parser = mining_parser(str(pool_file), pool, mining["language"], config.workers)
 

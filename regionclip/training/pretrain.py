@@ -11,6 +11,7 @@ import torch
 from clip_base.data.coco import read_captions
 from clip_base.images.folders import list_images
 from clip_base.jobs.run import RunFolder, files_of
+from clip_base.jobs.skipped import MAX_SKIPPED, require_present
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime import distributed
@@ -48,6 +49,7 @@ def mined_samples(mined: str, images: str, captions: str) -> list[Sample]:
     if not regions:
         raise InputError(f"{mined} has no regions; see its skipped.jsonl, and lower the matcher's thresholds")
     own = {region.image_id: region.file_name for region in regions}
+    require_present([folder / name for name in own.values()], MAX_SKIPPED, f"images={folder}")
     ids = ids_by_name(own, names, "the mined regions", f"captions file {file}")
     width = max(len(region.concept_ids) for region in regions)
     return [

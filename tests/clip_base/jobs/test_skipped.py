@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from clip_base.jobs.cli import main
-from clip_base.jobs.skipped import require_share, require_usable
+from clip_base.jobs.skipped import require_present, require_share, require_usable
 from clip_base.runtime.errors import InputError, JobError
 
 
@@ -50,5 +50,20 @@ def test_a_bad_call_ends_with_2_and_a_job_without_usable_images_with_1(
     assert main(["pretrain", *options, *tiny, "train.max_skipped=2", f"out={tmp_path / 'bad'}"]) == 2
     assert main(["pretrain", *options, *tiny, f"out={tmp_path / 'out'}"]) == 1
     told = capsys.readouterr().err.splitlines()[-1]
-    assert "2 samples" in told
+    assert "2 of 2 images are missing" in told
     assert "a.jpg" in told or "b.jpg" in told
+
+
+def test_files_that_are_missing_are_counted_all_when_a_sample_lacks_too_many(tmp_path: Path) -> None:
+    for number in range(0, 1000, 2):
+        (tmp_path / f"{number}.jpg").touch()
+    there = [tmp_path / f"{number}.jpg" for number in range(0, 1000, 2)]
+    half = [tmp_path / f"{number}.jpg" for number in range(1000)]
+    require_present([], 0.0, "x")
+    require_present(there, 0.0, "x")
+    require_present(half, 0.5, "x")
+    require_present(["https://no.path/1.jpg"], 0.0, "x")
+    with pytest.raises(JobError, match=r"^images=d: 500 of 1,000 images are missing, .* 1\.jpg in .* exists"):
+        require_present(half, 0.4, "images=d")
+    with pytest.raises(JobError, match=r"^images=d: 1 of 1 images .* in .*none, which does not exist"):
+        require_present([tmp_path / "none" / "a.jpg"], 1.0, "images=d")

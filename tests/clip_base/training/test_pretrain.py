@@ -108,7 +108,7 @@ def test_data_without_pictures_are_refused_in_one_line(
         picture.unlink()
     assert cli.main(["pretrain", *options, f"out={tmp_path / 'out'}"]) == 1
     message = capsys.readouterr().err
-    assert "of 13 samples are unusable" in message
+    assert "13 of 13 images are missing" in message
     assert message.count("\n") == 1
 
 

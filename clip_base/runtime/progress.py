@@ -7,11 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
-from typing import ClassVar, TypeVar
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
+from typing import Any, ClassVar, TypeVar
 
 from clip_base.runtime.announce import after_a_while
 
@@ -59,20 +55,10 @@ class Progress:
         self._printed = time.monotonic()
         self._first: tuple[int, float] | None = None  # what was done after the first step, and when
         self._opening: threading.Timer | None = None
-        self._bar: Bar | None = None
+        self._bar: Any = None
         self._quiet = quiet
         if sys.stderr.isatty() and not quiet:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[left]}"),
-                TextColumn("{task.fields[note]}"),
-            )
-            # What is printed meanwhile goes above the bar; into a file or a pipe it goes as ever.
-            above = sys.stdout.isatty()
-            self._bar = Bar(*columns, console=Console(stderr=True), transient=False, redirect_stdout=above)
+            self._bar = _bar()
             self._task = self._bar.add_task(description, total=total, completed=done, note="", left="")
 
     def __enter__(self) -> Progress:
@@ -123,6 +109,24 @@ class Progress:
             self._opening.cancel()
         done = f"{self.done}/{self.total}" if self.total else f"{self.done}"
         return f"{self.description}: " + ", ".join(part for part in (done, left, note) if part)
+
+
+def _bar() -> Any:
+    """Returns a bar for a terminal. Only there is rich imported: `--help` and completion do without it."""
+    from rich import progress  # noqa: PLC0415
+    from rich.console import Console  # noqa: PLC0415
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("{task.fields[left]}"),
+        progress.TextColumn("{task.fields[note]}"),
+    )
+    # What is printed meanwhile goes above the bar; into a file or a pipe it goes as ever.
+    above = sys.stdout.isatty()
+    return progress.Progress(*columns, console=Console(stderr=True), transient=False, redirect_stdout=above)
 
 
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

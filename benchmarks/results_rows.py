@@ -67,6 +67,7 @@ ROWS = (
     trained("detector-best", "initialized from our best"),
     trained("detector-shared", "initialized from our best, region_head=shared"),
     trained("detector-frozen", "our best frozen, a trained box head alone", main=False),
+    trained("detector-ensemble", "our best, probabilities combined with its student's", main=False),
     trained(
         "detector-chosen",
         "weights between detector and student, the factor chosen on held-out base classes",
@@ -114,7 +115,7 @@ COMPARISONS = (
     *(
         Comparison(detector, other, metric)
         for other in ("detector-best", "student-best")
-        for detector in ("detector-frozen", "detector-chosen")
+        for detector in ("detector-frozen", "detector-chosen", "detector-ensemble")
         for metric in AP50
     ),
     *(Comparison("detector-best", "student-best", metric) for metric in AP50),

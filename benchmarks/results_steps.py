@@ -235,6 +235,8 @@ def all_steps(folder: Path, world: str, seed: int) -> dict[str, Step]:
         steps.evaluation(
             f"detector-alpha-{alpha}", best, "detector-best", "use_checkpoint_config=false", *fusion
         )
+    student = f"student.weights={steps.model('student-best')}"
+    steps.evaluation("detector-ensemble", best, "detector-best", student)
     _add_curves(steps)
     _add_choice(steps, world, seed)
     return steps.found

@@ -29,7 +29,7 @@ from regionclip.data.categories import Split, load_split, parse_names
 from regionclip.data.results import Results, numbered_by, read_results
 from regionclip.evaluation.report_page import write_page
 from regionclip.evaluation.results_checks import Measure, box_note, order_note
-from regionclip.inference.options import DetectorOptions
+from regionclip.inference.options import EnsembleOptions
 from regionclip.metrics.average_precision import (
     Evaluation,
     Protocol,
@@ -55,7 +55,7 @@ _RENUMBER = (
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(AnnotatedImages, DetectorOptions):
+class EvaluateConfig(AnnotatedImages, EnsembleOptions):
     """Options of the evaluation."""
 
     out: str = option(
@@ -114,6 +114,8 @@ class EvaluateConfig(AnnotatedImages, DetectorOptions):
                 "give either results=FILE (to evaluate it) or weights=FILE images=DIR (to detect first)"
             )
         require_share(self.max_skipped)
+        if self.results and self.student.weights:
+            raise InputError("student.weights= is combined with weights=; results= are detections already")
         if self.weights and not self.images:
             raise InputError("weights= needs images=DIR, the folder of the annotated images")
         if self.label_set != "all" and not self.split:
@@ -133,7 +135,7 @@ def evaluate(config: EvaluateConfig) -> None:
     """Evaluates detections: AP of novel, base and all classes; for ground-truth boxes top-1 and top-5."""
     files = ("results", "results_categories", "boxes", "split", "embeddings", "proposer")
     inputs = annotation_inputs(config, "annotations") | files_of(config, *files)
-    inputs |= weight_files(config, "weights", "text_weights")
+    inputs |= weight_files(config, "weights", "text_weights") | config.student_file()
     run = RunFolder(config.out, config, "region-evaluate", inputs)
     metrics = run.finished()
     if metrics is None:

@@ -31,7 +31,7 @@ from regionclip.checkpoints import zoo
 from regionclip.data.batches import DecodedImage, read_batches, read_upright
 from regionclip.data.categories import parse_names
 from regionclip.inference.datasets import planned_datasets, write_datasets
-from regionclip.inference.options import VOCABULARY_HELP, DetectorOptions
+from regionclip.inference.options import VOCABULARY_HELP, EnsembleOptions
 from regionclip.inference.predictor import Predictor
 from regionclip.structures.detections import Detections
 from regionclip.structures.drawing import draw, save_image
@@ -43,7 +43,7 @@ BOX = ("x", "y", "width", "height")
 
 
 @dataclass
-class DetectConfig(DetectorOptions):
+class DetectConfig(EnsembleOptions):
     """Options of detection in images and videos."""
 
     images: list[str] = option(

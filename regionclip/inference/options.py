@@ -11,12 +11,13 @@ from clip_base.jobs.compute import ComputeOptions
 from clip_base.jobs.config import REQUIRED, Plugin, option, plugin, runtime_only
 from clip_base.jobs.run import describe, files_of
 from clip_base.runtime.errors import InputError
-from clip_base.weights.load import weight_files
+from clip_base.weights.load import find, weight_files
 from regionclip.checkpoints.load import load_detector
 from regionclip.inference.predictor import Predictor
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
 from regionclip.models.region_heads import RegionHeadOptions
+from regionclip.models.student import StudentConfig, load_student
 from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import build_proposer
 from regionclip.structures.transforms import ResizeConfig
@@ -116,3 +117,25 @@ class DetectorOptions(DetectorSource, ComputeOptions):
         if self.compile:
             detector.encoder.compile()
         return Predictor(detector, proposer, self.precision, self.templates)
+
+
+@dataclass(kw_only=True)
+class EnsembleOptions(DetectorOptions):
+    """A detector that may be combined with the frozen CLIP it was trained from."""
+
+    student: StudentConfig = option(StudentConfig(), "frozen CLIP whose probabilities are combined")
+
+    def inputs(self) -> dict[str, Path | str]:
+        """See `DetectorOptions`; and the frozen CLIP's file."""
+        return super().inputs() | self.student_file()
+
+    def student_file(self) -> dict[str, Path | str]:
+        """Returns the frozen CLIP's file by its option, or nothing."""
+        return {"student.weights": find(self.student.weights)} if self.student.weights else {}
+
+    def load(self) -> Detector:
+        """Returns the detector, combined with the frozen CLIP when there is one; see `DetectorSource`."""
+        detector = super().load()
+        if not self.student.weights:
+            return detector
+        return detector.with_student(load_student(self.student, detector.clip)).eval()

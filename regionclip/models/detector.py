@@ -23,6 +23,7 @@ from regionclip.models.postprocess import (
 )
 from regionclip.models.region_encoder import RegionEncoder
 from regionclip.models.region_heads import PerRegionHead
+from regionclip.models.student import FrozenStudent
 from regionclip.proposals.base import Proposer
 from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.structures.boxes import clip_boxes, decode_deltas
@@ -52,6 +53,7 @@ class Detector(nn.Module):
             names.
         region_head: how a ResNet tower embeds regions, one of `REGION_HEADS`: the one that the weights were
             trained with.
+        student: a frozen CLIP whose probabilities are combined with the detector's; see `with_student`.
 
     Attributes:
         encoder: embeds regions with the CLIP's vision tower.
@@ -68,6 +70,7 @@ class Detector(nn.Module):
     classifier: Tensor
     negatives: Tensor
     alpha: Tensor
+    novel: Tensor
 
     def __init__(
         self,
@@ -79,6 +82,7 @@ class Detector(nn.Module):
         resize: ResizeConfig | None = None,
         class_embeddings: Tensor | None = None,
         region_head: str = PerRegionHead.kind,
+        student: FrozenStudent | None = None,
     ) -> None:
         super().__init__()
         self.encoder = RegionEncoder.of_maps(clip.visual, otherwise="crop", region_head=region_head)
@@ -92,7 +96,7 @@ class Detector(nn.Module):
         if box_head is not None and not self.encoder.pools_maps:
             raise ValueError("a box head needs a ResNet tower")
         self.clip, self.config, self.network = clip, config, network
-        self.box_head, self.background = box_head, background
+        self.box_head, self.background, self.student = box_head, background, student
         self.resize = resize or ResizeConfig()
         self.encoder.check_padding(self.resize.multiple)
         self.class_embeddings = class_embeddings
@@ -101,6 +105,7 @@ class Detector(nn.Module):
         self.register_buffer("classifier", torch.zeros(0, width), persistent=False)
         self.register_buffer("negatives", torch.zeros(0, width), persistent=False)
         self.register_buffer("alpha", torch.zeros(0), persistent=False)
+        self.register_buffer("novel", torch.zeros(0, dtype=torch.bool), persistent=False)
 
     @classmethod
     def untrained(
@@ -130,8 +135,15 @@ class Detector(nn.Module):
 
     def with_network(self, network: ProposalNetwork) -> Detector:
         """Returns a detector of the same parts with this proposal network."""
-        parts = (self.box_head, self.background, self.resize, self.class_embeddings, self.encoder.region_head)
-        return Detector(self.clip, self.config, network, *parts)
+        return self._of_parts(network, self.student)
+
+    def with_student(self, student: FrozenStudent) -> Detector:
+        """Returns a detector of the same parts that combines its probabilities with a frozen CLIP's."""
+        return self._of_parts(self.network, student)
+
+    def _of_parts(self, network: ProposalNetwork | None, student: FrozenStudent | None) -> Detector:
+        head = (self.box_head, self.background, self.resize, self.class_embeddings, self.encoder.region_head)
+        return Detector(self.clip, self.config, network, *head, student)
 
     @property
     def trained(self) -> bool:
@@ -174,6 +186,7 @@ class Detector(nn.Module):
             if vocabulary.novel is None
             else vocabulary.novel
         )
+        self.novel = novel.to(self.classifier.device)
         alphas = torch.where(novel, self.config.alpha_novel, self.config.alpha_base)
         self.alpha = alphas.to(self.classifier.device)
 
@@ -248,7 +261,10 @@ class Detector(nn.Module):
             boxes = regions.boxes
             if deltas is not None:
                 boxes = decode_deltas(boxes, deltas, DELTA_WEIGHTS)
-        return probabilities[:, : len(self.classifier)], boxes
+        probabilities = probabilities[:, : len(self.classifier)]
+        if self.student is not None:
+            probabilities = self.student.combine(probabilities, maps, regions, self._all_names(), self.novel)
+        return probabilities, boxes
 
     @torch.no_grad()
     def shortlist(self, maps: FeatureMaps, regions: Regions, background: bool) -> Regions:

@@ -138,7 +138,11 @@ class Detector(nn.Module):
         return self._of_parts(network, self.student)
 
     def with_student(self, student: FrozenStudent) -> Detector:
-        """Returns a detector of the same parts that combines its probabilities with a frozen CLIP's."""
+        """Returns a detector of the same parts that combines its probabilities with a frozen CLIP's.
+
+        Args:
+            student: the frozen CLIP, with the same text tower; see `load_student`.
+        """
         return self._of_parts(self.network, student)
 
     def _of_parts(self, network: ProposalNetwork | None, student: FrozenStudent | None) -> Detector:

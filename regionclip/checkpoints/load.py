@@ -231,8 +231,8 @@ def look_for(
     """
     vocabulary.require_width(detector.clip.config.embed_dim, source)
     wanted = detector.config.negatives
-    beside = None
-    if wanted == "generic" or (wanted == "auto" and own_words and not detector.trained):
+    beside = vocabulary.negatives  # of regions, which no word competes with
+    if beside is None and (wanted == "generic" or (wanted == "auto" and own_words and not detector.trained)):
         tokenizer = Tokenizer(detector.clip.config.text.context_length)
         beside = embed_negatives(detector.clip, tokenizer, vocabulary, templates)
     detector.set_vocabulary(vocabulary, source, beside)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,12 +43,15 @@ class Vocabulary:
         embeddings: [C, D] float32, unit length.
         novel: [C] bool, which names training must not see boxes of; None when there is no such split.
         provenance: where the embeddings come from: a hash of the weights, the templates, a source file.
+        negatives: [M, D] float32, unit length: what shares the probabilities with the names and is not
+            reported, in place of generic names; None: there is nothing of the kind.
     """
 
     names: tuple[str, ...]
     embeddings: Tensor
     novel: Tensor | None = None
     provenance: dict[str, str] = field(default_factory=dict)
+    negatives: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Checks names, shapes, types and lengths."""
@@ -58,6 +61,8 @@ class Vocabulary:
             self.novel.shape != (len(self.names),) or self.novel.dtype != torch.bool
         ):
             raise ValueError(f"novel must be bool [{len(self.names)}], got {list(self.novel.shape)}")
+        if self.negatives is not None and self.negatives.shape != (len(self.negatives), self.width):
+            raise ValueError(f"negatives must be [M, {self.width}], got {list(self.negatives.shape)}")
         if self.embeddings.dtype != torch.float32:
             raise ValueError(f"embeddings must be float32, got {self.embeddings.dtype}")
         check_names(self.names)
@@ -82,14 +87,16 @@ class Vocabulary:
         """sha256 over names, embeddings and which are novel: equal for equal vocabularies."""
         digest = hashlib.sha256(json.dumps(self.names).encode())
         digest.update(_bytes(self.embeddings))
-        if self.novel is not None:
-            digest.update(_bytes(self.novel))
+        for further in (self.novel, self.negatives):
+            if further is not None:
+                digest.update(_bytes(further))
         return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> Vocabulary:
         """Returns the same vocabulary on `device`."""
         novel = None if self.novel is None else self.novel.to(device)
-        return Vocabulary(self.names, self.embeddings.to(device), novel, self.provenance)
+        negatives = None if self.negatives is None else self.negatives.to(device)
+        return Vocabulary(self.names, self.embeddings.to(device), novel, self.provenance, negatives)
 
     def index(self, name: str) -> int:
         """Returns the row of `name`; an unknown one is an InputError that names the nearest."""
@@ -111,7 +118,8 @@ class Vocabulary:
             [rows[name] for name in names], dtype=torch.int64, device=self.embeddings.device
         )
         novel = None if self.novel is None else self.novel[chosen]
-        return Vocabulary(tuple(names), self.embeddings[chosen], novel, dict(self.provenance))
+        rows, provenance = self.embeddings[chosen], dict(self.provenance)
+        return Vocabulary(tuple(names), rows, novel, provenance, self.negatives)
 
     def require_width(self, width: int, path: str | Path = "") -> None:
         """Raises an InputError unless the embeddings have `width` numbers.
@@ -138,6 +146,8 @@ class Vocabulary:
         tensors = {"embeddings": self.embeddings.cpu().contiguous()}
         if self.novel is not None:
             tensors["novel"] = self.novel.cpu().contiguous()
+        if self.negatives is not None:
+            tensors["negatives"] = self.negatives.cpu().contiguous()
         metadata = {
             "format": FORMAT,
             "version": str(VERSION),
@@ -172,6 +182,37 @@ class Vocabulary:
             raise InputError(f"vocabulary {path} holds no names; give the list of its names with it")
         embeddings = _unit(_rows_are_names(matrix, len(names), path).float(), names, str(path))
         return cls(tuple(names), embeddings, None, {"source": path.name, "sha256": content_hash(path)})
+
+    @classmethod
+    def from_regions(cls, regions: Mapping[str, Tensor], others: Tensor | None = None) -> Vocabulary:
+        """Returns what looks for things that were shown instead of named: one-shot search.
+
+            mug = predictor.region_features("desk.jpg", [[210, 90, 330, 240]])
+            predictor.set_vocabulary(Vocabulary.from_regions({"my mug": mug}, others))
+
+        Args:
+            regions: for each name the [n, D] embeddings of regions that show it, whose directions are
+                averaged; from `Predictor.region_features`.
+            others: [M, D] embeddings of regions that show something else. A softmax over one name gives it a
+                probability of 1 everywhere, and words are far from all regions: without others the scores
+                only rank.
+
+        Raises:
+            InputError: no regions, or an embedding without a direction.
+        """
+        lacking = next((name for name, rows in regions.items() if rows.ndim != 2 or not len(rows)), None)
+        if lacking is not None or not regions:
+            raise InputError(f"from_regions needs [n, D] embeddings for each name, {lacking!r} has none")
+        names = list(regions)
+        means = [
+            _unit(rows.float().cpu(), [name] * len(rows), "a region").mean(0)
+            for name, rows in regions.items()
+        ]
+        embeddings = _unit(torch.stack(means), names, "the mean of regions")
+        if others is None:
+            others = embeddings.new_zeros(0, embeddings.shape[1])
+        beside = _unit(others.float().cpu(), ["something else"] * len(others), "a region")
+        return cls(tuple(names), embeddings, None, {"source": "regions"}, beside)
 
     def _hint(self, name: str) -> str:
         return did_you_mean(name, list(self.names)) if len(self) <= 50 else _closest(name, self.names)
@@ -265,7 +306,8 @@ def _load_safetensors(path: Path) -> Vocabulary:
     names, provenance = (sizes_in(metadata, key, path) for key in ("names", "provenance"))
     if not isinstance(names, list) or not isinstance(provenance, dict):
         raise InputError(f"vocabulary {path} is damaged: its names are no list; make it again")
-    return Vocabulary(tuple(map(str, names)), tensors["embeddings"], tensors.get("novel"), provenance)
+    further = tensors.get("novel"), provenance, tensors.get("negatives")
+    return Vocabulary(tuple(map(str, names)), tensors["embeddings"], *further)
 
 
 def _load_npy(path: Path) -> Tensor:

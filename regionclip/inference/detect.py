@@ -33,6 +33,7 @@ from regionclip.data.categories import parse_names
 from regionclip.inference.datasets import planned_datasets, write_datasets
 from regionclip.inference.options import VOCABULARY_HELP, EnsembleOptions
 from regionclip.inference.predictor import Predictor
+from regionclip.inference.region_query import QUERY_HELP, parse_queries, vocabulary_of
 from regionclip.structures.detections import Detections
 from regionclip.structures.drawing import draw, save_image
 
@@ -53,7 +54,8 @@ class DetectConfig(EnsembleOptions):
         positional=True,
         renamed_from="photos",
     )
-    vocabulary: str = option(REQUIRED, VOCABULARY_HELP)
+    vocabulary: str = option("", f"{VOCABULARY_HELP}; or give query=")
+    query: str = option("", QUERY_HELP)
     weights: str = option(
         zoo.DETECTOR,
         "a detector (ours or RegionCLIP's), or a CLIP (then give a proposer); by default RegionCLIP's "
@@ -90,7 +92,14 @@ class DetectConfig(EnsembleOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.text_weights and not self.embeddings:
+        if bool(self.vocabulary) == bool(self.query):
+            raise InputError(
+                'give either vocabulary="cat, dog", names to detect, or query=IMAGE:x1,y1,x2,y2, a region to '
+                "look for"
+            )
+        if self.query and self.embeddings:
+            raise InputError("embeddings= are of names, and query= looks for a region; omit one of them")
+        if self.vocabulary and not self.text_weights and not self.embeddings:
             self.text_weights = zoo.text_tower(self.weights, parse_names(self.vocabulary))
         require_share(self.max_skipped)
         if self.frame_stride < 1 or self.top_k < 0 or not 0 <= self.score_threshold <= 1:
@@ -124,14 +133,18 @@ def detect(config: DetectConfig) -> None:
     sources = [Source(*pair) for pair in zip(files, targets_of(files, out), strict=True)]
     stills = [source for source in sources if not source.is_video]
     videos = [source for source in sources if source.is_video]
-    names = parse_names(config.vocabulary)
+    queries = parse_queries(config.query) if config.query else []
+    names = list(dict.fromkeys(q.name for q in queries)) or parse_names(config.vocabulary)
     zoo.fetch_detector(config.weights, config.text_weights)
-    header = _header(config, names, files)
+    header = _header(config, names, files) | hashes_of({f"query {q.image}": q.image for q in queries})
     datasets = planned_datasets(config.format, out, names, files, header)
     with contextlib.ExitStack() as closing:
         closing.enter_context(lock_folder(out))
         predictor = config.predictor()
-        predictor.set_vocabulary(names, config.embeddings)
+        if queries:
+            predictor.set_vocabulary(vocabulary_of(predictor, queries))
+        else:
+            predictor.set_vocabulary(names, config.embeddings)
         journal = closing.enter_context(ResumeLog(out / JOURNAL, header))
         batches = -(-len(stills) // config.batch_size)
         stills = stills[journal.units * config.batch_size :]

@@ -15,11 +15,12 @@ from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
 from clip_base.images.decode import Pixels
 from clip_base.images.inputs import ImageLike, read_image
 from clip_base.jobs.config import Plugin
+from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast, pick_device
 from clip_base.runtime.progress import track
 from regionclip.checkpoints.load import load_detector, look_for, vocabulary_for
-from regionclip.concepts.vocabulary import Vocabulary
+from regionclip.concepts.vocabulary import Vocabulary, embed
 from regionclip.data.batches import (
     DecodedImage,
     LoadedBatch,
@@ -180,6 +181,20 @@ class Predictor:
         with autocast(self.precision, self.device):
             vocabulary = vocabulary_for(self.detector, words, words, self.templates, embeddings=embeddings)
             look_for(self.detector, vocabulary, self.templates, own_words=True)
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Returns [C, D] float32 unit-length embeddings of names, in the space of its regions and images.
+
+        Args:
+            texts: C distinct names, which go into the prompts and are averaged over them.
+
+        Raises:
+            InputError: no name, repeated ones, or weights without a text tower.
+        """
+        words = [texts] if isinstance(texts, str) else list(texts)
+        clip = self.detector.clip
+        with autocast(self.precision, self.device):
+            return embed(clip, Tokenizer(clip.config.text.context_length), words, self.templates).embeddings
 
     def detect(self, image: ImageLike, score: float = 0.0) -> Detections:
         """Finds what the vocabulary names in one image.

@@ -13,7 +13,7 @@ from clip_base.data.coco import read_captions
 from clip_base.evaluation.tables import figure_lines
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, quote
 from clip_base.runtime.progress import track
 from clip_base.storage.files import read_json_lines, write_text
 from clip_base.storage.paths import image_in
@@ -122,7 +122,7 @@ def read_data(config: ReportConfig) -> ReportData:
         replace(region, image_id=ids[region.image_id]) for region in regions if region.image_id in ids
     ]
     coverage = cover(captioned, captions, names, concepts, rows_of(pool), parse, read_stop_words())
-    return ReportData(manifest, folder, regions, coverage, _skipped(Path(config.mined)), matches)
+    return ReportData(manifest, folder, regions, coverage, skipped_images(Path(config.mined)), matches)
 
 
 def _there(path: str, what: str, option_: str) -> Path:
@@ -131,9 +131,15 @@ def _there(path: str, what: str, option_: str) -> Path:
     return Path(path)
 
 
-def _skipped(mined: Path) -> list[dict[str, Any]]:
-    """Reads the images that gave no region, with the reasons."""
-    return [entry for _, entry in read_json_lines(mined / "skipped.jsonl", "list of skipped images")]
+def skipped_images(mined: Path) -> list[dict[str, Any]]:
+    """Reads the images that gave no region, with the reasons; InputError when the list is damaged."""
+    found, what = list[dict[str, Any]](), "list of skipped images"
+    for number, entry in read_json_lines(mined / "skipped.jsonl", what):
+        if not isinstance(entry, dict) or not {"file_name", "reason"} <= entry.keys():
+            where = f"{what} {mined / 'skipped.jsonl'}, line {number}"
+            raise InputError(f"{where} needs a file_name and a reason, found {quote(entry)}; mine again")
+        found.append(entry)
+    return found
 
 
 def _metrics(data: ReportData) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any, Protocol, cast
 
@@ -27,13 +27,12 @@ from clip_base.runtime.progress import Progress
 from clip_base.runtime.progress import rate as rate_of
 from clip_base.storage.files import write_json
 from clip_base.training import checkpoint
+from clip_base.training.boards import Board, open_boards
+from clip_base.training.curves import CURVES, write_curves
 from clip_base.training.ema import EMA
 from clip_base.training.parallel import KINDS, Parallel
-from clip_base.training.tensorboard import TensorBoardLog
 from clip_base.weights.native import load_exactly
 
-# What stands beside the losses in a line of log.jsonl.
-NO_LOSS = frozenset({"step", "lr", "images_per_second", "logit_scale", "region_text_scale", "bias"})
 REMEDY = "lower train.lr or use train.precision=fp32"  # for numbers that are not finite
 
 
@@ -76,6 +75,11 @@ class TrainConfig:
     save_every: float = option(60.0, "seconds between checkpoints", runtime_only=True)
     log_every: int = option(10, "steps between lines in log.jsonl")
     tensorboard: bool = option(False, "also write the log to out/tensorboard", runtime_only=True)
+    wandb: str = option(
+        "",
+        "project of Weights & Biases that also gets the log (WANDB_MODE=offline: out/wandb); empty: none",
+        runtime_only=True,
+    )
     evaluate_every: int = option(
         0, "steps between evaluations during training; 0: only at the end", runtime_only=True
     )
@@ -257,7 +261,7 @@ class _Loop:
         self.average = EMA(task, config.ema) if config.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.folder = run.path / "checkpoints"
-        self.board: TensorBoardLog | None = None
+        self.boards: list[Board] = []
         self._saved = self._logged = time.monotonic()
         self._sums: dict[str, Tensor] = {}
         self._images = 0
@@ -278,8 +282,9 @@ class _Loop:
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(training["scaler"])
         self.run.rewind_log(step)
-        if self.config.tensorboard and distributed.is_first():
-            self.board = TensorBoardLog(self.run.path / "tensorboard", step)
+        if distributed.is_first():
+            boards = (self.config.tensorboard, self.config.wandb, asdict(self.config))
+            self.boards = open_boards(self.run.path, step, *boards)
         return step
 
     def step(self, step: int, batch: Any) -> None:
@@ -344,8 +349,8 @@ class _Loop:
 
     def _write(self, step: int, figures: dict[str, float]) -> None:
         self.run.log({"step": step, **figures})
-        if self.board is not None:
-            self.board.add(step, figures)
+        for board in self.boards:
+            board.add(step, figures)
 
     def evaluate(self, step: int, evaluate: Callable[[int], dict[str, float]]) -> None:
         averaged = contextlib.nullcontext() if self.average is None else self.average.applied()
@@ -390,8 +395,10 @@ class _Loop:
             )
 
     def finish(self) -> None:
-        """Leaves the averaged weights in the task, if there are any."""
+        """Leaves the averaged weights in the task, if there are any, and draws the log."""
         if self.average is not None:
             self.average.swap()
-        if self.board is not None:
-            self.board.close()
+        for board in self.boards:
+            board.close()
+        if distributed.is_first():
+            write_curves(self.run.log_path, self.run.path / CURVES)

@@ -32,13 +32,13 @@ from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast, pick_device
 from clip_base.storage.files import read_log
 from clip_base.training import checkpoint as checkpoints
-from clip_base.training.loop import NO_LOSS, TrainConfig, TrainingOptions, fit
+from clip_base.training.curves import NO_LOSS, VALIDATED
+from clip_base.training.loop import TrainConfig, TrainingOptions, fit
 from clip_base.training.losses import OBJECTIVES, Contrastive, ContrastiveConfig, PairEmbeddings
 from clip_base.training.validation import Validation, ValidationConfig
 from clip_base.weights.load import load_clip, weight_files
 from clip_base.weights.native import load_exactly, save_clip
 
-VALIDATED = "val_"  # how the figures of a validation begin
 MAX_LOGIT_SCALE = math.log(100)  # arXiv 2103.00020, section 2.5
 
 

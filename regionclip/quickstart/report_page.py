@@ -14,7 +14,7 @@ from clip_base.images.html import data_uri
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import read_json, read_json_lines, write_text
 from clip_base.storage.tables import open_table
-from clip_base.training.loop import NO_LOSS
+from clip_base.training.curves import NO_LOSS
 from regionclip.data.annotations import CocoDetection, ImageAnnotations
 from regionclip.data.batches import read_record
 from regionclip.data.categories import Split

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from clip_base.data.batch import ImageTextBatch
 from clip_base.images.decode import DEVIATION, MEAN, decode
@@ -125,6 +126,49 @@ def test_tensorboard_shows_the_logs_figures(options: list[str], tmp_path: Path) 
     shown = {event.step: event.value for event in events.Scalars("contrastive")}
     assert shown == pytest.approx({line["step"]: line["contrastive"] for line in log_of(out)})
     assert {"lr", "logit_scale", "images_per_second"} <= set(events.Tags()["scalars"])
+
+
+def test_wandb_gets_the_logs_figures_in_one_run_also_after_a_resume(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    logged: list[dict[str, float]] = []
+    ids = []
+
+    def spied(**given: Any) -> Any:
+        run = start(**given)
+        ids.append(given["id"])
+        monkeypatch.setattr(run, "log", logged.append)
+        return run
+
+    start = wandb.init
+    monkeypatch.setattr(wandb, "init", spied)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    out = tmp_path / "out"
+    assert cli.main(["pretrain", *options, "train.wandb=tests", f"out={out}"]) == 0
+    assert logged == log_of(out)
+    assert list(out.glob("wandb/offline-run-*/*.wandb"))
+    (out / "metrics.json").unlink()
+    assert cli.main(["pretrain", *options, "train.wandb=tests", f"out={out}"]) == 0
+    assert ids[0] == ids[1]
+
+
+def test_a_training_ends_with_its_curves(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, list[float]] = {}
+
+    def spied(axes: Any, xs: Any, ys: Any, label: str = "", **others: Any) -> Any:
+        drawn[label] = list(ys)
+        return plot(axes, xs, ys, label=label, **others)
+
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", spied)
+    out = tmp_path / "out"
+    assert cli.main(["pretrain", *options, f"out={out}"]) == 0
+    assert drawn["contrastive"] == [line["contrastive"] for line in log_of(out)]
+    assert drawn["lr"] == [line["lr"] for line in log_of(out)]
+    assert min(decode(out / "curves.png").shape[:2]) > 300
 
 
 def test_without_tensorboard_the_command_to_install_it_is_told(

@@ -18,7 +18,7 @@ from clip_base.jobs.cli import main_regionclip
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
-from clip_base.training.loop import NO_LOSS
+from clip_base.training.curves import NO_LOSS
 from regionclip.concepts.synonyms import synonym_sets
 from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.mining.shards import read_manifest

@@ -118,8 +118,8 @@ class Vocabulary:
             [rows[name] for name in names], dtype=torch.int64, device=self.embeddings.device
         )
         novel = None if self.novel is None else self.novel[chosen]
-        rows, provenance = self.embeddings[chosen], dict(self.provenance)
-        return Vocabulary(tuple(names), rows, novel, provenance, self.negatives)
+        embeddings, provenance = self.embeddings[chosen], dict(self.provenance)
+        return Vocabulary(tuple(names), embeddings, novel, provenance, self.negatives)
 
     def require_width(self, width: int, path: str | Path = "") -> None:
         """Raises an InputError unless the embeddings have `width` numbers.

@@ -11,139 +11,23 @@ and is left to that package. Records in fully random order want a local disk, be
 # N records, C kinds of captions, M members of a tar
 from __future__ import annotations
 
-import hashlib
-import json
-import tarfile
-import zipfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
-from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from clip_base.data.sources import SPLIT_LINES_HELP, Pair, Pairs, captions_in
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError, note, shortened
 from clip_base.runtime.progress import track
-from clip_base.storage.files import ENCODING_HELP, decode_text, existing, existing_file, parse_json, replacing
+from clip_base.storage.files import ENCODING_HELP, decode_text, parse_json
+from clip_base.storage.tars import Integers, Member, Packed, TarIndex, expand, read_index, stream
 
-_BLOCK = tarfile.BLOCKSIZE
 _NOWHERE = (0, -1)  # offset and size of what a record lacks
-
-Integers = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Member:
-    """A file inside an uncompressed tar.
-
-    Attributes:
-        tar: the archive.
-        offset: of its first byte in the archive.
-        size: in bytes.
-    """
-
-    tar: Path
-    offset: int
-    size: int
-
-    def read_bytes(self) -> bytes:
-        """Returns its content; InputError when the tar ends before it does."""
-        with self.tar.open("rb") as file:
-            file.seek(self.offset)
-            data = file.read(self.size)
-        if len(data) < self.size:
-            raise InputError(f"{self} is truncated: it has {len(data)} of {self.size} bytes")
-        return data
-
-    def __str__(self) -> str:
-        """Its name, read from the header before it: an index of names would fill the memory."""
-        try:
-            with self.tar.open("rb") as file:
-                file.seek(self.offset - _BLOCK)
-                header = tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "surrogateescape")
-            name = header.name.encode(errors="surrogateescape").decode(errors="replace")
-            return f"{self.tar}/{name}"
-        except (OSError, tarfile.HeaderError):
-            return f"{self.tar} at byte {self.offset}"
-
-
-@dataclass(frozen=True)
-class TarIndex:
-    """Where the files of a tar lie.
-
-    Attributes:
-        names: M names.
-        offsets: [M] of the first byte.
-        sizes: [M] in bytes.
-        damage: why not all of the tar could be read; empty for a whole one.
-    """
-
-    names: list[str]
-    offsets: Integers
-    sizes: Integers
-    damage: str = ""
-
-
-def scan(path: Path) -> TarIndex:
-    """Reads the headers of a tar.
-
-    Raises:
-        InputError: it is missing, compressed, or no tar.
-    """
-    names, offsets, sizes, end, damage = [], [], [], 0, ""
-    try:
-        with tarfile.open(existing_file(path, "shard"), "r:") as tar:
-            while True:
-                member = tar.next()
-                if member is None:
-                    break
-                tar.members = []  # type: ignore[attr-defined]  # or it would keep them all
-                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-                if member.isfile():
-                    names.append(member.name)
-                    offsets.append(member.offset_data)
-                    sizes.append(member.size)
-    except InputError:
-        raise
-    except Exception as error:  # of damaged headers tarfile raises more than its own errors
-        if not names:
-            raise InputError(
-                f"shard {path} cannot be read as an uncompressed tar: {error}; unpack compressed files first"
-            ) from None
-        # The last member is cut off; it is listed as unusable when it is drawn.
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(min(end, size))
-        following = file.read(_BLOCK)
-    if following.strip(b"\0"):  # tarfile takes a damaged header for the end
-        damage = f"shard {path} is damaged at byte {end} of {size}: what follows cannot be read"
-    return TarIndex(names, np.array(offsets, np.int64), np.array(sizes, np.int64), damage)
-
-
-def read_index(path: Path, folder: str = "") -> TarIndex:
-    """Returns the index of a tar, kept in `folder` from one run to the next when one is given."""
-    if not folder:
-        return scan(path)
-    status = existing(path, "shard").stat()
-    stamp = np.array([status.st_size, status.st_mtime_ns], np.int64)
-    digest = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:12]
-    kept = Path(folder) / f"{path.stem}-{digest}.npz"
-    if kept.exists():
-        try:
-            with np.load(kept) as held:
-                if np.array_equal(held["stamp"], stamp):
-                    names, damage = json.loads(held["names"].tobytes())
-                    return TarIndex(names, held["offsets"], held["sizes"], damage)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            kept.unlink()  # damaged: it is rebuilt
-    index = scan(path)
-    text = np.frombuffer(json.dumps([index.names, index.damage]).encode(), np.uint8)
-    with replacing(kept) as temporary, temporary.open("wb") as file:
-        np.savez(file, stamp=stamp, names=text, offsets=index.offsets, sizes=index.sizes)
-    return index
+Held = TypeVar("Held")
 
 
 @dataclass
@@ -151,7 +35,8 @@ class WebdatasetConfig:
     """Local webdataset shards."""
 
     shards: str = option(
-        REQUIRED, "tars, or a folder of them; braces and :: as in webdataset: data/{0000..0009}.tar::more.tar"
+        REQUIRED,
+        "tars, a folder of them, or a pattern; braces, :: as in webdataset: data/{0000..0009}.tar::more.tar",
     )
     images: list[str] = option(
         ["jpg", "jpeg", "png", "webp"], "extensions of a record's image, in order of preference"
@@ -180,31 +65,6 @@ class WebdatasetSource:
     def pairs(self) -> Pairs:
         """Returns one pair per record; texts are read when a pair is sampled."""
         return Records(expand(self.config.shards), self.config)
-
-
-def expand(shards: str) -> list[Path]:
-    """Returns the tars that `shards` names, in webdataset's notation.
-
-    Raises:
-        InputError: one of them is not a local file, or there are none.
-    """
-    names = [name for name in expand_urls(shards) if name]
-    remote = next((name for name in names if name.startswith("pipe:") or "://" in name), None)
-    if remote is not None:
-        raise InputError(f"shard {remote} is not a local file; download it and give its path")
-    if not names:
-        raise InputError(f"shards={shards!r} matches no file")
-    return [tar for name in names for tar in _tars_of(existing(name, "shard"))]
-
-
-def _tars_of(path: Path) -> list[Path]:
-    """Returns a tar, or those in a folder, which may hold more: img2dataset leaves its statistics there."""
-    if not path.is_dir():
-        return [path]
-    tars = [file for file in path.iterdir() if file.suffix == ".tar" and not file.name.startswith(".")]
-    if not tars:
-        raise InputError(f"folder {path} holds no .tar files; give a folder of them, or the tars")
-    return sorted(tars, key=lambda file: (len(file.name), file.name))  # 2.tar before 10.tar
 
 
 class Records:
@@ -256,16 +116,8 @@ class Records:
 
     def _places(self, index: TarIndex, extensions: set[str]) -> list[list[int]]:
         """Returns offset and size of each record's image and captions; a record's members stand together."""
-        records: list[dict[str, tuple[int, int]]] = []
-        before = None
-        for name, offset, size in zip(index.names, index.offsets.tolist(), index.sizes.tolist(), strict=True):
-            key, extension = base_plus_ext(name)
-            if key is None or name.rpartition("/")[2].startswith("__"):
-                continue  # no part of a record, by webdataset's convention
-            if key != before or extension.lower() in records[-1]:
-                records.append({})
-            before = key
-            records[-1][extension.lower()] = (offset, size)
+        places_of = zip(index.offsets.tolist(), index.sizes.tolist(), strict=True)
+        records = [members for _, members in records_of(zip(index.names, places_of, strict=True))]
         kinds = ["json" if _in_json(caption) else caption for caption in self.config.captions]
         places = []
         for record in records:
@@ -310,17 +162,137 @@ def _in_json(kind: str) -> bool:
 
 
 def _captions(kind: str, member: Member, config: WebdatasetConfig) -> list[str]:
-    """Returns the captions in one member: those of a text, see `captions_in`, or a key's in a JSON object."""
+    """Returns the captions in one member, see `captions_of`."""
     try:
         data = member.read_bytes()
     except OSError as error:
         raise InputError(f"{member.tar} cannot be read: {error.strerror}") from None
-    text = decode_text(data, f"text {member}", config.encoding)
+    return captions_of(kind, data, str(member), config)
+
+
+def captions_of(kind: str, data: bytes, where: str, config: WebdatasetConfig) -> list[str]:
+    """Returns the captions in a member: those of a text, see `captions_in`, or a key's in a JSON object.
+
+    Args:
+        kind: one of `config.captions`.
+        data: the content.
+        where: the member, for messages.
+        config: how texts are read.
+
+    Raises:
+        InputError: the content is no text, or no JSON object.
+    """
+    text = decode_text(data, f"text {where}", config.encoding)
     if not _in_json(kind):
         return list(captions_in(text, config.split_lines))
-    content = parse_json(text, str(member))
+    content = parse_json(text, where)
     if not isinstance(content, dict):
-        raise InputError(f"{member} has no captions: it is not a JSON object")
+        raise InputError(f"{where} has no captions: it is not a JSON object")
     found = content.get(kind.removeprefix("json."), [])
     texts = found if isinstance(found, list) else [found]
     return [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]
+
+
+def records_of(members: Iterable[tuple[str, Held]]) -> Iterator[tuple[str, dict[str, Held]]]:
+    """Groups a tar's members into records: those that follow each other and have one key.
+
+    Args:
+        members: (name, what it holds) in the order of the tar.
+
+    Yields:
+        The record's key, and extension in lower case -> what that member holds.
+    """
+    before, record = None, dict[str, Held]()
+    for name, held in members:
+        key, extension = base_plus_ext(name)
+        if key is None or name.rpartition("/")[2].startswith("__"):
+            continue  # no part of a record, by webdataset's convention
+        if key != before or extension.lower() in record:
+            if before is not None:
+                yield before, record
+            record = {}
+        before = key
+        record[extension.lower()] = held
+    if before is not None:
+        yield before, record
+
+
+@dataclass(frozen=True)
+class TarRecord:
+    """A record that was read from its tar.
+
+    Attributes:
+        number: its place among the tar's records, from 0.
+        key: webdataset's `__key__`.
+        image: the encoded image; None when `fault` says why.
+        captions: as they stand in its texts; may be empty.
+        fault: why the record cannot be used; "" for one that can.
+    """
+
+    number: int
+    key: str
+    image: Packed | None
+    captions: tuple[str, ...]
+    fault: str = ""
+
+
+def stream_records(tar: str, config: WebdatasetConfig, images: bool = True) -> Iterator[TarRecord]:
+    """Reads the records of one tar, gzipped or not, from its start to its end.
+
+    Args:
+        tar: its address.
+        config: which members are images and captions.
+        images: whether the images' content is read.
+
+    Yields:
+        Every record. One that lacks an image or whose text is damaged says so; the last one says when the
+        rest of the tar is lost.
+
+    Raises:
+        InputError: the tar is missing, or is none.
+    """
+    kinds = {"json" if _in_json(kind) else kind for kind in config.captions}
+
+    def wanted(name: str) -> bool:
+        extension = (base_plus_ext(name)[1] or "").lower()
+        return extension in kinds or (images and extension in config.images)
+
+    lost: list[str] = []
+
+    def members() -> Iterator[tuple[str, Packed]]:
+        begun = False
+        try:
+            for member in stream(tar, wanted):
+                begun = True
+                yield member.name, member
+        except InputError as error:
+            if not begun:
+                raise
+            lost.append(str(error))
+
+    number = -1
+    for number, (key, record) in enumerate(records_of(members())):
+        yield _tar_record(tar, number, key, record, config)
+    if lost:
+        yield TarRecord(number + 1, "", None, (), lost[0])
+
+
+def _tar_record(
+    tar: str, number: int, key: str, record: dict[str, Packed], config: WebdatasetConfig
+) -> TarRecord:
+    image = next((record[extension] for extension in config.images if extension in record), None)
+    if image is None:
+        there = shortened(", ".join(sorted(record)), 100)
+        dotted = next((name for name in record if name.rpartition(".")[2] in config.images), "")
+        hint = f" ({dotted!r} counts as the extension: rename images with a dot)" if dotted else ""
+        reason = f"{tar}/{key}: the record has no image ({', '.join(config.images)}), only {there}{hint}"
+        return TarRecord(number, key, None, (), reason)
+    captions: list[str] = []
+    for kind in config.captions:
+        text = record.get("json" if _in_json(kind) else kind)
+        if text is not None and text.data is not None:
+            try:
+                captions += captions_of(kind, text.data, f"{tar}/{text.name}", config)
+            except InputError as error:
+                return TarRecord(number, key, image, (), str(error))
+    return TarRecord(number, key, image, tuple(captions))

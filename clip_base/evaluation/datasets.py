@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from clip_base.data.coco import box_of, category_name, image_names, is_crowd, read_instances, stated_size
-from clip_base.data.webdataset import Member, WebdatasetConfig, WebdatasetSource
+from clip_base.data.webdataset import WebdatasetConfig, WebdatasetSource
 from clip_base.images.decode import Decoded, cut, size_of
 from clip_base.images.folders import list_files, note_left_out, subfolders
 from clip_base.jobs.skipped import MAX_SKIPPED, require_present
@@ -19,6 +19,7 @@ from clip_base.runtime.errors import InputError, quote
 from clip_base.runtime.progress import track
 from clip_base.storage.files import existing, read_text
 from clip_base.storage.paths import image_in
+from clip_base.storage.tars import Member
 
 SHARD_IMAGES = ["webp", "png", "jpg", "jpeg"]  # the extensions that CLIP_benchmark looks for, in its order
 

@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clip_base.data.webdataset import Member
 from clip_base.evaluation.datasets import EvaluationImage, prepare_image
 from clip_base.evaluation.ranking import require_finite
 from clip_base.images.decode import Decoded, decode_stored, normalize
@@ -33,6 +32,7 @@ from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import Progress
 from clip_base.runtime.workers import in_turn
 from clip_base.storage.files import replacing, write_text
+from clip_base.storage.tars import Member
 from clip_base.weights.load import find, load_clip
 from clip_base.weights.native import open_safetensors
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
-from typing import Protocol
 
 import cv2
 import numpy as np
@@ -23,6 +22,7 @@ from clip_base.images.headers import (
     require_size,
     undecodable,
 )
+from clip_base.images.headers import Stored as Stored
 from clip_base.images.orientation import Decoded as Decoded
 from clip_base.images.orientation import Pixels as Pixels
 from clip_base.images.orientation import size_of as size_of
@@ -45,13 +45,6 @@ cv2.setNumThreads(0)  # the training step has the cores
 cv2.utils.logging.setLogLevel(
     cv2.utils.logging.LOG_LEVEL_SILENT
 )  # what does not decode is reported once, as an InputError
-
-
-class Stored(Protocol):
-    """What holds an encoded image: a Path, or a part of a larger file. As text, it names itself."""
-
-    def read_bytes(self) -> bytes:
-        """Returns the encoded image."""
 
 
 def decode(path: str | Stored, least: int = 0) -> Pixels:

@@ -8,21 +8,30 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from PIL import Image, UnidentifiedImageError
 
 from clip_base.runtime.errors import InputError
 from clip_base.storage.limits import MEGAPIXELS
+from clip_base.storage.tars import member_at
 
 # What people have. Others (PostScript reaches Ghostscript, QOI, PSD, …) are not given to Pillow.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "AVIF")
 PNG = b"\x89PNG\r\n\x1a\n"
 _NOTES = frozenset((b"eXIf", b"tEXt", b"zTXt", b"iTXt"))  # chunks that may say how a PNG is to be turned
+
+
+class Stored(Protocol):
+    """What holds an encoded image: a Path, or a part of a larger file. As text, it names itself."""
+
+    def read_bytes(self) -> bytes:
+        """Returns the encoded image."""
 
 
 @functools.cache
@@ -32,7 +41,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def read_image_file(path: Path) -> bytes:
-    """Returns a file's content.
+    """Returns a file's content; `TAR/NAME` is a file in an uncompressed tar.
 
     Raises:
         InputError: it cannot be read, or is not a regular file: a named pipe would block.
@@ -44,11 +53,18 @@ def read_image_file(path: Path) -> bytes:
         raise InputError(f"image {path} cannot be read: {error.strerror}") from None
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path | Stored) -> BinaryIO:
+    if not isinstance(path, Path):
+        return io.BytesIO(path.read_bytes())
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"image {path} cannot be read: it is a folder, a pipe or a device")
         return path.open("rb")
+    except NotADirectoryError:
+        member = member_at(path)
+        if member is None:
+            raise
+        return io.BytesIO(member.read_bytes())
     except ValueError as error:  # NUL, or half a surrogate pair
         if isinstance(error, InputError):
             raise
@@ -84,9 +100,9 @@ def open_image(file: BinaryIO, name: object) -> Image.Image:
 
 
 @contextlib.contextmanager
-def open_image_file(path: str | Path) -> Iterator[Image.Image]:
+def open_image_file(path: str | Path | Stored) -> Iterator[Image.Image]:
     """Opens an image file as `open_image` does, and closes it."""
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path
     try:
         file = _opened(path)
     except OSError as error:
@@ -139,9 +155,9 @@ def chunks_of(file: BinaryIO, name: object) -> set[bytes]:
     return kinds
 
 
-def may_be_turned(path: str | Path) -> bool:
+def may_be_turned(path: str | Path | Stored) -> bool:
     """Whether a file may state an orientation; a PNG that has any note must be decoded to know."""
-    with _opened(Path(path)) as file:
+    with _opened(Path(path) if isinstance(path, str) else path) as file:
         if file.read(len(PNG)) != PNG:
             return True
         return not _NOTES.isdisjoint(chunks_of(file, path))

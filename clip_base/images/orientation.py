@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from clip_base.images.headers import may_be_turned, open_image_file
+from clip_base.images.headers import Stored, may_be_turned, open_image_file
 from clip_base.runtime.errors import InputError
 
 Pixels = npt.NDArray[np.uint8]
@@ -43,7 +43,7 @@ def size_of(image: Decoded) -> tuple[int, int]:
     return (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
 
 
-def orientation_of(path: str | Path) -> tuple[int, bool]:
+def orientation_of(path: str | Path | Stored) -> tuple[int, bool]:
     """Returns an image's EXIF orientation, 1 to 8 (1: as stored), and whether decoding turns it already.
 
     Every decoder turns TIFF files, and no other.
@@ -58,7 +58,7 @@ def orientation_of(path: str | Path) -> tuple[int, bool]:
         return 1, False
 
 
-def upright_size(path: str | Path) -> tuple[int, int]:
+def upright_size(path: str | Path | Stored) -> tuple[int, int]:
     """Returns an image's (height, width) as people see it, from its file's header.
 
     Raises:
@@ -90,7 +90,7 @@ def _turn_pixels(pixels: Pixels, orientation: int) -> Pixels:
     return pixels.copy()
 
 
-def turned_upright(image: Kind, path: str | Path) -> Kind:
+def turned_upright(image: Kind, path: str | Path | Stored) -> Kind:
     """Returns a decoded image as people see it.
 
     Args:
@@ -101,7 +101,7 @@ def turned_upright(image: Kind, path: str | Path) -> Kind:
     return image if is_turned else turn(image, orientation)
 
 
-def turned_as_annotated(image: Kind, path: str | Path, size: tuple[int, int] | None) -> Kind:
+def turned_as_annotated(image: Kind, path: str | Path | Stored, size: tuple[int, int] | None) -> Kind:
     """Returns a decoded image in the frame of its annotations.
 
     Args:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from clip_base.data.webdataset import Member
 from clip_base.images.decode import as_rgb, decode_stored
 from clip_base.images.html import data_uri, page_environment
 from clip_base.images.orientation import turned_upright
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import write_text
+from clip_base.storage.tars import Member
 
 SIDE = 220  # pixels of a thumbnail's longer side
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_base.data.webdataset import Member, scan
 from clip_base.images.folders import IMAGE_SUFFIXES, list_images
 from clip_base.images.inputs import image_files
 from clip_base.runtime.errors import InputError, note
+from clip_base.storage.tars import Member, scan
 
 TAR = ".tar"
 

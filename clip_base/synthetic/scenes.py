@@ -3,14 +3,19 @@
 Left in `out`: `images/{train,val}/*.jpg`, `captions_{train,val}.json`, `instances_{train,val}.json`,
 `split.json` (names of base and novel categories) and, last of all, `scenes.json` (the options, with the
 automatic ones filled in). File names in the annotations are relative to `images`.
+
+With `format=webdataset` the images are in `{train,val}-NNNN.tar` instead, each followed by a text with its
+captions. File names in the annotations are then those of the tars' members.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import json
 import shutil
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +30,7 @@ from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.progress import Progress
 from clip_base.runtime.workers import Report, cores, run
-from clip_base.storage.files import make_folder, read_json, write_json
+from clip_base.storage.files import make_folder, read_json, replacing, write_json
 from clip_base.synthetic.captions import Seen, Style, describe
 from clip_base.synthetic.painting import Painter, Recipe, Scene
 from clip_base.synthetic.pictograms import ATTRIBUTES, TABLE, Category, with_variants
@@ -73,12 +78,25 @@ class ScenesConfig:
     )
     mention: float = option(0.75, "probability that a caption names an object, 0 to 1; it always names one")
     quality: int = option(90, "JPEG quality, 1 to 100")
+    format: str = option(
+        "folder",
+        "folder: images as files; webdataset: images and their captions in tars",
+        choices=("folder", "webdataset"),
+    )
+    tar_images: int = option(1000, "format=webdataset: images per tar")
     workers: int = option(0, "processes; 0: one per core", runtime_only=True)
 
     def __post_init__(self) -> None:
         """Refuses values that cannot be drawn."""
         whole = {"images": 1, "val_images": 0, "seed": 0, "size": 32, "categories": 2, "novel": 0}
-        whole |= {"objects_min": 1, "distractors": 0, "captions": 1, "quality": 1, "workers": 0}
+        whole |= {
+            "objects_min": 1,
+            "distractors": 0,
+            "captions": 1,
+            "quality": 1,
+            "workers": 0,
+            "tar_images": 1,
+        }
         for name, least in whole.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)} is too small; give {least} or more")
@@ -124,12 +142,13 @@ def generate(config: ScenesConfig) -> None:
         return
     parts = folder / ".parts"
     counts = {"train": config.images, "val": finished["val_images"]}
+    chunk = config.tar_images if config.format == "webdataset" else _CHUNK  # a tar is written in one go
     tasks = [
-        (split, start, min(start + _CHUNK, counts[split]))
+        (split, start, min(start + chunk, counts[split]))
         for split in SPLITS
-        for start in range(0, counts[split], _CHUNK)
+        for start in range(0, counts[split], chunk)
     ]
-    for split in SPLITS:
+    for split in SPLITS if config.format == "folder" else ():
         make_folder(folder / "images" / split)
     _begin_parts(parts, finished)
     missing = [task for task in tasks if not _part(parts, task).exists()]
@@ -220,6 +239,21 @@ class _Artist:
     def __call__(self, task: Task, report: Report) -> int:
         """Draws scenes `start` to `stop` of a split; the part file comes last and says that they exist."""
         split, start, stop = task
+        if self.config.format == "folder":
+            part = self._draw(task, self._write)
+        else:
+            path = self.folder / f"{split}-{start // self.config.tar_images:04d}.tar"
+            with replacing(path) as temporary, tarfile.open(temporary, "w") as tar:
+                part = self._draw(task, functools.partial(_pack, tar))
+        write_json(_part(self.folder / ".parts", task), part)
+        return stop - start
+
+    def _write(self, name: str, encoded: bytes, captions: list[str]) -> None:
+        (self.folder / "images" / name).write_bytes(encoded)
+
+    def _draw(self, task: Task, write: Callable[[str, bytes, list[str]], None]) -> dict[str, list[Any]]:
+        """Draws scenes, hands their images to `write`, and returns their annotations."""
+        split, start, stop = task
         images, instances, captions = [], [], []
         for index in range(start, stop):
             rng = np.random.default_rng([self.config.seed, SPLITS.index(split), index])
@@ -227,17 +261,13 @@ class _Artist:
             image_id = index + 1 + (self.config.images if split == "val" else 0)
             name = f"{split}/{image_id:012d}.jpg"
             _, encoded = cv2.imencode(".jpg", scene.pixels, [cv2.IMWRITE_JPEG_QUALITY, self.config.quality])
-            (self.folder / "images" / name).write_bytes(encoded.tobytes())
             size = self.config.size
             images.append({"id": image_id, "file_name": name, "width": size, "height": size})
             instances += self._annotations(scene, image_id)
-            captions += [
-                {"image_id": image_id, "caption": text}
-                for text in self._captions(scene, self.config.captions, rng)
-            ]
-        part = {"images": images, "instances": instances, "captions": captions}
-        write_json(_part(self.folder / ".parts", task), part)
-        return stop - start
+            texts = self._captions(scene, self.config.captions, rng)
+            captions += [{"image_id": image_id, "caption": text} for text in texts]
+            write(name, encoded.tobytes(), texts)
+        return {"images": images, "instances": instances, "captions": captions}
 
     def _annotations(self, scene: Scene, image_id: int) -> list[dict[str, Any]]:
         masks = np.stack([placed.mask for placed in scene.objects], axis=-1).view(np.uint8)
@@ -274,6 +304,15 @@ class _Artist:
                 continue
             texts.append(text)
         return texts
+
+
+def _pack(tar: tarfile.TarFile, name: str, encoded: bytes, captions: list[str]) -> None:
+    """Adds an image and its captions to a tar, without what would differ from one run to the next."""
+    text = "\n".join(captions).encode()
+    for member, data in ((name, encoded), (str(Path(name).with_suffix(".txt")), text)):
+        header = tarfile.TarInfo(member)
+        header.size = len(data)
+        tar.addfile(header, io.BytesIO(data))
 
 
 def _assemble(folder: Path, split: str, parts: list[Path], config: ScenesConfig) -> None:

@@ -9,7 +9,6 @@ counted in `problems`; what makes the file unusable is an `InputError` that name
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,10 @@ import torch
 from torch import Tensor
 
 from clip_base.data.coco import read_instances
+from clip_base.images.roots import IMAGES_HELP, ImageRoot
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError
-from clip_base.storage.files import existing
-from clip_base.storage.paths import image_in
 from regionclip.data.coco import (
     annotation_columns,
     category_ids_by_name,
@@ -77,7 +75,7 @@ class AnnotatedImages:
     """Which images with boxes a job reads."""
 
     annotations: str = option(REQUIRED, "instances_*.json in COCO's format")
-    images: str = option(REQUIRED, "folder that the annotations' file names are relative to")
+    images: str = option(REQUIRED, IMAGES_HELP)
 
 
 class CocoDetection(Sequence[ImageAnnotations]):
@@ -85,8 +83,8 @@ class CocoDetection(Sequence[ImageAnnotations]):
 
     Args:
         annotations: the JSON file.
-        images: the folder that its file names are relative to. None: images are not needed, paths are bare
-            names.
+        images: the folder, or the tars, that its file names are relative to. None: images are not needed,
+            paths are bare names.
         categories: which categories to keep, in the order that labels count them; None keeps all, in order of
             id.
         keep_empty: whether to keep images in which no single object (crowds do not count) is left.
@@ -120,7 +118,7 @@ class CocoDetection(Sequence[ImageAnnotations]):
         self.categories: tuple[str, ...] = tuple(ids)
         self.category_ids: tuple[int, ...] = tuple(ids.values())
         self.frequencies = frequencies(content["categories"])
-        records = self._images(content["images"], path, None if images is None else Path(images))
+        records = self._images(content["images"], path, None if images is None else ImageRoot(images))
         self._records = self._with_boxes(records, content["annotations"], path)
         if categories is not None:
             chosen = self.restrict(categories, keep_empty)
@@ -198,19 +196,16 @@ class CocoDetection(Sequence[ImageAnnotations]):
             self.problems[what] = self.problems.get(what, 0) + count
 
     def _images(
-        self, entries: list[dict[str, Any]], path: Path, folder: Path | None
+        self, entries: list[dict[str, Any]], path: Path, root: ImageRoot | None
     ) -> list[ImageAnnotations]:
         """Returns records without boxes yet."""
         if not entries:
             raise InputError(f"annotations file {path} lists no images")
-        if folder is not None:
-            existing(folder, "images folder")
         records: dict[int, ImageAnnotations] = {}
-        listings: dict[Path, set[str]] = {}
         none = torch.zeros(0, dtype=torch.int64)
         for place, entry in enumerate(entries):
             image_id, name, height, width = image_fields(entry, path, place)
-            file = Path(name) if folder is None else image_in(folder, name, f"annotations file {path}")
+            file = Path(name) if root is None else root.path(name, f"annotations file {path}")
             if image_id in records:
                 if records[image_id].path != file:
                     raise InputError(
@@ -222,16 +217,12 @@ class CocoDetection(Sequence[ImageAnnotations]):
             records[image_id] = ImageAnnotations(
                 image_id, file, height, width, torch.zeros(0, 4), none, none.bool()
             )
-            if folder is not None and file.name not in listings.setdefault(file.parent, set()):
-                # One listing a folder is much quicker than asking for 118,287 files one by one.
-                if not listings[file.parent] and file.parent.is_dir():
-                    listings[file.parent].update(os.listdir(file.parent))
-                if file.name not in listings[file.parent]:
-                    self.missing.append(file)
+            if root is not None and not root.has(name):
+                self.missing.append(file)
         if records and len(self.missing) == len(records):
             raise InputError(
-                f"none of the {len(records)} images of {path} is in {folder} (first: "
-                f"{self.missing[0].name}); give the folder that the file names are relative to"
+                f"none of the {len(records)} images of {path} is in {root} (first: "
+                f"{self.missing[0].name}); give the folder or the tars that the file names are relative to"
             )
         self._count("images whose file is missing", len(self.missing))
         return list(records.values())

@@ -14,6 +14,7 @@ import torch
 
 from clip_base.data.batch import ImageBatch
 from clip_base.images.decode import Pixels, decode
+from clip_base.images.headers import Stored
 from clip_base.images.inputs import ImageLike, read_image
 from clip_base.images.orientation import turned_as_annotated, turned_upright
 from clip_base.jobs.skipped import require_usable
@@ -46,7 +47,7 @@ class DecodedImage:
     file_name: str = ""
 
 
-def read_annotated(image_id: int, path: Path, size: tuple[int, int] | None) -> DecodedImage:
+def read_annotated(image_id: int, path: Path | Stored, size: tuple[int, int] | None) -> DecodedImage:
     """Reads an image in the frame of its annotations.
 
     Args:

@@ -1,10 +1,11 @@
-"""An index of a captions file on disk, by image id, of which any part can be read."""
+"""An index of images and their captions on disk, by image id, of which any part can be read."""
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from clip_base.runtime.progress import Progress
 from clip_base.storage.files import naming_full_disk, replacing
 from clip_base.storage.json_stream import stream_entries
 from clip_base.storage.paths import image_in
-from regionclip.data.captions import cleaned
+from regionclip.data.captions import storable
 
 _AT_ONCE = 10_000  # rows written at once
+_INSERT = "INSERT OR IGNORE INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,26 @@ class CaptionedImageEntry:
     """An image of the list.
 
     Attributes:
-        image_id: its id in the captions file.
-        file_name: relative to the images folder.
-        captions: in the file's order, see `cleaned`; empty ones left out.
+        image_id: its id in COCO's captions file, else its number in the source.
+        file_name: relative to the folder of images, or its name in the tar.
+        captions: in the source's order, white space as single spaces; empty ones left out.
         size: (height, width) in pixels as the captions file states them; None: it does not.
+        key: what identifies it in its source: COCO's id, the file's name, or a tar's `__key__`.
+        tar: the tar that it is in; "": none.
+        place: offset and size in bytes in that (uncompressed) tar; None: it is in none.
+        fault: why it cannot be used; "" for one that can.
+        data: the encoded image, where it was read already.
     """
 
     image_id: int
     file_name: str
     captions: tuple[str, ...]
     size: tuple[int, int] | None = None
+    key: str = ""
+    tar: str = ""
+    place: tuple[int, int] | None = None
+    fault: str = ""
+    data: bytes | None = None
 
 
 def write_caption_index(captions: str | Path, path: Path, images: Path | None = None) -> None:
@@ -63,6 +75,28 @@ def write_caption_index(captions: str | Path, path: Path, images: Path | None = 
         InputError: the file is missing or malformed, a caption's image is not listed in it, or an image's
             name leads out of `images`, the folder that names are relative to.
     """
+    with _writing(path) as base:
+        _fill(base, captions, images)
+        base.execute("CREATE INDEX by_image ON captions (image_id)")
+        _require_listed(base, captions)
+
+
+def write_pair_index(entries: Iterable[CaptionedImageEntry], path: Path) -> None:
+    """Writes the images of any source as an SQLite file, atomically; they are read one by one."""
+    with _writing(path) as base, Progress("reading captions") as progress:
+        for entry in entries:
+            height, width = entry.size or (None, None)
+            offset, size = entry.place or (None, None)
+            names = (entry.key, entry.tar, offset, size, entry.fault)
+            base.execute(_INSERT, (entry.image_id, entry.file_name, height, width, *names))
+            rows = ((entry.image_id, storable(text)) for text in entry.captions)
+            base.executemany("INSERT INTO captions VALUES (?, ?)", rows)
+            progress.advance()
+        base.execute("CREATE INDEX by_image ON captions (image_id)")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[sqlite3.Connection]:
     with replacing(path) as temporary, naming_full_disk(path, sqlite3.OperationalError):
         temporary.unlink(missing_ok=True)  # of a killed process that had this one's number
         base = sqlite3.connect(temporary)
@@ -70,13 +104,12 @@ def write_caption_index(captions: str | Path, path: Path, images: Path | None = 
             # What is half written is thrown away, so nothing needs to be undone after a kill.
             base.execute("PRAGMA journal_mode = OFF")
             base.execute(
-                "CREATE TABLE images (id INTEGER PRIMARY KEY, file_name TEXT, height INT, width INT)"
+                "CREATE TABLE images (id INTEGER PRIMARY KEY, file_name TEXT, height INT, width INT, "
+                "key TEXT, tar TEXT, offset INT, size INT, fault TEXT)"
             )
             base.execute("CREATE TABLE captions (image_id INTEGER, text TEXT)")
-            _fill(base, captions, images)
-            base.execute("CREATE INDEX by_image ON captions (image_id)")
+            yield base
             base.commit()
-            _require_listed(base, captions)
         finally:
             base.close()
 
@@ -86,7 +119,7 @@ def _fill(base: sqlite3.Connection, captions: str | Path, folder: Path | None) -
     file = f"captions file {captions}"
 
     def flush() -> None:
-        base.executemany("INSERT OR IGNORE INTO images VALUES (?, ?, ?, ?)", images)
+        base.executemany(_INSERT, images)
         for key, name, *_ in images:
             (first,) = base.execute("SELECT file_name FROM images WHERE id = ?", (key,)).fetchone()
             if name != first:
@@ -102,12 +135,12 @@ def _fill(base: sqlite3.Connection, captions: str | Path, folder: Path | None) -
             if key in CAPTIONS:
                 entry = checked_entry(entry, where, CAPTIONS[key])
             if key == "images":
-                name = file_name_of(entry, where)
+                number, name = entry["id"], file_name_of(entry, where)
                 if folder is not None:
                     image_in(folder, name, where)  # refused before the first image is read
-                images.append((entry["id"], name, *_size_of(entry)))
+                images.append((number, name, *_size_of(entry), str(number), "", None, None, ""))
             elif key == "annotations":
-                texts.append((entry["image_id"], cleaned(caption_of(entry, where))))
+                texts.append((entry["image_id"], storable(caption_of(entry, where))))
                 progress.advance()
             if len(images) + len(texts) >= _AT_ONCE:
                 flush()
@@ -179,11 +212,20 @@ class CaptionIndex:
             if text:
                 texts.setdefault(key, []).append(text)
         rows = self._select(
-            "id, file_name, height, width FROM images WHERE id BETWEEN ? AND ? ORDER BY id", span
+            "id, file_name, height, width, key, tar, offset, size, fault FROM images "
+            "WHERE id BETWEEN ? AND ? ORDER BY id",
+            span,
         )
         return [
             CaptionedImageEntry(
-                key, name, tuple(texts.get(key, ())), (height, width) if height and width else None
+                number,
+                name,
+                tuple(texts.get(number, ())),
+                (height, width) if height and width else None,
+                key,
+                tar,
+                None if offset is None else (offset, size),
+                fault,
             )
-            for key, name, height, width in rows
+            for number, name, height, width, key, tar, offset, size, fault in rows
         ]

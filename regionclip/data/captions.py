@@ -17,6 +17,7 @@ from clip_base.storage.json_stream import stream_entries
 from clip_base.storage.tables import open_table
 
 _MARKUP = re.compile("[&<]")
+_HALF = re.compile("[\ud800-\udfff]")
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 # Emoji with modifiers and joiners, symbols, half characters (U+FFFD by now); the zero-width space.
 _SYMBOL = regex.compile(r"(?:[\p{So}\p{Emoji_Modifier}\ufe0e\ufe0f\u20e3]\u200d?)+|\u200b")
@@ -73,6 +74,11 @@ def cleaned(text: str) -> str:
     for pattern, instead in ((_TAG, " "), (_SYMBOL, " "), (_INVISIBLE, "")):
         text = pattern.sub(instead, text)
     return " ".join(text.split())
+
+
+def storable(text: str) -> str:
+    """Returns a caption as files hold it: white space as single spaces, without half surrogate pairs."""
+    return " ".join(_HALF.sub("", text).split())
 
 
 def _lines(path: Path, encoding: str) -> Iterator[str]:

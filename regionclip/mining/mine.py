@@ -1,20 +1,23 @@
 """The job `mine`: from captioned images to region-phrase pairs.
 
-Images are mined in shards, in the order of their ids. A shard depends on the options and on its images alone,
-so that executors, numbers of processes and interruptions change nothing about the result.
+Images are mined in units: a tar, or a range of ids. A unit's shard depends on the options and on its images
+alone, so that executors, numbers of processes and interruptions change nothing about the result.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from clip_base.images.roots import ImageRoot
 from clip_base.jobs.run import RunFolder
 from clip_base.jobs.skipped import require_usable
 from clip_base.models.tokenizer import Tokenizer
@@ -22,88 +25,109 @@ from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.progress import Progress
 from clip_base.runtime.workers import run
 from clip_base.storage.files import existing, replacing, write_json
+from clip_base.storage.tars import names_tars
 from clip_base.weights.fetching import download
 from clip_base.weights.load import find, load_clip
 from regionclip.concepts.pool import pool_language, read_concepts
 from regionclip.concepts.spacy_models import model_name
 from regionclip.concepts.vocabulary import Vocabulary, embed
-from regionclip.data.caption_index import CaptionIndex, ImageRange, write_caption_index
-from regionclip.mining.miner import UNREADABLE, MineConfig, Miner, teacher_head
-from regionclip.mining.shards import MANIFEST, VERSION, VOCABULARY, read_manifest, read_skipped, shard_path
+from regionclip.data.caption_index import CaptionIndex
+from regionclip.data.pairs import WEBDATASET, Unit, absolute, pair_reader, source_root, write_index
+from regionclip.mining.miner import MineConfig, Miner, teacher_head
+from regionclip.mining.shards import (
+    MANIFEST,
+    VERSION,
+    VOCABULARY,
+    image_rows,
+    images_path,
+    read_manifest,
+    shard_path,
+)
 from regionclip.models.region_heads import KEY
 from regionclip.proposals.base import build_proposer
 
 
 def mine(config: MineConfig) -> None:
     """Mines region-phrase pairs from captioned images into Parquet shards with a manifest."""
-    given, config = config, _fetched(config)
+    given = config
+    config = replace(_fetched(config), images="", captions="", source=config.source_options())
     head = teacher_head(config)  # which may raise, before anything is written
     first, shares = config.shares
     part = f"{first}-of-{shares}" if shares > 1 else ""
-    folder = RunFolder(config.out, given, "region-mine", _inputs(config), part)
+    folder = RunFolder(config.out, given, "region-mine", _inputs(given, config), part)
     if folder.finished() is not None and is_whole(folder.path):
         print(f"{folder.path} is complete: {read_manifest(folder.path)['regions']} regions")
         return
-    existing(config.images, "images folder")
+    root = source_root(config.source)
+    if root and config.source["name"] != WEBDATASET:
+        ImageRoot(root)
+    index = folder.path / f".images-{first}-of-{shares}.db"
+    if config.source["name"] != WEBDATASET and not index.exists():
+        write_index(config.source, index)
+        _require_images(config, index)
     path = folder.path / VOCABULARY
     if not path.exists():  # a proposer or matcher that cannot be made is told before names are embedded
         build_proposer(config.proposer, torch.device("cpu"))
     vocabulary = Vocabulary.load(path) if path.exists() else _embed(config)
-    listed = folder.path / f".images-{first}-of-{shares}.db"
-    if not listed.exists():
-        write_caption_index(config.captions, listed, Path(config.images))
-        _require_images(config, listed)
     # Only now, so that a call that failed at once leaves nothing that a fixed one would have to equal.
     vocabulary.save(path)
-    images = CaptionIndex(listed)
-    parts = images.slices(config.shard_images)
-    mine_here = [one for one in parts if one.number % shares == first - 1]
-    _mine_shards(config, listed, mine_here)
-    shards = -(-len(images) // config.shard_images)
-    missing = sum(not shard_path(folder.path, number).exists() for number in range(shards))
+    units = pair_reader(config.source, index, config.shard_images).units()
+    _mine_units(config, index, [unit for unit in units if unit.number % shares == first - 1])
+    missing = sum(not shard_path(folder.path, unit.name).exists() for unit in units)
     if missing:
         print(
-            f"{folder.path}: share {config.shard} is complete; {missing} of {shards} shards belong to other "
-            "shares"
+            f"{folder.path}: share {config.shard} is complete; {missing} of {len(units)} shards belong to "
+            "other shares"
         )
         return
-    manifest = _finish(folder, config, vocabulary, shards, len(images), head)
+    manifest = _finish(folder, config, given, vocabulary, units, head)
     print(
         f"{folder.path}: {manifest['regions']} regions of {manifest['images']} images, "
         f"{manifest['skipped']} skipped"
     )
 
 
-def _require_images(config: MineConfig, listed: Path) -> None:
-    """Raises an InputError, and leaves no list, when the folder holds none of the first images."""
-    index = CaptionIndex(listed)
-    first = next(index.slices(100), None)
-    names = [entry.file_name for entry in index.read(first)] if first else []
-    if names and not any((Path(config.images) / name).exists() for name in names):
-        listed.unlink()
+def _require_images(config: MineConfig, index: Path) -> None:
+    """Raises an InputError, and leaves no index, when none of the first images exists."""
+    reader = CaptionIndex(index)
+    first = next(reader.slices(100), None)
+    entries = [entry for entry in reader.read(first) if not entry.tar] if first else []
+    if not first:
+        index.unlink()
+        raise InputError(f"the source {config.source['name']} has no image; check its options")
+    source = ImageRoot(source_root(config.source) or "/")
+    if entries and not any(source.path(entry.file_name).exists() or source.tars for entry in entries):
+        index.unlink()
+        what = config.source.get("captions") or config.source.get("file") or "the source"
         raise JobError(
-            f"images={config.images} holds none of the first {len(names)} images of {config.captions}, such "
-            f"as {names[0]}; give the folder that the file names are relative to"
+            f"images={source} holds none of the first {len(entries)} images of {what}, such as "
+            f"{entries[0].file_name}; give the folder that the file names are relative to"
         )
 
 
-def _mine_shards(config: MineConfig, listed: Path, parts: Sequence[ImageRange]) -> None:
-    """Mines those of the shards that are not there yet."""
+def _mine_units(config: MineConfig, index: Path, units: Sequence[Unit]) -> None:
+    """Mines those of the units whose shards are not there yet."""
     folder = Path(config.out)
-    missing = [one for one in parts if not shard_path(folder, one.number).exists()]
-    total = sum(one.count for one in parts)
-    seen: dict[int, int] = {}  # images that a shard under way has behind it
-    with Progress("mining", total, total - sum(one.count for one in missing)) as progress:
+    missing = [unit for unit in units if not shard_path(folder, unit.name).exists()]
+    counts = [unit.count for unit in units if unit.count is not None]
+    total = sum(counts) if len(counts) == len(units) else None  # what tars hold is known once they are read
+    done = 0 if total is None else total - sum(unit.count or 0 for unit in missing)
+    print(f"mining {len(missing):,} of {len(units):,} shards", file=sys.stderr, flush=True)
+    seen: dict[int, int] = {}  # images that a unit under way has behind it
+    with Progress("mining", total, done) as progress:
 
-        def watch(one: ImageRange, images: int, note: str) -> None:
-            seen[one.number] = seen.get(one.number, 0) + images
+        def watch(unit: Unit, images: int, note: str) -> None:
+            seen[unit.number] = seen.get(unit.number, 0) + images
             progress.advance(images, note)
 
-        start = functools.partial(Miner, _anywhere(config), listed.absolute())
+        start = functools.partial(Miner, _anywhere(config), index.absolute())
         gpus = torch.cuda.device_count() if config.pick_device().type == "cuda" else 0
-        for one, regions in run(config.executor, start, missing, config.workers, watch, gpus):
-            # Those that did not decode, or that an executor without reports mined.
-            progress.advance(one.count - seen.pop(one.number, 0), f"{regions} regions in shard {one.number}")
+        ended = len(units) - len(missing)
+        for unit, regions in run(config.executor, start, missing, config.workers, watch, gpus):
+            # Those that an executor without reports mined.
+            behind, ended = seen.pop(unit.number, 0), ended + 1
+            note = f"{regions} regions in {unit.name}, {ended} of {len(units)} shards"
+            progress.advance((unit.count or behind) - behind, note)
 
 
 def _fetched(config: MineConfig) -> MineConfig:
@@ -118,8 +142,9 @@ def _fetched(config: MineConfig) -> MineConfig:
 def _anywhere(config: MineConfig) -> MineConfig:
     """Returns the config with absolute paths: processes on other machines begin in other folders."""
     changes: dict[str, Any] = {
-        key: str(Path(getattr(config, key)).absolute()) for key in ("images", "weights", "concepts", "out")
+        key: str(Path(getattr(config, key)).absolute()) for key in ("weights", "concepts", "out")
     }
+    changes["source"] = absolute(config.source)
     for key in ("proposer", "matcher"):
         options = getattr(config, key).items()
         changes[key] = {name: str(Path(it).absolute()) if _is_file(it) else it for name, it in options}
@@ -137,12 +162,13 @@ def is_whole(folder: Path) -> bool:
     )
 
 
-def _inputs(config: MineConfig) -> dict[str, Path | str]:
+def _inputs(given: MineConfig, config: MineConfig) -> dict[str, Path | str]:
     """Returns what decides the result besides the options: all files, and the spaCy model."""
-    files = {"teacher": config.weights, "captions": config.captions, "concepts": config.concepts}
+    files = {"teacher": config.weights, "concepts": config.concepts}
     files |= {f"proposer_{key}": value for key, value in config.proposer.items() if _is_file(value)}
     paths = {what: existing(file) for what, file in files.items()}
-    return {**paths, "language_model": model_name(config.language or pool_language(config.concepts))}
+    language = model_name(config.language or pool_language(config.concepts))
+    return {**paths, **given.pair_inputs(), "language_model": language}
 
 
 def _embed(config: MineConfig) -> Vocabulary:
@@ -151,63 +177,93 @@ def _embed(config: MineConfig) -> Vocabulary:
     if not names:
         raise InputError(f"concept pool {config.concepts} is empty; lower min_count of `regionclip concepts`")
     teacher = load_clip(config.weights).to(config.pick_device())
+    what = f"{len(names):,} concepts in {len(config.templates)} templates"
+    print(f"embedding {what}", file=sys.stderr, flush=True)
     return embed(teacher, Tokenizer(teacher.config.text.context_length), names, config.templates)
 
 
 def _finish(
     folder: RunFolder,
     config: MineConfig,
+    given: MineConfig,
     vocabulary: Vocabulary,
-    shards: int,
-    images: int,
+    units: Sequence[Unit],
     head: str,
 ) -> dict[str, Any]:
     """Writes what makes a folder of shards a finished one: skipped images, manifest, metrics."""
-    paths = [shard_path(folder.path, number) for number in range(shards)]
+    paths = [shard_path(folder.path, unit.name) for unit in units]
     listed = folder.path / "skipped.jsonl"
-    regions, skipped = _gather(paths, listed)
-    unreadable = [reason for reason, broken in skipped if broken]
-    require_usable(unreadable, images, config.max_skipped, listed)
-    if not regions:
+    found = _gather(paths, listed)
+    require_usable(found.unreadable, found.images, config.max_skipped, listed)
+    if not found.regions:
         raise JobError(
-            f"no region was mined from {images} images, whose reasons are in {listed}; loosen the matcher or "
-            "give another concept pool, and another out="
+            f"no region was mined from {found.images} images, whose reasons are in {listed}; loosen the "
+            "matcher or give another concept pool, and another out="
         )
+    root = source_root(config.source)
     manifest = {
         "version": VERSION,
         "shards": [path.name for path in paths],
-        "images": images,
-        "images_folder": str(Path(config.images).absolute()),
-        "regions": regions,
-        "skipped": len(skipped),
+        "samples": found.samples,
+        "images": found.images,
+        "images_folder": str(Path(root).absolute()) if root and not names_tars(root) else root,
+        "source": absolute(config.source),
+        "tars": found.tars,
+        "regions": found.regions,
+        "skipped": found.skipped,
         **folder.inputs,
         KEY: head,
         "vocabulary": vocabulary.fingerprint,
         "proposer": config.proposer,
         "matcher": config.matcher,
         "synonyms": {one.concept: one.synonyms for one in read_concepts(config.concepts) if one.synonyms},
-        "config": asdict(config),
+        "config": {**asdict(config), "images": given.images, "captions": given.captions},
     }
     write_json(folder.path / MANIFEST, manifest, indent=2)
     # What killed processes were writing, and what only unfinished runs need.
-    for leftover in (*folder.path.glob(".shard-*.tmp"), *folder.path.glob(".images-*")):
+    for leftover in (*folder.path.rglob(".*.parquet.*.tmp"), *folder.path.glob(".images-*")):
         leftover.unlink(missing_ok=True)
-    folder.finish({"images": images, "regions": regions, "skipped": len(skipped)})
+    figures = {"images": found.images, "regions": found.regions, "skipped": found.skipped}
+    folder.finish(figures)
     return manifest
 
 
-def _gather(shards: Sequence[Path], listed: Path) -> tuple[int, list[tuple[str, bool]]]:
-    """Lists the skipped images of all shards in a file.
+@dataclass
+class _Found:
+    """What all shards hold together.
 
-    Returns:
-        How many regions there are; and for each skipped image the reason, and whether it was unreadable.
+    Attributes:
+        images: how many there are.
+        regions: how many they have.
+        skipped: images without a region.
+        samples: for each shard, how many images have regions.
+        unreadable: why each image that could not be read was not.
+        tars: size in bytes of each tar that an image is in.
     """
-    regions, skipped = 0, list[tuple[str, bool]]()
+
+    images: int = 0
+    regions: int = 0
+    skipped: int = 0
+    samples: list[int] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    tars: dict[str, int] = field(default_factory=dict)
+
+
+def _gather(shards: Sequence[Path], listed: Path) -> _Found:
+    """Counts what the shards hold, and lists the skipped images of all of them in a file."""
+    found = _Found()
     with replacing(listed) as temporary, temporary.open("w", encoding="utf-8") as file:
         for shard in shards:
-            lines, count = read_skipped(shard)
-            file.write(lines)
-            entries = (json.loads(line) for line in lines.split("\n") if line)
-            skipped += [(entry["reason"], UNREADABLE in entry) for entry in entries]
-            regions += count
-    return regions, skipped
+            samples = 0
+            for image in image_rows(images_path(shard)):
+                found.images, found.regions = found.images + 1, found.regions + image.regions
+                samples += image.regions > 0
+                if image.tar and image.tar not in found.tars:
+                    found.tars[image.tar] = os.stat(image.tar).st_size if os.path.exists(image.tar) else 0
+                if not image.regions:
+                    found.skipped += 1
+                    file.write(json.dumps(image.skipped, ensure_ascii=False) + "\n")
+                if image.unreadable:
+                    found.unreadable.append(image.reason or "")
+            found.samples.append(samples)
+    return found

@@ -3,25 +3,29 @@
 # N regions of a batch, D embedding size, C concepts of the vocabulary
 from __future__ import annotations
 
+import itertools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
+from clip_base.images.headers import Stored
+from clip_base.images.roots import ImageRoot
 from clip_base.jobs.compute import ComputeOptions
 from clip_base.jobs.config import REQUIRED, Plugin, build_plugin, option, plugin
 from clip_base.jobs.skipped import max_skipped_option, require_share
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.workers import EXECUTORS, Report
-from clip_base.storage.files import beside, existing
+from clip_base.storage.files import beside
+from clip_base.storage.tars import Member
 from clip_base.weights.load import load_clip
 from regionclip.concepts.phrase_cache import PHRASES, StoredPhrases
 from regionclip.concepts.phrases import Phrase, PhraseParser
@@ -29,25 +33,26 @@ from regionclip.concepts.pool import Concept, pool_language, read_concepts
 from regionclip.concepts.synonyms import aliases_of
 from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.data.batches import DecodedImage, LoadedBatch, read_annotated, read_batches
-from regionclip.data.caption_index import CaptionedImageEntry, CaptionIndex, ImageRange
+from regionclip.data.caption_index import CaptionedImageEntry
+from regionclip.data.captions import cleaned
+from regionclip.data.pairs import WEBDATASET, PairOptions, Unit, pair_reader, source_root
 from regionclip.mining.matchers.base import GROUP as MATCHERS
 from regionclip.mining.matchers.base import Matcher, MatchInputs
-from regionclip.mining.shards import VOCABULARY, MinedRegion, shard_path, write_shard
+from regionclip.mining.shard_writer import ShardWriter
+from regionclip.mining.shards import VOCABULARY, MinedImage, MinedRegion, shard_path
 from regionclip.models.region_encoder import RegionEncoder
 from regionclip.models.region_heads import PerRegionHead, RegionHeadOptions, choose_head
 from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import build_proposer
 from regionclip.structures.transforms import ResizeConfig, ResizeTransform
 
-UNREADABLE = "unreadable"  # in the entry of a skipped image: it could not be read, others have no region
+CAPTIONED_AT_ONCE = 256  # images whose captions are parsed together, and whose encoded bytes wait in memory
 
 
 @dataclass(kw_only=True)
-class MineConfig(RegionHeadOptions, ComputeOptions):
+class MineConfig(PairOptions, RegionHeadOptions, ComputeOptions):
     """Options of mining."""
 
-    images: str = option(REQUIRED, "folder that the captions' file names are relative to")
-    captions: str = option(REQUIRED, "captions_*.json in COCO's format")
     weights: str = option(REQUIRED, "the teacher: a CLIP")
     concepts: str = option(REQUIRED, "concept pool from `regionclip concepts`")
     out: str = option(REQUIRED, "folder for shards and manifest", runtime_only=True)
@@ -66,7 +71,7 @@ class MineConfig(RegionHeadOptions, ComputeOptions):
     language: str = option("", "spaCy model for phrases; empty: the one used for the concept pool")
     batch_size: int = option(16, "images per batch")
     max_skipped: float = max_skipped_option()
-    shard_images: int = option(2000, "images per shard")
+    shard_images: int = option(2000, "images per shard; of tars each makes a shard of its own")
     executor: str = option(
         "local",
         "where the processes are: local, on this machine; ray, on the Ray cluster that RAY_ADDRESS names or "
@@ -127,18 +132,34 @@ class CaptionedImage:
     """An image to mine.
 
     Attributes:
-        image_id: its id in the captions file.
-        file_name: relative to the images folder.
+        entry: where it is, and its captions.
         caption_concepts: row of the vocabulary -> (phrase, caption) that names it first.
         unmatched_reason: why no concept is named.
-        size: (height, width) in pixels as the captions file states them; None: it does not.
     """
 
-    image_id: int
-    file_name: str
+    entry: CaptionedImageEntry
     caption_concepts: dict[int, tuple[str, str]]
     unmatched_reason: str = ""
-    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """An encoded image that was read already.
+
+    Attributes:
+        data: the encoded image.
+        name: where it was.
+    """
+
+    data: bytes
+    name: str
+
+    def read_bytes(self) -> bytes:
+        """Returns the encoded image."""
+        return self.data
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class Miner:
@@ -146,13 +167,15 @@ class Miner:
 
     Args:
         config: what to mine; its `out` holds the vocabulary.
-        images: the list of all images, see `write_caption_index`.
+        index: the index of all images, see `regionclip.data.pairs.write_index`; of tars there is none.
     """
 
-    def __init__(self, config: MineConfig, images: Path) -> None:
+    def __init__(self, config: MineConfig, index: Path) -> None:
         self.config, self.device = config, config.pick_device()
-        self.folder = existing(config.images, "images folder")
-        self.images = CaptionIndex(images)
+        spec = config.source_options()
+        self.pairs = pair_reader(spec, index, config.shard_images)
+        root = source_root(spec)
+        self.root = ImageRoot(root) if root and spec["name"] != WEBDATASET else None
         self.pool = read_concepts(config.concepts)
         self.vocabulary = Vocabulary.load(Path(config.out) / VOCABULARY)
         self.concepts = self.vocabulary.embeddings.to(self.device)  # [C, D]
@@ -169,69 +192,98 @@ class Miner:
         self.matcher: Matcher = build_plugin(MATCHERS, config.matcher, names=self.vocabulary.names)
         self.rows = rows_of(self.pool)
 
-    def __call__(self, part: ImageRange, report: Report) -> int:
-        """Mines a slice of the images into its shard and returns how many regions that holds."""
-        skipped: list[dict[str, Any]] = []
-        images = self.captioned(self.images.read(part))
-        regions = self.mine(images, skipped, report)
-        return write_shard(shard_path(Path(self.config.out), part.number), regions, skipped)
+    def __call__(self, unit: Unit, report: Report) -> int:
+        """Mines a unit into its shard and returns how many regions that holds.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: the process was told to stop; what was mined is saved.
+        """
+        writer = ShardWriter(shard_path(Path(self.config.out), unit.name))
+        if writer.done:
+            report(writer.done, f"{writer.regions} regions in {unit.name}")
+        entries = itertools.islice(self.pairs.read(unit), writer.done, None)
+        try:
+            for images, regions in self.mine(self.captioned(entries)):
+                writer.add(images, regions)
+                report(len(images), f"{writer.regions} regions in {unit.name}")
+        except (KeyboardInterrupt, SystemExit):
+            writer.save()
+            print(f"{unit.name}: {writer.done} images are saved", file=sys.stderr)
+            raise
+        return writer.finish()
 
     @cached_property
     def parser(self) -> PhraseParser:
         """The parser that made the pool; what it found then is not parsed again."""
         return mining_parser(self.config.concepts, self.pool, self.config.language)
 
-    def captioned(self, images: Sequence[CaptionedImageEntry]) -> list[CaptionedImage]:
-        """Returns images with what their captions, if any, mention."""
-        parsed = self.parser.parse(text for image in images for text in image.captions)
-        found = []
-        for image in images:
+    def captioned(self, entries: Iterable[CaptionedImageEntry]) -> Iterator[CaptionedImage]:
+        """Yields images with what their captions, if any, mention; some hundred are read ahead."""
+        entries = iter(entries)
+        while some := list(itertools.islice(entries, CAPTIONED_AT_ONCE)):
+            yield from self._captioned(some)
+
+    def _captioned(self, images: Sequence[CaptionedImageEntry]) -> Iterator[CaptionedImage]:
+        cleaned_captions = [[text for text in map(cleaned, image.captions) if text] for image in images]
+        parsed = self.parser.parse(text for captions in cleaned_captions for text in captions)
+        for image, captions in zip(images, cleaned_captions, strict=True):
             caption_concepts: dict[int, tuple[str, str]] = {}
-            unmatched_reason = "no caption holds a noun phrase" if image.captions else "it has no caption"
-            for text in image.captions:
+            unmatched_reason = "no caption holds a noun phrase" if captions else "it has no caption"
+            for text in captions:
                 for phrase in next(parsed):
                     unmatched_reason = "no caption names a concept of the pool"
                     row = row_of(phrase, self.rows)
                     if row is not None:
                         caption_concepts.setdefault(row, (phrase.text, text))
-            found.append(
-                CaptionedImage(
-                    image.image_id, image.file_name, caption_concepts, unmatched_reason, image.size
-                )
-            )
-        return found
+            yield CaptionedImage(image, caption_concepts, unmatched_reason)
 
-    def mine(
-        self, images: Sequence[CaptionedImage], skipped: list[dict[str, Any]], report: Report
-    ) -> Iterator[MinedRegion]:
-        """Yields the regions of some images, in their order.
+    def mine(self, images: Iterable[CaptionedImage]) -> Iterator[tuple[list[MinedImage], list[MinedRegion]]]:
+        """Yields some images that follow each other, and their regions, in order; no image is left out."""
+        unreadable: dict[int, str] = {}
+        order: deque[CaptionedImage] = deque()
 
-        Args:
-            images: what to mine.
-            skipped: takes an entry for each image that gives no region.
-            report: takes how many images more were looked at.
-        """
-        count = 0
+        def taken() -> Iterator[CaptionedImage]:
+            for image in images:
+                order.append(image)
+                yield image
 
         def skip(image: CaptionedImage, reason: str) -> None:
-            skipped.append({**_entry(image, reason), UNREADABLE: True})
+            unreadable[image.entry.image_id] = reason
 
         groups = read_batches(
-            images, self._read, self.config.resize, self.config.batch_size, self.device, on_skip=skip
+            taken(), self._read, self.config.resize, self.config.batch_size, self.device, on_skip=skip
         )
         for group in groups:
-            for image, _, (regions, reason) in group.map(self._mine_batch):
-                count += len(regions)
-                yield from regions
-                if not regions:
-                    skipped.append(_entry(image, reason))
-            report(group.count, f"{count} regions in this shard")
+            found = {image.entry.image_id: result for image, _, result in group.map(self._mine_batch)}
+            rows: list[MinedImage] = []
+            regions: list[MinedRegion] = []
+            for _ in range(group.count):
+                entry = order.popleft().entry
+                if entry.image_id in found:
+                    own, reason, size = found[entry.image_id]
+                    rows.append(_image_row(entry, len(own), None if own else reason, size))
+                    regions += own
+                else:
+                    rows.append(_image_row(entry, 0, unreadable.pop(entry.image_id), None))
+            yield rows, regions
 
     def _read(self, image: CaptionedImage) -> DecodedImage:
-        return read_annotated(image.image_id, self.folder / image.file_name, image.size)
+        entry = image.entry
+        if entry.fault:
+            raise InputError(entry.fault)
+        stored: Path | Stored
+        if entry.data is not None:
+            stored = InMemory(entry.data, f"{entry.tar}/{entry.file_name}")
+        elif entry.place is not None:
+            stored = Member(Path(entry.tar), *entry.place)
+        else:
+            stored = (self.root or ImageRoot("/")).path(entry.file_name, "the captions")
+        return read_annotated(entry.image_id, stored, entry.size)
 
-    def _mine_batch(self, batch: LoadedBatch[CaptionedImage]) -> list[tuple[list[MinedRegion], str]]:
-        """Returns for each image its regions, and why there are none."""
+    def _mine_batch(
+        self, batch: LoadedBatch[CaptionedImage]
+    ) -> list[tuple[list[MinedRegion], str, tuple[int, int]]]:
+        """Returns for each image its regions, why there are none, and its (height, width)."""
         with torch.no_grad(), autocast(self.config.precision, self.device):
             proposals = self.proposer(batch.images, batch.infos)
             embeddings = self.encoder(batch.images, proposals)  # [N, D]
@@ -241,9 +293,10 @@ class Miner:
             for slot, (image, transform) in enumerate(zip(batch.items, batch.transforms, strict=True)):
                 mask = proposals.image_index == slot
                 scores = _scores(proposals.scores, mask)
-                found.append(
-                    self._of_image(image, transform, similarity[mask], proposals.boxes[mask], scores)
+                regions, reason = self._of_image(
+                    image, transform, similarity[mask], proposals.boxes[mask], scores
                 )
+                found.append((regions, reason, transform.original))
         return found
 
     def _of_image(
@@ -267,8 +320,8 @@ class Miner:
             phrase, caption = image.caption_concepts.get(ids[0], (None, None))
             regions.append(
                 MinedRegion(
-                    image.image_id,
-                    image.file_name,
+                    image.entry.image_id,
+                    image.entry.file_name,
                     *frame.original,
                     box=tuple(originals[row].tolist()),
                     objectness=float(objectness[row]),
@@ -277,13 +330,33 @@ class Miner:
                     concept=self.vocabulary.names[ids[0]],
                     phrase=phrase,
                     caption=caption,
+                    key=image.entry.key,
+                    tar=image.entry.tar or None,
                 )
             )
         return regions, "no region matches a concept" if image.caption_concepts else image.unmatched_reason
 
 
-def _entry(image: CaptionedImage, reason: str) -> dict[str, Any]:
-    return {"image_id": image.image_id, "file_name": image.file_name, "reason": reason}
+def _image_row(
+    entry: CaptionedImageEntry, regions: int, reason: str | None, size: tuple[int, int] | None
+) -> MinedImage:
+    """Returns an image's row; `size` is its (height, width), None when it could not be read."""
+    offset, length = entry.place or (None, None)
+    height, width = size or (None, None)
+    return MinedImage(
+        entry.image_id,
+        entry.file_name,
+        regions,
+        entry.captions,
+        key=entry.key,
+        tar=entry.tar or None,
+        offset=offset,
+        size=length,
+        height=height,
+        width=width,
+        reason=reason,
+        unreadable=size is None,
+    )
 
 
 def _scores(scores: Tensor | None, mask: Tensor) -> Tensor:

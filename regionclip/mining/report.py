@@ -5,30 +5,29 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_base.data.coco import read_captions
 from clip_base.evaluation.tables import figure_lines
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
-from clip_base.runtime.errors import InputError, quote
+from clip_base.runtime.errors import InputError
 from clip_base.runtime.progress import track
 from clip_base.storage.files import read_json_lines, write_text
-from clip_base.storage.paths import image_in
 from clip_base.storage.tables import TableWriter
+from clip_base.storage.tars import Member
 from regionclip.concepts.phrases import Phrase, read_stop_words
 from regionclip.concepts.pool import read_concepts
 from regionclip.data.annotations import CocoDetection
 from regionclip.data.captions import cleaned
 from regionclip.data.categories import load_split
-from regionclip.data.file_names import ids_by_name
 from regionclip.mining.coverage import cover
 from regionclip.mining.miner import mining_parser, rows_of
+from regionclip.mining.places import MinedImages
 from regionclip.mining.quality import measure_pairs
 from regionclip.mining.report_page import THRESHOLDS, ReportData, ReportLimits, make_page
-from regionclip.mining.shards import images_of, read_manifest, read_regions
+from regionclip.mining.shards import MinedRegion, read_images, read_manifest, read_regions
 
 
 @dataclass
@@ -43,8 +42,7 @@ class ReportConfig:
         "", "ground-truth boxes of the mined images in COCO's format, to evaluate the pairs; empty: none"
     )
     split: str = option("", "coco, or a JSON file with base and novel names; empty: none is novel")
-    captions: str = option("", "the mined captions, if they have been moved")
-    images: str = option("", "the mined images, if they have been moved")
+    images: str = option("", "the mined images (a folder, or tars), if they have been moved")
     pool: str = option("", "the concept pool used for mining, if it has been moved")
     max_regions: int = option(36, "number of regions shown over all scores", renamed_from="regions")
     concepts: int = option(24, "number of concepts shown, half of them the most frequent")
@@ -79,8 +77,8 @@ def report(config: ReportConfig) -> None:
 
 
 _NEEDS = (
-    *("images", "regions", "images_folder", "matcher", "proposer"),
-    *(f"config.{key}" for key in ("captions", "concepts", "weights", "teacher", "language")),
+    *("images", "regions", "images_folder", "tars", "matcher", "proposer"),
+    *(f"config.{key}" for key in ("concepts", "weights", "teacher", "language")),
 )
 
 
@@ -92,12 +90,10 @@ def read_data(config: ReportConfig) -> ReportData:
     """
     manifest = read_manifest(config.mined, *_NEEDS)
     mining: dict[str, Any] = manifest["config"]
-    folder = images_of(manifest, config.images, config.mined)
-    file = _there(config.captions or mining["captions"], "captions file", "captions=FILE")
-    raw, names = read_captions(file)
-    captions = {
-        image: [cleaned(text) for text in texts] for image, texts in raw.items()
-    }  # as `mine` parsed them
+    rows = list(read_images(config.mined))
+    names = {image.image_id: image.file_name for image in rows}
+    captions = {image.image_id: [cleaned(text) for text in image.captions] for image in rows}
+    captions = {key: [text for text in texts if text] for key, texts in captions.items()}
     pool_file = _there(config.pool or mining["concepts"], "concept pool", "pool=FILE")
     pool = read_concepts(pool_file)
     if not pool:
@@ -105,10 +101,6 @@ def read_data(config: ReportConfig) -> ReportData:
     truth = CocoDetection(config.annotations, None) if config.annotations else None
     split = load_split(config.split, truth.categories, truth.frequencies) if truth and config.split else None
     regions = list(read_regions(config.mined))
-    own = {region.image_id: region.file_name for region in regions}
-    for name in own.values():
-        image_in(folder, name, "the mined regions")
-    ids = ids_by_name(own, names, "the mined regions", f"captions file {file}")
     matches = None
     if truth is not None:
         matches = measure_pairs(regions, truth, split, images=names.values())
@@ -118,11 +110,14 @@ def read_data(config: ReportConfig) -> ReportData:
         return track(parser.parse(texts), "phrases", len(texts))
 
     concepts = [concept.concept for concept in pool]
-    captioned = [
-        replace(region, image_id=ids[region.image_id]) for region in regions if region.image_id in ids
-    ]
-    coverage = cover(captioned, captions, names, concepts, rows_of(pool), parse, read_stop_words())
-    return ReportData(manifest, folder, regions, coverage, skipped_images(Path(config.mined)), matches)
+    coverage = cover(regions, captions, names, concepts, rows_of(pool), parse, read_stop_words())
+    by_id = {image.image_id: image for image in rows}
+    places = MinedImages(manifest, config.mined, config.images)
+
+    def place(region: MinedRegion) -> Path | Member:
+        return places(by_id[region.image_id])
+
+    return ReportData(manifest, place, regions, coverage, _skipped(Path(config.mined)), matches)
 
 
 def _there(path: str, what: str, option_: str) -> Path:
@@ -131,15 +126,9 @@ def _there(path: str, what: str, option_: str) -> Path:
     return Path(path)
 
 
-def skipped_images(mined: Path) -> list[dict[str, Any]]:
-    """Reads the images that gave no region, with the reasons; InputError when the list is damaged."""
-    found, what = list[dict[str, Any]](), "list of skipped images"
-    for number, entry in read_json_lines(mined / "skipped.jsonl", what):
-        if not isinstance(entry, dict) or not {"file_name", "reason"} <= entry.keys():
-            where = f"{what} {mined / 'skipped.jsonl'}, line {number}"
-            raise InputError(f"{where} needs a file_name and a reason, found {quote(entry)}; mine again")
-        found.append(entry)
-    return found
+def _skipped(mined: Path) -> list[dict[str, Any]]:
+    """Reads the images that gave no region, with the reasons."""
+    return [entry for _, entry in read_json_lines(mined / "skipped.jsonl", "list of skipped images")]
 
 
 def _metrics(data: ReportData) -> dict[str, Any]:

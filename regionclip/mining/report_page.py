@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from clip_base.storage.tars import Member
 from regionclip.metrics.average_precision import NOTHING
 from regionclip.mining.coverage import Coverage, reasons
 from regionclip.mining.quality import PairQuality
@@ -56,7 +57,7 @@ class ReportData:
 
     Attributes:
         manifest: of the mined folder.
-        images: folder that the regions' file names are relative to.
+        place: returns where a region's image is.
         regions: as mined.
         coverage: what they cover.
         skipped: entries of `skipped.jsonl`.
@@ -64,7 +65,7 @@ class ReportData:
     """
 
     manifest: Mapping[str, Any]
-    images: Path
+    place: Callable[[MinedRegion], Path | Member]
     regions: Sequence[MinedRegion]
     coverage: Coverage
     skipped: Sequence[Mapping[str, Any]]
@@ -169,12 +170,12 @@ def pick_concepts(counts: Mapping[str, int], limit: int) -> list[str]:
 
 
 def labeled_image(
-    folder: Path, region: MinedRegion, outcome: str | None, budget: CropBudget
+    place: Path | Member, region: MinedRegion, outcome: str | None, budget: CropBudget
 ) -> LabeledImage | None:
     """Returns a mined region for a page, or None when the budget gives no crop of it.
 
     Args:
-        folder: what the region's file name is relative to.
+        place: where the region's image is.
         region: the pair.
         outcome: one of `regionclip.mining.quality.OUTCOMES`; None: there is no ground truth.
         budget: makes the crop.
@@ -188,7 +189,7 @@ def labeled_image(
     ]
     alt = f"a region of {Path(region.file_name).name} named {region.concept}"
     color, size = _COLORS.get(outcome, GRAY), (region.height, region.width)
-    return budget.crop(folder / region.file_name, size, region.box, color, alt, caption)
+    return budget.crop(place, size, region.box, color, alt, caption)
 
 
 def caption_around(caption: str | None, phrase: str | None) -> tuple[str, str, str]:
@@ -316,8 +317,8 @@ def _coverage_charts(coverage: Coverage) -> list[Chart]:
 def _labeled(data: ReportData, places: Sequence[int], budget: CropBudget) -> list[LabeledImage]:
     words = data.quality.words if data.quality else None
     made = (
-        labeled_image(data.images, data.regions[place], words[place] if words else None, budget)
-        for place in places
+        labeled_image(data.place(region), region, words[number] if words else None, budget)
+        for number, region in ((number, data.regions[number]) for number in places)
     )
     return [one for one in made if one is not None]
 

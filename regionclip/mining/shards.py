@@ -1,9 +1,13 @@
-"""Files of mined region-phrase pairs: Parquet shards and a manifest."""
+"""Files of mined region-phrase pairs: Parquet shards and a manifest.
+
+A shard is two tables: `NAME.parquet` has one row per region, `images/NAME.parquet` one per image, whether it
+has regions or not: where it is, its captions, how many regions it has or why it has none. Both are in the
+order in which the images were mined.
+"""
 
 from __future__ import annotations
 
-import itertools
-import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clip_base.runtime.errors import InputError, note, quote
+from clip_base.runtime.errors import InputError, quote
 from clip_base.storage.files import existing, read_json, replacing
 from clip_base.storage.parquet_files import open_parquet
 from clip_base.storage.paths import leads_out
@@ -31,11 +35,11 @@ from regionclip.data.region_tables import (
 )
 from regionclip.models.region_heads import KEY
 
-VERSION = 2
+VERSION = 3
 MANIFEST, VOCABULARY = "manifest.json", "vocabulary.safetensors"
 MOST_MASS = 1.001  # of probabilities that were rounded to float32
 _ROWS = 5000  # regions made a table at once: as Python's objects they take ten times the memory
-_SKIPPED = b"skipped"
+IMAGES = "images"  # folder of the tables of images
 _REMEDY = "delete it and run `regionclip mine` again"
 SCHEMA = pa.schema(
     [
@@ -46,6 +50,24 @@ SCHEMA = pa.schema(
         ("concept", pa.string()),  # the first concept's name
         ("phrase", pa.string()),  # the phrase of the caption that names it; null when none does
         ("caption", pa.string()),  # the caption that phrase stands in
+        ("key", pa.string()),  # what identifies the image in its source: COCO's id, a tar's __key__, a name
+        ("tar", pa.string()),  # the tar that the image is in; null: none
+    ]
+)
+IMAGE_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("key", pa.string()),
+        ("file_name", pa.string()),  # relative to the images folder, or the member's name in the tar
+        ("tar", pa.string()),
+        ("offset", pa.int64()),  # of the image's first byte in the (uncompressed) tar; null: it is in none
+        ("size", pa.int64()),  # of the image in bytes, in a tar
+        ("height", pa.int32()),  # in pixels; null: it was not read
+        ("width", pa.int32()),
+        ("captions", pa.list_(pa.string())),
+        ("regions", pa.int32()),  # how many rows of the other table are this image's
+        ("reason", pa.string()),  # why it has none
+        ("unreadable", pa.bool_()),  # whether it could not be read
     ]
 )
 
@@ -76,6 +98,8 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("images", "skipped", "regions"), _is_count),
     **dict.fromkeys(("images_folder", "teacher", KEY), _is_text),
     **dict.fromkeys(("matcher", "proposer"), _is_part),
+    "samples": lambda value: isinstance(value, list) and all(map(_is_count, value)),
+    "tars": lambda value: isinstance(value, dict) and all(map(_is_count, value.values())),
     "synonyms": lambda value: isinstance(value, dict) and all(map(_are_texts, value.values())),
     "config": lambda value: isinstance(value, dict),
     **dict.fromkeys((f"config.{key}" for key in ("captions", "concepts", "weights", "language")), _is_text),
@@ -99,6 +123,8 @@ class MinedRegion:
     concept: str
     phrase: str | None
     caption: str | None
+    key: str = ""
+    tar: str | None = None
 
     @property
     def kept_mass(self) -> float:
@@ -106,42 +132,131 @@ class MinedRegion:
         return sum(self.concept_probs)
 
 
-def shard_path(folder: Path, number: int) -> Path:
-    """Returns the path of shard `number`."""
-    return folder / f"shard-{number:05d}.parquet"
+def shard_path(folder: Path, name: str | int) -> Path:
+    """Returns the path of a shard by its name, or by its number where shards are numbered."""
+    return folder / (f"shard-{name:05d}.parquet" if isinstance(name, int) else f"{name}.parquet")
 
 
-def write_shard(path: Path, regions: Iterable[MinedRegion], skipped: Sequence[dict[str, Any]] = ()) -> int:
+@dataclass(frozen=True)
+class MinedImage:
+    """One row of a shard's table of images; the fields are those of IMAGE_SCHEMA."""
+
+    image_id: int
+    file_name: str
+    regions: int = 0
+    captions: tuple[str, ...] = ()
+    key: str = ""
+    tar: str | None = None
+    offset: int | None = None
+    size: int | None = None
+    height: int | None = None
+    width: int | None = None
+    reason: str | None = None
+    unreadable: bool = False
+
+    @property
+    def skipped(self) -> dict[str, Any]:
+        """Its entry in `skipped.jsonl`."""
+        place = {"tar": self.tar} if self.tar else {}
+        broken = {"unreadable": True} if self.unreadable else {}
+        return {
+            "image_id": self.image_id,
+            "file_name": self.file_name,
+            **place,
+            "reason": self.reason,
+            **broken,
+        }
+
+
+def images_path(shard: Path) -> Path:
+    """Returns the path of a shard's table of images."""
+    return shard.parent / IMAGES / shard.name
+
+
+def region_table(regions: Sequence[MinedRegion]) -> pa.Table:
+    """Returns regions as a table."""
+    records = [asdict(region) | {"kept_mass": region.kept_mass} for region in regions]
+    return pa.Table.from_pylist(records, schema=SCHEMA)
+
+
+def image_table(images: Sequence[MinedImage]) -> pa.Table:
+    """Returns images as a table."""
+    return pa.Table.from_pylist([asdict(image) for image in images], schema=IMAGE_SCHEMA)
+
+
+def write_shard(path: Path, regions: Iterable[pa.Table], images: Iterable[pa.Table]) -> int:
     """Writes one shard atomically; an empty one is a file too, so that its images count as done.
 
+    The files depend on the rows alone, not on how they are spread over the tables.
+
     Args:
-        path: the file.
-        regions: its rows.
-        skipped: images that gave no region, each with the reason; looked at when `regions` has ended.
+        path: of the table of regions, whose presence says that the shard is complete.
+        regions: tables of SCHEMA, in order.
+        images: tables of IMAGE_SCHEMA, in order.
 
     Returns:
         How many regions there were.
     """
-    rows = iter(regions)
-    tables = [SCHEMA.empty_table()]
-    while some := list(itertools.islice(rows, _ROWS)):
-        records = [asdict(region) | {"kept_mass": region.kept_mass} for region in some]
-        tables.append(pa.Table.from_pylist(records, schema=SCHEMA))
-    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
-    table = pa.concat_tables(tables).replace_schema_metadata({_SKIPPED: lines.encode()})
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
-    return int(table.num_rows)
+    _write(images_path(path), IMAGE_SCHEMA, images)
+    return _write(path, SCHEMA, regions)
 
 
-def read_skipped(path: Path) -> tuple[str, int]:
-    """Returns a shard's skipped images as JSON Lines, and how many regions it holds; reads no region.
+def write_rows(path: Path, regions: Sequence[MinedRegion], images: Sequence[MinedImage] | None = None) -> int:
+    """Writes one shard of rows in memory, see `write_shard`; images None: those of the regions."""
+    if images is None:
+        counts = Counter(region.image_id for region in regions)
+        firsts = {region.image_id: region for region in reversed(regions)}
+        images = [
+            MinedImage(key, one.file_name, counts[key], height=one.height, width=one.width)
+            for key, one in reversed(firsts.items())
+        ]
+    return write_shard(path, [region_table(regions)], [image_table(images)])
+
+
+def _write(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
+    count, waiting = 0, schema.empty_table()
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for table in tables:
+            count += table.num_rows
+            waiting = pa.concat_tables([waiting, table])
+            while waiting.num_rows >= _ROWS:
+                writer.write_table(waiting.slice(0, _ROWS).combine_chunks())
+                waiting = waiting.slice(_ROWS)
+        if waiting.num_rows or not count:
+            writer.write_table(waiting.combine_chunks())
+    return count
+
+
+def read_images(folder: str | Path) -> Iterator[MinedImage]:
+    """Yields all images of a mined folder, those without regions too, in order.
 
     Raises:
-        InputError: the shard is damaged.
+        InputError: the folder is unfinished, or a table is missing, damaged or none of mining's.
+    """
+    for name in read_manifest(folder)["shards"]:
+        yield from image_rows(images_path(Path(folder) / name))
+
+
+def image_rows(path: Path) -> Iterator[MinedImage]:
+    """Yields the rows of one shard's table of images; errors as `batches`'."""
+    for batch in batches(path, IMAGE_SCHEMA):
+        for row in batch.to_pylist():
+            yield MinedImage(**{**row, "captions": tuple(row["captions"] or ())})
+
+
+def batches(path: Path, schema: pa.Schema, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of one of a shard's tables, some thousand at a time.
+
+    Raises:
+        InputError: the table is missing, damaged, or none of mining's.
     """
     with open_parquet(path, "shard", _REMEDY) as file:
-        return (file.schema_arrow.metadata or {}).get(_SKIPPED, b"").decode(), int(file.metadata.num_rows)
+        if not file.schema_arrow.equals(schema):
+            found = ", ".join(file.schema_arrow.names[:5])
+            raise InputError(
+                f"{path} is not a shard of mined regions (its columns: {found}); use another folder"
+            )
+        yield from file.iter_batches(_ROWS, columns=columns)
 
 
 def read_manifest(folder: str | Path, *needs: str) -> dict[str, Any]:
@@ -167,28 +282,6 @@ def read_manifest(folder: str | Path, *needs: str) -> dict[str, Any]:
         if (key in ("shards", *needs) or name in content) and not fits(content.get(name)):
             raise InputError(f"{path} is damaged: {key} is {quote(content.get(name))}; mine again")
     return manifest
-
-
-def images_of(manifest: dict[str, Any], images: str, mined: str | Path) -> Path:
-    """Returns the folder of the images that were mined: the user's, else what the manifest names, noted.
-
-    Args:
-        manifest: of `read_manifest`.
-        images: what the user gave; "": nothing.
-        mined: the mined folder, for messages.
-
-    Raises:
-        InputError: the folder does not exist.
-    """
-    if images:
-        return existing(images, "images folder")
-    folder = manifest["images_folder"]
-    try:
-        path = existing(folder, "images folder")
-    except InputError as error:
-        raise InputError(f"{error}; give images=DIR") from None
-    note(f"images are read from {folder}, which {Path(mined) / MANIFEST} names; images= gives another folder")
-    return path
 
 
 def _rules(concepts: int) -> list[Rule]:
@@ -227,21 +320,37 @@ def read_regions(folder: str | Path) -> Iterator[MinedRegion]:
         InputError: the folder is unfinished, or a shard that the manifest lists is missing, damaged, or holds
             what no mining writes; the row and the column are told.
     """
+    for batch in read_region_batches(folder):
+        yield from regions_of(batch)
+
+
+def read_region_batches(folder: str | Path) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of all shards, checked, some thousand at a time; errors as `read_regions`'."""
     rules = _rules(_vocabulary_size(Path(folder)))
     for name in read_manifest(folder)["shards"]:
         if leads_out(name):
             raise InputError(
                 f"{Path(folder) / MANIFEST}: shard {quote(name)} is not in its folder; mine again"
             )
-        path = Path(folder) / name
-        with open_parquet(path, "shard", _REMEDY) as file:
-            table = file.read()
-        if not table.schema.equals(SCHEMA):
-            found = ", ".join(table.schema.names[:5])
-            raise InputError(
-                f"{path} is not a shard of mined regions (its columns: {found}); use another folder"
-            )
-        require_rows(table, rules, f"shard {path}", optional=("phrase", "caption"))
-        for batch in table.drop_columns("kept_mass").to_batches(_ROWS):
-            for row in batch.to_pylist():
-                yield MinedRegion(**row)
+        yield from checked_batches(Path(folder) / name, rules)
+
+
+def checked_batches(path: Path, rules: Sequence[Rule]) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of one shard, checked; see `shard_rules`."""
+    first = 0
+    for batch in batches(path, SCHEMA):
+        table = pa.Table.from_batches([batch])
+        require_rows(table, rules, f"shard {path}", first, optional=("phrase", "caption", "tar"))
+        first += batch.num_rows
+        yield batch
+
+
+def shard_rules(folder: Path) -> list[Rule]:
+    """Returns what the rows of a mined folder must hold."""
+    return _rules(_vocabulary_size(folder))
+
+
+def regions_of(batch: pa.RecordBatch) -> Iterator[MinedRegion]:
+    """Yields the rows of a table as regions."""
+    for row in batch.drop_columns("kept_mass").to_pylist():
+        yield MinedRegion(**row)

@@ -63,10 +63,10 @@ def write_report(folder: Path, mined: PairQuality) -> Path:
     truth = CocoDetection(stage_file(folder, "world/instances_val.json"), folder / "world" / "images")
     found = read_json(stage_file(folder, "evaluation/detector-regionclip/results.json"), "results")
     threshold, scenes = labeled_scenes(truth.restrict(split.all), found, split)
-    budget = CropBudget()
+    budget, images = CropBudget(), folder / "world" / "images"
     pairs = (
-        labeled_image(folder / "world" / "images", mined.regions[place], mined.words[place], budget)
-        for place in pick_pairs(mined.regions, PAIRS)
+        labeled_image(images / region.file_name, region, mined.words[place], budget)
+        for place, region in ((place, mined.regions[place]) for place in pick_pairs(mined.regions, PAIRS))
     )
     page = html.render(
         "quickstart.html",

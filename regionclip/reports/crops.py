@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from clip_base.images.decode import decode
+from clip_base.images.headers import Stored
 from clip_base.images.html import data_uri
 from clip_base.images.orientation import turned_as_annotated
 from clip_base.runtime.errors import InputError
@@ -52,7 +53,7 @@ class CropBudget:
 
     def crop(
         self,
-        path: Path,
+        path: Path | Stored,
         size: tuple[int, int],
         box: Sequence[float],
         color: RGB,
@@ -77,7 +78,7 @@ class CropBudget:
         return None
 
 
-def crop_around(path: Path, size: tuple[int, int], box: Sequence[float], color: RGB) -> Image.Image:
+def crop_around(path: Path | Stored, size: tuple[int, int], box: Sequence[float], color: RGB) -> Image.Image:
     """Returns a square around a box with the box drawn; near a border it is moved into the image.
 
     Args:

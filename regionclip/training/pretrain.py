@@ -16,7 +16,7 @@ from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError
-from clip_base.storage.paths import image_in
+from clip_base.storage.tars import Member
 from clip_base.training.loop import TrainConfig
 from clip_base.training.pretrain import last_loss
 from clip_base.weights.load import load_clip, weight_files
@@ -24,7 +24,8 @@ from clip_base.weights.native import save_clip
 from regionclip.concepts.synonyms import synonym_sets
 from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.data.file_names import ids_by_name
-from regionclip.mining.shards import MANIFEST, MinedRegion, images_of, read_manifest, read_regions
+from regionclip.mining.places import MinedImages
+from regionclip.mining.shards import MANIFEST, MinedRegion, read_images, read_manifest, read_regions
 from regionclip.models.region_heads import KEY, choose_head
 from regionclip.training.region_text import RegionPretrainConfig, RegionTextTask, Teacher
 from regionclip.training.samples import GridPatchDataset, RegionDataset, Sample, fit_on
@@ -35,40 +36,44 @@ def mined_samples(mined: str, images: str, captions: str) -> list[Sample]:
 
     Args:
         mined: folder of shards.
-        images: folder of the images; "" is the manifest's.
-        captions: COCO captions, which find their images by file name; "" is the manifest's.
+        images: folder of the images, or their tars; "" is the manifest's.
+        captions: COCO captions, which find their images by file name; "": those that were mined.
 
     Raises:
         InputError: there are no regions, or the captions are of other images.
     """
-    manifest = read_manifest(mined, "images_folder", "config.captions")
-    folder = images_of(manifest, images, mined)
-    file = captions or manifest["config"]["captions"]
-    texts, names = read_captions(file)
+    manifest = read_manifest(mined, "images_folder", "tars")
     regions = list(read_regions(mined))
     if not regions:
         raise InputError(f"{mined} has no regions; see its skipped.jsonl, and lower the matcher's thresholds")
-    own = {region.image_id: region.file_name for region in regions}
-    require_present([folder / name for name in own.values()], MAX_SKIPPED, f"images={folder}")
-    ids = ids_by_name(own, names, "the mined regions", f"captions file {file}")
+    rows = {image.image_id: image for image in read_images(mined) if image.regions}
+    texts = {key: image.captions for key, image in rows.items()}
+    if captions:
+        found, names = read_captions(captions)
+        own = {key: image.file_name for key, image in rows.items()}
+        ids = ids_by_name(own, names, "the mined regions", f"captions file {captions}")
+        texts = {key: tuple(found.get(other, ())) for key, other in ids.items()}
+    places = MinedImages(manifest, mined, images)
+    files = [path for image in rows.values() if isinstance(path := places(image), Path)]
+    require_present(files, MAX_SKIPPED, f"images={images or manifest['images_folder']}")
     width = max(len(region.concept_ids) for region in regions)
     return [
-        _sample(folder, list(group), tuple(texts.get(ids[image_id], ()) if image_id in ids else ()), width)
+        _sample(places(rows[image_id]), list(group), texts.get(image_id, ()), width)
         for image_id, group in groupby(regions, key=lambda region: region.image_id)
     ]
 
 
-def _sample(folder: Path, regions: list[MinedRegion], captions: tuple[str, ...], width: int) -> Sample:
+def _sample(
+    place: Path | Member, regions: list[MinedRegion], captions: tuple[str, ...], width: int
+) -> Sample:
     """Makes one image's sample; concepts are padded to `width` with concept 0 of probability 0."""
     ids, probs = torch.zeros(len(regions), width, dtype=torch.int64), torch.zeros(len(regions), width)
     for row, region in enumerate(regions):
         ids[row, : len(region.concept_ids)] = torch.tensor(region.concept_ids)
         probs[row, : len(region.concept_probs)] = torch.tensor(region.concept_probs)
     boxes = torch.tensor([region.box for region in regions])
-    first = regions[0]
-    size = (first.height, first.width)
-    path = image_in(folder, first.file_name, "the mined regions")
-    return Sample(path, boxes, None, ids, probs, captions, size)
+    size = (regions[0].height, regions[0].width)
+    return Sample(place, boxes, None, ids, probs, captions, size)
 
 
 def image_samples(folder: str) -> list[Sample]:

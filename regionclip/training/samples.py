@@ -17,6 +17,7 @@ from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
+from clip_base.storage.tars import Member
 from clip_base.training.loop import TrainConfig, fit
 from regionclip.data.annotations import AnnotatedImages, CocoDetection, ImageAnnotations
 from regionclip.data.categories import Split, load_split
@@ -63,7 +64,7 @@ class Sample:
     """One image and its boxes, in pixels of the original image.
 
     Attributes:
-        path: the image's file.
+        path: the image's file, or its place in a tar.
         boxes: [n, 4] float32 (x1, y1, x2, y2).
         labels: [n] int64, or None.
         concept_ids: [n, K] int64, or None.
@@ -72,7 +73,7 @@ class Sample:
         size: (height, width) that the boxes were drawn in, which the image must have; None: not known.
     """
 
-    path: Path
+    path: Path | Member
     boxes: Tensor
     labels: Tensor | None = None
     concept_ids: Tensor | None = None

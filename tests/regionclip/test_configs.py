@@ -209,7 +209,6 @@ PATHS = [
     ("export", "mined"),
     ("report", "mined"),
     ("report", "annotations"),
-    ("report", "captions"),
     ("report", "images"),
     ("report", "pool"),
     ("pretrain", "mined"),

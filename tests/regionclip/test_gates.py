@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clip_base.data.webdataset import scan
 from clip_base.evaluation.prompts import read_templates
 from clip_base.jobs.cli import main_regionclip
 from clip_base.jobs.resume_log import ResumeLog
@@ -20,6 +19,7 @@ from clip_base.runtime.errors import InputError
 from clip_base.storage.files import read_json, read_json_lines
 from clip_base.storage.json_stream import stream_entries
 from clip_base.storage.tables import open_table, read_class_list, read_yaml
+from clip_base.storage.tars import scan
 from clip_base.training.checkpoint import newest
 from clip_base.weights.infer_config import from_huggingface, from_open_clip
 from clip_base.weights.native import read_weights

@@ -16,7 +16,7 @@ from clip_base.data.formats.instances import Instances, around, number_of
 from clip_base.images.folders import IMAGE_SUFFIXES, list_files
 from clip_base.images.orientation import upright_size
 from clip_base.runtime.errors import InputError, note, quote
-from clip_base.storage.files import existing, is_folder, read_text
+from clip_base.storage.files import existing, read_text
 from clip_base.storage.tables import read_class_list, read_yaml
 
 SPLITS = ("train", "val", "test")
@@ -112,7 +112,7 @@ def _split_folder(file: Path, content: dict[str, Any], split: str) -> Path:
     # Roboflow writes ../train/images for a folder beside the file.
     values = [value, value.removeprefix("../")]
     for folder in (base / one for base in bases for one in values):
-        if is_folder(folder):
+        if folder.is_dir():
             return folder
     return existing(bases[0] / value, f"folder of images ({split} of {file})")
 

@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 
-from clip_base.data import webdataset
 from clip_base.data.loader import Loader
 from clip_base.data.sources import SOURCES, Pairs
-from clip_base.data.webdataset import Records, TarIndex, read_index, scan
+from clip_base.data.webdataset import Records
 from clip_base.images.decode import decode
 from clip_base.jobs import cli
 from clip_base.jobs.config import build_plugin
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
+from clip_base.storage import tars
+from clip_base.storage.tars import TarIndex, read_index, scan
 from clip_base.training.pretrain import CaptionedImages
 
 
@@ -182,7 +183,7 @@ def test_an_index_is_kept_until_the_tar_changes(
         scanned.append(path)
         return scan(path)
 
-    monkeypatch.setattr(webdataset, "scan", noted)
+    monkeypatch.setattr(tars, "scan", noted)
     assert texts(records(shards, index=kept)) == fresh
     assert scanned == []
     path = tmp_path / "s-0.tar"

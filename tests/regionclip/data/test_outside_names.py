@@ -26,7 +26,7 @@ from clip_base.storage.files import read_json, write_json
 from clip_base.storage.limits import MEGAPIXELS, OUTSIDE_IMAGES, limits_set, split_limits
 from clip_base.storage.paths import image_in
 from regionclip.data.annotations import CocoDetection
-from regionclip.mining.shards import VERSION, MinedRegion, read_regions, shard_path, write_shard
+from regionclip.mining.shards import VERSION, MinedRegion, read_regions, shard_path, write_rows
 from regionclip.training.pretrain import mined_samples
 
 OUTSIDE = {"absolute": "{tmp}/other/a.jpg", "above": "../other/a.jpg", "through": "x/../../other/a.jpg"}
@@ -78,10 +78,9 @@ def retrieved(folder: Path, name: str, images: Path) -> list[Any]:
 def trained(folder: Path, name: str, images: Path) -> list[Any]:
     region = MinedRegion(1, name, 8, 8, (0, 0, 4, 4), None, [0], [1.0], "cup", None, None)  # type: ignore[arg-type]
     region = replace(region, objectness=0.5)
-    write_shard(shard_path(folder / "mined", 0), [region])
+    write_rows(shard_path(folder / "mined", 0), [region])
     manifest = {"version": VERSION, "shards": ["shard-00000.parquet"], "images_folder": str(images)}
-    file = coco(folder / "c.json", name)
-    write_json(folder / "mined" / "manifest.json", {**manifest, "config": {"captions": str(file)}})
+    write_json(folder / "mined" / "manifest.json", {**manifest, "tars": {}})
     return [sample.path for sample in mined_samples(str(folder / "mined"), str(images), "")]
 
 

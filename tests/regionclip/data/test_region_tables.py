@@ -42,6 +42,8 @@ def columns() -> dict[str, list[Any]]:
         "concept": ["cup"] * ROWS,
         "phrase": ["a red cup", None] + ["a red cup"] * (ROWS - 2),
         "caption": [None] * ROWS,
+        "key": ["1"] * ROWS,
+        "tar": [None] * ROWS,
     }
 
 

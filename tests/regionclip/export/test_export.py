@@ -18,7 +18,7 @@ from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.data.annotations import CocoDetection
 from regionclip.export.label_writers import FiftyOneWriter, YoloWriter
 from regionclip.export.pseudo_labels import ExportConfig, export
-from regionclip.mining.shards import VERSION, MinedRegion, read_regions, shard_path, write_shard
+from regionclip.mining.shards import VERSION, MinedRegion, read_regions, shard_path, write_rows
 from regionclip.structures.boxes import iou
 from regionclip.structures.labels import LabeledImage, LabelTarget
 
@@ -43,8 +43,8 @@ REGIONS = [
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
     folder = tmp_path / "mined"
-    write_shard(shard_path(folder, 0), REGIONS[:3])
-    write_shard(shard_path(folder, 1), REGIONS[3:])
+    write_rows(shard_path(folder, 0), REGIONS[:3])
+    write_rows(shard_path(folder, 1), REGIONS[3:])
     Vocabulary(NAMES, torch.eye(3)).save(folder / "vocabulary.safetensors")
     (tmp_path / "photos").mkdir()
     manifest: dict[str, Any] = {"version": VERSION, "shards": ["shard-00000.parquet", "shard-00001.parquet"]}

@@ -19,7 +19,7 @@ from clip_base.storage.files import read_json, write_json, write_text
 from regionclip.concepts.phrases import Phrase
 from regionclip.mining.coverage import cover, reasons
 from regionclip.mining.report_page import MAX_CAPTION, caption_around, labeled_image, pick_concepts
-from regionclip.mining.shards import MinedRegion, read_regions, shard_path, write_shard
+from regionclip.mining.shards import MinedRegion, read_regions, shard_path, write_rows
 from regionclip.reports.crops import CropBudget
 
 Command = Callable[..., tuple[int, str]]
@@ -119,7 +119,7 @@ def test_a_set_without_regions_has_a_page_too(mined: Path, tmp_path: Path, regio
     folder = shutil.copytree(mined, tmp_path / "mined")
     manifest = read_json(folder / "manifest.json")
     for number in range(len(manifest["shards"])):
-        write_shard(shard_path(folder, number), [])
+        write_rows(shard_path(folder, number), [])
     entry = {"image_id": 1, "file_name": "train/1.jpg", "reason": "no <proposals>"}
     write_text(folder / "skipped.jsonl", json.dumps(entry) + "\n")
     for number, truth in enumerate(([], [f"annotations={mined_truth(mined)}"])):
@@ -141,14 +141,15 @@ def test_what_moved_is_named_with_the_option_that_says_where(
     folder = shutil.copytree(mined, tmp_path / "mined")
     manifest = read_json(folder / "manifest.json")
     manifest["images_folder"] = "/nowhere/images"
-    manifest["config"]["captions"] = "/nowhere/captions.json"
+    manifest["config"]["concepts"] = "/nowhere/concepts.jsonl"
     write_json(folder / "manifest.json", manifest)
     code, told = regionclip("report", f"mined={folder}", f"out={tmp_path / 'out'}")
-    assert (code, "images=DIR" in told) == (2, True)
-    given = [f"mined={folder}", f"out={tmp_path / 'out'}", f"images={world / 'images'}"]
+    assert (code, "pool=FILE" in told) == (2, True)
+    pool = read_json(mined / "manifest.json")["config"]["concepts"]
+    given = [f"mined={folder}", f"out={tmp_path / 'out'}", f"pool={pool}"]
     code, told = regionclip("report", *given)
-    assert (code, "captions=FILE" in told) == (2, True)
-    assert regionclip("report", *given, f"captions={world / 'captions_train.json'}")[0] == 0
+    assert (code, "images=" in told) == (2, True)
+    assert regionclip("report", *given, f"images={world / 'images'}")[0] == 0
 
 
 def test_a_split_without_true_boxes_is_refused(mined: Path, tmp_path: Path, regionclip: Command):
@@ -204,7 +205,7 @@ def test_crops_stay_below_their_budget_and_those_left_out_are_counted(world: Pat
     regions = [region(file_name=name) for name in files] + [region(file_name="gone.jpg")]
 
     def bytes_within(budget: CropBudget) -> list[int]:
-        images = [labeled_image(folder, one, "correct", budget) for one in regions]
+        images = [labeled_image(folder / one.file_name, one, "correct", budget) for one in regions]
         return [len(image.src) for image in images if image is not None]
 
     whole = CropBudget()
@@ -253,7 +254,7 @@ def test_names_and_captions_are_escaped(
     shards = len(read_json(folder / "manifest.json")["shards"])
     regions = [replace(one, concept=HOSTILE, phrase=HOSTILE, caption=HOSTILE) for one in read_regions(mined)]
     for number in range(shards):
-        write_shard(shard_path(folder, number), regions if number == 0 else [])
+        write_rows(shard_path(folder, number), regions if number == 0 else [])
     entry = {"image_id": 1, "file_name": f"{HOSTILE}.jpg", "reason": HOSTILE}
     write_text(folder / "skipped.jsonl", json.dumps(entry) + "\n")
     annotations = read_json(world / "instances_train.json")

@@ -33,20 +33,20 @@ Command = Callable[..., tuple[int, str]]
 Swap = Callable[..., list[str]]
 AfterImport = Callable[[str, str], dict[str, str]]
 
-# Stands for regionclip.mining.miner.write_shard: dies with half a file written, once.
+# Stands for regionclip.mining.shards.write_shard: dies with half a file written, once.
 DYING = """
 import os, signal
 
 real = module.write_shard
 
-def write(path, regions, skipped):
+def write(path, regions, images):
     rows = list(regions)
     mark = path.parent.with_name("died")
     if path.name == "shard-00001.parquet" and not mark.exists():
         mark.touch()
         path.with_name(f".{path.name}.1.tmp").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(path, rows, skipped)
+    return real(path, rows, images)
 
 module.write_shard = write
 """
@@ -56,10 +56,10 @@ import time
 
 real = module.write_shard
 
-def write(path, regions, skipped):
+def write(path, regions, images):
     while path.name != "shard-00000.parquet" and not path.parent.with_name("go on").exists():
         time.sleep(0.02)
-    return real(path, regions, skipped)
+    return real(path, regions, images)
 
 module.write_shard = write
 """
@@ -81,7 +81,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
     The vocabulary's file holds a table in no certain order; the manifest has its fingerprint.
     """
-    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     return found | dict.fromkeys(("config.yaml", "manifest.json", "vocabulary.safetensors"), b"")
 
 
@@ -115,7 +116,7 @@ def test_killed_and_started_again_it_equals_an_undisturbed_run(
 ) -> None:
     out = tmp_path / "mined"
     command = ["mine", *mining_options, f"out={out}", f"workers={workers}"]
-    dead = command_line(*command, **after_import("regionclip.mining.miner", DYING))
+    dead = command_line(*command, **after_import("regionclip.mining.shards", DYING))
     _, told = dead.communicate(timeout=patience)
     if workers == 1:
         assert dead.returncode == -signal.SIGKILL, told
@@ -357,7 +358,7 @@ def test_a_terminated_run_ends_its_workers(
 ) -> None:
     out = tmp_path / "mined"
     command = ["mine", *swapped(mining_options, shard_images=1), f"out={out}", "workers=2"]
-    environment = after_import("regionclip.mining.miner", WAITING)
+    environment = after_import("regionclip.mining.shards", WAITING)
     running = command_line(*command, OMP_NUM_THREADS="1", **environment)
     session, deadline = running.pid, time.monotonic() + patience
     while not list(out.glob("*.parquet")):

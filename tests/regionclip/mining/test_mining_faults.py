@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 
 from clip_base.storage.files import write_json
-from regionclip.mining import mine, miner, shards
+from regionclip.mining import mine, shards
 from regionclip.mining.shards import read_regions
 
 Command = Callable[..., tuple[int, str]]
 Swap = Callable[..., list[str]]
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_other_options_in_the_same_folder_are_refused(
@@ -49,11 +53,11 @@ def test_a_file_that_changed_since_mining_began_is_refused(
         for name in ("manifest.json", "metrics.json", "shard-00000.parquet"):
             (tmp_path / "mined" / name).unlink()
     copy.write_bytes(copy.read_bytes() + b"\n")
-    before = {path: path.read_bytes() for path in (tmp_path / "mined").iterdir()}
+    before = files_of(tmp_path / "mined")
     code, told = regionclip(*command)
     assert code == 2
     assert f"({copy}) changed since the run in {tmp_path / 'mined'} started" in told
-    assert {path: path.read_bytes() for path in (tmp_path / "mined").iterdir()} == before
+    assert files_of(tmp_path / "mined") == before
 
 
 def test_another_spacy_model_is_refused(
@@ -85,12 +89,12 @@ def test_a_full_disk_stops_mining_and_the_same_command_goes_on(
 ) -> None:
     write, command = shards.write_shard, ["mine", *mining_options, f"out={tmp_path / 'mined'}"]
 
-    def full(path: Path, regions: Any, skipped: Any) -> int:
+    def full(path: Path, regions: Any, images: Any) -> int:
         if path.name == "shard-00001.parquet":
             raise OSError(28, "No space left on device", str(path))
-        return write(path, regions, skipped)
+        return write(path, regions, images)
 
-    monkeypatch.setattr(miner, "write_shard", full)
+    monkeypatch.setattr(shards, "write_shard", full)
     code, told = regionclip(*command)
     assert code == 1
     assert "the disk is full while writing" in told

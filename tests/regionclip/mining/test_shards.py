@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from clip_base.runtime.errors import InputError
+from regionclip.mining.shard_writer import ShardWriter
 from regionclip.mining.shards import (
     SCHEMA,
     VERSION,
+    MinedImage,
     MinedRegion,
+    image_rows,
+    image_table,
     read_manifest,
     read_regions,
-    read_skipped,
+    region_table,
     shard_path,
+    write_rows,
     write_shard,
 )
 
@@ -41,7 +45,7 @@ def region(image_id: int, phrase: str | None = "a red cup") -> MinedRegion:
 
 def finished(folder: Path, *parts: list[MinedRegion]) -> Path:
     for number, part in enumerate(parts):
-        write_shard(shard_path(folder, number), part)
+        write_rows(shard_path(folder, number), part)
     names = [shard_path(folder, number).name for number in range(len(parts))]
     (folder / "manifest.json").write_text(json.dumps({"version": VERSION, "shards": names}))
     return folder
@@ -61,24 +65,60 @@ def test_rows_come_back_as_written_in_the_manifests_order(tmp_path: Path) -> Non
 
 
 def test_files_have_the_published_schema(tmp_path: Path) -> None:
-    write_shard(tmp_path / "one.parquet", [region(1)])
+    write_rows(tmp_path / "one.parquet", [region(1)])
     assert pq.read_schema(tmp_path / "one.parquet").equals(SCHEMA)
 
 
-def test_a_shard_holds_its_images_without_regions(tmp_path: Path) -> None:
-    skipped: list[dict[str, object]] = []
-
-    def regions() -> Iterator[MinedRegion]:
-        yield region(1)
-        skipped.append({"image_id": 2, "reason": "wörn out"})
-
-    assert write_shard(tmp_path / "one.parquet", regions(), skipped) == 1
-    assert read_skipped(tmp_path / "one.parquet") == ('{"image_id": 2, "reason": "wörn out"}\n', 1)
-    write_shard(tmp_path / "two.parquet", [])
-    assert read_skipped(tmp_path / "two.parquet") == ("", 0)
-    (tmp_path / "two.parquet").write_bytes(b"PAR1")
+def test_every_image_has_a_row_whether_it_has_regions_or_not(tmp_path: Path):
+    images = [
+        MinedImage(1, "1.jpg", 1, ("a red cup",)),
+        MinedImage(2, "2.jpg", reason="wörn out", unreadable=True),
+    ]
+    assert write_rows(tmp_path / "one.parquet", [region(1)], images) == 1
+    assert list(image_rows(tmp_path / "images" / "one.parquet")) == images
+    assert images[1].skipped == {
+        "image_id": 2, "file_name": "2.jpg", "reason": "wörn out", "unreadable": True
+    }  # fmt: skip
+    write_rows(tmp_path / "two.parquet", [])
+    assert list(image_rows(tmp_path / "images" / "two.parquet")) == []
+    (tmp_path / "images" / "two.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match="cannot be read as Parquet"):
-        read_skipped(tmp_path / "two.parquet")
+        list(image_rows(tmp_path / "images" / "two.parquet"))
+
+
+def test_a_shards_bytes_depend_on_its_rows_alone(tmp_path: Path):
+    rows = [region(number) for number in range(12_000)]
+    images = [MinedImage(number, f"{number}.jpg", 1) for number in range(12_000)]
+    for name, step in (("one", 12_000), ("two", 700)):
+        parts = range(0, len(rows), step)
+        write_shard(
+            tmp_path / name / "a.parquet",
+            (region_table(rows[start : start + step]) for start in parts),
+            (image_table(images[start : start + step]) for start in parts),
+        )
+    for file in ("a.parquet", "images/a.parquet"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_a_writer_resumes_behind_what_was_saved(tmp_path: Path):
+    rows = [(MinedImage(number, f"{number}.jpg", 1), region(number)) for number in range(10)]
+    whole, broken = ShardWriter(tmp_path / "whole.parquet"), ShardWriter(tmp_path / "broken.parquet")
+    for image, own in rows:
+        whole.add([image], [own])
+    assert whole.finish() == 10
+    for image, own in rows[:4]:
+        broken.add([image], [own])
+    broken.save()
+    broken.add([rows[4][0]], [rows[4][1]])  # is lost: it was not saved
+    again = ShardWriter(tmp_path / "broken.parquet")
+    assert (again.done, again.regions) == (4, 4)
+    for image, own in rows[4:]:
+        again.add([image], [own])
+    assert again.finish() == 10
+    for name in ("", "images/"):
+        found = [(tmp_path / f"{name}{which}.parquet").read_bytes() for which in ("whole", "broken")]
+        assert found[0] == found[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.parquet", "images", "whole.parquet"]
 
 
 def test_more_regions_than_are_made_a_table_at_once_stay_in_order(
@@ -90,7 +130,7 @@ def test_more_regions_than_are_made_a_table_at_once_stay_in_order(
 
 
 def test_an_unfinished_folder_is_no_data(tmp_path: Path) -> None:
-    write_shard(shard_path(tmp_path, 0), [region(1)])
+    write_rows(shard_path(tmp_path, 0), [region(1)])
     with pytest.raises(InputError, match="mining is not finished"):
         read_manifest(tmp_path)
     with pytest.raises(InputError, match="does not exist"):
@@ -99,7 +139,7 @@ def test_an_unfinished_folder_is_no_data(tmp_path: Path) -> None:
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"version": 99, "shards": []}')
-    with pytest.raises(InputError, match="version 99, this program reads 2"):
+    with pytest.raises(InputError, match="version 99, this program reads 3"):
         read_manifest(tmp_path)
 
 
@@ -131,11 +171,10 @@ def test_a_foreign_parquet_file_is_no_shard(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(table: object, where: Path, **_: object) -> None:
-        Path(where).write_bytes(b"half")
+    def full(writer: object, table: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pq, "write_table", full)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
     with pytest.raises(OSError, match="No space"):
-        write_shard(shard_path(tmp_path, 0), [region(1)])
-    assert list(tmp_path.iterdir()) == []
+        write_rows(shard_path(tmp_path, 0), [region(1)])
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -22,7 +22,7 @@ from clip_base.synthetic.scenes import ScenesConfig, generate
 from regionclip.data.annotations import CocoDetection, ImageAnnotations
 from regionclip.data.categories import load_split
 from regionclip.mining.report_page import pick_pairs
-from regionclip.mining.shards import VERSION, MinedRegion, write_shard
+from regionclip.mining.shards import VERSION, MinedRegion, write_rows
 from regionclip.quickstart.report import judge_mining, print_table, results, summary
 from regionclip.quickstart.report_page import MAX_DRAWN, labeled_scenes, pick_scenes, write_report
 
@@ -150,7 +150,7 @@ def _mined(folder: Path) -> None:
                             [1, 0], [prob, 1 - prob], name, name if said else None, text if said else None)
             )  # fmt: skip
     (folder / "mined").mkdir()
-    write_shard(folder / "mined" / "shard-00000.parquet", regions)
+    write_rows(folder / "mined" / "shard-00000.parquet", regions)
     manifest = {
         "version": VERSION,
         "shards": ["shard-00000.parquet"],

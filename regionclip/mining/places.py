@@ -1,0 +1,55 @@
+"""Where the images of mined regions are, for training, reports and exports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from clip_base.images.roots import ImageRoot
+from clip_base.runtime.errors import InputError, note
+from clip_base.storage.files import existing
+from clip_base.storage.tars import Member, addresses, names_tars
+from regionclip.mining.shards import MANIFEST, MinedImage
+
+
+class MinedImages:
+    """Finds the images that were mined: where the user says, else where the manifest says, which is noted.
+
+    Args:
+        manifest: of the mined folder, with `images_folder` and `tars`.
+        mined: the mined folder, for messages.
+        images: the folder or tars of the images, as the user gave them; "": nothing.
+
+    Raises:
+        InputError: the folder or a tar is not there, or a tar has another size than when it was mined.
+    """
+
+    def __init__(self, manifest: dict[str, Any], mined: str | Path, images: str = "") -> None:
+        sizes: dict[str, int] = manifest["tars"]
+        self.root: ImageRoot | None = None
+        self.tars: dict[str, Path] = {}
+        if sizes and images and not names_tars(images):
+            raise InputError(f"images={images} must be the tars that were mined, such as {next(iter(sizes))}")
+        moved = {Path(tar).name: Path(tar) for tar in addresses(images)} if sizes and images else {}
+        try:
+            for tar, size in sizes.items():
+                path = self.tars[tar] = moved.get(Path(tar).name, Path(tar))
+                if existing(path, "tar").stat().st_size != size:
+                    raise InputError(f"tar {path} has another size than when it was mined; mine again")
+            if not sizes:
+                self.root = ImageRoot(images or manifest["images_folder"] or "/")
+        except InputError as error:
+            raise error if images else InputError(f"{error}; give images=") from None
+        if not images:
+            where = next(iter(sizes), manifest["images_folder"])
+            more = f" and {len(sizes) - 1} more tars" if len(sizes) > 1 else ""
+            named = f"{where}{more}, which {Path(mined) / MANIFEST} names"
+            note(f"images are read from {named}; images= gives another place")
+
+    def __call__(self, image: MinedImage) -> Path | Member:
+        """Returns where an image is; InputError when its name leads out of the folder."""
+        if self.root is not None:
+            return self.root.path(image.file_name, "the mined images")
+        if image.tar not in self.tars or image.offset is None or image.size is None:
+            raise InputError(f"image {image.file_name} is in no tar that the manifest names; mine again")
+        return Member(self.tars[image.tar], image.offset, image.size)

@@ -24,6 +24,7 @@ from clip_base.evaluation.features import LAYERS, Embedder, FeatureConfig, note_
 from clip_base.evaluation.ranking import ranks_of_best
 from clip_base.evaluation.tables import print_classes, summarize, to_csv
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.progress import Progress
@@ -39,6 +40,14 @@ _START = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 _END = 1 / 8
 
 
+@everyday(
+    "linear-probe train=birds/train test=birds/test weights=RN50 out=runs/probe",
+    input="train test train_annotations test_annotations",
+    output="out",
+    model="weights layer",
+    quality="shots",
+    speed="batch_size workers device",
+)
 @dataclass
 class LinearProbeConfig(FeatureConfig):
     """Options of the linear and the few-shot probe."""

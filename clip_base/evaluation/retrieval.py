@@ -21,6 +21,7 @@ from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
 from clip_base.evaluation.ranking import Answers, ranks_of_best, ranks_of_classes
 from clip_base.evaluation.tables import to_csv
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.jobs.skipped import MAX_SKIPPED, require_present
 from clip_base.models.clip import CLIP
@@ -36,6 +37,13 @@ KS = (1, 5, 10)
 _DIRECTIONS = ("image_to_text", "text_to_image")
 
 
+@everyday(
+    "retrieval captions=captions_val2017.json images=val2017 weights=RN50 out=runs/retrieval",
+    input="captions images captions_per_image",
+    output="out",
+    model="weights prompt",
+    speed="batch_size workers device",
+)
 @dataclass
 class RetrievalConfig(FeatureConfig):
     """Options of retrieval on captioned images."""

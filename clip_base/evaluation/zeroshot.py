@@ -17,6 +17,7 @@ from clip_base.evaluation.prompts import classifier, read_templates
 from clip_base.evaluation.ranking import ranks_of_classes
 from clip_base.evaluation.tables import print_classes, summarize, to_csv
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.runtime.errors import InputError, note
 from clip_base.runtime.precision import autocast
@@ -25,6 +26,13 @@ from clip_base.storage.tables import CLASS_FILES, read_class_list
 from clip_base.weights.load import weight_files
 
 
+@everyday(
+    "zeroshot images=imagenet/val weights=RN50 out=runs/zeroshot",
+    input="images annotations names",
+    output="out",
+    model="weights templates",
+    speed="batch_size workers device",
+)
 @dataclass
 class ZeroshotConfig(FeatureConfig):
     """Options of zero-shot classification."""

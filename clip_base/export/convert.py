@@ -16,6 +16,7 @@ from clip_base.export.hf_tokenizer import write_transformers_tokenizer
 from clip_base.images.decode import DEVIATION, MEAN
 from clip_base.jobs import plugins
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.everyday import everyday
 from clip_base.models.clip import CLIP, to_openai_names
 from clip_base.models.tokenizer import VOCAB_SIZE
 from clip_base.runtime.errors import InputError
@@ -30,6 +31,12 @@ OTHERS = tuple(plugins.found(formats.WRITERS))  # of other packages
 _PICKLES = (".pt", ".pth", ".bin")
 
 
+@everyday(
+    "convert RN50 to=open_clip out=rn50",
+    input="file",
+    output="out to precision",
+    model="text_weights activation",
+)
 @dataclass
 class ConvertConfig(WeightsFile):
     """Options of `convert`."""

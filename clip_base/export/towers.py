@@ -18,6 +18,7 @@ from clip_base.export.graphs import GraphFormats
 from clip_base.export.hf_tokenizer import write_tokenizer
 from clip_base.images.decode import normalize
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import VOCAB_SIZE
@@ -29,6 +30,12 @@ TOWERS = ("image", "text")
 EMBEDDINGS = ("embeddings",)  # what both graphs return
 
 
+@everyday(
+    "export RN50 out=rn50_onnx",
+    input="file",
+    output="out formats towers",
+    model="activation",
+)
 @dataclass
 class ExportConfig(GraphFormats, WeightsFile):
     """Options of `export`."""

@@ -23,14 +23,14 @@ from typing import Any
 
 from clip_base.jobs import completion as completions
 from clip_base.jobs import config as configs
+from clip_base.jobs import help as helps
 from clip_base.jobs import plugins, remote_out, shipped
 from clip_base.jobs import schema as schemas
-from clip_base.jobs.completion import Word
-from clip_base.jobs.schema import Description
+from clip_base.jobs.familiar import HERE
 from clip_base.runtime.announce import announced
 from clip_base.runtime.errors import InputError, InputNote
 from clip_base.runtime.lazy import installed_version
-from clip_base.storage.limits import LIMITS, limits_set, split_limits
+from clip_base.storage.limits import limits_set, split_limits
 from clip_base.storage.lock import releasing_locks
 
 REGION_PREFIX = "region-"
@@ -39,7 +39,7 @@ _LACK_OF_ROOM = {
     errno.EDQUOT: "the disk is full",
     errno.EFBIG: "the largest size of a file (ulimit -f) is reached",
 }
-CONFIGS = "configs"
+CONFIGS, HELP_ALL = "configs", "--help-all"
 
 # OpenMP threads that spin while they wait bring a shared machine to a standstill: two jobs beside each other
 # then run forty times slower, not twice. Set before torch is imported, which reads it once.
@@ -164,8 +164,9 @@ def _dispatch(program: str, prefix: str, arguments: list[str]) -> int:
         return 0
     if name not in jobs:
         raise InputError(f"there is no job {name!r}; {plugins.did_you_mean(name, list(jobs))}")
-    if "-h" in rest or "--help" in rest:
-        print(job_help(f"{program} {name}", schemas.describe(jobs[name])))
+    if set(rest) & {"-h", "--help", HELP_ALL}:
+        text = helps.job_help_all if HELP_ALL in rest else helps.job_help
+        print(text(f"{program} {name}", schemas.describe(jobs[name]), _named_parts(rest)))
         return 0
     with announced(f"starting {program} {name}"):
         job: Callable[[Any], None] = jobs[name].load()
@@ -182,6 +183,13 @@ def _dispatch(program: str, prefix: str, arguments: list[str]) -> int:
         with distributed.naming_lost_processes():
             job(config)
     return 0
+
+
+def _named_parts(arguments: Sequence[str]) -> dict[str, str]:
+    """Returns the options on a command line that asks for help, and the parts that its config file names."""
+    given = completions.given(arguments)
+    file = given.pop("", "")
+    return {**(configs.names_in(file) if file else {}), **given}
 
 
 def _configs(program: str, prefix: str, jobs: Collection[str], arguments: Sequence[str]) -> str:
@@ -215,6 +223,8 @@ def parse(schema: type, arguments: Sequence[str]) -> tuple[str | None, list[str]
                     value = "true"
                 elif queue:
                     value = queue.pop(0)
+                elif key in HERE and key not in fields:
+                    value = "true"  # another program's flag: the error says what it is called here
                 else:
                     raise InputError(f"--{key} needs a value")
             overrides.append(f"{key}={_quoted(value, fields.get(key))}")
@@ -256,56 +266,23 @@ def _quoted(value: str, known: tuple[dataclasses.Field[Any], Any] | None) -> str
         return _quote(value)
     if known[1] == list[str] and not value.startswith("["):
         return "[" + ",".join(_quote(item.strip()) for item in value.split(",") if item.strip()) + "]"
+    if known[1] in (list[int], list[float]) and value and not value.startswith(("[", "$")):
+        return f"[{value}]"
     return value
 
 
 def _overview(program: str, jobs: dict[str, Any]) -> str:
-    width = max(map(len, jobs), default=0)
     lines = [f"usage: {program} JOB [FILE.yaml] [key=value …]", "", "jobs:"]
-    lines += [f"  {name:<{width}}  {plugins.summary(point)}" for name, point in sorted(jobs.items())]
+    lines += helps.listed([(name, plugins.summary(point)) for name, point in sorted(jobs.items())])
     shell = Path(os.environ.get("SHELL", "")).name
     shell = shell if shell in completions.SHELLS else completions.SHELLS[0]
     lines += [
         "",
-        f"`{program} JOB --help` lists a job's options; key=value and --key value are the same.",
-        f"`{program} {CONFIGS}` lists the included config files; `{program} --version` shows the version.",
-        f"TAB completes jobs, options and values after `{completions.how(program, shell)}` "
+        f"`{program} JOB --help` shows a job's everyday options, `--help-all` all of them;",
+        "key=value and --key value are the same.",
+        f"`{program} {CONFIGS}` lists the included config files;",
+        f"`{program} --version` shows the version.",
+        f"TAB completes words after `{completions.how(program, shell)}`",
         f"(or {', '.join(other for other in completions.SHELLS if other != shell)}).",
     ]
     return "\n".join(lines)
-
-
-def job_help(command: str, job: Description) -> str:
-    """Returns the text of `JOB --help`: what it does, and every option with type, default and meaning."""
-    lines = [f"usage: {command} [FILE.yaml] [key=value …]", "", job.text.partition("\n\nRaises:")[0]]
-    for title, rows in (("options", _rows(job)), ("options of every job", _limits())):
-        lines += ["", f"{title}:"]
-        for left, right in rows:
-            lines += [f"  {left}", f"      {right}"]
-    return "\n".join(lines)
-
-
-def _limits() -> Iterator[Word]:
-    """Yields the limits on what files may ask for, with their meanings."""
-    for limit in LIMITS:
-        kind, default = ("bool", bool(limit.default)) if limit.is_flag else ("float", limit.default)
-        yield f"{limit.key} ({kind}, default {default!r})", limit.meaning
-
-
-def _rows(described: Description, prefix: str = "", note: str = "") -> Iterator[Word]:
-    """Yields the options with their meanings, and below one that names a plugin those of all plugins.
-
-    Those that must be given come first.
-    """
-    for option in sorted(described.options, key=lambda option: not option.required):
-        kind, key = "|".join(option.choices) or option.kind, f"{prefix}{option.key}"
-        shown = "required" if option.required else f"default {option.default!r}"
-        if not option.group:
-            yield f"{key} ({kind}, {shown})", note + option.meaning
-            continue
-        known = schemas.plugins_of(option.group)
-        yield f"{key} (plugin, default {option.default}; known: {', '.join(known)})", note + option.meaning
-        for name, plugin in () if note else known.items():  # a plugin may have plugins, itself among them
-            if plugin.fault:
-                yield f"{key}={name}", f"[{name}] {plugin.fault}"
-            yield from _rows(plugin, key.removesuffix("name"), f"[{name}] ")

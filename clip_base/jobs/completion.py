@@ -22,6 +22,7 @@ COMMAND = "completion"
 SHELLS = ("bash", "zsh", "fish")
 FILES = ":files"
 LIMIT_WORDS = tuple(f"{limit.option}{'' if limit.is_flag else '='}" for limit in LIMITS)
+EVERYWHERE = ("--help", "--help-all", "--debug", *LIMIT_WORDS)
 
 Jobs = dict[str, EntryPoint]
 Word = tuple[str, str]
@@ -72,8 +73,8 @@ def next_words(jobs: Jobs, words: Sequence[str]) -> list[Word]:
 
 
 def _in_job(job: Description, before: Sequence[str], current: str) -> list[Word]:
-    given = _given(before)
-    options = {option.key: option for option in _options(job, given)}
+    typed = given(before)
+    options = {option.key: option for option in _options(job, typed)}
     dashes = "--" if current.startswith("--") else ""
     key, equals, _ = current.removeprefix("--").partition("=")
     last = _key(before[-1]) if before and before[-1].startswith("--") and "=" not in before[-1] else ""
@@ -82,8 +83,12 @@ def _in_job(job: Description, before: Sequence[str], current: str) -> list[Word]
     if equals:
         option = options.get(_key(key))
         return _values(option, f"{dashes}{key}=", current) if option else []
-    found = dict(_keys([option for option in options.values() if option.key not in given], dashes, current))
-    found |= {word: "" for word in ("--help", "--debug", *LIMIT_WORDS) if dashes and word.startswith(current)}
+    found = dict(_keys([option for option in options.values() if option.key not in typed], dashes, current))
+    found |= {
+        word: ""
+        for word in ("--help", "--help-all", "--debug", *LIMIT_WORDS)
+        if dashes and word.startswith(current)
+    }
     positional = any(option.positional for option in job.options)
     if not dashes and (positional or not found):  # images, weights; or the config file
         found[FILES] = ""
@@ -94,16 +99,16 @@ def _key(word: str) -> str:
     return word.removeprefix("--").replace("-", "_")
 
 
-def _given(words: Sequence[str]) -> dict[str, str]:
+def given(words: Sequence[str]) -> dict[str, str]:
     """Returns the values of the options among the words, and under "" the config file's name."""
-    given = {}
+    found = {}
     for word, following in pairwise([*words, ""]):
         key, equals, value = word.partition("=")
         if equals or word.startswith("--"):
-            given[_key(key)] = value if equals else following
+            found[_key(key)] = value if equals else following
         elif word.endswith((".yaml", ".yml")):
-            given[""] = word
-    return given
+            found[""] = word
+    return found
 
 
 def _options(described: Description, given: dict[str, str], prefix: str = "") -> Iterator[Option]:

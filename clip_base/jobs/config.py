@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from clip_base.jobs import plugins
+from clip_base.jobs import familiar, plugins
 from clip_base.jobs.shipped import find_config
 from clip_base.runtime.errors import InputError
 from clip_base.storage.tables import read_yaml
@@ -96,6 +96,17 @@ def resolve(schema: type[T], file: str | Path | None = None, overrides: Sequence
     return _finish(schema, config, "")
 
 
+def names_in(file: str | Path) -> dict[str, str]:
+    """Returns the parts that a config file names, as {"proposer.name": "grid"}.
+
+    Raises:
+        InputError: the file is missing or not YAML.
+    """
+    held = _read_yaml(find_config(file))
+    parts = {str(key): value for key, value in held.items() if isinstance(value, DictConfig)}
+    return {f"{key}.name": str(value.name) for key, value in parts.items() if "name" in value}
+
+
 def check(schema: type[T], values: dict[str, Any], where: str) -> T:
     """Returns a `schema` made from plain values, with the same checks as `resolve`."""
     where = f"{where}: "
@@ -132,7 +143,9 @@ def _merge(config: Any, change: Any, where: str) -> Any:
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
         schema = cast(type, OmegaConf.get_type(config))
-        hint = _new_name(schema, key) or plugins.did_you_mean(key, [name for name, _, _ in fields_of(schema)])
+        known = [name for name, _, _ in fields_of(schema)]
+        value = OmegaConf.select(change, key)
+        hint = _new_name(schema, key) or familiar.hint(key, value, known) or plugins.did_you_mean(key, known)
         raise InputError(f"{where}there is no option {key!r}; {hint}") from None
     except (ValidationError, OmegaConfBaseException, AssertionError) as error:
         key, reason = getattr(error, "full_key", ""), str(error).splitlines()[0]

@@ -16,8 +16,8 @@ import os
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any, cast, get_type_hints
 
 from clip_base.jobs import plugins
 from clip_base.jobs.config import REQUIRED, default_of, ordered_fields
+from clip_base.jobs.everyday import everyday_of
 from clip_base.runtime.lazy import LOADED_AT
 from clip_base.storage.files import write_json
 
@@ -69,11 +70,15 @@ class Description:
         text: its docstring.
         options: those of nested dataclasses included.
         fault: why it cannot be imported; empty when it can be.
+        example: a command, see `everyday`.
+        sections: keys of everyday options by section, see `everyday`.
     """
 
     text: str
     options: list[Option]
     fault: str = ""
+    example: str = ""
+    sections: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def summary(self) -> str:
@@ -90,9 +95,9 @@ def options_of(schema: type, instance: Any = None, prefix: str = "") -> Iterator
         prefix: stands before every key.
     """
     hints = get_type_hints(schema)
-    for field in ordered_fields(schema):
-        key, hint, told = f"{prefix}{field.name}", hints[field.name], field.metadata
-        default = default_of(field) if instance is None else getattr(instance, field.name)
+    for declared in ordered_fields(schema):
+        key, hint, told = f"{prefix}{declared.name}", hints[declared.name], declared.metadata
+        default = default_of(declared) if instance is None else getattr(instance, declared.name)
         if is_dataclass(hint):
             nested = None if isinstance(default, str) else default  # it may be REQUIRED as a whole
             yield from options_of(cast(type, hint), nested, f"{key}.")
@@ -146,8 +151,9 @@ def _name(point: EntryPoint) -> str:
 
 def _learn(point: EntryPoint, points: dict[str, Description]) -> None:
     target = point.load()
-    options = [asdict(option) for option in options_of(plugins.schema_of(target))]
-    value = {"text": inspect.getdoc(target) or "", "options": options}
+    schema = plugins.schema_of(target)
+    options = [asdict(option) for option in options_of(schema)]
+    value = {"text": inspect.getdoc(target) or "", "options": options, **vars(everyday_of(schema))}
     # As the file will give it back: the first answer is then the same as the later ones.
     points[_name(point)] = _description(json.loads(json.dumps(value, default=str)))
     for option in points[_name(point)].options:
@@ -158,7 +164,8 @@ def _learn(point: EntryPoint, points: dict[str, Description]) -> None:
 
 
 def _description(value: Any) -> Description:
-    return Description(value["text"], [Option(**option) for option in value["options"]])
+    options = [Option(**option) for option in value["options"]]
+    return Description(value["text"], options, "", value["example"], value["sections"])
 
 
 @cache

@@ -11,12 +11,20 @@ from pathlib import Path
 from clip_base.evaluation.datasets import EvaluationImage
 from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.everyday import everyday
 from clip_base.search.images import images_of
 from clip_base.search.index import ABOUT, SHARD_ROWS, Index
 from clip_base.storage.hashing import content_hash
 from clip_base.storage.lock import lock_file
 
 
+@everyday(
+    "index photos weights=RN50 out=photos.index",
+    input="images",
+    output="out",
+    model="weights",
+    speed="batch_size workers device",
+)
 @dataclass
 class IndexConfig(FeatureConfig):
     """Options of `index`."""

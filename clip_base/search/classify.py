@@ -16,6 +16,7 @@ from clip_base.evaluation.datasets import EvaluationImage
 from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
 from clip_base.evaluation.prompts import classifier, read_templates
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast
@@ -29,6 +30,13 @@ TABLE, PAGE = "predictions.csv", "report.html"
 SHOWN = 24  # thumbnails of a class
 
 
+@everyday(
+    'classify photos classes="cat, dog" weights=RN50 out=sorted',
+    input="images classes",
+    output="out top_k report",
+    model="weights templates",
+    speed="batch_size workers device",
+)
 @dataclass
 class ClassifyConfig(FeatureConfig):
     """Options of `classify`."""

@@ -19,6 +19,7 @@ from clip_base.images.folders import IMAGE_SUFFIXES
 from clip_base.images.preprocess import square_view
 from clip_base.jobs.compute import DeviceOptions
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.everyday import everyday
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
@@ -33,6 +34,13 @@ from clip_base.weights.load import find, load_clip
 PAGE = "search.html"
 
 
+@everyday(
+    'search photos.index "a red umbrella" out=found',
+    input="query minus duplicates",
+    output="top_k out",
+    model="weights",
+    speed="device",
+)
 @dataclass
 class SearchConfig(DeviceOptions):
     """Options of `search`."""

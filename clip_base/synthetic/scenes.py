@@ -26,6 +26,7 @@ from pycocotools import mask as coco_mask
 
 from clip_base.data.coco import coco_entry
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.progress import Progress
@@ -44,6 +45,12 @@ _CHUNK = 250
 _BANK = len(SPLITS)
 
 
+@everyday(
+    "scenes out=world images=2000 seed=1",
+    output="out images val_images size",
+    quality="categories novel objects_max colors seed",
+    speed="workers",
+)
 @dataclass
 class ScenesConfig:
     """Options of `clip-base scenes`."""

@@ -21,6 +21,7 @@ from clip_base.data.sources import SOURCES, Pairs, Source
 from clip_base.images.decode import ImageStore, Pixels, normalize, size_of, to_tensor
 from clip_base.images.preprocess import cut_and_resize
 from clip_base.jobs.config import Plugin, build_plugin, option, plugin
+from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.jobs.skipped import require_present
 from clip_base.models import zoo
@@ -42,6 +43,14 @@ from clip_base.weights.native import load_exactly, save_clip
 MAX_LOGIT_SCALE = math.log(100)  # arXiv 2103.00020, section 2.5
 
 
+@everyday(
+    "pretrain source.name=csv source.file=pairs.csv model=ViT-B/32 out=runs/clip",
+    input="source.name evaluate.images",
+    output="out",
+    model="model init",
+    training="train.epochs train.batch_size train.lr train.seed",
+    speed="train.precision train.workers",
+)
 @dataclass
 class PretrainConfig(TrainingOptions):
     """Options of contrastive pretraining."""

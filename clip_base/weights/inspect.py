@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from clip_base.jobs.everyday import everyday
 from clip_base.models.configs import CLIPConfig
 from clip_base.runtime.errors import InputError
 from clip_base.storage.hashing import file_hash
@@ -21,6 +22,11 @@ from clip_base.weights.native import read_weights, require_finite
 from clip_base.weights.reading import FRAMEWORKS, is_safetensors, read_clip, read_foreign
 
 
+@everyday(
+    "inspect RN50",
+    input="file",
+    model="activation",
+)
 @dataclass
 class InspectConfig(WeightsFile):
     """Options of `inspect`."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.everyday import everyday
 from clip_base.runtime.errors import InputError
 from clip_base.weights.load import find, load_clip, local_copy
 from clip_base.weights.native import FORMAT as CLIP
@@ -21,6 +22,12 @@ from regionclip.models.region_heads import KEY
 PREFIX = "clip."  # of a CLIP's weights in a detector's file
 
 
+@everyday(
+    "interpolate first=clip.safetensors second=regionclip.safetensors alpha=0.5 out=between.safetensors",
+    input="first second",
+    output="out",
+    quality="alpha part",
+)
 @dataclass
 class InterpolateConfig:
     """Options of weight interpolation."""

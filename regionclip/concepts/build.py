@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_base.jobs.config import REQUIRED, option, runtime_only
+from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import differences
 from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.progress import track
@@ -37,6 +38,12 @@ SAME = ("version", "captions_sha256", "classes_sha256", "stop_words_sha256")
 _LISTED = 5  # phrases shown that hold the same word
 
 
+@everyday(
+    "concepts captions=captions.json out=concepts.jsonl min_count=20",
+    input="captions classes column language",
+    output="out min_count explain",
+    speed="workers",
+)
 @dataclass
 class ConceptsConfig:
     """Captions in, a pool of concepts out."""

@@ -14,6 +14,7 @@ import torch
 from clip_base.data.coco import annotation_inputs, coco_entry, read_instances
 from clip_base.evaluation.tables import figure_lines
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.jobs.skipped import max_skipped_option, require_share
 from clip_base.runtime.errors import InputError
@@ -54,6 +55,13 @@ _RENUMBER = (
 )
 
 
+@everyday(
+    "evaluate annotations=instances.json images=images weights=detector.safetensors out=evaluation",
+    input="annotations images results split boxes",
+    output="out report",
+    model="weights proposer.name",
+    speed="batch_size device",
+)
 @dataclass(kw_only=True)
 class EvaluateConfig(AnnotatedImages, EnsembleOptions):
     """Options of the evaluation."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.everyday import everyday
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.progress import track
 from clip_base.storage.files import existing
@@ -23,6 +24,12 @@ from regionclip.data.results import Results, read_results
 from regionclip.structures.labels import LABEL_FILES, LabeledImage, LabelTarget, write_labels
 
 
+@everyday(
+    "convert-data annotations=instances.json images=images format=yolo out=dataset",
+    input="annotations images results",
+    output="out format",
+    quality="score_threshold",
+)
 @dataclass
 class ConvertDataConfig:
     """Options of converting annotations and detections."""

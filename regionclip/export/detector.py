@@ -25,6 +25,7 @@ from clip_base.export.towers import write_text_tower
 from clip_base.images.decode import MEAN, Pixels, resize
 from clip_base.images.inputs import image_files, read_upright
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import replacing, write_json
@@ -47,6 +48,12 @@ STEP = 32  # pixels: sides that every backbone halves evenly
 LEAST_TORCH = "2.9"  # torch.export of 2.8 refuses images of any size
 
 
+@everyday(
+    'export-detector weights=detector.safetensors vocabulary="cat, dog" out=detector_onnx',
+    input="weights vocabulary images",
+    output="out formats size suppress int8 dynamic_vocabulary",
+    model="text_weights embeddings",
+)
 @dataclass(kw_only=True)
 class ExportDetectorConfig(DetectorSource, GraphFormats):
     """Options of exporting a detector."""

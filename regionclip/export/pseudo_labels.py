@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.everyday import everyday
 from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.progress import Progress
 from clip_base.storage.hashing import content_hash
@@ -26,6 +27,12 @@ from regionclip.structures.boxes import nms
 from regionclip.structures.labels import LabeledImage, LabelTarget, write_labels
 
 
+@everyday(
+    "export mined=mined images=images format=yolo out=labels",
+    input="mined images classes",
+    output="out format keep_empty",
+    quality="min_probability min_objectness nms",
+)
 @dataclass
 class ExportConfig:
     """Options of exporting."""

@@ -18,6 +18,7 @@ from clip_base.images.folders import IMAGE_SUFFIXES
 from clip_base.images.inputs import image_files
 from clip_base.images.video import CODECS, VIDEOS, Video, VideoFrame, writing_video
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.everyday import everyday
 from clip_base.jobs.resume_log import ResumeLog
 from clip_base.jobs.run import hashes_of
 from clip_base.jobs.skipped import max_skipped_option, require_share, require_usable
@@ -43,6 +44,14 @@ COLUMNS = ("file_name", "image_id", "frame", "time", "category_id", "category_na
 BOX = ("x", "y", "width", "height")
 
 
+@everyday(
+    'detect sample:coffee vocabulary="cup, spoon" out=found',
+    input="images vocabulary",
+    output="out format draw",
+    model="weights proposer.name",
+    quality="score_threshold top_k",
+    speed="batch_size device",
+)
 @dataclass
 class DetectConfig(EnsembleOptions):
     """Options of detection in images and videos."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from clip_base.data.batch import ImageBatch
 from clip_base.data.coco import annotation_inputs
 from clip_base.jobs.config import option
+from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import files_of
 from clip_base.jobs.skipped import max_skipped_option, require_share
 from clip_base.runtime.errors import InputError
@@ -42,6 +43,14 @@ from regionclip.structures.regions import FeatureMaps, ImageInfo, Regions, whole
 _NONE = torch.zeros(0, dtype=torch.int64)
 
 
+@everyday(
+    "features photos weights=detector.safetensors out=features",
+    input="images annotations regions_from vocabulary",
+    output="out format whole_image",
+    model="weights proposer.name",
+    quality="max_regions",
+    speed="batch_size device",
+)
 @dataclass
 class FeaturesConfig(DetectorOptions):
     """Options of describing regions."""

@@ -20,6 +20,7 @@ from clip_base.images.headers import Stored
 from clip_base.images.roots import ImageRoot
 from clip_base.jobs.compute import ComputeOptions
 from clip_base.jobs.config import REQUIRED, Plugin, build_plugin, option, plugin
+from clip_base.jobs.everyday import everyday
 from clip_base.jobs.skipped import max_skipped_option, require_share
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast
@@ -49,6 +50,15 @@ from regionclip.structures.transforms import ResizeConfig, ResizeTransform
 CAPTIONED_AT_ONCE = 256  # images whose captions are parsed together, and whose encoded bytes wait in memory
 
 
+@everyday(
+    "mine images=images captions=captions.json weights=RN50 concepts=concepts.jsonl "
+    "proposer.name=grid matcher.name=hybrid out=mined",
+    input="images captions concepts",
+    output="out",
+    model="weights proposer.name matcher.name",
+    quality="resize.short resize.long",
+    speed="batch_size workers device",
+)
 @dataclass(kw_only=True)
 class MineConfig(PairOptions, RegionHeadOptions, ComputeOptions):
     """Options of mining."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from clip_base.evaluation.tables import figure_lines
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.progress import track
@@ -30,6 +31,12 @@ from regionclip.mining.report_page import THRESHOLDS, ReportData, ReportLimits, 
 from regionclip.mining.shards import MinedRegion, read_images, read_manifest, read_regions
 
 
+@everyday(
+    "report mined=mined images=images out=report",
+    input="mined images captions annotations split",
+    output="out concepts examples max_report_mb",
+    speed="workers",
+)
 @dataclass
 class ReportConfig:
     """Options of the report on mined pairs."""

@@ -10,6 +10,7 @@ import torch
 from clip_base.data.coco import annotation_inputs
 from clip_base.jobs.compute import ComputeOptions
 from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
+from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.jobs.skipped import max_skipped_option, require_share
 from clip_base.runtime.errors import JobError
@@ -26,6 +27,14 @@ from regionclip.structures.regions import Regions
 from regionclip.structures.transforms import ResizeConfig
 
 
+@everyday(
+    "propose annotations=instances.json images=images proposer.name=grid out=boxes",
+    input="annotations images split",
+    output="out format",
+    model="proposer.name",
+    quality="resize.short resize.long",
+    speed="batch_size device",
+)
 @dataclass(kw_only=True)
 class ProposeConfig(AnnotatedImages, ComputeOptions):
     """Options of proposing."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clip_base.jobs.config import option
+from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder
 from clip_base.runtime.progress import clock
 from regionclip.quickstart.report import judge_mining, print_table, summary
@@ -13,6 +14,10 @@ from regionclip.quickstart.report_page import write_report
 from regionclip.quickstart.stages import Stage, run_stages
 
 
+@everyday(
+    "quickstart out=quickstart",
+    output="out preset seed",
+)
 @dataclass
 class QuickstartConfig:
     """Options of the whole path."""

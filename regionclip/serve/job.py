@@ -11,6 +11,7 @@ from typing import Any
 from clip_base.images.inputs import image_files
 from clip_base.jobs.compute import DeviceOptions
 from clip_base.jobs.config import Plugin, option, plugin
+from clip_base.jobs.everyday import everyday
 from clip_base.runtime.errors import InputError
 from clip_base.synthetic.pictograms import TABLE
 from clip_base.synthetic.scenes import ScenesConfig, generate
@@ -25,6 +26,14 @@ from regionclip.serve.session import DemoSession, LoadedModel
 MAX_EXAMPLES = 24
 
 
+@everyday(
+    'serve weights=detector.safetensors vocabulary="cat, dog"',
+    input="vocabulary examples lists",
+    output="host port",
+    model="weights compare proposer.name",
+    quality="score_threshold",
+    speed="device",
+)
 @dataclass
 class ServeConfig(DetectorFile, DeviceOptions):
     """Options of the page."""

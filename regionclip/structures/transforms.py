@@ -39,9 +39,7 @@ class JitterConfig:
 class ResizeConfig:
     """How large images are made. The published recipe: sides of 800 and at most 1333 (arXiv 2112.09106)."""
 
-    short: list[int] = option(
-        [800], "short side in pixels; of several values, training samples one per image"
-    )
+    short: list[int] = option([800], "short side in pixels; several values are for training")
     long: int = option(1333, "maximum long side in pixels")
     filter: str = option(
         "area",
@@ -65,6 +63,7 @@ class ResizeConfig:
 class TrainingResizeConfig(ResizeConfig):
     """How large images are made in training, and what is drawn for each."""
 
+    short: list[int] = option([800], "short side in pixels; of several values one is drawn for each image")
     flip: bool = option(True, "mirror half of the images")
     jitter: JitterConfig = option(JitterConfig(), "large-scale jitter, instead of `short` and `long`")
 

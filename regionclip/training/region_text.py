@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from clip_base.data.batch import ImageBatch
 from clip_base.evaluation.prompts import fill
 from clip_base.jobs.config import REQUIRED, Plugin, build_plugin, option, plugin
+from clip_base.jobs.everyday import everyday
 from clip_base.models.clip import CLIP
 from clip_base.models.resnet import ModifiedResNet, freeze_batch_norm
 from clip_base.models.tokenizer import Tokenizer
@@ -58,6 +59,14 @@ class FreezeOptions:
     freeze_batch_norm: bool = option(True, "freeze the statistics and gains of batch norms")
 
 
+@everyday(
+    "pretrain mined=mined weights=RN50 out=runs/regionclip",
+    input="mined captions images",
+    output="out",
+    model="weights region_head",
+    training="train.steps train.epochs train.batch_size train.lr train.seed",
+    speed="train.precision train.workers",
+)
 @dataclass
 class RegionPretrainConfig(RegionHeadOptions, FreezeOptions, TrainingOptions):
     """Options of region pretraining."""

@@ -18,6 +18,7 @@ from clip_base.data.coco import annotation_inputs
 from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
 from clip_base.jobs import plugins
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
@@ -41,6 +42,15 @@ from regionclip.training.region_text import FreezeOptions, freeze
 from regionclip.training.samples import BaseClassImages, RegionDataset, Sample, fit_on
 
 
+@everyday(
+    "train-detector annotations=instances.json images=images "
+    "weights=runs/regionclip/model.safetensors rpn=runs/rpn/model.safetensors out=runs/detector",
+    input="annotations images split",
+    output="out",
+    model="weights rpn",
+    training="train.steps train.epochs train.batch_size train.lr train.seed",
+    speed="train.precision train.workers",
+)
 @dataclass
 class TrainDetectorConfig(RegionHeadOptions, BaseClassImages, FreezeOptions, TrainingOptions):
     """Options of the detector's training. The defaults are the published COCO recipe but for `box_head`."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clip_base.data.coco import annotation_inputs
 from clip_base.jobs.config import option
+from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder, files_of, hashes_of
 from clip_base.jobs.skipped import MAX_SKIPPED
 from clip_base.models.resnet import ModifiedResNet
@@ -31,6 +32,14 @@ from regionclip.structures.transforms import TrainingResizeConfig
 from regionclip.training.samples import BaseClassImages, RegionDataset, Sample, fit_on
 
 
+@everyday(
+    "train-rpn annotations=instances.json images=images out=runs/rpn",
+    input="annotations images split val_annotations val_images",
+    output="out",
+    model="network.backbone network.backbone_weights",
+    training="train.steps train.epochs train.batch_size train.lr",
+    speed="train.precision train.workers",
+)
 @dataclass
 class TrainRPNConfig(BaseClassImages, TrainingOptions):
     """Options of the proposal network's training."""

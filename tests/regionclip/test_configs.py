@@ -88,7 +88,7 @@ def test_every_preset_has_a_config_for_every_stage() -> None:
 
 @pytest.mark.parametrize("job", [job for job in JOBS if job.startswith("region-")])
 def test_every_job_lists_its_options(job: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main_regionclip([job.removeprefix("region-"), "--help"]) == 0
+    assert main_regionclip([job.removeprefix("region-"), "--help-all"]) == 0
     text = capsys.readouterr().out
     schema = plugins.schema_of(plugins.load(plugins.JOBS, job))
     for key, field, hint in configs.fields_of(schema):

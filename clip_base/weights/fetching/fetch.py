@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clip_base.jobs.config import option
+from clip_base.jobs.everyday import everyday
 from clip_base.runtime.errors import InputError, JobError
 from clip_base.storage.remote_cache import cache_folder
 from clip_base.weights.fetching import download, hub
@@ -17,6 +18,11 @@ from clip_base.weights.load import find
 Names = list[str]  # in the class below, `list` is an option
 
 
+@everyday(
+    "fetch RN50 hf://laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+    input="names",
+    output="list",
+)
 @dataclass
 class FetchConfig:
     """Options of `fetch`."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from clip_base.jobs.config import REQUIRED, option
+from clip_base.jobs.everyday import everyday
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import existing, existing_file
 from clip_base.weights.fetching import hub
@@ -24,6 +25,11 @@ _LEFT_OUT = (CARD, CONFIG, "log.jsonl")
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 
 
+@everyday(
+    "push runs/detector hf://me/detector --dry-run",
+    input="folder metrics license",
+    output="to private dry_run",
+)
 @dataclass
 class PushConfig:
     """Options of `push`."""

@@ -77,7 +77,7 @@ def offered(*words: str) -> list[str]:
         (["toy", "inner.rate=0"], ["inner.rate=0.1"]),
         (["toy", "inner.rate=5"], []),
         (["toy", "nothing="], []),
-        (["toy", "--he"], ["--help"]),
+        (["toy", "--he"], ["--help", "--help-all"]),
         (["toy", "source."], ["source.name=", FILES]),
         (["toy", "source.name=c"], ["source.name=coco", "source.name=csv"]),
         (["toy", "source.name=folder", "source.f"], ["source.folder=", FILES]),

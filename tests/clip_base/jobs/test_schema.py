@@ -125,7 +125,7 @@ def test_the_second_help_is_the_first_and_imports_nothing(ask: Ask) -> None:
         "  voice.volume (int, default 11)\n      [loud] how loud",
         "  voice.under.name (plugin, default none; known: loud)\n      [loud] another voice below it",
     ):
-        assert f"{line}\n" in f"{first}\n"
+        assert line in first
     assert ask() == (first, "")
     assert ask("completion", "--words", "greet", "voice.name=") == ("voice.name=loud\tShouts.\n", "")
 
@@ -255,7 +255,7 @@ def test_a_plugin_that_cannot_be_imported_is_told_beside_the_others(ask: Ask, si
         shown, _ = ask()
         assert "known: cracked, loud)" in shown
         told = "[cracked] cannot be imported from no_such_module:Voice: No module named 'no_such_module'"
-        assert f"  voice.name=cracked\n      {told}\n" in shown
+        assert f"voice.name=cracked {told}" in " ".join(shown.split())
         assert "voice.volume (int, default 11)" in shown
     shutil.copy(site / "greeter" / "voice.py", site / "no_such_module.py")
     edit("no_such_module.py", "class Loud", "class Voice")(site)

@@ -41,6 +41,7 @@ from rounds import (
     versions,
 )
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from clip_base.data.batch import ImageBatch
 from clip_base.runtime.precision import autocast, computes_in_bf16
@@ -145,9 +146,14 @@ def detection(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
         "one backbone, shared head": make_detector(options.model, count, False, "shared", options.device),
     }
     rows: list[Row] = []
-    shares = ["| share of the time | classes | proposals | s/image | " + " | ".join(PARTS) + " |"]
-    shares.append("|---" * (4 + len(PARTS)) + "|")
     precisions = ["bf16", "fp32"] if computes_in_bf16(device) else ["fp32"]
+    peaks = {precision: matrix_rate(options.device, precision, wait) for precision in precisions}
+    shares = [
+        f"A {kind} product of two matrices reaches {rate / 1e9:,.0f} GFLOP/s." for kind, rate in peaks.items()
+    ]
+    shares += ["", "Share of the time; in brackets, of that rate:", ""]
+    shares += ["| design | classes | proposals | s/image | " + " | ".join(PARTS) + " |"]
+    shares.append("|---" * (4 + len(PARTS)) + "|")
     for detector in designs.values():
         spread(detector, images)
     for proposals in options.proposals:
@@ -172,8 +178,12 @@ def detection(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
                     taken["two backbones"] = seconds[f"two backbones {best}"]
                 rows += compare(f"{task}, {design}", "images/s", options.batch, taken)
             for design, detector in designs.items():
-                parts = time_parts(detector, best, images, frames, options.rounds, wait)
-                shares.append(share_row(f"{design}, {best}", classes, proposals, parts, options.batch))
+                for precision in precisions:
+                    parts = time_parts(detector, precision, images, frames, options.rounds, wait)
+                    label = f"{design}, {precision}"
+                    shares.append(
+                        share_row(label, classes, proposals, parts, options.batch, peaks[precision])
+                    )
     return rows, shares
 
 
@@ -196,8 +206,11 @@ def time_parts(
     frames: list[ResizeTransform],
     rounds: int,
     wait: Callable[[], object],
-) -> dict[str, float]:
-    """Returns the median seconds of each part of a detection; each is fed what the one before it gave."""
+) -> dict[str, tuple[float, float]]:
+    """Returns the median seconds of each part of a detection, and the floating-point operations in it.
+
+    Each part is fed what the one before it gave.
+    """
     context = functools.partial(autocast, precision, images.pixels.device)
     with context():
         maps = detector.feature_maps(images)
@@ -227,7 +240,23 @@ def time_parts(
             for mine in (regions.image_index == slot for slot in range(len(frames)))
         ],
     }
-    return {name: statistics.median(taken) for name, taken in alternate(works, rounds, wait).items()}
+    seconds = {name: statistics.median(taken) for name, taken in alternate(works, rounds, wait).items()}
+    return {name: (seconds[name], operations_of(work)) for name, work in works.items()}
+
+
+def operations_of(work: Callable[[], object]) -> float:
+    """Returns the operations of matrix products and convolutions, as PyTorch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return float(counter.get_total_flops())
+
+
+def matrix_rate(device: str, precision: str, wait: Callable[[], object]) -> float:
+    """Returns the floating-point operations a second of one large product, the best of twenty."""
+    side = 8192 if device == "cuda" else 2048
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    (seconds,) = alternate({"product": lambda: a @ a}, 20, wait).values()
+    return float(2 * side**3 / min(seconds))
 
 
 @torch.no_grad()
@@ -239,10 +268,16 @@ def classify(
     return boxes, score(regions, probabilities, detector.alpha, detector.config.fusion)
 
 
-def share_row(design: str, classes: int, proposals: int, parts: dict[str, float], batch: int) -> str:
-    whole = sum(parts.values())
-    cells = " | ".join(f"{parts[name] / whole:.1%}" for name in PARTS)
-    return f"| {design} | {classes:,} | {proposals:,} | {shown(whole / batch)} | {cells} |"
+def share_row(
+    design: str, classes: int, proposals: int, parts: dict[str, tuple[float, float]], batch: int, peak: float
+) -> str:
+    whole = sum(seconds for seconds, _ in parts.values())
+    cells = []
+    for name in PARTS:
+        seconds, operations = parts[name]
+        rate = f" ({operations / seconds / peak:.0%})" if operations / peak > 0.001 else ""
+        cells.append(f"{seconds / whole:.1%}{rate}")
+    return f"| {design} | {classes:,} | {proposals:,} | {shown(whole / batch)} | {' | '.join(cells)} |"
 
 
 def suppression(options: argparse.Namespace) -> list[Row]:

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from clip import BF16, FASTEST, our_step, pair_of_models, their_step
+from detector import matrix_rate, operations_of
 from rivals import IMAGE, Design, ours
 from rounds import alternate, command, machine, put_kind, shown, versions
-from torch.utils.flop_counter import FlopCounterMode
 
 from clip_base.data.batch import ImageBatch
 from clip_base.models import zoo
@@ -63,7 +63,7 @@ def main() -> None:
     if options.quick:
         options.rounds, options.batch, options.images = 1, 2, 1
     ends = time.monotonic() + 60 * options.minutes
-    peak = matrix_rate(options)
+    peak = matrix_rate(options.device, "bf16", wait(options))
     lines: list[Line] = []
     left_out: list[str] = []
     for title, measure in works(options).items():
@@ -104,14 +104,6 @@ def works(options: argparse.Namespace) -> dict[str, Callable[[], list[Line]]]:
     for design in (Design(800, 1000, False, "shared"), Design(800, 1000, True, "per_region")):
         found[f"detection: {design}"] = lambda design=design: [detection(design, options)]  # type: ignore[misc]
     return found
-
-
-def matrix_rate(options: argparse.Namespace) -> float:
-    """Returns the operations a second of one large bf16 product."""
-    side = 512 if options.quick else 8192
-    a = torch.randn(side, side, device=options.device, dtype=torch.bfloat16)
-    (seconds,) = alternate({"product": lambda: a @ a}, 20, wait(options)).values()
-    return float(2 * side**3 / min(seconds))
 
 
 def wait(options: argparse.Namespace) -> Callable[[], object]:
@@ -156,11 +148,13 @@ def training(name: str, options: argparse.Namespace) -> list[Line]:
     mine, theirs = pair_of_models(name, device)
     pixels = torch.randn(options.batch, 3, SIDE, SIDE, device=device)
     tokens = Tokenizer(77)([f"a photo of {number} things" for number in range(options.batch)]).to(device)
-    with FlopCounterMode(display=False) as counter:
-        few = 2  # operations grow with the batch
+    few = 2  # operations grow with the batch
+
+    def both_ways() -> None:
         sum(x.sum() for x in (mine.encode_image(pixels[:few]), mine.encode_text(tokens[:few]))).backward()
+
+    operations = operations_of(both_ways) / few * options.batch
     mine.zero_grad(set_to_none=True)
-    operations = counter.get_total_flops() / few * options.batch
     rival: Any = torch.compile(theirs.to(memory_format=torch.channels_last)) if compiled else theirs
     steps = {
         f"training step of {name}, ours": our_step(mine, pixels, tokens, compiled),
@@ -174,10 +168,9 @@ def training(name: str, options: argparse.Namespace) -> list[Line]:
 
 def timed(task: str, count: int, work: Callable[[], object], options: argparse.Namespace) -> Line:
     """Returns the seconds of some rounds after one that counts the operations."""
-    with FlopCounterMode(display=False) as counter:
-        work()
+    operations = operations_of(work)
     (seconds,) = alternate({task: work}, options.rounds, wait(options)).values()
-    return Line(task, count, seconds, counter.get_total_flops())
+    return Line(task, count, seconds, operations)
 
 
 def table(lines: list[Line], peak: float) -> str:

@@ -59,8 +59,7 @@ class Video:
         self._capture = cv2.VideoCapture(str(file))
         if not self._capture.isOpened():
             raise InputError(f"video {file} cannot be decoded; is it a complete video file?")
-        rate = float(self._capture.get(cv2.CAP_PROP_FPS))
-        self.rate = (rate if math.isfinite(rate) and rate > 0 else _USUAL_RATE) / every
+        self.rate = capture_rate(self._capture) / every
         self.count = max(-(-int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)) // every), 0)
 
     def __enter__(self) -> Video:
@@ -87,6 +86,12 @@ class Video:
         if self.seen and self.seen >= 0.9 * self.count:
             return ""
         return f"video {self.file} ends after {self.seen} of about {self.count} frames; was it truncated?"
+
+
+def capture_rate(capture: cv2.VideoCapture) -> float:
+    """Returns frames a second; a usual number of them where the source does not tell."""
+    rate = float(capture.get(cv2.CAP_PROP_FPS))
+    return rate if math.isfinite(rate) and rate > 0 else _USUAL_RATE
 
 
 class VideoWriter:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from clip_base.images.decode import Pixels
 from clip_base.images.folders import IMAGE_SUFFIXES
 from clip_base.images.inputs import image_files
+from clip_base.images.live import is_live, open_video
 from clip_base.images.video import CODECS, VIDEOS, Video, VideoFrame, writing_video
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.everyday import everyday
@@ -24,24 +26,23 @@ from clip_base.jobs.run import hashes_of
 from clip_base.jobs.skipped import max_skipped_option, require_share, require_usable
 from clip_base.runtime.errors import InputError, note
 from clip_base.runtime.progress import Progress, rate
-from clip_base.storage.files import replacing, write_text
+from clip_base.storage.files import write_text
 from clip_base.storage.hashing import text_hash
 from clip_base.storage.lock import lock_folder
-from clip_base.storage.tables import TableWriter
 from regionclip.checkpoints import zoo
 from regionclip.data.batches import DecodedImage, read_batches, read_upright
 from regionclip.data.categories import parse_names
 from regionclip.inference.datasets import planned_datasets, write_datasets
+from regionclip.inference.detection_files import is_moving, targets_of, write_detections
 from regionclip.inference.options import VOCABULARY_HELP, EnsembleOptions
 from regionclip.inference.predictor import Predictor
 from regionclip.inference.region_query import QUERY_HELP, parse_queries, vocabulary_of
+from regionclip.inference.tracking import Tracker
 from regionclip.structures.detections import Detections
 from regionclip.structures.drawing import draw, save_image
 
 JOURNAL, SKIPPED = ".detections.jsonl", "skipped.jsonl"
 Likely = list[list[tuple[str, float]]]
-COLUMNS = ("file_name", "image_id", "frame", "time", "category_id", "category_name", "score")
-BOX = ("x", "y", "width", "height")
 
 
 @everyday(
@@ -58,8 +59,8 @@ class DetectConfig(EnsembleOptions):
 
     images: list[str] = option(
         REQUIRED,
-        "images, videos, folders of them, quoted patterns such as 'photos/**/*.jpg', or sample:cat, "
-        "sample:coffee, sample:astronaut",
+        "images, videos, folders of them, quoted patterns such as 'photos/**/*.jpg', sample:cat, "
+        "sample:coffee, sample:astronaut; a camera by number (0), or a stream's address (rtsp://…)",
         positional=True,
         renamed_from="photos",
     )
@@ -89,6 +90,12 @@ class DetectConfig(EnsembleOptions):
         "csv, fiftyone, or another label writer that is installed",
     )
     draw: bool = option(True, "draw boxes; false: only detections.json and detections.csv")
+    track: bool = option(
+        False, "videos: number the things that frames show (ByteTrack; pip install 'regionclip[track]')"
+    )
+    stream_seconds: float = option(
+        0.0, "cameras and streams: stop after this time; 0: at Ctrl-C, which keeps what was found"
+    )
     frame_stride: int = option(1, "videos: process and write every n-th frame", renamed_from="every")
     max_skipped: float = max_skipped_option()
     video_codec: str = option(
@@ -116,6 +123,8 @@ class DetectConfig(EnsembleOptions):
                 f"frame_stride={self.frame_stride} must be at least 1, top_k={self.top_k} not negative, "
                 f"score_threshold={self.score_threshold} in [0, 1]"
             )
+        if not 0 <= self.stream_seconds < float("inf"):
+            raise InputError(f"stream_seconds={self.stream_seconds} must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -127,8 +136,8 @@ class Source:
 
     @property
     def is_video(self) -> bool:
-        """Whether the file ends as videos do."""
-        return self.file.suffix.lower() in VIDEOS
+        """Whether it is a camera or a stream, or its file ends as videos do."""
+        return is_moving(self.file)
 
 
 def detect(config: DetectConfig) -> None:
@@ -137,7 +146,12 @@ def detect(config: DetectConfig) -> None:
     Images that could not be read are listed in skipped.jsonl. A stopped run resumes with the same command
     after the last finished batch of images or video. A finished run is repeated.
     """
-    files = image_files(config.images, IMAGE_SUFFIXES.union(VIDEOS))
+    live = [place for place in config.images if is_live(place)]
+    places = [place for place in config.images if place not in live]
+    files = image_files(places, IMAGE_SUFFIXES.union(VIDEOS)) if places else []
+    files += [Path(place) for place in live]
+    if config.track:
+        Tracker(25, config.score_threshold)  # told before any image is read
     out = Path(config.out)
     sources = [Source(*pair) for pair in zip(files, targets_of(files, out), strict=True)]
     stills = [source for source in sources if not source.is_video]
@@ -176,7 +190,7 @@ def detect(config: DetectConfig) -> None:
         if skipped:
             write_text(out / SKIPPED, "".join(json.dumps(entry) + "\n" for entry in skipped))
         journal.remove()
-    unread = sum(Path(entry["file_name"]).suffix.lower() not in VIDEOS for entry in skipped)
+    unread = sum(not is_moving(Path(entry["file_name"])) for entry in skipped)
     print(f"{out}: {count} detections in {journal.images - unread} images, {speed}")
     if skipped:
         reasons = [entry["reason"] for entry in skipped]
@@ -196,6 +210,8 @@ def _header(config: DetectConfig, names: Sequence[str], files: Sequence[Path]) -
 
 def _frames(video: Source, every: int) -> int:
     """Returns how many frames will be looked at, as far as the file tells."""
+    if is_live(str(video.file)):
+        return 0
     try:
         with Video(video.file, every) as opened:
             return opened.count
@@ -254,21 +270,27 @@ class DetectionRunner:
     def process_video(self, source: Source) -> None:
         """Looks at a video in batches of frames; one that does not decode, or not to its end, is noted."""
         try:
-            video = Video(source.file, self.config.frame_stride)
+            video = open_video(str(source.file), self.config.frame_stride, self.config.stream_seconds)
         except InputError as error:
             self._skip(source, str(error))
             self.journal.end(0)
             return
-        names: Counter[str] = Counter()
+        names, live = Counter[str](), is_live(str(source.file))
+        tracker = Tracker(video.rate, self.config.score_threshold) if self.config.track else None
         drawn = writing_video(source.target, video.rate, self.config.video_codec)
         with video, drawn if self.config.draw else contextlib.nullcontext() as writer:
             stream = video.frames()
-            while frames := list(itertools.islice(stream, self.config.batch_size)):
-                for frame, found in zip(frames, self._look_at_frames(frames, source, video), strict=True):
-                    names.update({found.names[label] for label in found.labels.tolist()})
-                    if writer is not None:
-                        writer.add(draw(frame.pixels, found))
-                self.progress.advance(len(frames), source.file.name)
+            try:
+                while frames := list(itertools.islice(stream, 1 if live else self.config.batch_size)):
+                    for frame, shown, texts in self._look_at_frames(frames, source, video, tracker):
+                        names.update({shown.names[label] for label in shown.labels.tolist()})
+                        if writer is not None:
+                            writer.add(draw(frame.pixels, shown, texts=texts))
+                    self.progress.advance(len(frames), source.file.name)
+            except KeyboardInterrupt:
+                if not live:
+                    raise
+                print(f"{source.file} was left; what was found is kept", file=sys.stderr)
         if video.shortfall():
             self._skip(source, video.shortfall())
         self.journal.end(video.seen)
@@ -276,18 +298,29 @@ class DetectionRunner:
         print(f"{source.target if self.config.draw else source.file}: {video.seen} frames, {told}")
 
     def _look_at_frames(
-        self, frames: Sequence[VideoFrame], source: Source, video: Video
-    ) -> Iterator[Detections]:
-        """Yields what is to be drawn on each frame; the journal takes all that was found."""
+        self, frames: Sequence[VideoFrame], source: Source, video: Video, tracker: Tracker | None
+    ) -> Iterator[tuple[VideoFrame, Detections, list[str]]]:
+        """Yields each frame, and the boxes and texts to draw on it; the journal takes all that was found."""
         batch = [(frame.pixels, (frame.pixels.shape[0], frame.pixels.shape[1])) for frame in frames]
         first = self.journal.images + 1 + video.seen - len(frames)
         for slot, found in enumerate(self.predictor.detect_batch(batch, first)):
             frame = frames[slot]
             where = {"file_name": str(source.file), "frame": frame.number, "time": round(frame.time, 3)}
-            self._note(found, frame.pixels, first + slot, where)
-            yield found.with_min_score(self.config.score_threshold)
+            tracks = tracker(found) if tracker else [None] * len(found)
+            self._note(found, frame.pixels, first + slot, where, tracks)
+            rows = (found.scores >= self.config.score_threshold).nonzero().flatten().tolist()
+            shown = found[rows]
+            numbers = ["" if tracks[row] is None else f"#{tracks[row]} " for row in rows]
+            yield frame, shown, [number + text for number, text in zip(numbers, shown.captions, strict=True)]
 
-    def _note(self, found: Detections, pixels: Pixels, image_id: int, where: dict[str, Any]) -> Likely:
+    def _note(
+        self,
+        found: Detections,
+        pixels: Pixels,
+        image_id: int,
+        where: dict[str, Any],
+        tracks: Sequence[int | None] = (),
+    ) -> Likely:
         """Writes detections into the journal; returns the most probable names of each, none with top_k=0."""
         entries = found.to_coco(image_id, range(1, len(found.names) + 1))
         likely: Likely = []
@@ -296,6 +329,8 @@ class DetectionRunner:
             likely = self.predictor.classify_embeddings(features, self.config.top_k)
         for index, entry in enumerate(entries):
             extra: dict[str, Any] = {"category_name": found.names[entry["category_id"] - 1], **where}
+            if tracks and tracks[index] is not None:
+                extra["track_id"] = tracks[index]
             if likely:
                 extra["top"] = [
                     {"name": name, "probability": round(value, 6)} for name, value in likely[index]
@@ -305,63 +340,3 @@ class DetectionRunner:
 
     def _skip(self, source: Source, reason: str) -> None:
         self.journal.add("skipped", {"file_name": str(source.file), "reason": reason})
-
-
-def targets_of(files: Sequence[Path], out: Path) -> list[Path]:
-    """Returns where each file with boxes goes: NAME.jpg (videos: .mp4), numbered when several have that name.
-
-    Raises:
-        InputError: an image would take the place of one that was given.
-    """
-    folder, given = out.resolve(), {file.resolve() for file in files}
-    names = unique_names((file, ".mp4" if file.suffix.lower() in VIDEOS else ".jpg") for file in files)
-    targets = [out / name for name in names]
-    taken = next((target for target in targets if folder / target.name in given), None)
-    if taken is not None:
-        raise InputError(f"the image with boxes would overwrite {taken}; give another out=")
-    return targets
-
-
-def unique_names(files: Iterable[tuple[Path, str]]) -> Iterator[str]:
-    """Yields a name for each (file, ending): its own, or with a number behind it when that is taken."""
-    taken: set[str] = set()
-    last: dict[str, int] = {}
-    for file, ending in files:
-        name = f"{file.stem}{ending}"
-        while name in taken:
-            last[file.stem] = last.get(file.stem, 1) + 1
-            name = f"{file.stem}-{last[file.stem]}{ending}"
-        taken.add(name)
-        yield name
-
-
-def write_detections(out: Path, entries: Callable[[], Iterable[dict[str, Any]]], top: int) -> int:
-    """Writes `detections.json` (COCO's results format) and `detections.csv`, an entry at a time.
-
-    Args:
-        out: the folder.
-        entries: begins a pass over all detections.
-        top: how many names each may have.
-
-    Returns:
-        How many detections there are.
-    """
-    count = 0
-    with replacing(out / "detections.json") as temporary, temporary.open("w", encoding="utf-8") as text:
-        text.write("[")
-        for entry in entries():
-            text.write((",\n" if count else "\n") + json.dumps(entry, ensure_ascii=False))
-            count += 1
-        text.write("\n]\n")
-    with (
-        replacing(out / "detections.csv") as temporary,
-        temporary.open("w", encoding="utf-8", newline="") as text,
-    ):
-        table = TableWriter(text)
-        more = [f"{what}_{place}" for place in range(1, top + 1) for what in ("name", "probability")]
-        table.writerow([*COLUMNS, *BOX, *more])
-        for entry in entries():
-            ranked = [(one["name"], one["probability"]) for one in entry.get("top", ())]
-            values = [entry.get(column, "") for column in COLUMNS]
-            table.writerow([*values, *entry["bbox"], *(value for pair in ranked for value in pair)])
-    return count

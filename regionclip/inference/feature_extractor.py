@@ -31,7 +31,7 @@ from regionclip.data.batches import (
     read_record,
     read_upright,
 )
-from regionclip.inference.detect import unique_names
+from regionclip.inference.detection_files import unique_names
 from regionclip.inference.feature_files import ImageFeatures, write_arrays, write_table
 from regionclip.inference.options import DetectorOptions
 from regionclip.mining.shards import shard_path

@@ -44,6 +44,7 @@ FIRST = ("docs/your_own_data.md", "README.md")
 
 PARSED = {
     r"^regionclip serve": "waits for a browser",
+    r"^regionclip detect (0|rtsp:)": "needs a camera; test_tracks_and_streams.py has one",
     r"^torchrun ": "several processes; tests/regionclip/test_region_distributed.py runs them",
     r"weights=output/": "reads what tools/train_net.py writes",
     r"proposer\.name=detectron2": "needs a model of detectron2's; tests/regionclip/detectron2 has one",

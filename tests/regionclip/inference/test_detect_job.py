@@ -17,7 +17,7 @@ from clip_base.images.inputs import image_files, read_upright
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import read_json
 from regionclip.inference import detect as job
-from regionclip.inference.detect import targets_of
+from regionclip.inference.detection_files import targets_of
 from regionclip.inference.predictor import Predictor
 
 Command = Callable[..., tuple[int, str]]
@@ -194,7 +194,7 @@ def test_a_full_disk_is_said_in_one_line(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("regionclip.inference.detect.replacing", full)
+    monkeypatch.setattr("regionclip.inference.detection_files.replacing", full)
     code, told = regionclip("detect", photos, *options)
     assert code == 1
     assert told.count("\n") == 1

@@ -117,6 +117,19 @@ def own_file(path: Path) -> Path:
     return path if is_first() else path.with_stem(f"{path.stem}-{rank()}")
 
 
+def batch_seeds(rows: int) -> list[int]:
+    """Returns a seed for each of this process's rows of a batch, drawn from torch's own generator.
+
+    What is drawn with a row's seed is the same however many processes share the batch, provided that all
+    chance in the training step comes from such seeds: then the processes' generators, seeded alike, stay so.
+
+    Args:
+        rows: how many rows each process holds.
+    """
+    seeds: list[int] = torch.randint(1 << 62, (world() * rows,)).tolist()
+    return seeds[rank() * rows : (rank() + 1) * rows]
+
+
 class _Gather(torch.autograd.Function):
     """Concatenates the rows of all processes; a process gets back the gradients of all for its own rows."""
 
@@ -227,7 +240,11 @@ def shard_like(value: Tensor, example: Tensor) -> Tensor:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads an optimizer's state as `full` has made it whole, however the parameters are sharded now."""
+    """Loads an optimizer's state as `full` has made it whole, however the parameters are sharded now.
+
+    How its step is computed stays this run's: torch's fused SGD takes no shards.
+    """
+    fused = [group.get("fused") for group in optimizer.param_groups]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     placed = {
         index: {
@@ -238,4 +255,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         }
         for index, slots in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": placed})
+    groups = [
+        {**group, "fused": own} if "fused" in group else group
+        for group, own in zip(state["param_groups"], fused, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "state": placed, "param_groups": groups})

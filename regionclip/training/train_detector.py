@@ -22,6 +22,7 @@ from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
+from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError
 from clip_base.training.loop import TrainConfig, TrainingOptions
 from clip_base.training.pretrain import last_loss
@@ -177,7 +178,8 @@ class DetectorTask(nn.Module):
             truth: true boxes with labels.
         """
         detector, config = self.detector, self.config
-        regions, targets = sample_regions(proposals, truth, len(self.classifier), config)
+        images = len(maps.images)
+        regions, targets = sample_regions(proposals, truth, len(self.classifier), config, images)
         labels = regions.labels
         assert labels is not None
         embeddings, deltas = detector.roi_heads(maps, regions)  # [N, D], [N, 4]
@@ -188,14 +190,15 @@ class DetectorTask(nn.Module):
             objects = labels < len(self.classifier)
             wanted = encode_deltas(regions.boxes[objects], targets[objects], DELTA_WEIGHTS)
             box = F.smooth_l1_loss(deltas[objects], wanted, reduction="sum", beta=config.smooth_l1_beta)
-            box = box / max(len(labels), 1)
+            box = box / _mean_over_processes(float(len(labels)), labels.device).clamp(min=1)
         return {"classification": classification, "box": config.box_weight * box}
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: TrainDetectorConfig) -> Tensor:
     """Cross entropy with focal scaling and a weight for the background (arXiv 2112.09106, section 4).
 
-    As in the released code, the weights count in the mean's denominator when there is no focal scaling.
+    As in the released code, the weights count in the mean's denominator when there is no focal scaling. Over
+    several processes each loss is this process's share times their number: the mean is that of all regions.
 
     Args:
         logits: [N, C + 1]; the last column is the background's.
@@ -205,23 +208,36 @@ def classification_loss(logits: Tensor, labels: Tensor, config: TrainDetectorCon
     losses = F.cross_entropy(logits, labels, reduction="none")
     weights = torch.where(labels == logits.shape[1] - 1, config.background_weight, 1.0)
     if not config.focal_gamma:
-        return (weights * losses).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+        total = distributed.mean(weights.sum())
+        return (weights * losses).sum() / total.clamp(min=torch.finfo(weights.dtype).tiny)
     # Away from 0, where the gradient of a root is not finite.
     scaling = (-torch.expm1(-losses)).clamp(min=1e-7) ** config.focal_gamma  # (1 - p)^γ
-    return (weights * scaling * losses).sum() / max(len(labels), 1)
+    count = _mean_over_processes(float(len(labels)), labels.device)
+    return (weights * scaling * losses).sum() / count.clamp(min=1)
+
+
+def _mean_over_processes(value: float, device: torch.device) -> Tensor:
+    return distributed.mean(torch.tensor(value, device=device))
 
 
 @torch.no_grad()
 def sample_regions(
-    proposals: Regions, truth: Regions, background: int, config: TrainDetectorConfig
+    proposals: Regions,
+    truth: Regions,
+    background: int,
+    config: TrainDetectorConfig,
+    images: int | None = None,
 ) -> tuple[Regions, Tensor]:
     """Samples regions for the loss from proposals and the true boxes themselves.
+
+    Each image's chance is its own, so that several processes choose what one would.
 
     Args:
         proposals: of the whole batch.
         truth: true boxes with labels.
         background: the label of regions that overlap no true box enough.
         config: how many, and what counts as an object.
+        images: how many the batch has; None: up to the last one with a box.
 
     Returns:
         N regions with labels, and the [N, 4] true box of each (its own box when it is background).
@@ -238,13 +254,15 @@ def sample_regions(
     else:
         positive = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
         labels, targets = torch.full_like(index, background), boxes
-    chosen = []
-    order = torch.randperm(len(boxes), device=boxes.device)
-    for image in torch.unique(index).tolist():
-        mine = order[index[order] == image]
+    chosen = [torch.zeros(0, dtype=torch.int64, device=boxes.device)]
+    count = images if images is not None else int(index.max()) + 1 if len(index) else 0
+    for image, seed in enumerate(distributed.batch_seeds(count)):
+        chance = torch.Generator(boxes.device).manual_seed(seed)
+        mine = torch.nonzero(index == image)[:, 0]
+        mine = mine[torch.randperm(len(mine), generator=chance, device=boxes.device)]
         objects = mine[positive[mine]][: round(config.rois_per_image * config.positive_fraction)]
         chosen += [objects, mine[~positive[mine]][: config.rois_per_image - len(objects)]]
-    picked = torch.cat(chosen) if chosen else order
+    picked = torch.cat(chosen)
     return Regions(boxes[picked], index[picked], labels=labels[picked]), targets[picked]
 
 

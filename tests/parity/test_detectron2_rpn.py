@@ -180,9 +180,14 @@ TRUTH = ([[20.0, 10.0, 75.0, 90.0], [60.0, 40.0, 180.0, 110.0]], [[5.0, 60.0, 45
 @pytest.mark.parametrize("beta", [0.0, 1 / 9])
 @pytest.mark.parametrize("samples", [256, 100_000], ids=["sampled", "fewer anchors than asked for"])
 def test_losses_are_detectron2s(
-    pair: tuple[Peer, ProposalNetwork], beta: float, samples: int, padded: bool
+    pair: tuple[Peer, ProposalNetwork],
+    beta: float,
+    samples: int,
+    padded: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Anchors in the padding of the smaller image count as background in both."""
+    """Anchors in the padding of the smaller image count as background in both; both draw alike here."""
+    monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.sin(12.9898 * torch.arange(n)).argsort())
     peer, network = pair
     generator = peer.proposal_generator
     images = photographs() if padded else [image[:, :128, :128].contiguous() for image in photographs()]
@@ -198,7 +203,6 @@ def test_losses_are_detectron2s(
     generator.train()
     try:
         with EventStorage():
-            torch.manual_seed(0)
             _, wanted = generator(shown, peer.backbone(shown.tensor), truth)
     finally:
         generator.smooth_l1_beta, generator.batch_size_per_image = before
@@ -211,9 +215,6 @@ def test_losses_are_detectron2s(
         torch.cat([torch.tensor(boxes) for boxes in TRUTH]),
         torch.tensor([0] * len(TRUTH[0]) + [1] * len(TRUTH[1])),
     )
-    torch.manual_seed(0)
     found = mine.losses(RegionBatch(batch_of(images, multiple, torch.float32), regions))
-    # Objects, being fewer than half of 256, are all taken; which background is drawn may differ.
     torch.testing.assert_close(found["box"], wanted["loss_rpn_loc"], atol=1e-5, rtol=1e-4)
-    drawn = 0.05 if samples == 256 else 1e-4
-    torch.testing.assert_close(found["objectness"], wanted["loss_rpn_cls"], atol=1e-5, rtol=drawn)
+    torch.testing.assert_close(found["objectness"], wanted["loss_rpn_cls"], atol=1e-5, rtol=1e-4)

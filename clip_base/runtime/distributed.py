@@ -117,19 +117,6 @@ def own_file(path: Path) -> Path:
     return path if is_first() else path.with_stem(f"{path.stem}-{rank()}")
 
 
-def batch_seeds(rows: int) -> list[int]:
-    """Returns a seed for each of this process's rows of a batch, drawn from torch's own generator.
-
-    What is drawn with a row's seed is the same however many processes share the batch, provided that all
-    chance in the training step comes from such seeds: then the processes' generators, seeded alike, stay so.
-
-    Args:
-        rows: how many rows each process holds.
-    """
-    seeds: list[int] = torch.randint(1 << 62, (world() * rows,)).tolist()
-    return seeds[rank() * rows : (rank() + 1) * rows]
-
-
 class _Gather(torch.autograd.Function):
     """Concatenates the rows of all processes; a process gets back the gradients of all for its own rows."""
 
@@ -180,6 +167,28 @@ def row_counts(rows: Tensor) -> list[int]:
     if world() == 1:
         return [len(rows)]
     return cast(list[int], _Gather.apply(torch.tensor([len(rows)], device=rows.device)).tolist())
+
+
+def permutation(parts: list[int], device: torch.device) -> Tensor:
+    """Returns a random order of this process's rows: that in which one process's order of all has them.
+
+    All processes draw alike, whose generators must be, and each keeps what is its own.
+
+    Args:
+        parts: how many rows there are, in parts: one process would hold the first part of all processes, then
+            the second of all, and so on.
+        device: that draws, and where the order is.
+    """
+    if world() == 1:
+        return torch.randperm(sum(parts), device=device)
+    counts = gather(torch.tensor([parts], device=device)).cpu()  # [W, parts]
+    starts = (counts.T.flatten().cumsum(0) - counts.T.flatten()).view(len(parts), -1)[:, rank()]
+    mine = torch.cat([torch.arange(n) + first for n, first in zip(parts, starts.tolist(), strict=True)])
+    order = torch.randperm(int(counts.sum()), device=device)
+    places = torch.full_like(order, -1).index_copy(
+        0, mine.to(device), torch.arange(len(mine), device=device)
+    )[order]
+    return places[places >= 0]
 
 
 def mean(values: Tensor) -> Tensor:

@@ -15,28 +15,18 @@ import multiprocessing
 import os
 import signal
 import threading
-import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
-from clip_base.runtime.errors import InputError
+from clip_base.runtime import ray_cluster
+from clip_base.runtime.work import Failure, Result, Task, Work
+from clip_base.runtime.work import Report as Report
 
 EXECUTORS = ("local", "ray")
-SETTINGS = "REGIONCLIP_"  # begins the environment variables that workers have from the command
-Task = TypeVar("Task")
-Result = TypeVar("Result")
-Report = Callable[[int, str], None]
-
-
-"""Takes how many steps more of the task are done, and a note."""
-
-
-Work = Callable[[Task, Report], Result]
 Watch = Callable[[Task, int, str], None]
 Item = TypeVar("Item")
 Read = TypeVar("Read")
@@ -63,11 +53,12 @@ def run(
     Raises:
         InputError: the work raised one, or Ray is not installed.
         OSError: the work raised one.
-        RuntimeError: the work failed otherwise, which the message tells, or a process was killed.
+        RuntimeError: the work failed otherwise, which the message tells, or a process was killed. Of a Ray
+            cluster's workers several must have been: others do what a lost one had begun.
     """
     watch = watch or _unwatched
     if executor == "ray":
-        return _on_ray(start, tasks, workers, gpus)
+        return ray_cluster.run(start, tasks, workers, gpus)
     count = workers or cores()
     return _here(start, tasks, watch) if count == 1 else _in_processes(start, tasks, count, watch, gpus)
 
@@ -88,32 +79,6 @@ def _here(
     for task in tasks:
         work = work or start()
         yield task, work(task, lambda steps, note, task=task: watch(task, steps, note))  # type: ignore[misc]
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """What went wrong in another process.
-
-    Attributes:
-        error: what the user can fix, raised here as it is; None for anything else.
-        last_line: of the traceback.
-        text: the traceback.
-    """
-
-    error: Exception | None
-    last_line: str
-    text: str
-
-    @classmethod
-    def of(cls, error: Exception) -> _Failure:
-        text = traceback.format_exc()
-        kept = error if type(error) is InputError or isinstance(error, OSError) else None
-        return cls(kept, text.strip().splitlines()[-1], text)
-
-    def again(self) -> Exception:
-        error = self.error or RuntimeError(f"a worker failed: {self.last_line}")
-        error.add_note(self.text)  # what --debug shows
-        return error
 
 
 def _in_processes(
@@ -232,7 +197,7 @@ def _serve(start: Callable[[], Work[Any, Any]], pipe: connection.Connection) -> 
             work = work or start()
             result = work(task, lambda steps, note: tell("report", (steps, note)))
         except Exception as error:
-            tell("failed", _Failure.of(error))
+            tell("failed", Failure.of(error))
             return
         tell("done", result)
 
@@ -241,68 +206,6 @@ def _end_with(sentinel: int) -> None:
     """Ends this process as soon as its parent is gone, in the middle of a task too."""
     connection.wait([sentinel])
     os._exit(1)
-
-
-class _Actor:
-    """A worker of a Ray cluster."""
-
-    def __init__(self, start: Callable[[], Work[Any, Any]], settings: Mapping[str, str]) -> None:
-        os.environ.update(settings)
-        self.start = start
-        self.work: Work[Any, Any] | None = None
-
-    def do(self, task: object) -> object:
-        """Returns the task's result, or a _Failure."""
-        try:
-            self.work = self.work or self.start()
-            return self.work(task, lambda steps, note: None)
-        except Exception as error:
-            return _Failure.of(error)
-
-
-def _on_ray(
-    start: Callable[[], Work[Task, Result]], tasks: Iterable[Task], workers: int, gpus: int
-) -> Iterator[tuple[Task, Result]]:
-    try:
-        import ray  # noqa: PLC0415 (optional)
-    except ImportError:
-        raise InputError("executor=ray needs Ray; install it with `pip install 'regionclip[ray]'`") from None
-    connected = ray.is_initialized()
-    if not connected:
-        ray.init(log_to_driver=False)
-    resources = ray.cluster_resources()
-    on_gpu = bool(gpus and resources.get("GPU"))
-    most = max(int(resources.get("GPU" if on_gpu else "CPU", 1)), 1)
-    make = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0)(_Actor)
-    queue, pool = iter(tasks), []
-    # The cluster's processes were not started by this one and do not inherit what limits it.
-    settings = {name: text for name, text in os.environ.items() if name.startswith(SETTINGS)}
-    busy: dict[Any, tuple[Task, Any]] = {}  # the result to come -> its task and who works on it
-    try:
-        for task in queue:
-            pool.append(make.remote(start, settings))
-            busy[pool[-1].do.remote(task)] = task, pool[-1]
-            if len(pool) == min(workers or most, most):  # more would wait for a core for ever
-                break
-        while busy:
-            (ended,), _ = ray.wait(list(busy), num_returns=1)
-            task, actor = busy.pop(ended)
-            try:
-                result = ray.get(ended)
-            except ray.exceptions.RayError as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise RuntimeError(f"a worker of the Ray cluster was lost: {reason}") from error
-            if isinstance(result, _Failure):
-                raise result.again()
-            yield task, result
-            for following in queue:
-                busy[actor.do.remote(following)] = following, actor
-                break
-    finally:
-        for actor in pool:
-            ray.kill(actor)
-        if not connected:
-            ray.shutdown()
 
 
 def in_turn(

@@ -178,8 +178,7 @@ class DetectorTask(nn.Module):
             truth: true boxes with labels.
         """
         detector, config = self.detector, self.config
-        images = len(maps.images)
-        regions, targets = sample_regions(proposals, truth, len(self.classifier), config, images)
+        regions, targets = sample_regions(proposals, truth, len(self.classifier), config)
         labels = regions.labels
         assert labels is not None
         embeddings, deltas = detector.roi_heads(maps, regions)  # [N, D], [N, 4]
@@ -222,22 +221,17 @@ def _mean_over_processes(value: float, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def sample_regions(
-    proposals: Regions,
-    truth: Regions,
-    background: int,
-    config: TrainDetectorConfig,
-    images: int | None = None,
+    proposals: Regions, truth: Regions, background: int, config: TrainDetectorConfig
 ) -> tuple[Regions, Tensor]:
     """Samples regions for the loss from proposals and the true boxes themselves.
 
-    Each image's chance is its own, so that several processes choose what one would.
+    Several processes choose together what one would.
 
     Args:
         proposals: of the whole batch.
         truth: true boxes with labels.
         background: the label of regions that overlap no true box enough.
         config: how many, and what counts as an object.
-        images: how many the batch has; None: up to the last one with a box.
 
     Returns:
         N regions with labels, and the [N, 4] true box of each (its own box when it is background).
@@ -254,15 +248,13 @@ def sample_regions(
     else:
         positive = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
         labels, targets = torch.full_like(index, background), boxes
-    chosen = [torch.zeros(0, dtype=torch.int64, device=boxes.device)]
-    count = images if images is not None else int(index.max()) + 1 if len(index) else 0
-    for image, seed in enumerate(distributed.batch_seeds(count)):
-        chance = torch.Generator(boxes.device).manual_seed(seed)
-        mine = torch.nonzero(index == image)[:, 0]
-        mine = mine[torch.randperm(len(mine), generator=chance, device=boxes.device)]
+    chosen = []
+    order = distributed.permutation([len(proposals), len(truth)], boxes.device)
+    for image in torch.unique(index).tolist():
+        mine = order[index[order] == image]
         objects = mine[positive[mine]][: round(config.rois_per_image * config.positive_fraction)]
         chosen += [objects, mine[~positive[mine]][: config.rois_per_image - len(objects)]]
-    picked = torch.cat(chosen)
+    picked = torch.cat(chosen) if chosen else order
     return Regions(boxes[picked], index[picked], labels=labels[picked]), targets[picked]
 
 

@@ -22,7 +22,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from clip_base.data.batch import ImageBatch
 from clip_base.models.resnet import ModifiedResNet
-from clip_base.runtime.distributed import batch_seeds
+from clip_base.runtime import distributed
 from regionclip.proposals.base import collect
 from regionclip.proposals.rpn.backbone import (
     BACKBONES,
@@ -179,7 +179,8 @@ class ProposalNetwork(nn.Module):
             regions = batch.regions[valid_boxes(batch.regions.boxes)]
             truth = [{"boxes": regions.of_image(index).boxes} for index in range(len(batch.images))]
             labels, matched = self.rpn.assign_targets_to_anchors([anchors] * len(truth), truth)
-            objects, sampled = (torch.cat(masks) for masks in self._sample(labels))  # [B·K] bool
+            positive, negative = (torch.cat(masks) for masks in self._sample(labels))  # [B·K] 0, 1
+            objects, sampled = positive.bool(), (positive + negative).bool()
             wanted = encode_deltas(anchors.repeat(len(truth), 1)[objects], torch.cat(matched)[objects])
             beta, count = self.config.smooth_l1_beta, self.config.samples * len(truth)
             box = F.smooth_l1_loss(deltas.float()[objects], wanted, reduction="sum", beta=beta)
@@ -188,27 +189,25 @@ class ProposalNetwork(nn.Module):
         return {"objectness": objectness / count, "box": box / count}
 
     def _sample(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Chooses the anchors that losses are computed of, as torchvision's sampler does.
-
-        Each image's chance is its own, so that several processes choose what one would.
+        """Chooses the anchors that losses are computed of; several processes choose together what one would.
 
         Args:
             labels: of each image [K]: 1 is an object, 0 background, -1 neither.
 
         Returns:
-            Of each image [K]: which anchors are chosen as objects, and which are chosen at all.
+            Of each image [K], 0 or 1: the chosen objects, and the chosen background.
         """
-        sampler, objects, sampled = self.rpn.fg_bg_sampler, list[Tensor](), list[Tensor]()
-        for label, seed in zip(labels, batch_seeds(len(labels)), strict=True):
-            chance = torch.Generator(label.device).manual_seed(seed)
-            most = int(sampler.batch_size_per_image * sampler.positive_fraction)
-            positive = _some(torch.nonzero(label >= 1)[:, 0], most, chance)
-            most = sampler.batch_size_per_image - len(positive)
-            negative = _some(torch.nonzero(label == 0)[:, 0], most, chance)
-            nothing = torch.zeros_like(label, dtype=torch.bool)
-            objects.append(nothing.index_fill(0, positive, True))
-            sampled.append(objects[-1].index_fill(0, negative, True))
-        return objects, sampled
+        here = torch.tensor([[int((label >= 1).sum()), int((label == 0).sum())] for label in labels])
+        first = distributed.rank() * len(labels)
+        chosen: list[tuple[Tensor, Tensor]] = []
+        for image, counts in enumerate(distributed.gather(here.to(labels[0].device)).tolist()):
+            if first <= image < first + len(labels):
+                chosen += zip(*self.rpn.fg_bg_sampler([labels[image - first]]), strict=True)
+            else:
+                for count in counts:  # the same draws in all processes
+                    torch.randperm(count, device=labels[0].device)
+        objects, background = zip(*chosen, strict=True)
+        return list(objects), list(background)
 
     @torch.no_grad()
     def propose(
@@ -299,11 +298,6 @@ class ProposalNetwork(nn.Module):
         # By logits: probabilities near 1 are equal in float32 where their logits are not.
         index = batched_nms(boxes, logits, levels, self.config.nms if nms is None else nms)[:limit]
         return boxes[index], logits[index]
-
-
-def _some(places: Tensor, most: int, chance: torch.Generator) -> Tensor:
-    """Returns at most so many of some places, drawn without replacement."""
-    return places[torch.randperm(len(places), generator=chance, device=places.device)[:most]]
 
 
 def _own_backbone(config: ProposalNetworkConfig) -> ModifiedResNet | ResNet50:

@@ -115,17 +115,3 @@ def test_another_failure_is_told_by_its_last_line() -> None:
 def test_a_killed_process_is_told() -> None:
     with pytest.raises(RuntimeError, match="a worker process ended by signal 9"):
         list(run("local", START, [16, 1], 2))
-
-
-@pytest.mark.slow
-def test_ray_tells_failures_too() -> None:
-    ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    found = run("ray", START, range(3), 2)
-    assert sorted((task, *result[:3]) for task, result in found) == [(n, n * n, "1", "") for n in range(3)]
-    with pytest.raises(InputError, match="13 is no number of ours"):
-        list(run("ray", START, [13], 1))
-    with pytest.raises(RuntimeError, match="a worker of the Ray cluster was lost"):
-        list(run("ray", START, [16], 1))
-    assert ray.is_initialized()  # a cluster that was there stays
-    ray.shutdown()

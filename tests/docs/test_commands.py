@@ -57,6 +57,7 @@ NOT_OURS = {
     r"^python benchmarks/": "takes minutes to hours",
     r"^export ": "sets an environment variable",
     r"^source ": "activates the environment",
+    r"^sbatch ": "needs a Slurm cluster; test_scaling.py parses the files",
 }
 NOT_RUN = {r"detectron2|DefaultPredictor": "needs detectron2; tests/regionclip/detectron2 runs it"}
 

@@ -42,11 +42,17 @@ def run(
 
 
 class _Actor:
-    """A worker of a Ray cluster."""
+    """A worker of a Ray cluster.
 
-    def __init__(self, start: Callable[[], Work[Any, Any]], settings: Mapping[str, str]) -> None:
+    Args:
+        start: makes the function that does the work.
+        settings: environment variables.
+        folder: the command's, from which it names files.
+    """
+
+    def __init__(self, start: Callable[[], Work[Any, Any]], settings: Mapping[str, str], folder: str) -> None:
         os.environ.update(settings)
-        self.start = start
+        self.start, self.folder = start, folder
         self.work: Work[Any, Any] | None = None
 
     def ready(self) -> None:
@@ -55,7 +61,9 @@ class _Actor:
     def do(self, task: object) -> object:
         """Returns the task's result, or a Failure."""
         try:
-            self.work = self.work or self.start()
+            if self.work is None:
+                os.chdir(self.folder)
+                self.work = self.start()
             return self.work(task, lambda steps, note: None)
         except Exception as error:
             return Failure.of(error)
@@ -118,7 +126,7 @@ class _Actors:
         return ended[0]
 
     def _hire(self) -> None:
-        actor = self.make.remote(self.start, self.settings)
+        actor = self.make.remote(self.start, self.settings, os.getcwd())
         self.actors.append(actor)
         self.busy[actor.ready.remote()] = actor, None
 

@@ -5,7 +5,7 @@ differ in where the processes are:
 
 - `local`: processes of this machine, each with its share of the cores; one worker works in this process.
 - `ray`: actors on the Ray cluster that RAY_ADDRESS names or that runs on this machine, else on a new one
-  here. Its machines must see the same files at the same paths.
+  here. Its machines must see the same files at the same paths, and the command's folder.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ from clip_base.runtime.work import Failure, Result, Task, Work
 from clip_base.runtime.work import Report as Report
 
 EXECUTORS = ("local", "ray")
+EXECUTOR_HELP = (
+    "where the processes are: local, on this machine; ray, on the Ray cluster that RAY_ADDRESS names or that "
+    "runs here (its machines see the same files at the same paths)"
+)
 Watch = Callable[[Task, int, str], None]
 Item = TypeVar("Item")
 Read = TypeVar("Read")

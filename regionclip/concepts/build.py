@@ -21,7 +21,7 @@ from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import differences
 from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.progress import track
-from clip_base.runtime.workers import cores
+from clip_base.runtime.workers import EXECUTOR_HELP, EXECUTORS
 from clip_base.storage.files import ENCODING_HELP, existing, read_json, write_json, write_text
 from clip_base.storage.hashing import content_hash, text_hash
 from clip_base.storage.lock import lock_file
@@ -70,6 +70,7 @@ class ConceptsConfig:
         runtime_only=True,
         renamed_from="keep_phrases",
     )
+    executor: str = option("local", EXECUTOR_HELP, runtime_only=True, choices=EXECUTORS)
     workers: int = option(1, "processes that parse; 0: one per core", runtime_only=True)
     batch_size: int = option(256, "captions that spaCy analyzes at once", runtime_only=True)
     explain: str = option(
@@ -138,7 +139,12 @@ def parser_of(config: ConceptsConfig, classes: list[tuple[str, ...]]) -> PhraseP
     """Returns the parser of a pool's captions; the names of its given classes stay whole."""
     words = [word for entry in classes for word in entry]
     return PhraseParser(
-        config.language, config.batch_size, config.workers or cores(), config.stop_words, words
+        config.language,
+        config.batch_size,
+        config.workers,
+        config.stop_words,
+        words,
+        executor=config.executor,
     )
 
 

@@ -24,7 +24,7 @@ from spacy.symbols import ADP, ADV, CCONJ, DET, INTJ, NOUN, NUM, PART, PRON, PRO
 from spacy.tokens import Span, Token
 
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.workers import Report, run
+from clip_base.runtime.workers import Report, cores, run
 from clip_base.storage.files import read_text
 from regionclip.concepts.spacy_models import load_language, model_name
 from regionclip.data.categories import parse_names
@@ -154,12 +154,13 @@ class PhraseParser:
     Args:
         language: a spaCy model; "" is the small English one. It is loaded when a caption needs it.
         batch_size: captions that spaCy analyzes at once.
-        workers: processes; 1 parses in this one. A script that asks for more needs the usual
+        workers: processes; 1 parses in this one; 0: one per core. A script that asks for more needs the usual
             `if __name__ == "__main__":` guard, since the processes are spawned.
         stop_words: what to drop, as a file or a set; "" is the list that comes with us.
         names: names of several words that must not be torn apart, besides COCO's: the small English model
             takes "fire hydrant" for a "fire" every second time.
         memory: what was parsed before, by a parser of the same `fingerprint`; None remembers recent captions.
+        executor: where the processes are, see `clip_base.runtime.workers`.
     """
 
     def __init__(
@@ -170,15 +171,17 @@ class PhraseParser:
         stop_words: str | frozenset[str] = "",
         names: Iterable[str] = (),
         memory: PhraseCache | None = None,
+        executor: str = "local",
     ) -> None:
         """Looks the model up; an InputError when it is not installed."""
-        if batch_size < 1 or workers < 1:
-            raise InputError(f"batch_size and workers must be at least 1, got {batch_size} and {workers}")
+        if batch_size < 1 or workers < 0:
+            raise InputError(f"batch_size must be at least 1, workers 0, got {batch_size} and {workers}")
         self.model = model_name(language)
         self.stop_words = read_stop_words(stop_words) if isinstance(stop_words, str) else stop_words
         self.compounds = compounds_of([*parse_names("coco80"), *names])
         self.memory: PhraseCache = LRUPhraseCache() if memory is None else memory
         self._language, self._batch_size, self._workers = language, batch_size, workers
+        self._executor = executor
 
     @functools.cached_property
     def nlp(self) -> Language:
@@ -197,7 +200,8 @@ class PhraseParser:
         Captions are read a few thousand ahead of the results. The phrases' order is that of the caption.
         """
         tasks = _chunks(captions, _TASK)
-        for task, found in self._parse_here(tasks) if self._workers == 1 else self._parse_elsewhere(tasks):
+        here = self._executor == "local" and (self._workers or cores()) == 1
+        for task, found in self._parse_here(tasks) if here else self._parse_elsewhere(tasks):
             for caption in task:
                 yield [phrase for phrase in found[caption] if hidden_by(phrase, self.stop_words) is None]
 
@@ -225,7 +229,7 @@ class PhraseParser:
                 waiting.append((task, known, {has[caption] for caption in unseen}))
                 yield number, mine
 
-        for (number, _), found in run("local", start, send(), self._workers):
+        for (number, _), found in run(self._executor, start, send(), self._workers):
             self.memory.add(found)
             results[number] = found
             while waiting and waiting[0][2] <= results.keys():

@@ -87,7 +87,7 @@ def _describe_all(
 
         start = functools.partial(RegionFeatureExtractor, config, files, boxes)
         gpus = torch.cuda.device_count() if config.pick_device().type == "cuda" else 0
-        for _ in run("local", start, missing, config.workers, watch, gpus):
+        for _ in run(config.executor, start, missing, config.workers, watch, gpus):
             pass
     return rate(seen, time.monotonic() - begun)
 

@@ -20,7 +20,7 @@ from clip_base.jobs.run import files_of
 from clip_base.jobs.skipped import max_skipped_option, require_share
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast
-from clip_base.runtime.workers import Report
+from clip_base.runtime.workers import EXECUTOR_HELP, EXECUTORS, Report
 from clip_base.storage.files import write_json
 from clip_base.storage.paths import name_in
 from regionclip.data.annotations import CocoDetection, ImageAnnotations
@@ -92,9 +92,10 @@ class FeaturesConfig(DetectorOptions):
     shard_images: int = option(
         256, "images per shard: the amount of work that a stopped run repeats, and that is held in memory"
     )
+    executor: str = option("local", EXECUTOR_HELP, runtime_only=True, choices=EXECUTORS)
     workers: int = option(
         1,
-        "parallel processes, each on the next GPU; 0: one per core",
+        "parallel processes, each on the next GPU; 0: one per core (ray: or one per GPU)",
         runtime_only=True,
     )
 

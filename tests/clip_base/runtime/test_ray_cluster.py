@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +35,6 @@ def squares(folder: str) -> Callable[[int, Report], tuple[int, str]]:
         return task**2, os.environ.get("OMP_NUM_THREADS", "")
 
     return work
-
-
-@pytest.fixture
-def cluster() -> Iterator[Any]:
-    """Three nodes of one core each, the first one this process's."""
-    ray = pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    for _ in range(2):
-        started.add_node(num_cpus=1)
-    ray.init(address=started.address, log_to_driver=False)
-    yield started
-    ray.shutdown()
-    started.shutdown()
 
 
 def begun(folder: Path) -> dict[int, list[str]]:

@@ -50,6 +50,8 @@ class Loader(Generic[B]):
         max_skipped: the share of unusable samples above which the run stops.
         weights: [N], how often an epoch shows each sample on average; None: once. See `epoch_order`.
         replacement: draw samples independently of each other instead of each once an epoch.
+        order: returns [N] int64, all samples in the order of an epoch, whose chance comes from the generator;
+            None: shuffled. Not together with `weights` or `replacement`.
     """
 
     def __init__(
@@ -64,12 +66,13 @@ class Loader(Generic[B]):
         max_skipped: float = 0.1,
         weights: torch.Tensor | None = None,
         replacement: bool = False,
+        order: Callable[[torch.Generator], torch.Tensor] | None = None,
     ) -> None:
         if not len(items):
             raise InputError("nothing to train on: the data has no usable sample")
         self.items, self.collate, self.batch_size = items, collate, batch_size
         self.seed, self.workers, self.max_skipped = seed, workers, max_skipped
-        self.weights, self.replacement = weights, replacement
+        self.weights, self.replacement, self.order = weights, replacement, order
         self.epoch_length = epoch_length(len(items), weights)
         self.broken: dict[int, str] = {}
         self._skipped, self._step = None if skipped is None else distributed.own_file(skipped), 0
@@ -101,7 +104,10 @@ class Loader(Generic[B]):
                 if place // self.epoch_length != epoch:
                     epoch = place // self.epoch_length
                     generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                    order = epoch_order(len(self.items), generator, self.weights, self.replacement)
+                    if self.order is not None:
+                        order = self.order(generator)
+                    else:
+                        order = epoch_order(len(self.items), generator, self.weights, self.replacement)
                 keys.append((int(order[place % self.epoch_length]), place if repeats else epoch))
             yield keys[first : first + rows]
             position += self.batch_size

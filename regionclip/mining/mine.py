@@ -205,6 +205,7 @@ def _finish(
         "version": VERSION,
         "shards": [path.name for path in paths],
         "samples": found.samples,
+        "max_concepts": found.concepts,
         "images": found.images,
         "images_folder": str(Path(root).absolute()) if root and not names_tars(root) else root,
         "source": absolute(config.source),
@@ -237,6 +238,7 @@ class _Found:
         regions: how many they have.
         skipped: images without a region.
         samples: for each shard, how many images have regions.
+        concepts: the most concepts that a region keeps.
         unreadable: why each image that could not be read was not.
         tars: size in bytes of each tar that an image is in.
     """
@@ -244,6 +246,7 @@ class _Found:
     images: int = 0
     regions: int = 0
     skipped: int = 0
+    concepts: int = 0
     samples: list[int] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     tars: dict[str, int] = field(default_factory=dict)
@@ -258,6 +261,7 @@ def _gather(shards: Sequence[Path], listed: Path) -> _Found:
             for image in image_rows(images_path(shard)):
                 found.images, found.regions = found.images + 1, found.regions + image.regions
                 samples += image.regions > 0
+                found.concepts = max(found.concepts, image.concepts)
                 if image.tar and image.tar not in found.tars:
                     found.tars[image.tar] = os.stat(image.tar).st_size if os.path.exists(image.tar) else 0
                 if not image.regions:

@@ -271,10 +271,10 @@ class Miner:
                 entry = order.popleft().entry
                 if entry.image_id in found:
                     own, reason, size = found[entry.image_id]
-                    rows.append(_image_row(entry, len(own), None if own else reason, size))
+                    rows.append(_image_row(entry, own, None if own else reason, size))
                     regions += own
                 else:
-                    rows.append(_image_row(entry, 0, unreadable.pop(entry.image_id), None))
+                    rows.append(_image_row(entry, [], unreadable.pop(entry.image_id), None))
             yield rows, regions
 
     def _read(self, image: CaptionedImage) -> DecodedImage:
@@ -348,7 +348,10 @@ class Miner:
 
 
 def _image_row(
-    entry: CaptionedImageEntry, regions: int, reason: str | None, size: tuple[int, int] | None
+    entry: CaptionedImageEntry,
+    regions: Sequence[MinedRegion],
+    reason: str | None,
+    size: tuple[int, int] | None,
 ) -> MinedImage:
     """Returns an image's row; `size` is its (height, width), None when it could not be read."""
     offset, length = entry.place or (None, None)
@@ -356,7 +359,7 @@ def _image_row(
     return MinedImage(
         entry.image_id,
         entry.file_name,
-        regions,
+        len(regions),
         entry.captions,
         key=entry.key,
         tar=entry.tar or None,
@@ -366,6 +369,7 @@ def _image_row(
         width=width,
         reason=reason,
         unreadable=size is None,
+        concepts=max((len(region.concept_ids) for region in regions), default=0),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from clip_base.images.roots import ImageRoot
 from clip_base.runtime.errors import InputError, note
 from clip_base.storage.files import existing
+from clip_base.storage.spool import SpooledMember, TarSpool, is_gzipped
 from clip_base.storage.tars import Member, addresses, names_tars
 from regionclip.mining.shards import MANIFEST, MinedImage
 
@@ -19,15 +20,26 @@ class MinedImages:
         manifest: of the mined folder, with `images_folder` and `tars`.
         mined: the mined folder, for messages.
         images: the folder or tars of the images, as the user gave them; "": nothing.
+        spool: folder for uncompressed copies of gzipped tars; None: these are refused.
+        window: how many copies are kept.
 
     Raises:
         InputError: the folder or a tar is not there, or a tar has another size than when it was mined.
     """
 
-    def __init__(self, manifest: dict[str, Any], mined: str | Path, images: str = "") -> None:
+    def __init__(
+        self,
+        manifest: dict[str, Any],
+        mined: str | Path,
+        images: str = "",
+        spool: Path | None = None,
+        window: int = 16,
+    ) -> None:
         sizes: dict[str, int] = manifest["tars"]
         self.root: ImageRoot | None = None
         self.tars: dict[str, Path] = {}
+        self.gzipped: set[str] = set()
+        self._spool = None if spool is None else TarSpool(spool, window)
         if sizes and images and not names_tars(images):
             raise InputError(f"images={images} must be the tars that were mined, such as {next(iter(sizes))}")
         moved = {Path(tar).name: Path(tar) for tar in addresses(images)} if sizes and images else {}
@@ -36,6 +48,8 @@ class MinedImages:
                 path = self.tars[tar] = moved.get(Path(tar).name, Path(tar))
                 if existing(path, "tar").stat().st_size != size:
                     raise InputError(f"tar {path} has another size than when it was mined; mine again")
+                if is_gzipped(path):
+                    self.gzipped.add(tar)
             if not sizes:
                 self.root = ImageRoot(images or manifest["images_folder"] or "/")
         except InputError as error:
@@ -46,10 +60,16 @@ class MinedImages:
             named = f"{where}{more}, which {Path(mined) / MANIFEST} names"
             note(f"images are read from {named}; images= gives another place")
 
-    def __call__(self, image: MinedImage) -> Path | Member:
+    def __call__(self, image: MinedImage) -> Path | Member | SpooledMember:
         """Returns where an image is; InputError when its name leads out of the folder."""
         if self.root is not None:
             return self.root.path(image.file_name, "the mined images")
         if image.tar not in self.tars or image.offset is None or image.size is None:
             raise InputError(f"image {image.file_name} is in no tar that the manifest names; mine again")
-        return Member(self.tars[image.tar], image.offset, image.size)
+        if image.tar not in self.gzipped:
+            return Member(self.tars[image.tar], image.offset, image.size)
+        if self._spool is None:
+            raise InputError(
+                f"image {image.file_name} is in the compressed tar {image.tar}; unpack it with gunzip"
+            )
+        return SpooledMember(self._spool, self.tars[image.tar], image.offset, image.size)

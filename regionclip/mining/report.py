@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_base.evaluation.tables import figure_lines
+from clip_base.images.headers import Stored
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder
@@ -17,7 +18,6 @@ from clip_base.runtime.errors import InputError
 from clip_base.runtime.progress import track
 from clip_base.storage.files import read_json_lines, write_text
 from clip_base.storage.tables import TableWriter
-from clip_base.storage.tars import Member
 from regionclip.concepts.phrases import Phrase, read_stop_words
 from regionclip.concepts.pool import read_concepts
 from regionclip.data.annotations import CocoDetection
@@ -121,7 +121,7 @@ def read_data(config: ReportConfig) -> ReportData:
     by_id = {image.image_id: image for image in rows}
     places = MinedImages(manifest, config.mined, config.images)
 
-    def place(region: MinedRegion) -> Path | Member:
+    def place(region: MinedRegion) -> Path | Stored:
         return places(by_id[region.image_id])
 
     return ReportData(manifest, place, regions, coverage, _skipped(Path(config.mined)), matches)

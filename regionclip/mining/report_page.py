@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clip_base.storage.tars import Member
+from clip_base.images.headers import Stored
 from regionclip.metrics.average_precision import NOTHING
 from regionclip.mining.coverage import Coverage, reasons
 from regionclip.mining.quality import PairQuality
@@ -65,7 +65,7 @@ class ReportData:
     """
 
     manifest: Mapping[str, Any]
-    place: Callable[[MinedRegion], Path | Member]
+    place: Callable[[MinedRegion], Path | Stored]
     regions: Sequence[MinedRegion]
     coverage: Coverage
     skipped: Sequence[Mapping[str, Any]]
@@ -170,7 +170,7 @@ def pick_concepts(counts: Mapping[str, int], limit: int) -> list[str]:
 
 
 def labeled_image(
-    place: Path | Member, region: MinedRegion, outcome: str | None, budget: CropBudget
+    place: Path | Stored, region: MinedRegion, outcome: str | None, budget: CropBudget
 ) -> LabeledImage | None:
     """Returns a mined region for a page, or None when the budget gives no crop of it.
 

@@ -68,6 +68,7 @@ IMAGE_SCHEMA = pa.schema(
         ("regions", pa.int32()),  # how many rows of the other table are this image's
         ("reason", pa.string()),  # why it has none
         ("unreadable", pa.bool_()),  # whether it could not be read
+        ("concepts", pa.int32()),  # how many concepts each of its regions keeps at most
     ]
 )
 
@@ -95,7 +96,7 @@ def _is_part(value: object) -> bool:
 # What is read of a manifest, and whether a value is of that kind.
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "shards": _are_texts,
-    **dict.fromkeys(("images", "skipped", "regions"), _is_count),
+    **dict.fromkeys(("images", "skipped", "regions", "max_concepts"), _is_count),
     **dict.fromkeys(("images_folder", "teacher", KEY), _is_text),
     **dict.fromkeys(("matcher", "proposer"), _is_part),
     "samples": lambda value: isinstance(value, list) and all(map(_is_count, value)),
@@ -153,6 +154,7 @@ class MinedImage:
     width: int | None = None
     reason: str | None = None
     unreadable: bool = False
+    concepts: int = 0
 
     @property
     def skipped(self) -> dict[str, Any]:
@@ -207,7 +209,12 @@ def write_rows(path: Path, regions: Sequence[MinedRegion], images: Sequence[Mine
         counts = Counter(region.image_id for region in regions)
         firsts = {region.image_id: region for region in reversed(regions)}
         images = [
-            MinedImage(key, one.file_name, counts[key], height=one.height, width=one.width)
+            MinedImage(
+                *(key, one.file_name, counts[key]),
+                height=one.height,
+                width=one.width,
+                concepts=max(len(region.concept_ids) for region in regions if region.image_id == key),
+            )
             for key, one in reversed(firsts.items())
         ]
     return write_shard(path, [region_table(regions)], [image_table(images)])

@@ -2,78 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 
 import torch
 
-from clip_base.data.coco import read_captions
 from clip_base.images.folders import list_images
 from clip_base.jobs.run import RunFolder, files_of
-from clip_base.jobs.skipped import MAX_SKIPPED, require_present
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError
-from clip_base.storage.tars import Member
 from clip_base.training.loop import TrainConfig
 from clip_base.training.pretrain import last_loss
 from clip_base.weights.load import load_clip, weight_files
 from clip_base.weights.native import save_clip
 from regionclip.concepts.synonyms import synonym_sets
 from regionclip.concepts.vocabulary import Vocabulary
-from regionclip.data.file_names import ids_by_name
-from regionclip.mining.places import MinedImages
-from regionclip.mining.shards import MANIFEST, MinedRegion, read_images, read_manifest, read_regions
+from regionclip.mining.shards import MANIFEST, read_manifest
 from regionclip.models.region_heads import KEY, choose_head
+from regionclip.training.mined import MinedSamples
 from regionclip.training.region_text import RegionPretrainConfig, RegionTextTask, Teacher
 from regionclip.training.samples import GridPatchDataset, RegionDataset, Sample, fit_on
 
-
-def mined_samples(mined: str, images: str, captions: str) -> list[Sample]:
-    """Reads mined regions as training samples, one per image.
-
-    Args:
-        mined: folder of shards.
-        images: folder of the images, or their tars; "" is the manifest's.
-        captions: COCO captions, which find their images by file name; "": those that were mined.
-
-    Raises:
-        InputError: there are no regions, or the captions are of other images.
-    """
-    manifest = read_manifest(mined, "images_folder", "tars")
-    regions = list(read_regions(mined))
-    if not regions:
-        raise InputError(f"{mined} has no regions; see its skipped.jsonl, and lower the matcher's thresholds")
-    rows = {image.image_id: image for image in read_images(mined) if image.regions}
-    texts = {key: image.captions for key, image in rows.items()}
-    if captions:
-        found, names = read_captions(captions)
-        own = {key: image.file_name for key, image in rows.items()}
-        ids = ids_by_name(own, names, "the mined regions", f"captions file {captions}")
-        texts = {key: tuple(found.get(other, ())) for key, other in ids.items()}
-    places = MinedImages(manifest, mined, images)
-    files = [path for image in rows.values() if isinstance(path := places(image), Path)]
-    require_present(files, MAX_SKIPPED, f"images={images or manifest['images_folder']}")
-    width = max(len(region.concept_ids) for region in regions)
-    return [
-        _sample(places(rows[image_id]), list(group), texts.get(image_id, ()), width)
-        for image_id, group in groupby(regions, key=lambda region: region.image_id)
-    ]
-
-
-def _sample(
-    place: Path | Member, regions: list[MinedRegion], captions: tuple[str, ...], width: int
-) -> Sample:
-    """Makes one image's sample; concepts are padded to `width` with concept 0 of probability 0."""
-    ids, probs = torch.zeros(len(regions), width, dtype=torch.int64), torch.zeros(len(regions), width)
-    for row, region in enumerate(regions):
-        ids[row, : len(region.concept_ids)] = torch.tensor(region.concept_ids)
-        probs[row, : len(region.concept_probs)] = torch.tensor(region.concept_probs)
-    boxes = torch.tensor([region.box for region in regions])
-    size = (regions[0].height, regions[0].width)
-    return Sample(place, boxes, None, ids, probs, captions, size)
+SAMPLES = ".samples"  # folder of what is written of the mined shards to read it in any order
+GROUP = 8  # compressed tars that are shuffled together
 
 
 def image_samples(folder: str) -> list[Sample]:
@@ -111,19 +67,40 @@ def pretrain(config: RegionPretrainConfig) -> None:
     distributed.start()
     model = load_clip(config.weights)
     torch.manual_seed(config.train.seed)
-    task, data = _on_shards(config, model) if config.mined else _on_images(config, model)
-    steps = fit_on(data, task, scaled(config.train, config.lr_reference_batch_size), run)
+    task, data = _on_shards(config, model, run.path / SAMPLES) if config.mined else _on_images(config, model)
+    train = scaled(config.train, config.lr_reference_batch_size)
+    steps = fit_on(data, task, train, run, order=_order_of(config, data))
     notes = {KEY: task.encoder.region_head} if task.encoder.pools_maps else {}
     save_clip(model, run.path / "model.safetensors", notes)
-    regions = sum(len(sample.boxes) for sample in data.samples)
+    regions = data.samples.regions if isinstance(data.samples, MinedSamples) else 0
     loss = last_loss(run.log_path)
+    if distributed.is_first():
+        shutil.rmtree(run.path / SAMPLES, ignore_errors=True)
     run.finish({"steps": steps, "images": len(data), "regions": regions, "loss": loss})
     what = f"{regions} regions of {len(data)} images" if config.mined else f"patches of {len(data)} images"
     print(f"{run.path / 'model.safetensors'}: {steps} steps on {what}")
 
 
-def _on_shards(config: RegionPretrainConfig, model: CLIP) -> tuple[RegionTextTask, RegionDataset]:
-    samples = mined_samples(config.mined, config.images, config.captions)
+def _order_of(
+    config: RegionPretrainConfig, data: RegionDataset
+) -> Callable[[torch.Generator], torch.Tensor] | None:
+    """Returns the order in which shards are read in groups; None: all samples are shuffled together."""
+    if not isinstance(data.samples, MinedSamples):
+        return None
+    group = config.shuffle_shards or (GROUP if data.samples.places.gzipped else 0)
+    return functools.partial(data.samples.order, group) if group else None
+
+
+def _on_shards(
+    config: RegionPretrainConfig, model: CLIP, cache: Path
+) -> tuple[RegionTextTask, RegionDataset]:
+    # Groups overlap where one ends and the next begins, in as many batches as are loaded ahead.
+    window = 2 * (config.shuffle_shards or GROUP)
+    try:
+        samples = MinedSamples(config.mined, cache, config.images, config.captions, window)
+    except InputError:  # a call that failed at once leaves nothing that a fixed one would have to equal
+        shutil.rmtree(cache, ignore_errors=True)
+        raise
     manifest = read_manifest(config.mined, *Teacher.NEEDS if config.teacher else ())
     vocabulary = Vocabulary.load(Path(config.mined) / "vocabulary.safetensors")
     vocabulary.require_width(model.config.embed_dim, config.weights)

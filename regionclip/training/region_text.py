@@ -79,6 +79,11 @@ class RegionPretrainConfig(RegionHeadOptions, FreezeOptions, TrainingOptions):
     max_regions: int = option(
         100, "maximum number of regions per image and step, sampled", renamed_from="regions"
     )
+    shuffle_shards: int = option(
+        0,
+        "mined shards (tars) that are shuffled together and read before the next ones; 0: all, but 8 of "
+        "compressed tars",
+    )
     max_grid: int = option(
         6,
         "without mined=: an image is divided into m by n patches, both sampled from 1 to this",
@@ -149,10 +154,11 @@ class RegionPretrainConfig(RegionHeadOptions, FreezeOptions, TrainingOptions):
             "teacher is for the distillation: give distillation a weight or leave teacher empty": (
                 bool(self.teacher) and self.distillation <= 0
             ),
-            f"memory, lr_reference_batch_size and temperature must be at least 0, max_grid at "
-            f"least 1; found {self.memory}, {self.lr_reference_batch_size}, {self.temperature:g} and "
-            f"{self.max_grid}": (
-                min(self.memory, self.lr_reference_batch_size, self.temperature) < 0 or self.max_grid < 1
+            f"memory, lr_reference_batch_size, temperature and shuffle_shards must be at least 0, max_grid "
+            f"at least 1; found {self.memory}, {self.lr_reference_batch_size}, {self.temperature:g}, "
+            f"{self.shuffle_shards} and {self.max_grid}": (
+                min(self.memory, self.lr_reference_batch_size, self.temperature, self.shuffle_shards) < 0
+                or self.max_grid < 1
             ),
         }
         for message, holds in faults.items():

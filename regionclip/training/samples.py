@@ -3,7 +3,7 @@
 # n boxes of one image, K concepts kept a box, N boxes of a batch
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from clip_base.data.loader import Loader
-from clip_base.images.decode import ImageStore, Pixels
+from clip_base.images.decode import ImageStore, Pixels, Stored
 from clip_base.images.orientation import turned_as_annotated
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.run import RunFolder
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
-from clip_base.storage.tars import Member
 from clip_base.training.loop import TrainConfig, fit
 from regionclip.data.annotations import AnnotatedImages, CocoDetection, ImageAnnotations
 from regionclip.data.categories import Split, load_split
@@ -73,7 +72,7 @@ class Sample:
         size: (height, width) that the boxes were drawn in, which the image must have; None: not known.
     """
 
-    path: Path | Member
+    path: Path | Stored
     boxes: Tensor
     labels: Tensor | None = None
     concept_ids: Tensor | None = None
@@ -182,7 +181,12 @@ def patches(height: int, width: int, rows: int, columns: int) -> Tensor:
 
 
 def fit_on(
-    data: RegionDataset, task: nn.Module, train: TrainConfig, run: RunFolder, weights: Tensor | None = None
+    data: RegionDataset,
+    task: nn.Module,
+    train: TrainConfig,
+    run: RunFolder,
+    weights: Tensor | None = None,
+    order: Callable[[torch.Generator], Tensor] | None = None,
 ) -> int:
     """Trains a task on samples, shuffled by the training's seed; returns the steps made in all. See `fit`.
 
@@ -192,6 +196,7 @@ def fit_on(
         train: how to train.
         run: takes the log and the checkpoints.
         weights: how often an epoch shows each sample on average; None: once.
+        order: of the samples in an epoch, see `Loader`; None: any.
     """
     loader: Loader[RegionBatch] = Loader(
         data,
@@ -202,6 +207,7 @@ def fit_on(
         skipped=run.path / "skipped.jsonl",
         max_skipped=train.max_skipped,
         weights=weights,
+        order=order,
     )
     return fit(task, loader, train, run)
 

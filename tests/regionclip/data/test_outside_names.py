@@ -27,7 +27,7 @@ from clip_base.storage.limits import MEGAPIXELS, OUTSIDE_IMAGES, limits_set, spl
 from clip_base.storage.paths import image_in
 from regionclip.data.annotations import CocoDetection
 from regionclip.mining.shards import VERSION, MinedRegion, read_regions, shard_path, write_rows
-from regionclip.training.pretrain import mined_samples
+from regionclip.training.mined import MinedSamples
 
 OUTSIDE = {"absolute": "{tmp}/other/a.jpg", "above": "../other/a.jpg", "through": "x/../../other/a.jpg"}
 
@@ -79,9 +79,10 @@ def trained(folder: Path, name: str, images: Path) -> list[Any]:
     region = MinedRegion(1, name, 8, 8, (0, 0, 4, 4), None, [0], [1.0], "cup", None, None)  # type: ignore[arg-type]
     region = replace(region, objectness=0.5)
     write_rows(shard_path(folder / "mined", 0), [region])
-    manifest = {"version": VERSION, "shards": ["shard-00000.parquet"], "images_folder": str(images)}
-    write_json(folder / "mined" / "manifest.json", {**manifest, "tars": {}})
-    return [sample.path for sample in mined_samples(str(folder / "mined"), str(images), "")]
+    counts = {"samples": [1], "max_concepts": 1, "regions": 1}
+    manifest = {"version": VERSION, "shards": ["shard-00000.parquet"], "tars": {}, **counts}
+    write_json(folder / "mined" / "manifest.json", {**manifest, "images_folder": str(images)})
+    return [sample.path for sample in MinedSamples(folder / "mined", folder / "cache", str(images))]
 
 
 READERS: dict[str, Callable[..., list[Any]]] = {

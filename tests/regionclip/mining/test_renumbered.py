@@ -19,7 +19,7 @@ from regionclip.data.annotations import CocoDetection
 from regionclip.data.file_names import ids_by_name
 from regionclip.mining.quality import measure_pairs
 from regionclip.mining.shards import read_regions
-from regionclip.training.pretrain import mined_samples
+from regionclip.training.mined import MinedSamples
 
 Command = Callable[..., tuple[int, str]]
 
@@ -70,10 +70,10 @@ def test_a_report_on_renumbered_files_has_the_same_figures(
     assert "note: images are found by file_name" in told
 
 
-def test_training_takes_the_captions_of_the_same_images(mined: Path, other: Path) -> None:
-    wanted = mined_samples(str(mined), "", "")
+def test_training_takes_the_captions_of_the_same_images(mined: Path, other: Path, tmp_path: Path) -> None:
+    wanted = MinedSamples(mined, tmp_path / "cache")
     with pytest.warns(InputNote, match="found by file_name"):
-        found = mined_samples(str(mined), "", str(other / "captions.json"))
+        found = MinedSamples(mined, tmp_path / "cache", captions=str(other / "captions.json"))
     assert [sample.captions for sample in found] == [sample.captions for sample in wanted]
     assert len({sample.captions for sample in wanted}) > 2
 

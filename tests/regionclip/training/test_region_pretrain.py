@@ -24,7 +24,7 @@ from clip_base.weights.native import load_clip, read_weights, save_clip
 from regionclip.mining.shards import read_regions
 from regionclip.models.region_encoder import RegionEncoder
 from regionclip.structures.transforms import TrainingResizeConfig
-from regionclip.training.pretrain import mined_samples
+from regionclip.training.mined import MinedSamples
 from regionclip.training.region_text import RegionPretrainConfig
 from regionclip.training.samples import GridPatchDataset, Sample
 
@@ -99,7 +99,7 @@ WRONG = [
     ),
     ({"memory": 8, "contrastive": 0}, "give contrastive a weight or set memory=0"),
     ({"teacher": "clip", "distillation": 0}, "give distillation a weight or leave teacher empty"),
-    ({"memory": -1}, "found -1, 0, 0 and 6"),
+    ({"memory": -1}, "found -1, 0, 0, 0 and 6"),
     ({"max_grid": 0}, "max_grid at least 1"),
 ]
 
@@ -226,8 +226,8 @@ def test_a_folder_without_pictures_is_named(make_clip: MakeClip, tmp_path: Path,
     assert "empty holds no images" in told
 
 
-def test_samples_hold_what_the_shards_say(mined: Path) -> None:
-    samples, rows = mined_samples(str(mined), "", ""), list(read_regions(mined))
+def test_samples_hold_what_the_shards_say(mined: Path, tmp_path: Path) -> None:
+    samples, rows = MinedSamples(mined, tmp_path / "cache"), list(read_regions(mined))
     boxes = torch.cat([sample.boxes for sample in samples])
     torch.testing.assert_close(boxes, torch.tensor([row.box for row in rows]))
     first = [int(ids[0]) for sample in samples for ids in sample.concept_ids]  # type: ignore[union-attr]

@@ -25,7 +25,7 @@ from regionclip.mining.shards import read_manifest
 from regionclip.models.region_encoder import RegionEncoder
 from regionclip.structures.regions import RegionBatch, Regions
 from regionclip.structures.transforms import TrainingResizeConfig
-from regionclip.training.pretrain import mined_samples
+from regionclip.training.mined import MinedSamples
 from regionclip.training.region_text import RegionPretrainConfig, RegionTextTask, Teacher, freeze
 from regionclip.training.samples import RegionDataset
 
@@ -37,7 +37,7 @@ def config(**options: object) -> RegionPretrainConfig:
 
 
 def batch_of(mined: Path, context: int = 24) -> RegionBatch:
-    samples = mined_samples(str(mined), "", "")
+    samples = MinedSamples(mined, mined.parent / "cache")
     data = RegionDataset(samples, TrainingResizeConfig([64], 64, flip=False), 6, Tokenizer(context))
     return data.collate([data.item(index, torch.Generator().manual_seed(0)) for index in range(4)])
 

@@ -65,6 +65,7 @@ def pretrain(config: RegionPretrainConfig) -> None:
         print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
         return
     distributed.start()
+    distributed.wait()  # until the first process has the folder, in which the others write too
     model = load_clip(config.weights)
     torch.manual_seed(config.train.seed)
     task, data = _on_shards(config, model, run.path / SAMPLES) if config.mined else _on_images(config, model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from regionclip.inference.options import DetectorFile
 from regionclip.inference.predictor import load
 from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import build_proposer
-from regionclip.serve import page, server
+from regionclip.serve import api, page, server
 from regionclip.serve.session import DemoSession, LoadedModel
 
 MAX_EXAMPLES = 24
@@ -73,6 +74,7 @@ def serve(config: ServeConfig) -> None:
         with listener, server.private_folder() as folder:
             running = make_server(config, folder)
             print(f"{address}  (Ctrl-C ends it)", flush=True)
+            print(f"programs: POST an image to {address}{api.DETECT}?names=cat,dog", flush=True)
             running.run([listener])
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -94,7 +96,8 @@ def make_server(config: ServeConfig, folder: Path) -> Any:
     blocks = page.build(
         session, folder, example_images(config.examples, folder), names, config.score_threshold
     )
-    return server.make(blocks, page.theme(), folder, config.host, config.max_upload_mb)
+    add_routes = partial(api.add_to, session=session, folder=folder, score=config.score_threshold)
+    return server.make(blocks, page.theme(), folder, config.host, config.max_upload_mb, add_routes)
 
 
 def load_model(file: str, config: ServeConfig) -> LoadedModel:

@@ -10,12 +10,14 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from clip_base.runtime.errors import InputError
+from clip_base.runtime.lazy import installed_version
+from regionclip.serve.api import DETECT, OPENAPI
 
 LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
 UPLOAD = "/gradio_api/upload"
@@ -65,11 +67,19 @@ def private_folder() -> Iterator[Path]:
         signal.signal(signal.SIGTERM, ending)
 
 
-def make(blocks: Any, theme: dict[str, Any], folder: Path, host: str, max_megabytes: float) -> Any:
+def make(
+    blocks: Any,
+    theme: dict[str, Any],
+    folder: Path,
+    host: str,
+    max_megabytes: float,
+    add_routes: Callable[[Any], None],
+) -> Any:
     """Returns the uvicorn.Server of a Gradio page, which serves until Ctrl-C and then raises it.
 
     Its files and uploads, of up to `max_megabytes` million bytes, are in `folder`. A local `host` is not
-    accepted under other names, so that no web page elsewhere can use it through the browser.
+    accepted under other names, so that no web page elsewhere can use it through the browser. `add_routes`
+    is given the FastAPI application and adds what answers beside the page.
     """
     import gradio
     import uvicorn
@@ -81,7 +91,10 @@ def make(blocks: Any, theme: dict[str, Any], folder: Path, host: str, max_megaby
     limit = round(max_megabytes * 1e6)
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL if host in LOCAL else ["*"])
     requests = Middleware(BaseHTTPMiddleware, dispatch=RequestFilter(folder, limit))
-    app = FastAPI(openapi_url=None, middleware=[hosts, requests])
+    # Its own pages of documentation load scripts from elsewhere: there is the description alone.
+    names = {"title": "regionclip", "version": installed_version(), "docs_url": None, "redoc_url": None}
+    app = FastAPI(openapi_url=OPENAPI, middleware=[hosts, requests], **names)
+    add_routes(app)
     shut = {"footer_links": [], "ssr_mode": False, "mcp_server": False, "enable_monitoring": False}
     inner = {"openapi_url": None}
     gradio.mount_gradio_app(app, blocks, "/", max_file_size=limit, app_kwargs=inner, **shut, **theme)
@@ -124,12 +137,14 @@ class RequestFilter:
             return "not a part of this page", 403
         if request.method != "POST":
             return None
-        length, most = headers.get("content-length", ""), MAX_BODY + self.max_upload * (path == UPLOAD)
+        is_file = path in (UPLOAD, DETECT)
+        length, most = headers.get("content-length", ""), self.max_upload * is_file
+        most += MAX_BODY * (path != DETECT)  # what else a form holds
         if not length.isdecimal() or "transfer-encoding" in headers:
             return "say how long the request is", 411
         if int(length) > most:
             return f"at most {most} bytes", 413
-        if path != UPLOAD:
+        if not is_file:
             return ("only files of this page", 403) if self.names_other_files(await request.body()) else None
         period = time.monotonic() // KEPT
         uploaded = self._uploaded.get(period, 0) + int(length)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any
 
 from regionclip.concepts.phrases import Phrase, hidden_by
 from regionclip.mining.miner import row_of
-from regionclip.mining.shards import MinedRegion
 
 EXAMPLES = 3
+_AT_ONCE = 4096  # images whose captions are parsed together
 
 
 @dataclass
@@ -86,59 +86,83 @@ class Coverage:
         return sorted(pool, key=lambda use: (-use.regions, -use.images, use.concept))
 
 
+@dataclass(frozen=True)
+class CoveredImage:
+    """What coverage needs of one image.
+
+    Attributes:
+        captions: of it, cleaned.
+        concepts: (concept, probability) of each of its regions.
+    """
+
+    captions: Sequence[str]
+    concepts: Sequence[tuple[str, float]]
+
+
 def cover(
-    regions: Iterable[MinedRegion],
-    captions: Mapping[int, Sequence[str]],
-    images: Iterable[int],
+    images: Iterable[CoveredImage],
     pool: Sequence[str],
     rows: dict[str, int],
     parse: Callable[[Sequence[str]], Iterable[list[Phrase]]],
     stop_words: Collection[str] = (),
 ) -> Coverage:
-    """Measures what mining covered.
+    """Measures what mining covered; of the images some thousand are in memory at a time.
 
     A concept counts once an image, however many captions and phrases name it; a phrase stands for the concept
     that mining takes it for (`regionclip.mining.miner.row_of`).
 
     Args:
-        regions: as mined.
-        captions: image id -> its captions.
-        images: ids of all images.
+        images: all that were mined, those without regions too.
         pool: the concepts that mining knew.
         rows: form in a caption -> place in the pool (`regionclip.mining.miner.rows_of`).
         parse: turns captions into the phrases of each, in their order.
         stop_words: heads and phrases that no image shows; outside the pool they are not missed.
     """
-    ids = list(images)
-    found: dict[int, Counter[str]] = {key: Counter() for key in ids}
-    probabilities: dict[str, list[float]] = {}
-    for region in regions:
-        found.setdefault(region.image_id, Counter())[region.concept] += 1
-        probabilities.setdefault(region.concept, []).append(region.concept_probs[0])
     uses = {name: ConceptUse(name, True) for name in pool}
+    sums: dict[str, float] = {}
     unseen = frozenset(stop_words)
-    owners = [key for key in ids for _ in captions.get(key, ())]
-    texts = [text for key in ids for text in captions.get(key, ())]
-    seen: set[tuple[int, str]] = set()
-    for key, text, phrases in zip(owners, texts, parse(texts), strict=True):
-        for phrase in phrases:
-            row = row_of(phrase, rows)
-            name = phrase.head if row is None else pool[row]
-            if (key, name) in seen or (row is None and hidden_by(phrase, unseen) is not None):
-                continue
-            seen.add((key, name))
-            use = uses.setdefault(name, ConceptUse(name, False))
-            use.images += 1
-            if name in found[key]:
-                use.matched += 1
-            elif len(use.examples) < EXAMPLES:
-                use.examples.append(text)
-    for name, values in probabilities.items():
-        use = uses.setdefault(name, ConceptUse(name, True))
-        use.regions, use.probability = len(values), fmean(values)
-    counts = Counter(own.total() for own in found.values())
-    with_pairs = sum(images for number, images in counts.items() if number)
-    return Coverage(len(ids), len(set(owners)), with_pairs, counts, list(uses.values()))
+    counts: Counter[int] = Counter()
+    captioned = 0
+    images = iter(images)
+    while some := list(itertools.islice(images, _AT_ONCE)):
+        parsed = iter(parse([text for image in some for text in image.captions]))
+        for image in some:
+            found = {concept for concept, _ in image.concepts}
+            counts[len(image.concepts)] += 1
+            captioned += bool(image.captions)
+            for concept, probability in image.concepts:
+                uses.setdefault(concept, ConceptUse(concept, True)).regions += 1
+                sums[concept] = sums.get(concept, 0.0) + probability
+            phrases = [(text, phrase) for text in image.captions for phrase in next(parsed)]
+            _count_phrases(phrases, found, uses, pool, rows, unseen)
+    for name, total in sums.items():
+        uses[name].probability = total / uses[name].regions
+    with_pairs = sum(number for regions, number in counts.items() if regions)
+    return Coverage(counts.total(), captioned, with_pairs, counts, list(uses.values()))
+
+
+def _count_phrases(
+    phrases: Sequence[tuple[str, Phrase]],
+    found: Collection[str],
+    uses: dict[str, ConceptUse],
+    pool: Sequence[str],
+    rows: dict[str, int],
+    unseen: frozenset[str],
+) -> None:
+    """Counts what one image's captions name; `phrases` with the captions that they stand in."""
+    seen: set[str] = set()
+    for text, phrase in phrases:
+        row = row_of(phrase, rows)
+        name = phrase.head if row is None else pool[row]
+        if name in seen or (row is None and hidden_by(phrase, unseen) is not None):
+            continue
+        seen.add(name)
+        use = uses.setdefault(name, ConceptUse(name, False))
+        use.images += 1
+        if name in found:
+            use.matched += 1
+        elif len(use.examples) < EXAMPLES:
+            use.examples.append(text)
 
 
 def reasons(skipped: Iterable[Mapping[str, Any]]) -> list[tuple[str, int, list[str]]]:
@@ -147,10 +171,15 @@ def reasons(skipped: Iterable[Mapping[str, Any]]) -> list[tuple[str, int, list[s
     Returns:
         (reason without the file's own name, images, up to three file names), the most frequent first.
     """
-    groups: dict[str, list[str]] = {}
+    counts: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
     for entry in skipped:
         name = str(entry["file_name"])
         words = ("…" if word.endswith(name) else word for word in str(entry["reason"]).split(" "))
-        groups.setdefault(" ".join(words), []).append(name)
-    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
-    return [(reason, len(names), names[:EXAMPLES]) for reason, names in ordered]
+        reason = " ".join(words)
+        counts[reason] += 1
+        own = examples.setdefault(reason, [])
+        if len(own) < EXAMPLES:
+            own.append(name)
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [(reason, count, examples[reason]) for reason, count in ordered]

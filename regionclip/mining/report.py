@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from clip_base.evaluation.tables import figure_lines
-from clip_base.images.headers import Stored
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError
-from clip_base.runtime.progress import track
 from clip_base.storage.files import read_json_lines, write_text
 from clip_base.storage.tables import TableWriter
-from regionclip.concepts.phrases import Phrase, read_stop_words
+from regionclip.concepts.phrases import read_stop_words
 from regionclip.concepts.pool import read_concepts
 from regionclip.data.annotations import CocoDetection
-from regionclip.data.captions import cleaned
 from regionclip.data.categories import load_split
-from regionclip.mining.coverage import cover
+from regionclip.mining.coverage import reasons
 from regionclip.mining.miner import mining_parser, rows_of
 from regionclip.mining.places import MinedImages
 from regionclip.mining.quality import measure_pairs
 from regionclip.mining.report_page import THRESHOLDS, ReportData, ReportLimits, make_page
-from regionclip.mining.shards import MinedRegion, read_images, read_manifest, read_regions
+from regionclip.mining.shards import read_manifest
+from regionclip.mining.survey import survey
 
 
 @everyday(
     "report mined=mined images=images out=report",
-    input="mined images captions annotations split",
+    input="mined images annotations split",
     output="out concepts examples max_report_mb",
     speed="workers",
 )
@@ -73,9 +72,10 @@ class ReportConfig:
 def report(config: ReportConfig) -> None:
     """Writes an HTML report on mined pairs: gallery, scores, coverage and, with ground truth, precision."""
     run = RunFolder(config.out, config, "region-report")
-    data = read_data(config)
     limits = ReportLimits(config.max_regions, config.concepts, config.examples, config.max_report_mb)
-    write_text(run.path / "report.html", make_page(data, limits))
+    with tempfile.TemporaryDirectory() as copies:  # of compressed tars
+        data, places = read_data(config, Path(copies))
+        write_text(run.path / "report.html", make_page(data, limits, places))
     _write_tables(run.path, data)
     metrics = _metrics(data)
     run.finish(metrics)
@@ -89,42 +89,37 @@ _NEEDS = (
 )
 
 
-def read_data(config: ReportConfig) -> ReportData:
-    """Reads what mining left and compares it with the true boxes.
+def read_data(config: ReportConfig, copies: Path) -> tuple[ReportData, MinedImages]:
+    """Reads what mining left and compares it with the true boxes; also returns where the images are.
+
+    Args:
+        config: the options.
+        copies: folder for uncompressed copies of tars.
 
     Raises:
         InputError: mining has not ended, or its captions or images, or the true boxes, are not there.
     """
     manifest = read_manifest(config.mined, *_NEEDS)
     mining: dict[str, Any] = manifest["config"]
-    rows = list(read_images(config.mined))
-    names = {image.image_id: image.file_name for image in rows}
-    captions = {image.image_id: [cleaned(text) for text in image.captions] for image in rows}
-    captions = {key: [text for text in texts if text] for key, texts in captions.items()}
     pool_file = _there(config.pool or mining["concepts"], "concept pool", "pool=FILE")
     pool = read_concepts(pool_file)
     if not pool:
         raise InputError(f"concept pool {pool_file} is empty: nothing was mined with it; give another pool=")
     truth = CocoDetection(config.annotations, None) if config.annotations else None
     split = load_split(config.split, truth.categories, truth.frequencies) if truth and config.split else None
-    regions = list(read_regions(config.mined))
-    matches = None
-    if truth is not None:
-        matches = measure_pairs(regions, truth, split, images=names.values())
+    places = MinedImages(manifest, config.mined, config.images, copies, window=2)
     parser = mining_parser(str(pool_file), pool, mining["language"], config.workers)
-
-    def parse(texts: Sequence[str]) -> Iterable[list[Phrase]]:
-        return track(parser.parse(texts), "phrases", len(texts))
-
     concepts = [concept.concept for concept in pool]
-    coverage = cover(regions, captions, names, concepts, rows_of(pool), parse, read_stop_words())
-    by_id = {image.image_id: image for image in rows}
-    places = MinedImages(manifest, config.mined, config.images)
-
-    def place(region: MinedRegion) -> Path | Stored:
-        return places(by_id[region.image_id])
-
-    return ReportData(manifest, place, regions, coverage, _skipped(Path(config.mined)), matches)
+    found, coverage = survey(
+        config.mined, manifest["regions"], concepts, rows_of(pool), parser.parse, read_stop_words()
+    )
+    quality = None
+    if truth is not None:
+        names = [image.file_name for image in found.images.values()]
+        quality = measure_pairs(found.regions, truth, split, images=names)
+    skipped = read_json_lines(Path(config.mined) / "skipped.jsonl", "list of skipped images")
+    grouped = reasons(entry for _, entry in skipped)
+    return ReportData(manifest, found, coverage, grouped, quality), places
 
 
 def _there(path: str, what: str, option_: str) -> Path:
@@ -133,16 +128,12 @@ def _there(path: str, what: str, option_: str) -> Path:
     return Path(path)
 
 
-def _skipped(mined: Path) -> list[dict[str, Any]]:
-    """Reads the images that gave no region, with the reasons."""
-    return [entry for _, entry in read_json_lines(mined / "skipped.jsonl", "list of skipped images")]
-
-
 def _metrics(data: ReportData) -> dict[str, Any]:
     """Returns the figures of the page: counts and shares, and the tables by threshold as lists."""
-    metrics: dict[str, Any] = {**data.coverage.metrics(), "skipped": len(data.skipped)}
-    metrics["probability_histogram"] = data.histogram("probability")
-    metrics["objectness_histogram"] = data.histogram("objectness")
+    metrics: dict[str, Any] = {**data.coverage.metrics(), "skipped": data.num_skipped}
+    metrics |= {f"{what}_histogram": counts for what, counts in data.survey.histograms.items()}
+    if data.survey.is_sampled:
+        metrics["sampled_regions"] = len(data.survey.regions)
     matches = data.quality
     if matches is not None:
         metrics |= {key: value for key, value in matches.metrics().items() if key != "pairs"}

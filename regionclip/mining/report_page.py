@@ -13,15 +13,15 @@ from torch import Tensor
 
 from clip_base.images.headers import Stored
 from regionclip.metrics.average_precision import NOTHING
-from regionclip.mining.coverage import Coverage, reasons
+from regionclip.mining.coverage import Coverage
 from regionclip.mining.quality import PairQuality
-from regionclip.mining.shards import MinedRegion
+from regionclip.mining.shards import MinedImage, MinedRegion
+from regionclip.mining.survey import BINS, Survey
 from regionclip.reports import html
 from regionclip.reports.charts import Chart, histogram, line_chart, share_bars, short
 from regionclip.reports.crops import CropBudget, LabeledImage
 from regionclip.reports.html import DASH, percent, share
 
-BINS = 20
 MAX_REGIONS = 12  # the last bar of regions per image holds all images with more
 MAX_CAPTION = 140  # letters of a caption that are shown; captions of the web may fill a page
 THRESHOLDS = (*(step / 50 for step in range(50)), 0.99)
@@ -57,34 +57,43 @@ class ReportData:
 
     Attributes:
         manifest: of the mined folder.
-        place: returns where a region's image is.
-        regions: as mined.
+        survey: counts of all regions, and a sample of them.
         coverage: what they cover.
-        skipped: entries of `skipped.jsonl`.
-        quality: the regions, compared with the ground truth; None: there is none.
+        skipped: (reason, images, examples) of the images without regions.
+        quality: the sample, compared with the ground truth; None: there is none.
     """
 
     manifest: Mapping[str, Any]
-    place: Callable[[MinedRegion], Path | Stored]
-    regions: Sequence[MinedRegion]
+    survey: Survey
     coverage: Coverage
-    skipped: Sequence[Mapping[str, Any]]
+    skipped: Sequence[tuple[str, int, Sequence[str]]]
     quality: PairQuality | None
 
-    def histogram(self, what: str) -> list[int]:
-        """Returns how many regions are in each of BINS equal bins of their "probability" or "objectness"."""
-        counts = [0] * BINS
-        for region in self.regions:
-            value = region.concept_probs[0] if what == "probability" else region.objectness
-            counts[min(max(int(value * BINS), 0), BINS - 1)] += 1
-        return counts
+    @property
+    def regions(self) -> Sequence[MinedRegion]:
+        """The sample."""
+        return self.survey.regions
+
+    @property
+    def num_skipped(self) -> int:
+        """How many images have no regions."""
+        return sum(count for _, count, _ in self.skipped)
 
 
-def make_page(data: ReportData, limits: ReportLimits) -> str:
-    """Returns the page; it opens from disk and loads nothing else."""
+Places = Callable[[MinedImage], Path | Stored]
+
+
+def make_page(data: ReportData, limits: ReportLimits, places: Places) -> str:
+    """Returns the page; it opens from disk and loads nothing else.
+
+    Args:
+        data: what is shown.
+        limits: how much of it.
+        places: returns where an image is.
+    """
     budget = CropBudget(round(limits.max_report_mb * 2**20))
     coverage, never = data.coverage, data.coverage.never_matched()
-    by_score = _labeled(data, pick_pairs(data.regions, limits.regions), budget)
+    by_score = _labeled(data, pick_pairs(data.regions, limits.regions), budget, places)
     concepts: dict[str, list[int]] = {}
     for place, region in enumerate(data.regions):
         concepts.setdefault(region.concept, []).append(place)
@@ -92,7 +101,7 @@ def make_page(data: ReportData, limits: ReportLimits) -> str:
         "mining.html",
         limits=limits,
         counts=coverage.metrics(),
-        sources=_sources(data.manifest),
+        sources=_sources(data.manifest) + _sampling(data.survey),
         quality=_quality(data.quality) if data.quality else None,
         score_charts=_score_charts(data),
         coverage_charts=_coverage_charts(coverage),
@@ -108,15 +117,15 @@ def make_page(data: ReportData, limits: ReportLimits) -> str:
             if use.regions or use.images
         ],
         by_score=by_score,
-        by_concept=_by_concept(data, concepts, limits, budget),
-        num_concepts=len(concepts),
+        by_concept=_by_concept(data, concepts, limits, budget, places),
+        num_concepts=sum(bool(use.regions) for use in coverage.uses),
         budget=budget,
         never_matched=[
             [[use.concept, use.images, " · ".join(use.examples)] for use in never if use.in_pool == in_pool]
             for in_pool in (True, False)
         ],
-        skipped=[[reason, count, ", ".join(names)] for reason, count, names in reasons(data.skipped)],
-        num_skipped=len(data.skipped),
+        skipped=[[reason, count, ", ".join(names)] for reason, count, names in data.skipped],
+        num_skipped=data.num_skipped,
     )
 
 
@@ -222,6 +231,15 @@ def _sources(manifest: Mapping[str, Any]) -> str:
     return "Matcher: {}; proposer: {}; teacher: {}.".format(*parts, teacher)
 
 
+def _sampling(found: Survey) -> str:
+    if not found.is_sampled:
+        return ""
+    return (
+        f" Images and comparisons with the ground truth are of {len(found.regions):,} of the "
+        f"{found.total:,} regions, those of images drawn at random; all else counts every region."
+    )
+
+
 def _options(part: Mapping[str, Any]) -> str:
     others = [
         f"{key}={Path(value).name if isinstance(value, str) else value}"
@@ -295,7 +313,7 @@ def _by_value(quality: PairQuality, parts: Sequence[str], what: str, values: Ten
 def _score_charts(data: ReportData) -> list[Chart]:
     labels = [f"{place / BINS:.1f}" if place % 2 == 0 else "" for place in range(BINS)]
     titles = {"probability": "Probability of the first concept", "objectness": "Objectness of the regions"}
-    return [histogram(title, labels, data.histogram(what), what) for what, title in titles.items()]
+    return [histogram(title, labels, data.survey.histograms[what], what) for what, title in titles.items()]
 
 
 def _coverage_charts(coverage: Coverage) -> list[Chart]:
@@ -314,32 +332,40 @@ def _coverage_charts(coverage: Coverage) -> list[Chart]:
     ]
 
 
-def _labeled(data: ReportData, places: Sequence[int], budget: CropBudget) -> list[LabeledImage]:
+def _labeled(
+    data: ReportData, numbers: Sequence[int], budget: CropBudget, places: Places
+) -> list[LabeledImage]:
     words = data.quality.words if data.quality else None
-    made = (
-        labeled_image(data.place(region), region, words[number] if words else None, budget)
-        for number, region in ((number, data.regions[number]) for number in places)
-    )
+    made = []
+    for number in numbers:
+        region = data.regions[number]
+        place = places(data.survey.images[region.image_id])
+        made.append(labeled_image(place, region, words[number] if words else None, budget))
     return [one for one in made if one is not None]
 
 
 def _by_concept(
-    data: ReportData, concepts: Mapping[str, Sequence[int]], limits: ReportLimits, budget: CropBudget
+    data: ReportData,
+    concepts: Mapping[str, Sequence[int]],
+    limits: ReportLimits,
+    budget: CropBudget,
+    images_of: Places,
 ) -> list[tuple[str, str, list[LabeledImage]]]:
     """Returns concepts with a note on their regions, and examples; those without an image are left out."""
     counts = {name: len(places) for name, places in concepts.items()}
+    totals = {use.concept: use.regions for use in data.coverage.uses}
     shown = []
     for name in pick_concepts(counts, limits.concepts):
         places = concepts[name]
         chosen = pick_pairs([data.regions[place] for place in places], limits.examples)
-        images = _labeled(data, [places[number] for number in chosen], budget)
+        images = _labeled(data, [places[number] for number in chosen], budget, images_of)
         if images:
-            shown.append((name, _note(data, places), images))
+            shown.append((name, _note(data, totals[name], places), images))
     return shown
 
 
-def _note(data: ReportData, places: Sequence[int]) -> str:
-    note = f"{len(places):,} region{'s' * (len(places) != 1)}"
+def _note(data: ReportData, total: int, places: Sequence[int]) -> str:
+    note = f"{total:,} region{'s' * (total != 1)}"
     if data.quality is None:
         return note
     outcomes = Counter(data.quality.words[place] for place in places)

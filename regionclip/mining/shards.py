@@ -7,6 +7,7 @@ order in which the images were mined.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -241,7 +242,29 @@ def read_images(folder: str | Path) -> Iterator[MinedImage]:
         InputError: the folder is unfinished, or a table is missing, damaged or none of mining's.
     """
     for name in read_manifest(folder)["shards"]:
-        yield from image_rows(images_path(Path(folder) / name))
+        yield from image_rows(images_path(shard_in(folder, name)))
+
+
+def read_mined(folder: str | Path) -> Iterator[tuple[MinedImage, list[MinedRegion]]]:
+    """Yields all images of a mined folder with their regions, in order; errors as `read_regions`'."""
+    rules = _rules(_vocabulary_size(Path(folder)))
+    for name in read_manifest(folder)["shards"]:
+        path = shard_in(folder, name)
+        regions = (region for batch in checked_batches(path, rules) for region in regions_of(batch))
+        for image in image_rows(images_path(path)):
+            own = list(itertools.islice(regions, image.regions))
+            if len(own) < image.regions or any(region.image_id != image.image_id for region in own):
+                raise InputError(f"shard {path} and its table of images do not fit each other; mine again")
+            yield image, own
+        if next(regions, None) is not None:
+            raise InputError(f"shard {path} has regions of images that its table lacks; mine again")
+
+
+def shard_in(folder: str | Path, name: str) -> Path:
+    """Returns the path of a shard that a manifest names; InputError when it leads out of the folder."""
+    if leads_out(name):
+        raise InputError(f"{Path(folder) / MANIFEST}: shard {quote(name)} is not in its folder; mine again")
+    return Path(folder) / name
 
 
 def image_rows(path: Path) -> Iterator[MinedImage]:
@@ -335,11 +358,7 @@ def read_region_batches(folder: str | Path) -> Iterator[pa.RecordBatch]:
     """Yields the rows of all shards, checked, some thousand at a time; errors as `read_regions`'."""
     rules = _rules(_vocabulary_size(Path(folder)))
     for name in read_manifest(folder)["shards"]:
-        if leads_out(name):
-            raise InputError(
-                f"{Path(folder) / MANIFEST}: shard {quote(name)} is not in its folder; mine again"
-            )
-        yield from checked_batches(Path(folder) / name, rules)
+        yield from checked_batches(shard_in(folder, name), rules)
 
 
 def checked_batches(path: Path, rules: Sequence[Rule]) -> Iterator[pa.RecordBatch]:

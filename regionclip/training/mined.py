@@ -32,6 +32,7 @@ from regionclip.mining.shards import (
     images_path,
     read_images,
     read_manifest,
+    shard_in,
     shard_rules,
 )
 from regionclip.training.samples import Sample
@@ -134,7 +135,7 @@ class MinedSamples(Sequence[Sample]):
 
     def _arrow(self, shard: int) -> Path:
         """Returns the Arrow file of a shard, which is written when there is none."""
-        source = self.mined / self.shards[shard]
+        source = shard_in(self.mined, self.shards[shard])
         path = self.cache / f"{source.stem}.arrow"
         if not path.exists():
             with replacing(path) as temporary, pa.ipc.new_file(str(temporary), _SCHEMA) as writer:

@@ -17,7 +17,8 @@ import pytest
 from clip_base.jobs.cli import main_regionclip
 from clip_base.storage.files import read_json, write_json, write_text
 from regionclip.concepts.phrases import Phrase
-from regionclip.mining.coverage import cover, reasons
+from regionclip.mining import survey
+from regionclip.mining.coverage import CoveredImage, cover, reasons
 from regionclip.mining.report_page import MAX_CAPTION, caption_around, labeled_image, pick_concepts
 from regionclip.mining.shards import MinedRegion, read_regions, shard_path, write_rows
 from regionclip.reports.crops import CropBudget
@@ -81,6 +82,35 @@ def test_every_true_object_of_the_world_is_counted_once(reported: Path, world: P
         wrong = sum(int(row["pairs"]) for row in csv.DictReader(file))
     metrics = read_json(reported / "metrics.json")
     assert wrong == round(metrics["misclassified"] * metrics["evaluated"])
+
+
+def test_of_many_regions_a_sample_of_images_is_compared_and_all_are_counted(
+    mined: Path,
+    world: Path,
+    reported: Path,
+    tmp_path: Path,
+    regionclip: Command,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    whole, regions = read_json(reported / "metrics.json"), list(read_regions(mined))
+    monkeypatch.setattr(survey, "SAMPLE", len(regions) // 2)
+    call = [f"mined={mined}", f"annotations={world}/instances_train.json", f"split={world}/split.json"]
+    assert regionclip("report", *call, f"out={tmp_path / 'out'}")[0] == 0
+    part = read_json(tmp_path / "out" / "metrics.json")
+    sampled = part["sampled_regions"]
+    assert 0 < sampled < len(regions)
+    assert part["by_probability"][0]["pairs"] == sampled
+    for key in ("regions", "images", "phrases", "phrases_matched", "probability_histogram"):
+        assert part[key] == whole[key]
+    sizes = {region.image_id: 0 for region in regions}
+    for region in regions:
+        sizes[region.image_id] += 1
+    sums = {0}
+    for size in sizes.values():
+        sums |= {total + size for total in sums}
+    assert sampled in sums  # of whole images
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert f"{sampled:,} of the {len(regions):,} regions" in text
 
 
 def test_without_true_boxes_nothing_is_judged(mined: Path, tmp_path: Path, regionclip: Command):
@@ -163,11 +193,13 @@ def phrase(text: str) -> Phrase:
 
 
 def test_coverage_counts_a_concept_once_an_image():
-    captions = {1: ["red cup", "cup"], 2: ["cup", "tree", "tree top"], 3: []}
+    images = [
+        CoveredImage(["red cup", "cup"], [("cup", 0.5), ("cup", 0.5)]),
+        CoveredImage(["cup", "tree", "tree top"], [("sun", 0.9)]),
+        CoveredImage([], []),
+    ]
     found = cover(
-        [region(1), region(1), region(2, "sun", 0.9)],
-        captions,
-        [1, 2, 3],
+        images,
         ["cup", "sun"],
         {"cup": 0, "sun": 1},
         lambda texts: [[phrase(text)] for text in texts],

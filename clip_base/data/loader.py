@@ -14,6 +14,7 @@ from clip_base.data.sampler import epoch_length, epoch_order
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError, JobError
 from clip_base.storage.files import write_text
+from clip_base.storage.remote import RemoteError
 
 Item = TypeVar("Item", covariant=True)
 B = TypeVar("B")
@@ -186,6 +187,8 @@ class _Fetch:
             seed = ((self.seed * 1_000_003 + turn) * 1_000_003 + index) % 2**63
             try:
                 return self.items.item(place, torch.Generator().manual_seed(seed))
+            except RemoteError:  # says nothing about the sample
+                raise
             except InputError as error:
                 broken[place] = str(error)
         last = next(reversed(broken.values()))

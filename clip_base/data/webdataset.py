@@ -24,6 +24,7 @@ from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError, note, shortened
 from clip_base.runtime.progress import track
 from clip_base.storage.files import ENCODING_HELP, decode_text, parse_json
+from clip_base.storage.remote import RemoteError
 from clip_base.storage.tars import Integers, Member, Packed, TarIndex, expand, read_index, stream
 
 _NOWHERE = (0, -1)  # offset and size of what a record lacks
@@ -265,6 +266,8 @@ def stream_records(tar: str, config: WebdatasetConfig, images: bool = True) -> I
             for member in stream(tar, wanted):
                 begun = True
                 yield member.name, member
+        except RemoteError:
+            raise
         except InputError as error:
             if not begun:
                 raise

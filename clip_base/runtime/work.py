@@ -38,7 +38,7 @@ class Failure:
     def of(cls, error: Exception) -> Failure:
         """Keeps an error that is being handled."""
         text = traceback.format_exc()
-        kept = error if type(error) is InputError or isinstance(error, OSError) else None
+        kept = error if isinstance(error, InputError | OSError) else None
         return cls(kept, text.strip().splitlines()[-1], text)
 
     def again(self) -> Exception:

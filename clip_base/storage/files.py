@@ -64,6 +64,11 @@ def existing(path: str | Path, what: str = "file") -> Path:
     raise InputError(f"{what} {path} does not exist ({parent} is the last folder on that path which does)")
 
 
+def absolute_path(path: str | Path) -> str:
+    """Returns an absolute path; an address as it is."""
+    return address_of(path) or str(Path(path).absolute())
+
+
 def beside(path: str | Path, ending: str) -> Path | None:
     """Returns the file whose name is another's with an ending behind it; None: there is none.
 

@@ -47,13 +47,17 @@ class RemoteError(InputError):
     """An address cannot be read or written.
 
     Attributes:
+        address: which.
         reason: why, without the address.
         absent: whether the server says that there is nothing.
     """
 
     def __init__(self, address: str, reason: str, absent: bool = False) -> None:
         super().__init__(f"{address} cannot be used: {reason}")
-        self.reason, self.absent = reason, absent
+        self.address, self.reason, self.absent = address, reason, absent
+
+    def __reduce__(self) -> tuple[type[RemoteError], tuple[str, str, bool]]:
+        return RemoteError, (self.address, self.reason, self.absent)
 
 
 def address_of(path: str | Path) -> str | None:

@@ -1,7 +1,8 @@
 """Tar archives: where their members are, and reading them from the start without unpacking.
 
-Uncompressed local tars can be sought in: each tar's headers are read once, and from then on a member is where
-its bytes are. What cannot be sought in (a `.tar.gz`, a stream) is read from its start, see `stream`.
+Uncompressed tars can be sought in: each tar's headers are read once, and from then on a member is where its
+bytes are, at an address too, where it costs a request. What cannot be sought in (a `.tar.gz`), or is wanted
+whole, is read from its start, see `stream`.
 """
 
 # M members of a tar
@@ -27,6 +28,16 @@ from webdataset.shardlists import expand_urls
 
 from clip_base.runtime.errors import InputError, note
 from clip_base.storage.files import GZIPPED, existing, existing_file, replacing
+from clip_base.storage.remote import (
+    RemoteError,
+    RemoteFile,
+    address_is_http,
+    address_of,
+    name_of,
+    open_remote,
+    read_range,
+)
+from clip_base.storage.remote_cache import listing
 
 TAR = ".tar"
 TARS = (TAR, ".tar.gz", ".tgz")  # endings
@@ -54,7 +65,7 @@ class Member:
     """A file inside an uncompressed tar.
 
     Attributes:
-        tar: the archive.
+        tar: the archive, or what `Path` makes of its address.
         offset: of its first byte in the archive.
         size: in bytes.
     """
@@ -65,15 +76,25 @@ class Member:
 
     def read_bytes(self) -> bytes:
         """Returns its content; InputError when the tar ends before it does."""
-        with self.tar.open("rb") as file:
-            file.seek(self.offset)
-            data = file.read(self.size)
+        address = address_of(self.tar)
+        if address is not None:
+            data = read_range(address, self.offset, self.size)
+        else:
+            with self.tar.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.size)
         if len(data) < self.size:
             raise InputError(f"{self} is truncated: it has {len(data)} of {self.size} bytes")
         return data
 
     def __str__(self) -> str:
-        """Its name, read from the header before it: an index of names would fill the memory."""
+        """Its name, read from the header before it: an index of names would fill the memory.
+
+        At an address, which would be asked for it, the place.
+        """
+        address = address_of(self.tar)
+        if address is not None:
+            return f"{address} at byte {self.offset}"
         try:
             with self.tar.open("rb") as file:
                 file.seek(self.offset - _BLOCK)
@@ -109,7 +130,7 @@ def scan(path: Path) -> TarIndex:
     """
     names, offsets, sizes, end, damage = [], [], [], 0, ""
     try:
-        with tarfile.open(existing_file(path, "shard"), "r:") as tar:
+        with open_shard(path) as source, tarfile.open(fileobj=source, mode="r:") as tar:
             while True:
                 member = tar.next()
                 if member is None:
@@ -128,8 +149,8 @@ def scan(path: Path) -> TarIndex:
                 f"shard {path} cannot be read as an uncompressed tar: {error}; unpack compressed files first"
             ) from None
         # The last member is cut off; it is listed as unusable when it is drawn.
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_shard(path) as file:
+        size = file.seek(0, io.SEEK_END)
         file.seek(min(end, size))
         following = file.read(_BLOCK)
     if following.strip(b"\0"):  # tarfile takes a damaged header for the end
@@ -141,9 +162,15 @@ def read_index(path: Path, folder: str = "") -> TarIndex:
     """Returns the index of a tar, kept in `folder` from one run to the next when one is given."""
     if not folder:
         return scan(path)
-    status = existing(path, "shard").stat()
-    stamp = np.array([status.st_size, status.st_mtime_ns], np.int64)
-    digest = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:12]
+    address = address_of(path)
+    if address is not None:
+        with RemoteFile(address) as file:
+            version = int.from_bytes(hashlib.sha256(file.version.encode()).digest()[:7])
+            stamp = np.array([file.size or 0, version], np.int64)
+    else:
+        status = existing(path, "shard").stat()
+        stamp = np.array([status.st_size, status.st_mtime_ns], np.int64)
+    digest = hashlib.sha256((address or str(path.absolute())).encode()).hexdigest()[:12]
     kept = Path(folder) / f"{path.stem}-{digest}.npz"
     if kept.exists():
         try:
@@ -161,28 +188,24 @@ def read_index(path: Path, folder: str = "") -> TarIndex:
 
 
 def expand(shards: str) -> list[Path]:
-    """Returns the local files that `shards` names, see `addresses`.
-
-    Raises:
-        InputError: one of them is not a local file, or there are none.
-    """
-    names = addresses(shards)
-    remote = next((name for name in names if name.startswith("pipe:") or "://" in name), None)
-    if remote is not None:
-        raise InputError(f"shard {remote} is not a local file; download it and give its path")
-    return [Path(name) for name in names]
+    """Returns the tars that `shards` names, see `addresses`, as `Member` and `scan` take them."""
+    return [Path(name) for name in addresses(shards)]
 
 
 def addresses(shards: str) -> list[str]:
-    """Returns the tars that `shards` names: files, folders, patterns, webdataset's braces and `::`.
+    """Returns the tars that `shards` names: files, folders, patterns, addresses, with braces and `::`.
+
+    Those at addresses are not looked for one by one.
 
     Raises:
-        InputError: a local one does not exist, or there are none.
+        InputError: a local one does not exist, there are none, or one is of another kind.
     """
     found: list[str] = []
     for name in expand_urls(shards):
-        if name.startswith("pipe:") or "://" in name:
-            found.append(name)
+        if address_of(name) is not None:
+            found += _tars_at(name)
+        elif name.startswith("pipe:") or "://" in name:
+            raise InputError(f"shard {name} cannot be read; give a path, or s3://, gs://, hf:// or https://")
         elif glob.has_magic(name) and not Path(name).exists():
             matching = sorted(filter(is_tar, glob.glob(name, recursive=True)), key=_order)
             if not matching:
@@ -205,6 +228,16 @@ def _tars_of(path: Path) -> list[str]:
     return sorted(tars, key=_order)
 
 
+def _tars_at(address: str) -> list[str]:
+    """Returns a tar at an address, or those in a folder there or that fit a pattern."""
+    if is_tar(name_of(address)) and not glob.has_magic(address.partition("?")[0]):
+        return [address]
+    tars = sorted(filter(is_tar, listing(address)), key=_order)
+    if not tars:
+        raise InputError(f"{address} holds no tars ({', '.join(TARS)})")
+    return tars
+
+
 def _order(name: str) -> tuple[int, str]:
     return len(name), name  # 2.tar before 10.tar
 
@@ -214,6 +247,8 @@ def names_tars(images: str) -> bool:
     names = [name for name in expand_urls(images) if name] if images else []
     if names and all(map(is_tar, names)):
         return True
+    if len(names) == 1 and address_of(names[0]) is not None and not address_is_http(names[0]):
+        return any(map(is_tar, listing(names[0])))
     if len(names) != 1 or not Path(names[0]).is_dir():
         return False
     entries = [entry for entry in Path(names[0]).iterdir() if not entry.name.startswith(".")]
@@ -325,8 +360,11 @@ def stream(address: str, wanted: Callable[[str], bool]) -> Iterator[Packed]:
         yield from _files_of(source, address, wanted)
 
 
-def open_shard(address: str) -> BinaryIO:
-    """Opens a tar for reading from its start."""
+def open_shard(address: str | Path) -> BinaryIO:
+    """Opens a tar for reading from its start; one at an address comes as it is read."""
+    place = address_of(address)
+    if place is not None:
+        return open_remote(place)
     path = existing_file(address, "shard")
     try:
         return path.open("rb")
@@ -348,6 +386,8 @@ def _files_of(source: _Forward, address: str, wanted: Callable[[str], bool]) -> 
                             raise tarfile.ReadError(f"{member.name} is truncated")
                     yield Packed(member.name, member.offset_data, member.size, data)
                 found = True
+    except RemoteError:  # no damage: what comes next may be read another time
+        raise
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
         if not found:
             raise InputError(f"shard {address} cannot be read as a tar: {error}") from None

@@ -21,6 +21,7 @@ from clip_base.jobs.skipped import require_usable
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.workers import cores, in_turn
 from clip_base.storage.files import write_text
+from clip_base.storage.remote import RemoteError
 from regionclip.data.annotations import CocoDetection, ImageAnnotations
 from regionclip.structures.regions import ImageInfo
 from regionclip.structures.transforms import ResizeConfig, ResizeTransform, resize_shortest_edge, to_batch
@@ -175,6 +176,8 @@ def read_batches(
     def load(item: Item) -> tuple[Item, _Resized | InputError]:
         try:
             decoded = read(item)
+        except RemoteError:  # says nothing about the image
+            raise
         except InputError as error:
             return item, error
         return item, _resized(decoded, resize, keep_pixels)

@@ -20,7 +20,7 @@ from clip_base.images.roots import ImageRoot
 from clip_base.jobs.config import Plugin, build_plugin, check, option, plugin
 from clip_base.jobs.run import files_of
 from clip_base.runtime.errors import InputError
-from clip_base.storage.files import existing
+from clip_base.storage.files import absolute_path, existing
 from clip_base.storage.hashing import text_hash
 from clip_base.storage.tables import open_table
 from clip_base.storage.tars import Member, addresses, names_tars, stem
@@ -223,9 +223,7 @@ def absolute(spec: dict[str, Any]) -> dict[str, Any]:
     """Returns a source's options with absolute paths: processes on other machines begin in other folders."""
     found = dict(spec)
     if spec["name"] == WEBDATASET:
-        found["shards"] = "::".join(
-            tar if "://" in tar else str(Path(tar).absolute()) for tar in addresses(str(spec["shards"]))
-        )
+        found["shards"] = "::".join(absolute_path(tar) for tar in addresses(str(spec["shards"])))
         return found
     for key, value in spec.items():
         if key != "name" and isinstance(value, str) and value and os.path.exists(value):

@@ -24,9 +24,10 @@ from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.progress import Progress
 from clip_base.runtime.workers import run
-from clip_base.storage.files import existing, replacing, write_json
+from clip_base.storage.files import absolute_path, existing, is_file, replacing, write_json
+from clip_base.storage.remote import address_of
 from clip_base.storage.tars import names_tars
-from clip_base.weights.fetching import download
+from clip_base.weights.fetching import download, hub
 from clip_base.weights.load import find, load_clip
 from regionclip.concepts.pool import pool_language, read_concepts
 from regionclip.concepts.spacy_models import model_name
@@ -136,23 +137,26 @@ def _fetched(config: MineConfig) -> MineConfig:
         key: str(find(value)) if isinstance(value, str) and value in download.files() else value
         for key, value in config.proposer.items()
     }
-    return replace(config, weights=str(find(config.weights)), proposer=proposer)
+    # Each machine fetches what is at an address for itself.
+    is_address = address_of(config.weights) is not None and not hub.is_model(config.weights)
+    weights = config.weights if is_address else str(find(config.weights))
+    return replace(config, weights=weights, proposer=proposer)
 
 
 def _anywhere(config: MineConfig) -> MineConfig:
     """Returns the config with absolute paths: processes on other machines begin in other folders."""
     changes: dict[str, Any] = {
-        key: str(Path(getattr(config, key)).absolute()) for key in ("weights", "concepts", "out")
+        key: absolute_path(getattr(config, key)) for key in ("weights", "concepts", "out")
     }
     changes["source"] = absolute(config.source)
     for key in ("proposer", "matcher"):
         options = getattr(config, key).items()
-        changes[key] = {name: str(Path(it).absolute()) if _is_file(it) else it for name, it in options}
+        changes[key] = {name: absolute_path(it) if _is_file(it) else it for name, it in options}
     return replace(config, **changes)
 
 
 def _is_file(value: Any) -> bool:
-    return isinstance(value, str) and Path(value).is_file()
+    return isinstance(value, str) and is_file(value)
 
 
 def is_whole(folder: Path) -> bool:

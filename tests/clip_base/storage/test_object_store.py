@@ -9,10 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from clip_base.data.webdataset import WebdatasetConfig, WebdatasetSource, stream_records
+from clip_base.runtime.errors import InputError
 from clip_base.storage import remote, remote_cache
 from clip_base.storage.files import beside, existing, read_json, read_text
 from clip_base.storage.hashing import content_hash
 from clip_base.storage.remote import RemoteError, filesystem, open_remote, read_range
+from clip_base.storage.tars import addresses
+from clip_base.synthetic.scenes import ScenesConfig, generate
 from clip_base.weights.load import find
 from regionclip.concepts.pool import pool_language
 
@@ -70,6 +74,34 @@ def test_what_stands_beside_a_file_is_found(files: Any, store: str) -> None:
     assert beside(f"{store}/pool.jsonl", ".phrases.db") is None
     with pytest.raises(RemoteError, match="cannot be reached"):
         beside("http://127.0.0.1:9/pool.jsonl", ".meta.json")
+
+
+def test_records_of_tars_are_those_of_local_ones(files: Any, store: str, tmp_path: Path) -> None:
+    scenes = {"images": 6, "val_images": 2, "size": 64, "object_min": 0.3, "workers": 1, "seed": 3}
+    generate(ScenesConfig(out=str(tmp_path / "w"), format="webdataset", tar_images=4, **scenes))
+    names = [path.name for path in sorted((tmp_path / "w").glob("train-*.tar"))]
+    assert len(names) == 2
+    for name in names:
+        files.put_file(str(tmp_path / "w" / name), f"bucket/tars/{name}")
+    files.pipe_file("bucket/tars/notes.txt", b"")
+    assert addresses(f"{store}/tars") == [f"{store}/tars/{name}" for name in names]
+    assert addresses(f"{store}/tars/*1.tar") == [f"{store}/tars/{names[1]}"]
+    here = WebdatasetConfig(shards=str(tmp_path / "w" / "train-{0000..0001}.tar"))
+    there = WebdatasetConfig(shards=f"{store}/tars/train-{{0000..0001}}.tar", index=str(tmp_path / "index"))
+    wanted = WebdatasetSource(here).pairs()
+    for _ in range(2):  # the second time by the kept index
+        found = WebdatasetSource(there).pairs()
+        assert len(found) == len(wanted) == 6
+        for number in range(6):
+            assert found[number].captions == wanted[number].captions
+            assert found[number].image.read_bytes() == wanted[number].image.read_bytes()
+    assert len(list((tmp_path / "index").iterdir())) == 2
+    streamed = [record for tar in addresses(f"{store}/tars") for record in stream_records(tar, there)]
+    assert [record.captions for record in streamed] == [wanted[number].captions for number in range(6)]
+    with pytest.raises(InputError, match="holds no tars"):
+        addresses(f"{store}/nothing")
+    with pytest.raises(InputError, match="cannot be read; give a path, or s3://"):
+        addresses("pipe:cat x.tar")
 
 
 def test_a_folder_of_too_many_files_is_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import io
+import pickle
 import sys
 import tarfile
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clip_base.data.webdataset import WebdatasetConfig, stream_records
 from clip_base.runtime.errors import InputError
 from clip_base.storage import remote, remote_cache
 from clip_base.storage.files import existing, read_json
@@ -172,6 +174,21 @@ def test_a_tar_is_read_as_it_arrives_and_can_be_sought_in(server: Server) -> Non
     assert b"".join(found.values()) == CONTENT[:400_000]
 
 
+def test_a_network_that_fails_is_no_damage_of_a_tar(server: Server) -> None:
+    """Else a unit of mining would end early and count as done."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        for number in range(4):
+            member = tarfile.TarInfo(f"{number}.jpg")
+            member.size = 100_000
+            tar.addfile(member, io.BytesIO(CONTENT[number * 100_000 :]))
+    server.content, server.moods = packed.getvalue(), ["cut", *["503"] * 9]
+    records = stream_records(server.at("x.tar"), WebdatasetConfig(shards="x"))
+    assert next(records).key == "0"
+    with pytest.raises(RemoteError, match="answers 503"):
+        list(records)
+
+
 def test_a_copy_is_kept_until_the_file_changes(server: Server) -> None:
     server.content = b'{"a": 1}'
     assert read_json(server.at("x.json?token=1")) == {"a": 1}
@@ -202,6 +219,15 @@ def test_a_killed_copy_goes_on_where_it_was(server: Server, monkeypatch: pytest.
     server.requests.clear()
     assert existing(server.at("x.bin")).read_bytes() == CONTENT
     assert server.requests == [None, "bytes=123456-"]
+
+
+def test_an_error_comes_through_from_another_process() -> None:
+    error = pickle.loads(pickle.dumps(RemoteError("s3://a/b", "it is gone", absent=True)))
+    assert (str(error), error.reason, error.absent) == (
+        "s3://a/b cannot be used: it is gone",
+        "it is gone",
+        True,
+    )
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import GZIPPED, make_folder, replacing
-from clip_base.storage.tars import Member
+from clip_base.storage.tars import Member, open_shard
 
 _TRIES = 5  # that a copy may be dropped by another process between finding and opening it
 
@@ -53,7 +53,12 @@ class TarSpool:
 
     def _copy(self, tar: Path, copy: Path) -> None:
         try:
-            with replacing(copy) as temporary, gzip.GzipFile(tar) as source, temporary.open("wb") as target:
+            with (
+                open_shard(tar) as packed,
+                gzip.GzipFile(fileobj=packed) as source,
+                replacing(copy) as temporary,
+                temporary.open("wb") as target,
+            ):
                 shutil.copyfileobj(source, target, 1 << 20)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise InputError(f"tar {tar} cannot be unpacked ({error}); was it truncated?") from None

@@ -8,8 +8,9 @@ from typing import Any
 from clip_base.images.roots import ImageRoot
 from clip_base.runtime.errors import InputError, note
 from clip_base.storage.files import existing
+from clip_base.storage.remote import address_of
 from clip_base.storage.spool import SpooledMember, TarSpool, is_gzipped
-from clip_base.storage.tars import Member, addresses, names_tars
+from clip_base.storage.tars import TAR, Member, addresses, names_tars
 from regionclip.mining.shards import MANIFEST, MinedImage
 
 
@@ -24,7 +25,8 @@ class MinedImages:
         window: how many copies are kept.
 
     Raises:
-        InputError: the folder or a tar is not there, or a tar has another size than when it was mined.
+        InputError: the folder or a tar is not there, or a tar has another size than when it was mined; those
+            at addresses are not looked for.
     """
 
     def __init__(
@@ -46,9 +48,13 @@ class MinedImages:
         try:
             for tar, size in sizes.items():
                 path = self.tars[tar] = moved.get(Path(tar).name, Path(tar))
-                if existing(path, "tar").stat().st_size != size:
-                    raise InputError(f"tar {path} has another size than when it was mined; mine again")
-                if is_gzipped(path):
+                if address_of(path) is not None:  # not asked for one by one
+                    is_compressed = not str(path).lower().endswith(TAR)
+                else:
+                    if existing(path, "tar").stat().st_size != size:
+                        raise InputError(f"tar {path} has another size than when it was mined; mine again")
+                    is_compressed = is_gzipped(path)
+                if is_compressed:
                     self.gzipped.add(tar)
             if not sizes:
                 self.root = ImageRoot(images or manifest["images_folder"] or "/")

@@ -6,7 +6,7 @@ import io
 import json
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import read_json_lines, write_text
+from clip_base.storage.remote import address_of
 from clip_base.storage.tables import TableWriter
 from regionclip.concepts.phrases import read_stop_words
 from regionclip.concepts.pool import read_concepts
@@ -26,7 +27,7 @@ from regionclip.mining.miner import mining_parser, rows_of
 from regionclip.mining.places import MinedImages
 from regionclip.mining.quality import measure_pairs
 from regionclip.mining.report_page import THRESHOLDS, ReportData, ReportLimits, make_page
-from regionclip.mining.shards import read_manifest
+from regionclip.mining.shards import local_mined, read_manifest
 from regionclip.mining.survey import survey
 
 
@@ -74,7 +75,7 @@ def report(config: ReportConfig) -> None:
     run = RunFolder(config.out, config, "region-report")
     limits = ReportLimits(config.max_regions, config.concepts, config.examples, config.max_report_mb)
     with tempfile.TemporaryDirectory() as copies:  # of compressed tars
-        data, places = read_data(config, Path(copies))
+        data, places = read_data(replace(config, mined=local_mined(config.mined)), Path(copies))
         write_text(run.path / "report.html", make_page(data, limits, places))
     _write_tables(run.path, data)
     metrics = _metrics(data)
@@ -123,7 +124,7 @@ def read_data(config: ReportConfig, copies: Path) -> tuple[ReportData, MinedImag
 
 
 def _there(path: str, what: str, option_: str) -> Path:
-    if not Path(path).exists():
+    if address_of(path) is None and not Path(path).exists():
         raise InputError(f"the mined {what} {path} does not exist; give its new location with {option_}")
     return Path(path)
 

@@ -21,6 +21,7 @@ from clip_base.runtime.errors import InputError, quote
 from clip_base.storage.files import existing, read_json, replacing
 from clip_base.storage.parquet_files import open_parquet
 from clip_base.storage.paths import leads_out
+from clip_base.storage.remote import address_of
 from clip_base.weights.native import open_safetensors
 from regionclip.data.region_tables import (
     BOX,
@@ -287,6 +288,11 @@ def batches(path: Path, schema: pa.Schema, columns: list[str] | None = None) -> 
                 f"{path} is not a shard of mined regions (its columns: {found}); use another folder"
             )
         yield from file.iter_batches(_ROWS, columns=columns)
+
+
+def local_mined(mined: str) -> str:
+    """Returns a folder of mined pairs as it was given; of one at an address, the copy in the cache."""
+    return mined if address_of(mined) is None else str(existing(mined, "folder of mined pairs"))
 
 
 def read_manifest(folder: str | Path, *needs: str) -> dict[str, Any]:

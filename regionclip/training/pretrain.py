@@ -22,7 +22,7 @@ from clip_base.weights.load import load_clip, weight_files
 from clip_base.weights.native import save_clip
 from regionclip.concepts.synonyms import synonym_sets
 from regionclip.concepts.vocabulary import Vocabulary
-from regionclip.mining.shards import MANIFEST, read_manifest
+from regionclip.mining.shards import MANIFEST, local_mined, read_manifest
 from regionclip.models.region_heads import KEY, choose_head
 from regionclip.training.mined import MinedSamples
 from regionclip.training.region_text import RegionPretrainConfig, RegionTextTask, Teacher
@@ -57,10 +57,11 @@ def scaled(train: TrainConfig, lr_reference_batch_size: int) -> TrainConfig:
 def pretrain(config: RegionPretrainConfig) -> None:
     """Pretrains a CLIP on mined regions or crops; writes `out/model.safetensors`."""
     inputs = {**weight_files(config, "weights", "teacher"), **files_of(config, "captions", "synonyms")}
+    given, config = config, replace(config, mined=local_mined(config.mined))
     manifest = Path(config.mined) / MANIFEST
     if config.mined and manifest.exists():  # else reading the shards says what is wrong
         inputs["mined"] = manifest
-    run = RunFolder(config.out, config, "region-pretrain", inputs)
+    run = RunFolder(config.out, given, "region-pretrain", inputs)
     if run.finished() is not None:
         print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
         return

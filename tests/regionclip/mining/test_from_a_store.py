@@ -1,4 +1,4 @@
-"""Tars, weights and concepts in an object store are mined into it, and training reads all of it from there."""
+"""Tars, weights and concepts in an object store are mined into it; report and training read them there."""
 
 from __future__ import annotations
 
@@ -55,6 +55,8 @@ def test_tars_in_a_store_give_the_regions_of_the_folder(
     assert read_manifest(folder)["images"] == 12
     assert not list((tmp_path / "cache").rglob("*.tar"))  # tars are never here whole
 
+    code, told = regionclip("report", f"mined={store}/mined", f"out={tmp_path / 'report'}")
+    assert code == 0, told
     training = ["train.steps=2", "train.batch_size=4", "train.precision=fp32", "resize.short=[64]"]
     training += ["resize.long=64", weights, f"out={tmp_path / 'trained'}"]
     code, told = regionclip("pretrain", f"mined={store}/mined", *training)

@@ -26,6 +26,7 @@ from clip_base.evaluation.tables import print_classes, summarize, to_csv
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder
+from clip_base.jobs.skipped import require_present
 from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.progress import Progress
 from clip_base.storage.files import write_text
@@ -145,7 +146,11 @@ def linear_probe(config: LinearProbeConfig) -> None:
 def _listed(config: LinearProbeConfig, which: str) -> tuple[list[str], list[EvaluationImage]]:
     """Returns the names of the classes and the images of a part, which may not be there."""
     folder, annotations = getattr(config, which), getattr(config, f"{which}_annotations")
-    return coco_images(annotations, folder) if annotations else folder_images(folder)
+    if not annotations:
+        return folder_images(folder)
+    names, examples = coco_images(annotations, folder)
+    require_present([example.path for example in examples], config.max_skipped, which)
+    return names, examples
 
 
 def _embedded(

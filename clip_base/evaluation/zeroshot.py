@@ -19,6 +19,7 @@ from clip_base.evaluation.tables import print_classes, summarize, to_csv
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder, files_of
+from clip_base.jobs.skipped import require_present
 from clip_base.runtime.errors import InputError, note
 from clip_base.runtime.precision import autocast
 from clip_base.storage.files import is_file, read_text, write_text
@@ -64,6 +65,7 @@ def zeroshot(config: ZeroshotConfig) -> None:
         return
     if config.annotations:
         names, examples = coco_images(config.annotations, config.images)
+        require_present([example.path for example in examples], config.max_skipped, "images")
     else:
         names, examples = folder_images(config.images)
     names = class_names(config.names, names)

@@ -18,6 +18,7 @@ from typing import BinaryIO, Protocol
 from PIL import Image, UnidentifiedImageError
 
 from clip_base.runtime.errors import InputError
+from clip_base.storage.kinds import kind_of
 from clip_base.storage.limits import MEGAPIXELS
 from clip_base.storage.tars import member_at
 
@@ -114,7 +115,8 @@ def open_image_file(path: str | Path | Stored) -> Iterator[Image.Image]:
 def undecodable(error: Exception, name: object) -> InputError:
     """Returns the error of an image that a decoder has raised `error` for."""
     if isinstance(error, UnidentifiedImageError):  # which names an object in memory
-        reason = "it is of no known format"
+        kind = kind_of(name) if isinstance(name, str | Path) else ""
+        reason = f"it is {kind}" if kind else "it is of no known format"
     else:
         reason = " ".join(str(error).split()) or type(error).__name__
     return InputError(f"image {name} does not decode: {reason}")

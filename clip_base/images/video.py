@@ -16,6 +16,7 @@ from PIL import Image
 from clip_base.images.decode import Pixels
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import existing, replacing
+from clip_base.storage.kinds import kind_of
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 CODECS = ("mp4v", "avc1", "vp09")
@@ -58,7 +59,9 @@ class Video:
         self.file, self.every, self.seen = existing(file, "video"), every, 0
         self._capture = cv2.VideoCapture(str(file))
         if not self._capture.isOpened():
-            raise InputError(f"video {file} cannot be decoded; is it a complete video file?")
+            kind = kind_of(file)
+            what = f"it is {kind}" if kind not in ("", "a video") else "is it a complete video file?"
+            raise InputError(f"video {file} cannot be decoded; {what}")
         self.rate = capture_rate(self._capture) / every
         self.count = max(-(-int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)) // every), 0)
 

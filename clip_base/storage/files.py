@@ -22,6 +22,7 @@ from charset_normalizer import from_bytes
 
 from clip_base.runtime.announce import announced
 from clip_base.runtime.errors import InputError, quote
+from clip_base.storage.kinds import EMPTY, HEAD, JSON, instead, kind_of_bytes
 from clip_base.storage.limits import require_unpacked
 from clip_base.storage.remote import address_of
 from clip_base.storage.remote_cache import exists_at, fetch
@@ -164,6 +165,9 @@ def read_json(path: str | Path, what: str = "JSON file") -> Any:
                 content = _unpacked(content, f"{what} {path}")
             except (OSError, EOFError, zlib.error) as error:
                 raise InputError(f"{what} {path} cannot be unpacked ({error}); was it truncated?") from None
+        kind = kind_of_bytes(content[:HEAD])
+        if kind not in ("", EMPTY, JSON):
+            raise InputError(f"{what} {path} is {kind}, and a file of JSON is needed")
         text = decode_text(content, f"{what} {path}")
         if not text.strip():
             raise InputError(f"{what} {path} is empty; write it again or give another path")
@@ -260,7 +264,8 @@ def _no_text(where: str, problem: str, head: bytes, data: bytes, encoding: str |
     """Returns a message: the problem, what the bytes look like, how to fix it."""
     found = _looks_like(head, data)
     if found is None:
-        return f"{where} cannot be read as text: {problem}; is it the right file?"
+        what = instead(head) or "; is it the right file?"
+        return f"{where} cannot be read as text: {problem}{what}"
     name, sample = found
     remedy = "save it as UTF-8" if encoding is None else f"save it as UTF-8 or give encoding={name}"
     return f"{where} cannot be read: {problem}; it looks like {name} ({quote(sample, 40)}); {remedy}"

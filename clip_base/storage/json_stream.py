@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import json_fault, open_text
+from clip_base.storage.kinds import JSON, kind_of
 
 _BLOCK = 1 << 20  # characters read at once
 _WHITE = " \t\n\r"
@@ -37,6 +38,9 @@ def stream_entries(path: str | Path, what: str = "JSON file") -> Iterator[tuple[
     except _MalformedError as error:
         if error.empty:
             raise InputError(f"{what} {path} is empty; write it again or give another path") from None
+        kind = kind_of(path)
+        if kind not in ("", JSON):
+            raise InputError(f"{what} {path} is {kind}, and a file of JSON is needed") from None
         fault = json_fault(error.reason, f" at line {error.line}")
         raise InputError(f"{what} {path} is not valid JSON: {fault}") from None
 

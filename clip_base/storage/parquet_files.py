@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from clip_base.runtime.errors import InputError, shortened
 from clip_base.storage.files import existing_file
+from clip_base.storage.kinds import kind_of
 from clip_base.storage.limits import require_unpacked
 
 _LEAST = 4  # bytes that a row takes in memory at the least
@@ -44,5 +45,8 @@ def open_parquet(
     except InputError:
         raise
     except _FAULTS as error:
+        kind = kind_of(path)
+        if kind not in ("", "a Parquet table"):
+            raise InputError(f"{what} {path} is {kind}, and a Parquet table is needed") from None
         reason = shortened(next(iter(str(error).splitlines()), "") or type(error).__name__, 200)
         raise InputError(f"{what} {path} cannot be read as Parquet ({reason}); {remedy}") from None

@@ -20,6 +20,7 @@ from clip_base.models.configs import CLIPConfig
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError, shortened
 from clip_base.storage.files import existing_file, naming_full_disk, parse_json, replacing
+from clip_base.storage.kinds import kind_of
 from clip_base.storage.safetensors_files import sort_metadata
 
 FORMAT = "clip_base.clip/1"
@@ -173,6 +174,9 @@ def _unreadable(path: Path, error: Exception, what: str) -> InputError:
             f"{what} {path} is no safetensors file but what torch.save writes: rename it to .pth"
         )
     reason = shortened(" ".join(str(error).split()), 200)
+    kind = kind_of(path)
+    if kind not in ("", "a safetensors file"):
+        return InputError(f"{what} {path} is {kind}, and a safetensors file is needed")
     return InputError(
         f"{what} {path} cannot be read ({reason}); it was truncated or is not a safetensors file: copy it "
         "again"

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from clip_base.runtime.errors import InputError
+from clip_base.storage.kinds import kind_of
 from clip_base.storage.limits import require_unpacked
 
 _STORAGES = {
@@ -268,6 +269,9 @@ def _refusal(path: Path, found: str) -> InputError:
 
 
 def _damaged(path: Path, error: BaseException) -> InputError:
+    kind = kind_of(path)
+    if kind not in ("", "a PyTorch file", "a Python pickle", "a zip archive", "a tar archive"):
+        return InputError(f"weights file {path} is {kind}, not weights; is it the right file?")
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return InputError(
         f"weights file {path} cannot be read ({reason}); it was truncated or is damaged: copy it again"

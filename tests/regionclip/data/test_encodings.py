@@ -185,7 +185,7 @@ def test_the_encoding_that_a_text_looks_like(tmp_path: Path, text: str, encoding
 def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\xff")
     os.mkfifo(tmp_path / "pipe")
-    for path, reason in ((tmp_path / "a.png", "is it the right file"), (tmp_path, "is a folder")):
+    for path, reason in ((tmp_path / "a.png", "it is a PNG image"), (tmp_path, "is a folder")):
         with pytest.raises(InputError, match=reason):
             read_text(path)
     with pytest.raises(InputError, match="not a regular file"):

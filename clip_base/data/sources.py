@@ -10,11 +10,13 @@ from typing import Protocol
 
 from clip_base.data.coco import read_captions
 from clip_base.images.decode import Stored
+from clip_base.images.roots import ImageRoot
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError, note, quote, shortened
-from clip_base.storage.files import ENCODING_HELP, existing, read_json_lines
+from clip_base.storage.files import ENCODING_HELP, read_json_lines
 from clip_base.storage.paths import image_in
 from clip_base.storage.tables import DELIMITER_HELP, open_table
+from clip_base.storage.tars import names_tars
 
 SOURCES = "clip_base.sources"
 SPLIT_LINES_HELP = "whether each line of a text is a caption of its own; false: all of it is one"
@@ -66,10 +68,10 @@ class CocoCaptionsSource:
 
     def pairs(self) -> list[Pair]:
         """Returns one pair an image."""
-        folder = existing(self.config.images, "images folder")
+        root = ImageRoot(self.config.images)
         captions, names = read_captions(self.config.captions)
         where = f"captions file {self.config.captions}"
-        return [Pair(image_in(folder, names[key], where), tuple(texts)) for key, texts in captions.items()]
+        return [Pair(root.path(names[key], where), tuple(texts)) for key, texts in captions.items()]
 
 
 @dataclass
@@ -175,4 +177,8 @@ def grouped(rows: list[tuple[str, str]], images: str, beside: Path, where: str) 
     if not images:
         return [Pair(beside / image, tuple(texts)) for image, texts in captions.items()]
     folder = Path(images)
-    return [Pair(image_in(folder, image, where), tuple(texts)) for image, texts in captions.items()]
+    root = ImageRoot(folder) if names_tars(str(folder)) else None
+    return [
+        Pair(root.path(image, where) if root else image_in(folder, image, where), tuple(texts))
+        for image, texts in captions.items()
+    ]

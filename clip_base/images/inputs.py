@@ -33,6 +33,7 @@ from clip_base.images.headers import open_image_file
 from clip_base.images.samples import located
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import existing
+from clip_base.storage.tars import TAR, expand, names_tars, scan
 
 ImageLike = str | Path | Image.Image | npt.NDArray[Any] | Tensor
 LARGE = 25_000_000  # pixels
@@ -91,9 +92,9 @@ def image_files(places: Sequence[str], endings: Collection[str] = IMAGE_SUFFIXES
     """Returns the image files that some places stand for, in the order given, each once.
 
     Args:
-        places: files; samples such as `sample:cat`; folders, which stand for the files directly in them;
-            patterns such as `photos/*.jpg` or `photos/**/*.jpg`, where `**` is any folders below. Folders are
-            listed by `list_files`.
+        places: files; samples such as `sample:cat`; uncompressed tars, which stand for the images in them;
+            folders, which stand for the files directly in them; patterns such as `photos/*.jpg` or
+            `photos/**/*.jpg`, where `**` is any folders below. Folders are listed by `list_files`.
         endings: of the files that folders and patterns stand for; a file that is named itself may end
             otherwise.
 
@@ -105,7 +106,11 @@ def image_files(places: Sequence[str], endings: Collection[str] = IMAGE_SUFFIXES
         if "://" in place_:
             raise InputError(f"{place_} is a URL; download it and give the path of the file")
         path = located(place_)
-        if glob.has_magic(place_) and not path.exists():
+        if TAR not in endings and names_tars(place_):
+            for tar in expand(place_):
+                names = scan(tar).names
+                files += [tar / name for name in names if Path(name).suffix.lower() in endings]
+        elif glob.has_magic(place_) and not path.exists():
             inside = _matching(path, endings)
             if not inside:
                 raise InputError(f"pattern {place_!r} matches no file ({', '.join(sorted(endings))})")

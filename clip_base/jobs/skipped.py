@@ -8,6 +8,7 @@ from typing import Any
 
 from clip_base.jobs.config import option
 from clip_base.runtime.errors import InputError, JobError
+from clip_base.storage.tars import tar_of
 
 _SAMPLE = 200  # files that are looked for before all are
 MAX_SKIPPED = 0.5  # what is trained or measured in clip_base has a smaller default
@@ -55,7 +56,7 @@ def require_present(files: Sequence[Any], max_skipped: float, where: str) -> Non
         max_skipped: the share in [0, 1] that may be missing; all of them never may.
         where: the option or file that names them, for the message.
     """
-    paths = [file for file in files if isinstance(file, Path)]
+    paths = [file for file in files if isinstance(file, Path) and tar_of(file) is None]
     if not paths:
         return
     some = paths if len(paths) <= _SAMPLE else paths[:: len(paths) // _SAMPLE]

@@ -6,6 +6,7 @@ from pathlib import Path, PurePath
 
 from clip_base.runtime.errors import InputError, quote
 from clip_base.storage.limits import OUTSIDE_IMAGES
+from clip_base.storage.tars import tar_of
 
 
 def image_in(folder: Path, name: str, where: str) -> Path:
@@ -36,8 +37,9 @@ def image_in(folder: Path, name: str, where: str) -> Path:
 
 
 def name_in(folder: Path, path: Path) -> str:
-    """Returns an image's name relative to its folder; the whole path of one that is not in it."""
-    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+    """Returns an image's name relative to its folder or tar; the whole path of one that is in neither."""
+    root = folder if path.is_relative_to(folder) else tar_of(path)
+    return str(path if root is None else path.relative_to(root))
 
 
 def leads_out(name: str) -> bool:

@@ -11,26 +11,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_base.jobs.config import REQUIRED, option, runtime_only
+from clip_base.data.sources import SOURCES
+from clip_base.jobs.config import REQUIRED, Plugin, option, plugin, runtime_only
 from clip_base.jobs.everyday import everyday
-from clip_base.jobs.run import differences
+from clip_base.jobs.run import differences, hashes_of
 from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.progress import track
 from clip_base.runtime.workers import EXECUTOR_HELP, EXECUTORS
 from clip_base.storage.files import ENCODING_HELP, existing, read_json, write_json, write_text
 from clip_base.storage.hashing import content_hash, text_hash
 from clip_base.storage.lock import lock_file
+from clip_base.storage.tars import names_tars
 from regionclip.concepts.phrase_cache import PhraseStore, phrases_file
 from regionclip.concepts.phrases import PhraseParser, hidden_by, read_stop_words
 from regionclip.concepts.pool import EXAMPLES, Concept, ConceptCounts, count, meta_file, pool, read_concepts
 from regionclip.concepts.synonyms import aliases_of, forms, given_classes
 from regionclip.data.captions import cleaned, read_texts
 from regionclip.data.categories import parse_names
+from regionclip.data.pairs import WEBDATASET, source_inputs, source_texts
 
 FORMAT = "regionclip.concepts"
 VERSION = 3  # raised when the same captions begin to give another pool
@@ -49,8 +52,11 @@ class ConceptsConfig:
     """Captions in, a pool of concepts out."""
 
     captions: str = option(
-        REQUIRED, "captions: COCO's JSON, .txt (one per line), or .jsonl, .csv, .tsv with a caption column"
+        "",
+        "captions: COCO's JSON, .txt (one per line), .jsonl, .csv, .tsv with a caption column, or webdataset "
+        "tars",
     )
+    source: Plugin = plugin(SOURCES, "none", "source of image-text pairs, instead of captions=")
     out: str = option(REQUIRED, "file to write, JSON Lines: concept, count, examples, kind")
     min_count: int = option(100, "minimum number of captions that mention a concept")
     classes: list[str] = option(
@@ -82,6 +88,22 @@ class ConceptsConfig:
         for name, least in {"min_count": 1, "workers": 0, "batch_size": 1}.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if bool(self.captions) == (self.source["name"] != "none"):
+            raise InputError("give captions=FILE, captions=TARS, or source.name=… with its options")
+
+    @property
+    def pairs(self) -> dict[str, Any] | None:
+        """The source of pairs and its options; None: `captions` is a file of captions."""
+        if names_tars(self.captions):
+            return {"name": WEBDATASET, "shards": self.captions}
+        return None if self.captions else dict(self.source)
+
+    def texts(self) -> Iterator[str]:
+        """Yields the captions, cleaned."""
+        if self.pairs is None:
+            yield from read_texts(self.captions, self.column, self.encoding)
+        else:
+            yield from source_texts(self.pairs)
 
 
 def build(config: ConceptsConfig) -> None:
@@ -89,8 +111,7 @@ def build(config: ConceptsConfig) -> None:
     out, meta_path = Path(config.out), meta_file(config.out)
     if out.is_dir():
         raise InputError(f"out={out} is a folder; give a file, such as {out / 'concepts.jsonl'}")
-    captions = existing(config.captions, "captions file")
-    provenance = _provenance(config, captions)
+    provenance = _provenance(config)
     with lock_file(out):
         if out.exists():
             _require_same(out, meta_path, provenance)
@@ -108,10 +129,8 @@ def _make(config: ConceptsConfig, out: Path, meta_path: Path, provenance: dict[s
     parser = parser_of(config, classes)
     kept = phrases_file(out) if config.cache_phrases else ""
     parser.memory = store = PhraseStore(kept, parser.fingerprint, provenance["captions_sha256"])
-    captions = sum(1 for _ in read_texts(config.captions, config.column, config.encoding))
-    tally = count(
-        read_texts(config.captions, config.column, config.encoding), captions, parser, aliases_of(classes)
-    )
+    captions = sum(1 for _ in config.texts())
+    tally = count(config.texts(), captions, parser, aliases_of(classes))
     if not classes and max(tally.counts.values(), default=0) < config.min_count:
         raise _nothing_left(config, tally)
     concepts = pool(tally, classes, config.min_count)
@@ -160,18 +179,22 @@ def _at(counts: Counter[str], cut: int) -> int:
     return sum(times >= cut for times in counts.values())
 
 
-def _provenance(config: ConceptsConfig, captions: Path) -> dict[str, Any]:
+def _provenance(config: ConceptsConfig) -> dict[str, Any]:
     """Returns what decides the result: two runs with equal provenance write equal pools."""
     free = runtime_only(ConceptsConfig)
     options = {key: value for key, value in asdict(config).items() if key not in free and key != "out"}
-    options["captions"] = captions.name
-    if captions.is_dir():
-        raise InputError(f"captions={captions} is a folder; give the file of captions in it")
+    if config.pairs is None:
+        captions = existing(config.captions, "captions file")
+        if captions.is_dir():
+            raise InputError(f"captions={captions} is a folder; give the file of captions in it")
+        options["captions"], digest = captions.name, content_hash(captions)
+    else:
+        digest = text_hash([json.dumps(hashes_of(source_inputs(config.pairs)), sort_keys=True)])
     return {
         "format": FORMAT,
         "version": VERSION,
         "options": options,
-        "captions_sha256": content_hash(captions),
+        "captions_sha256": digest,
         "classes_sha256": text_hash(given_classes(config.classes)),
         "stop_words_sha256": text_hash(sorted(read_stop_words(config.stop_words))),
     }
@@ -192,16 +215,15 @@ def _require_same(out: Path, meta_path: Path, provenance: dict[str, Any]) -> Non
 
 
 def _nothing_left(config: ConceptsConfig, tally: ConceptCounts) -> JobError:
+    where = config.captions or f"the source {config.source['name']}"
     if not tally.counts:
-        return JobError(
-            f"no noun phrase was found in {config.captions}; is language={config.language or 'en'} right?"
-        )
+        return JobError(f"no noun phrase was found in {where}; is language={config.language or 'en'} right?")
     name, most = max(tally.counts.items(), key=lambda item: item[1])
     # About the hundred most frequent concepts, so that the suggestion leaves a pool and not one name.
     hundredth = sorted(tally.counts.values(), reverse=True)[:100][-1]
     return JobError(
-        f"no concept of {config.captions} is named by {config.min_count} captions; the most frequent, "
-        f"{name!r}, by {most}: try min_count={max(min(hundredth, most), 1)}"
+        f"no concept of {where} is named by {config.min_count} captions; the most frequent, {name!r}, by "
+        f"{most}: try min_count={max(min(hundredth, most), 1)}"
     )
 
 
@@ -261,7 +283,7 @@ def _absent(config: ConceptsConfig, parser: PhraseParser, name: str) -> str:
     stems = [word[: max(1, len(word) - 4)] for word in name.split()]
     likely = Counter(
         text
-        for text in read_texts(config.captions, config.column, config.encoding)
+        for text in config.texts()
         if all(any(word.startswith(stem) for word in text.lower().split()) for stem in stems)
     )
     times_named, examples, hiding = 0, list[str](), Counter[str]()

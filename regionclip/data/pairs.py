@@ -31,7 +31,7 @@ from regionclip.data.caption_index import (
     write_caption_index,
     write_pair_index,
 )
-from regionclip.data.captions import storable
+from regionclip.data.captions import cleaned, storable
 
 WEBDATASET = "webdataset"
 _PER_TAR = 1 << 32  # numbers of images in one tar; the tar's own number stands above them
@@ -75,13 +75,17 @@ class PairOptions:
 
     def pair_inputs(self) -> dict[str, Path | str]:
         """Returns what decides the pairs besides the options, for `RunFolder`; tars count by their size."""
-        spec = self.source_options()
-        if spec["name"] == WEBDATASET:
-            return {"input_tars": text_hash(_stamp(tar) for tar in addresses(spec["shards"]))}
-        if "captions" in spec and Path(str(spec["captions"])).is_file():
-            return {"captions": Path(spec["captions"])}
-        holder = type("Holder", (), {"source": {key: v for key, v in spec.items() if key != "name"}})
-        return files_of(holder, "source")
+        return source_inputs(self.source_options())
+
+
+def source_inputs(spec: dict[str, Any]) -> dict[str, Path | str]:
+    """Returns what decides a source's pairs besides its options: its files, and tars by their size."""
+    if spec["name"] == WEBDATASET:
+        return {"input_tars": text_hash(_stamp(tar) for tar in addresses(spec["shards"]))}
+    if "captions" in spec and Path(str(spec["captions"])).is_file():
+        return {"captions": Path(spec["captions"])}
+    holder = type("Holder", (), {"source": {key: value for key, value in spec.items() if key != "name"}})
+    return files_of(holder, "source")
 
 
 def _stamp(tar: str) -> str:
@@ -130,6 +134,42 @@ class Unit:
     name: str
     count: int | None
     part: ImageRange | str
+
+
+def source_texts(spec: dict[str, Any]) -> Iterator[str]:
+    """Yields the captions of a source, see `cleaned`; empty ones are left out, and images are not read.
+
+    Args:
+        spec: the source's name and options.
+
+    Raises:
+        InputError: the source cannot be read, or has no captions.
+    """
+    if spec["name"] == WEBDATASET:
+        options = {key: value for key, value in spec.items() if key != "name"}
+        config = check(WebdatasetConfig, options, "source")
+        records = (
+            one for tar in addresses(config.shards) for one in stream_records(tar, config, images=False)
+        )
+        found = (text for record in records for text in record.captions)
+    else:
+        source: Source = build_plugin(SOURCES, spec)
+        pairs = source.pairs()
+        found = (text for number in range(len(pairs)) for text in _captions_at(pairs, number))
+    any_text = False
+    for text in map(cleaned, found):
+        if text:
+            any_text = True
+            yield text
+    if not any_text:
+        raise InputError(f"the source {spec['name']} has no captions; check its options")
+
+
+def _captions_at(pairs: Pairs, number: int) -> tuple[str, ...]:
+    try:
+        return pairs[number].captions
+    except InputError:  # an image without a text beside it; mining lists it
+        return ()
 
 
 class PairReader(Protocol):

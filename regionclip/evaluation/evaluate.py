@@ -13,6 +13,7 @@ import torch
 
 from clip_base.data.coco import annotation_inputs, coco_entry, read_instances
 from clip_base.evaluation.tables import figure_lines
+from clip_base.images.roots import ImageRoot
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder, files_of
@@ -20,7 +21,7 @@ from clip_base.jobs.skipped import max_skipped_option, require_share
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import Progress
-from clip_base.storage.files import existing, write_json, write_text
+from clip_base.storage.files import write_json, write_text
 from clip_base.storage.tables import TableWriter
 from clip_base.weights.load import weight_files
 from regionclip.checkpoints.load import look_for, vocabulary_for
@@ -157,7 +158,7 @@ def evaluate(config: EvaluateConfig) -> None:
 def _measure(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     if config.images:
-        existing(config.images, "images folder")
+        ImageRoot(config.images)
     content = read_instances(config.annotations)
     truth = CocoDetection(config.annotations, None, content=content)
     print(truth.report())
@@ -202,7 +203,7 @@ def _measure(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
                 f"{_RENUMBER}"
             )
         if config.report:
-            images = Path(config.images) if config.images else None
+            images = ImageRoot(config.images) if config.images else None
             write_page(run.path / PAGE, evaluation, matches, truth, images, metrics)
     return metrics
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clip_base.images.roots import ImageRoot
 from clip_base.storage.files import write_text
 from regionclip.data.annotations import ImageAnnotations
 from regionclip.metrics.average_precision import NOTHING, Evaluation, mean_of
@@ -47,7 +48,7 @@ def write_page(
     evaluation: Evaluation,
     matches: MatchResult,
     truth: Sequence[ImageAnnotations],
-    images: Path | None,
+    images: ImageRoot | None,
     metrics: Mapping[str, float],
 ) -> None:
     """Writes the page; it opens from disk and loads nothing else.
@@ -57,7 +58,7 @@ def write_page(
         evaluation: what was measured.
         matches: its detections, matched with the ground truth.
         truth: the annotated images; their paths are relative to `images`.
-        images: the folder of the images; None: the page has no images.
+        images: the folder or the tars of the images; None: the page has no images.
         metrics: the job's figures, of which top-1 and top-5 are shown too.
     """
     threshold = matches.best_threshold()
@@ -71,7 +72,7 @@ def write_page(
     files = (
         {}
         if images is None
-        else {one.image_id: (images / one.path, (one.height, one.width)) for one in truth}
+        else {one.image_id: (images.path(str(one.path)), (one.height, one.width)) for one in truth}
     )
     page = html.render(
         "evaluation.html",

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from clip_base.images.roots import ImageRoot
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.everyday import everyday
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.progress import track
-from clip_base.storage.files import existing
 from clip_base.storage.hashing import text_hash
 from clip_base.storage.paths import name_in
 from regionclip.data.annotations import CocoDetection, ImageAnnotations
@@ -52,7 +52,7 @@ class ConvertDataConfig:
 
 def convert_data(config: ConvertDataConfig) -> None:
     """Converts annotations, or detections in their images, to the format of another program."""
-    existing(config.images, "images folder")
+    ImageRoot(config.images)
     dataset = CocoDetection(config.annotations, config.images)
     print(dataset.report())
     results = _results(config, dataset) if config.results else None

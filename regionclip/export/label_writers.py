@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
+import tempfile
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from clip_base.runtime.errors import InputError
 from clip_base.storage.files import existing, make_folder, read_json, replacing, write_json, write_text
 from clip_base.storage.json_stream import stream_entries
 from clip_base.storage.paths import leads_out
+from clip_base.storage.tars import names_tars
 from regionclip.structures.labels import LabeledImage, LabelTarget
 
 
@@ -23,7 +26,7 @@ class CocoWriter:
     """One JSON file of annotations in COCO's format, written entry by entry; boxes carry a score."""
 
     def __init__(self, target: LabelTarget) -> None:
-        self.target, self.images = target, list[dict[str, Any]]()
+        self.target, self.images = target, 0
         self.annotations = 0
         self._closing = contextlib.ExitStack()
 
@@ -43,6 +46,8 @@ class CocoWriter:
     def __enter__(self) -> CocoWriter:
         temporary = self._closing.enter_context(replacing(self.target.out))
         self._file = self._closing.enter_context(temporary.open("w", encoding="utf-8"))
+        # The images stand behind the annotations in the file, and in memory they would be too many.
+        self._listed = self._closing.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))
         listed = [{"id": label + 1, "name": name} for label, name in enumerate(self.target.categories)]
         self._file.write(
             f'{{"info": {_json(self.target.info)},\n"categories": {_json(listed)},\n"annotations": ['
@@ -53,19 +58,18 @@ class CocoWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            self._file.write(f'],\n"images": {_json(self.images)}}}\n')
+            self._file.write('],\n"images": [')
+            self._listed.seek(0)
+            shutil.copyfileobj(self._listed, self._file)
+            self._file.write("]}\n")
         self._closing.__exit__(kind, error, trace)
 
     def add(self, image: LabeledImage) -> None:
         """See `LabelWriter`."""
-        self.images.append(
-            {
-                "id": image.image_id,
-                "file_name": image.file_name,
-                "height": image.height,
-                "width": image.width,
-            }
-        )
+        size = {"height": image.height, "width": image.width}
+        entry = {"id": image.image_id, "file_name": image.file_name, **size}
+        self._listed.write((", " if self.images else "") + _json(entry))
+        self.images += 1
         for row, ((x1, y1, x2, y2), label) in enumerate(zip(image.boxes, image.labels, strict=True)):
             self._file.write(",\n" if self.annotations else "\n")
             self.annotations += 1
@@ -220,7 +224,16 @@ def require_images(target: LabelTarget, kind: str) -> None:
 
 
 def link_images(link: Path, images_folder: str) -> None:
-    """Makes a link to the images folder, beside the labels."""
+    """Makes a link to the images folder, beside the labels.
+
+    Raises:
+        InputError: there is no such folder, or the images are in tars.
+    """
+    if names_tars(images_folder):
+        raise InputError(
+            f"this format links to the images as files, but they are in tars ({images_folder}): unpack them "
+            "and give images=FOLDER, or write format=coco or csv"
+        )
     if not link.is_symlink():
         target = existing(images_folder, "images folder").absolute()
         make_folder(link.parent)

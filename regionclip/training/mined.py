@@ -101,11 +101,7 @@ class MinedSamples(Sequence[Sample]):
 
     def _require_images(self, images: str) -> None:
         """Looks for some images before anything is trained on them."""
-        some = (
-            range(0, len(self), max(len(self) // _LOOKED_AT, 1))
-            if self.places.root and not self.places.root.tars
-            else ()
-        )
+        some = range(0, len(self), max(len(self) // _LOOKED_AT, 1)) if self.places.root else ()
         files = [path for index in some if isinstance(path := self[index].path, Path)]
         require_present(files, MAX_SKIPPED, f"images={images}")
 

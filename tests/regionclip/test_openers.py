@@ -68,6 +68,7 @@ OPENERS: dict[str, dict[str, str]] = {
     "gzip.GzipFile": {
         "clip_base/storage/files.py": "read_json",
         "clip_base/storage/tars.py": "stream",
+        "clip_base/storage/spool.py": "a copy of a tar, whose damage is an InputError",
     },
     "gzip.open": {},
     "Image.open": {"clip_base/images/headers.py": "open_image"},
@@ -96,7 +97,7 @@ OPENERS: dict[str, dict[str, str]] = {
     "torch.jit.load": {},
     "onnxruntime.InferenceSession": {"clip_base/export/graphs.py": "the graph that it has just written"},
     "safetensors.safe_open": {},
-    "pa.ipc.open_file": {},
+    "pa.ipc.open_file": {"regionclip/training/mined.py": "what this run has written of its shards"},
     "tomllib.load": {},
 }
 

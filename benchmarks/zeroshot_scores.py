@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from clip_base.data.coco import coco_entry
@@ -52,6 +53,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=5, help="draws of names")
     parser.add_argument("--side", type=int, default=96, help="pixels of the images' longer side")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 5, 65], help="numbers of names")
+    parser.add_argument(
+        "--sigmoid", type=float, nargs=2, metavar=("FACTOR", "OFFSET"), help="of another CLIP's calibration"
+    )
     return parser.parse_args()
 
 
@@ -70,7 +74,7 @@ def seen(detector: Detector, records: list[ImageAnnotations]) -> Iterator[Seen]:
                 yield record, boxes, regions.scores[mine], found[mine]
 
 
-def calibrated(images: list[Seen], rows: Tensor) -> tuple[Tensor, Tensor]:
+def calibrated(images: list[Seen], rows: Tensor) -> tuple[float, float]:
     """Returns the factor and the offset of a sigmoid that tells a region's true name from others."""
     cosines, truths = [], []
     for record, boxes, _, found in images:
@@ -81,17 +85,8 @@ def calibrated(images: list[Seen], rows: Tensor) -> tuple[Tensor, Tensor]:
             truth[overlap[:, place] >= 0.5, label] = 1
         truths.append(truth)
     x, y = torch.cat(cosines).flatten(), torch.cat(truths).flatten()
-    factor, offset = torch.tensor(20.0, requires_grad=True), torch.tensor(0.0, requires_grad=True)
-    optimizer = torch.optim.LBFGS([factor, offset], max_iter=200)
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = torch.nn.functional.binary_cross_entropy_with_logits(factor * x + offset, y)
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return factor.detach(), offset.detach()
+    fitted = LogisticRegression(C=1e6).fit(x[:, None].numpy(), y.numpy())
+    return float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
 
 
 def background_of(images: list[Seen]) -> Tensor:
@@ -141,6 +136,10 @@ def main() -> None:
         "and generic negatives": lambda cosines, others, _, scale: softmax(scale * cosines, scale * others),
         "sigmoid, calibrated": lambda cosines, *_: (factor * cosines + offset).sigmoid(),
     }
+    if options.sigmoid:
+        other, shift = options.sigmoid
+        ways["sigmoid of another CLIP"] = lambda cosines, *_: (other * cosines + shift).sigmoid()
+    print(f"sigmoid, calibrated: factor {factor:.2f}, offset {offset:.2f}\n")
     print(f"| scores | names | AP50 | right above {THRESHOLD} | objects found | such boxes per image |")
     print("|---|---|---|---|---|---|")
     for name, way in ways.items():

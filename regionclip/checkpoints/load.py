@@ -216,8 +216,9 @@ def look_for(
     templates: Sequence[str],
     own_words: bool,
     source: str = "the detector",
+    multi_label: bool = False,
 ) -> None:
-    """Sets a detector's vocabulary, and beside it the negatives that its config asks for.
+    """Sets a detector's vocabulary, the negatives beside it, and whether a region keeps its best name alone.
 
     Args:
         detector: a trained one has its background, and takes no negatives unless they are asked for.
@@ -225,6 +226,8 @@ def look_for(
         templates: prompts for the negatives.
         own_words: whether the names are a user's own words; else they are all that a dataset annotates.
         source: see `Detector.set_vocabulary`.
+        multi_label: own words: a region is returned under every name that it scores with, as it is in
+            evaluation, and not under its best alone.
 
     Raises:
         InputError: the embeddings do not have the detector's width.
@@ -235,7 +238,7 @@ def look_for(
     if beside is None and (wanted == "generic" or (wanted == "auto" and own_words and not detector.trained)):
         tokenizer = Tokenizer(detector.clip.config.text.context_length)
         beside = embed_negatives(detector.clip, tokenizer, vocabulary, templates)
-    detector.set_vocabulary(vocabulary, source, beside)
+    detector.set_vocabulary(vocabulary, source, beside, one_name=own_words and not multi_label)
 
 
 def _rows(path: Path) -> Tensor:

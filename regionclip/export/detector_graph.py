@@ -19,7 +19,7 @@ from clip_base.data.batch import ImageBatch
 from clip_base.images.decode import normalize
 from clip_base.runtime.errors import InputError
 from regionclip.models.detector import DELTA_WEIGHTS, Detector
-from regionclip.models.postprocess import score, to_unit_interval
+from regionclip.models.postprocess import best_names, score, to_unit_interval
 from regionclip.structures.boxes import clip_boxes, decode_deltas, iou, valid_boxes
 from regionclip.structures.regions import FeatureMaps, Regions
 
@@ -111,6 +111,8 @@ class DetectorGraph(nn.Module):
         scores = torch.where(usable[:, None] & (scores >= config.min_score), scores, -1.0)
         if not self.suppress:
             return boxes, to_unit_interval(scores.clamp(min=0), config.fusion)
+        if self.detector.one_name:
+            scores = best_names(scores)
         boxes, scores, labels = self.pick(boxes, scores)
         return boxes, to_unit_interval(scores, config.fusion), labels
 

@@ -30,7 +30,7 @@ from clip_base.storage.files import write_text
 from clip_base.storage.hashing import text_hash
 from clip_base.storage.lock import lock_folder
 from regionclip.checkpoints import zoo
-from regionclip.data.batches import DecodedImage, read_batches, read_upright
+from regionclip.data.batches import DecodedImage, LoadedBatch, read_batches, read_upright
 from regionclip.data.categories import parse_names
 from regionclip.inference.datasets import planned_datasets, write_datasets
 from regionclip.inference.detection_files import is_moving, targets_of, write_detections
@@ -96,6 +96,15 @@ class DetectConfig(EnsembleOptions):
     stream_seconds: float = option(
         0.0, "cameras and streams: stop after this time; 0: at Ctrl-C, which keeps what was found"
     )
+    multi_label: bool = option(
+        False, "return a region under every name that it scores with, not under its best alone"
+    )
+    nms_across_names: float = option(
+        1.0, "IoU above which the lower scored of two boxes of different names is dropped; 1: none is"
+    )
+    max_drawn: int = option(
+        30, "boxes drawn per image, those of the highest scores, so that they can be told apart; 0: all"
+    )
     frame_stride: int = option(1, "videos: process and write every n-th frame", renamed_from="every")
     max_skipped: float = max_skipped_option()
     video_codec: str = option(
@@ -118,9 +127,12 @@ class DetectConfig(EnsembleOptions):
         if self.vocabulary and not self.text_weights and not self.embeddings:
             self.text_weights = zoo.text_tower(self.weights, parse_names(self.vocabulary))
         require_share(self.max_skipped)
-        if self.frame_stride < 1 or self.top_k < 0 or not 0 <= self.score_threshold <= 1:
+        if not 0 <= self.nms_across_names <= 1:
+            raise InputError(f"nms_across_names must be in [0, 1], found {self.nms_across_names}")
+        if self.frame_stride < 1 or min(self.top_k, self.max_drawn) < 0 or not 0 <= self.score_threshold <= 1:
             raise InputError(
-                f"frame_stride={self.frame_stride} must be at least 1, top_k={self.top_k} not negative, "
+                f"frame_stride={self.frame_stride} must be at least 1, top_k={self.top_k} and "
+                f"max_drawn={self.max_drawn} not negative, "
                 f"score_threshold={self.score_threshold} in [0, 1]"
             )
         if not 0 <= self.stream_seconds < float("inf"):
@@ -163,7 +175,7 @@ def detect(config: DetectConfig) -> None:
     datasets = planned_datasets(config.format, out, names, files, header)
     with contextlib.ExitStack() as closing:
         closing.enter_context(lock_folder(out))
-        predictor = config.predictor()
+        predictor = config.predictor(multi_label=config.multi_label)
         if queries:
             predictor.set_vocabulary(vocabulary_of(predictor, queries))
         else:
@@ -244,7 +256,7 @@ class DetectionRunner:
             keep_pixels=True,
         )
         for group in groups:
-            for (image_id, source), pixels, found in group.map(self.predictor.detect_loaded):
+            for (image_id, source), pixels, found in group.map(self._detect_loaded):
                 assert pixels is not None
                 self._write(found, pixels, source, image_id)
             self.journal.end(group.count)
@@ -258,7 +270,7 @@ class DetectionRunner:
         likely = self._note(found, pixels, image_id, {"file_name": str(source.file)})
         shown = found.with_min_score(self.config.score_threshold)
         if self.config.draw:
-            save_image(draw(pixels, shown), source.target)
+            save_image(draw(pixels, self._drawn(shown)), source.target)
         print(f"{source.target if self.config.draw else source.file}: {shown!r}")
         for index, ranked in enumerate(likely):
             score = float(found.scores[index])
@@ -266,6 +278,20 @@ class DetectionRunner:
                 corners = ", ".join(f"{side:.0f}" for side in found.boxes[index].tolist())
                 others = ", ".join(f"{name} {probability:.2f}" for name, probability in ranked)
                 print(f"  {found.names[int(found.labels[index])]} {score:.2f} at ({corners}): {others}")
+
+    def _detect_loaded(self, batch: LoadedBatch[Any]) -> list[Detections]:
+        threshold = self.config.nms_across_names
+        return [found.with_nms(threshold) for found in self.predictor.detect_loaded(batch)]
+
+    def _drawn(self, shown: Detections) -> Detections:
+        """Returns what is drawn of what may be shown; says once that there was more."""
+        limit = self.config.max_drawn
+        if not limit or len(shown) <= limit:
+            return shown
+        note(
+            f"images with more than {limit} boxes show the {limit} of the highest scores; the files have all"
+        )
+        return shown.top(limit)
 
     def process_video(self, source: Source) -> None:
         """Looks at a video in batches of frames; one that does not decode, or not to its end, is noted."""
@@ -285,7 +311,9 @@ class DetectionRunner:
                     for frame, shown, texts in self._look_at_frames(frames, source, video, tracker):
                         names.update({shown.names[label] for label in shown.labels.tolist()})
                         if writer is not None:
-                            writer.add(draw(frame.pixels, shown, texts=texts))
+                            drawn_ones = self._drawn(shown)  # best first, as the texts are
+                            texts = texts[: len(drawn_ones)]
+                            writer.add(draw(frame.pixels, drawn_ones, texts=texts))
                     self.progress.advance(len(frames), source.file.name)
             except KeyboardInterrupt:
                 if not live:
@@ -304,6 +332,7 @@ class DetectionRunner:
         batch = [(frame.pixels, (frame.pixels.shape[0], frame.pixels.shape[1])) for frame in frames]
         first = self.journal.images + 1 + video.seen - len(frames)
         for slot, found in enumerate(self.predictor.detect_batch(batch, first)):
+            found = found.with_nms(self.config.nms_across_names)
             frame = frames[slot]
             where = {"file_name": str(source.file), "frame": frame.number, "time": round(frame.time, 3)}
             tracks = tracker(found) if tracker else [None] * len(found)

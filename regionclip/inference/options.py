@@ -97,11 +97,12 @@ class DetectorOptions(DetectorSource, ComputeOptions):
         free = runtime_only(type(self))
         return {key: value for key, value in describe(self).items() if key not in free}
 
-    def predictor(self, proposes: bool = True) -> Predictor:
+    def predictor(self, proposes: bool = True, multi_label: bool = False) -> Predictor:
         """Loads the detector and its proposer; it looks for nothing yet.
 
         Args:
             proposes: whether there must be a way to proposals.
+            multi_label: see `Predictor`.
 
         Raises:
             InputError: a file is missing, damaged or does not fit, or a CLIP was given no proposer.
@@ -116,7 +117,7 @@ class DetectorOptions(DetectorSource, ComputeOptions):
         proposer = build_proposer(self.proposer, device) if named else None
         if self.compile:
             detector.encoder.compile()
-        return Predictor(detector, proposer, self.precision, self.templates)
+        return Predictor(detector, proposer, self.precision, self.templates, multi_label)
 
 
 @dataclass(kw_only=True)

@@ -62,6 +62,7 @@ def load(
     text_weights: str = "",
     region_head: str = "auto",
     compile: bool = False,
+    multi_label: bool = False,
 ) -> Predictor:
     """Loads a detector, or a CLIP to detect with, ready for images.
 
@@ -81,6 +82,7 @@ def load(
         region_head: a ResNet CLIP: "per_region" runs layer4 on each region, "shared" once per image; "auto":
             as the weights were trained, else per_region.
         compile: compiles a ResNet's trunk with torch.compile; pays off for many images of one size.
+        multi_label: returns a region under every name that it scores with, not under its best alone.
 
     Raises:
         InputError: a file is missing, damaged or does not fit; there is no such device or precision, or no
@@ -101,7 +103,7 @@ def load(
         source = build_proposer(spec, place_)
     if compile:
         detector.encoder.compile()
-    predictor = Predictor(detector, source, precision, templates)
+    predictor = Predictor(detector, source, precision, templates, multi_label)
     if vocabulary is not None:
         predictor.set_vocabulary(vocabulary, embeddings)
     return predictor
@@ -122,6 +124,7 @@ class Predictor:
         proposer: proposer of regions; None: the detector's own network.
         precision: one of `clip_base.runtime.precision.PRECISIONS`.
         templates: prompts for new names.
+        multi_label: see `load`.
     """
 
     def __init__(
@@ -130,8 +133,9 @@ class Predictor:
         proposer: Proposer | None,
         precision: str = "auto",
         templates: Sequence[str] = DEFAULT_TEMPLATES,
+        multi_label: bool = False,
     ) -> None:
-        self.detector, self.proposer = detector, proposer
+        self.detector, self.proposer, self.multi_label = detector, proposer, multi_label
         self.precision, self.templates = precision, tuple(templates)
         autocast(precision, self.device)  # raises here and not at the first image
 
@@ -170,7 +174,7 @@ class Predictor:
             if embeddings:
                 raise InputError(f"a Vocabulary has its own embeddings; omit embeddings={embeddings}")
             with autocast(self.precision, self.device):
-                look_for(self.detector, names, self.templates, own_words=True)
+                look_for(self.detector, names, self.templates, own_words=True, multi_label=self.multi_label)
             return
         words = parse_names(str(names)) if isinstance(names, str | Path) else list(names)
         if not all(isinstance(word, str) for word in words):
@@ -180,7 +184,7 @@ class Predictor:
         check_names(words)
         with autocast(self.precision, self.device):
             vocabulary = vocabulary_for(self.detector, words, words, self.templates, embeddings=embeddings)
-            look_for(self.detector, vocabulary, self.templates, own_words=True)
+            look_for(self.detector, vocabulary, self.templates, own_words=True, multi_label=self.multi_label)
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Returns [C, D] float32 unit-length embeddings of names, in the space of its regions and images.

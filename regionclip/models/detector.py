@@ -16,6 +16,7 @@ from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.models.box_head import BoxHead, make_box_head
 from regionclip.models.postprocess import (
     DetectorConfig,
+    best_names,
     best_of_each_image,
     postprocess,
     score,
@@ -58,7 +59,8 @@ class Detector(nn.Module):
     Attributes:
         encoder: embeds regions with the CLIP's vision tower.
         vocabulary: what it looks for; None until `set_vocabulary` is called.
-        negatives: [M, D], what competes with it; see `set_vocabulary`.
+        negatives: [M, D], what competes with it; see `set_vocabulary`, as for the next.
+        one_name: whether a region is returned under its best name alone.
 
     Raises:
         ValueError: a box head without a background or without a tower whose map it could read, or the other
@@ -101,6 +103,7 @@ class Detector(nn.Module):
         self.encoder.check_padding(self.resize.multiple)
         self.class_embeddings = class_embeddings
         self.vocabulary: Vocabulary | None = None
+        self.one_name = False
         width = clip.config.embed_dim
         self.register_buffer("classifier", torch.zeros(0, width), persistent=False)
         self.register_buffer("negatives", torch.zeros(0, width), persistent=False)
@@ -167,7 +170,11 @@ class Detector(nn.Module):
         return self.network is not None and self.network.config.share_trunk
 
     def set_vocabulary(
-        self, vocabulary: Vocabulary, source: str = "the detector", negatives: Tensor | None = None
+        self,
+        vocabulary: Vocabulary,
+        source: str = "the detector",
+        negatives: Tensor | None = None,
+        one_name: bool = False,
     ) -> None:
         """Makes the detector look for these names from now on.
 
@@ -176,12 +183,13 @@ class Detector(nn.Module):
             source: what has the width, for the message.
             negatives: [M, D], unit length, names that share the probabilities and are not reported; see
                 `regionclip.concepts.negatives`. None: there are none.
+            one_name: whether a region is returned under its best name alone.
 
         Raises:
             InputError: the embeddings do not have the detector's width.
         """
         vocabulary.require_width(self.clip.config.embed_dim, source)
-        self.vocabulary = vocabulary
+        self.vocabulary, self.one_name = vocabulary, one_name
         self.classifier = vocabulary.embeddings.to(self.classifier.device)
         beside = self.classifier.new_zeros(0, self.classifier.shape[1]) if negatives is None else negatives
         self.negatives = beside.to(self.classifier.device)
@@ -328,6 +336,8 @@ class Detector(nn.Module):
     def _select(self, boxes: Tensor, scores: Tensor, frame: ResizeTransform) -> Detections:
         """Picks one image's detections from [n, 4] boxes and [n, C] scores."""
         assert self.vocabulary is not None
+        if self.one_name:
+            scores = best_names(scores)
         boxes, values, labels = postprocess(clip_boxes(boxes, frame.size), scores, self.config)
         originals = clip_boxes(frame.invert_boxes(boxes), frame.original)
         values = to_unit_interval(values, self.config.fusion)

@@ -157,6 +157,16 @@ def to_unit_interval(scores: Tensor, fusion: str) -> Tensor:
     return scores / (1 + scores) if fusion == "legacy_logit" else scores
 
 
+def best_names(scores: Tensor) -> Tensor:
+    """Returns [N, C] scores in which a region keeps the first of its best names; the others are -1.
+
+    Args:
+        scores: [N, C], C above 0; a row with a NaN stays without one.
+    """
+    best = torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.argmax(1, keepdim=True), True)
+    return scores.where(best, -1.0)
+
+
 def postprocess(boxes: Tensor, scores: Tensor, config: DetectorConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Picks one image's detections: threshold, suppression within each name, the best of all names.
 

@@ -20,7 +20,7 @@ from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import write_json, write_text
 from clip_base.storage.tables import TableWriter
-from regionclip.structures.boxes import xywh_to_xyxy, xyxy_to_xywh
+from regionclip.structures.boxes import nms, xywh_to_xyxy, xyxy_to_xywh
 from regionclip.structures.checks import check_tensor, rows
 from regionclip.structures.drawing import FORMATS, draw, save_image
 
@@ -129,6 +129,21 @@ class Detections:
         if k < 0:
             raise ValueError(f"k must be at least 0, got {k}")
         return self[self.scores.argsort(descending=True, stable=True)[:k]]
+
+    def with_nms(self, threshold: float = 0.5) -> Detections:
+        """Returns what is left when the lower scored of two overlapping boxes is dropped, of any names.
+
+        Args:
+            threshold: the largest IoU that two boxes may have, in [0, 1]; 1: nothing is dropped.
+
+        Raises:
+            ValueError: the threshold is not in [0, 1].
+        """
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+        if threshold == 1:
+            return self
+        return self[nms(self.boxes, self.scores, torch.zeros_like(self.labels), threshold)]
 
     def resized(self, size: tuple[int, int]) -> Detections:
         """Returns the same detections in pixels of the same image at another size, (height, width)."""

@@ -199,6 +199,7 @@ def detected(
     options: Options = {
         "images": f"[{world / 'images' / 'val'}]",
         "weights": detector_file,
+        "multi_label": True,
     }
     names = [name for part in json.loads((world / "split.json").read_text()).values() for name in part]
     options["vocabulary"] = ",".join(names)

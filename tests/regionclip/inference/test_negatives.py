@@ -20,7 +20,13 @@ def predictor(clip_file: Path, names: list[str], negatives: str = "auto") -> Pre
     small = ResizeConfig(short=[64], long=96)
     config = DetectorConfig(negatives=negatives)
     return regionclip.load(
-        clip_file, names, proposer={"name": "grid"}, resize=small, config=config, precision="fp32"
+        clip_file,
+        names,
+        proposer={"name": "grid"},
+        resize=small,
+        config=config,
+        precision="fp32",
+        multi_label=True,
     )
 
 

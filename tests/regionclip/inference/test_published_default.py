@@ -19,6 +19,7 @@ import torch
 from clip_base.images.samples import located
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
+from clip_base.storage import remote
 from clip_base.storage.hashing import file_hash
 from clip_base.weights.fetching import download
 from clip_base.weights.fetching.published import Published
@@ -145,7 +146,7 @@ def test_offline_one_line_says_what_is_missing_and_what_to_do(
     regionclip: Run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gdown", None)
-    monkeypatch.setattr(download, "_PAUSE", 0.0)
+    monkeypatch.setattr(remote, "PAUSE", 0.0)
     gone = {
         zoo.DETECTOR: zoo.FILES[zoo.DETECTOR],
         "RN50": Published("http://127.0.0.1:9/RN50.pt", "0" * 64, 5 << 20),

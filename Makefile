@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 DETECTRON2 := $(VENV)/.detectron2
 
-.PHONY: install quickstart check docs test format clean detectron2
+.PHONY: install quickstart check docs test fuzz format clean detectron2
 
 install: $(STAMP)
 
@@ -47,6 +47,15 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --dur
 test: check docs detectron2
 	@$(PYTEST) -m "not slow"
 	@$(PYTEST) -m slow
+
+# Damaged files and killed jobs, by the thousand: hours on two cores. The tables go into docs/reliability.md.
+FUZZ_FILES ?= 20000
+FUZZ_SEED ?= 1
+FUZZ_KILLS ?= 20
+
+fuzz: install
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/campaign.py --files $(FUZZ_FILES) --seed $(FUZZ_SEED) --keep build/fuzz --write
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/kills.py --kills $(FUZZ_KILLS) --seed $(FUZZ_SEED) --write
 
 format: install
 	@$(BIN)/ruff check --quiet --fix .

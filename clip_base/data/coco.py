@@ -225,7 +225,7 @@ def box_of(entry: dict[str, Any], where: str) -> tuple[float, float, float, floa
     try:
         sides = () if isinstance(entry["bbox"], str) else entry["bbox"]
         x, y, width, height = (float(value) for value in sides)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         x = y = width = height = math.nan
     if not is_in_pixels(x, y, width, height):
         raise InputError(
@@ -241,7 +241,7 @@ def area_of(entry: dict[str, Any], where: str) -> float | None:
         return None
     try:
         area = float(entry["area"])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         area = math.nan
     if not 0 <= area < math.inf:
         raise InputError(

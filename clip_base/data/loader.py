@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from clip_base.data.sampler import epoch_length, epoch_order
 from clip_base.runtime import distributed
-from clip_base.runtime.errors import InputError, JobError
-from clip_base.storage.files import write_text
+from clip_base.runtime.errors import InputError, JobError, quote
+from clip_base.storage.files import read_log, write_text
 from clip_base.storage.remote import RemoteError
 
 Item = TypeVar("Item", covariant=True)
@@ -136,13 +136,15 @@ class Loader(Generic[B]):
 
     def _recall(self, skipped: Path) -> None:
         whole = []
-        for line in skipped.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                break  # the line that a kill cut off
-            self.broken[int(entry["sample"])] = str(entry["reason"])
-            whole.append(line + "\n")
+        for number, entry in enumerate(read_log(skipped, "list of skipped samples", ("sample", "reason")), 1):
+            sample = entry["sample"]
+            if not isinstance(sample, int) or not 0 <= sample < len(self.items):
+                raise InputError(
+                    f"list of skipped samples {skipped}, line {number}: there is no sample {quote(sample)}; "
+                    "correct or delete that line"
+                )
+            self.broken[sample] = str(entry["reason"])
+            whole.append(json.dumps(entry) + "\n")
         write_text(skipped, "".join(whole))
 
     def _note(self, broken: dict[int, str]) -> None:

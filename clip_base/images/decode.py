@@ -149,7 +149,7 @@ def _is_plain(data: bytes) -> bool:
     if data[:2] == b"BM":  # 24 bits per pixel, not compressed
         return data[28:34] == b"\x18\x00\x00\x00\x00\x00"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":  # lossy; in the extended form neither alpha nor frames
-        return data[12:16] == b"VP8 " or (data[12:16] == b"VP8X" and not data[20] & 0x12)
+        return data[12:16] == b"VP8 " or (data[12:16] == b"VP8X" and not int.from_bytes(data[20:21]) & 0x12)
     return False
 
 

@@ -20,7 +20,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 
 from clip_base.jobs import familiar, plugins
 from clip_base.jobs.shipped import find_config
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, quote, shortened
 from clip_base.storage.tables import read_yaml
 
 T = TypeVar("T")
@@ -146,10 +146,10 @@ def _merge(config: Any, change: Any, where: str) -> Any:
         known = [name for name, _, _ in fields_of(schema)]
         value = OmegaConf.select(change, key)
         hint = _new_name(schema, key) or familiar.hint(key, value, known) or plugins.did_you_mean(key, known)
-        raise InputError(f"{where}there is no option {key!r}; {hint}") from None
-    except (ValidationError, OmegaConfBaseException, AssertionError) as error:
+        raise InputError(f"{where}there is no option {quote(key)}; {hint}") from None
+    except (ValidationError, OmegaConfBaseException, AssertionError, TypeError) as error:
         key, reason = getattr(error, "full_key", ""), str(error).splitlines()[0]
-        raise InputError(f"{where}option {key!r}: {reason}") from None
+        raise InputError(f"{where}option {quote(key)}: {shortened(reason, 200)}") from None
 
 
 def _new_name(schema: type, key: str) -> str:
@@ -171,7 +171,7 @@ def _finish(schema: type[T], config: Any, where: str) -> T:
         cause = error.__cause__
         if isinstance(cause, InputError):
             raise cause from None
-        raise InputError(f"{where}{str(error).splitlines()[0]}") from None
+        raise InputError(f"{where}{shortened(str(error).partition(chr(10))[0], 200)}") from None
     _check_fields(made, where)
     return made
 
@@ -185,7 +185,9 @@ def _check_fields(config: Any, where: str, prefix: str = "") -> None:
         choices = field.metadata.get("choices") or ()
         if choices and value not in choices:
             hint = plugins.did_you_mean(str(value), list(choices))
-            raise InputError(f"{where}option {key!r}: {value!r} is not one of {', '.join(choices)}; {hint}")
+            raise InputError(
+                f"{where}option {key!r}: {quote(value)} is not one of {', '.join(choices)}; {hint}"
+            )
         group = field.metadata.get("group")
         if group:
             name = str(value.get("name", ""))

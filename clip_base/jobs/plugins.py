@@ -21,7 +21,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, quote, shortened
 
 JOBS = "clip_base.jobs"
 
@@ -53,12 +53,16 @@ def load(group: str, name: str) -> Any:
     """
     points = found(group)
     if name not in points and ":" not in name:
-        raise InputError(f"{name!r} is not among {group}; {did_you_mean(name, list(points))}")
+        raise InputError(f"{quote(name)} is not among {group}; {did_you_mean(name, list(points))}")
     value = points[name].value if name in points else name
     try:
         return EntryPoint(name, value, group).load()
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{group}: {name!r} cannot be imported from {value}: {error}") from error
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        where, reason = (
+            f"{quote(name)} cannot be imported from {shortened(value)}",
+            shortened(str(error), 200),
+        )
+        raise InputError(f"{group}: {where}: {reason}") from error
 
 
 def schema_of(target: Any) -> type:

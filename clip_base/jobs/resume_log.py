@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, shortened
 from clip_base.storage.files import write_text
 
 
@@ -55,9 +55,13 @@ class ResumeLog:
                 place += len(line)
                 kind, value = self._read(line)
                 if kind == "header":
+                    if not isinstance(value, dict):
+                        raise self._damaged()
                     self._require_same(value, json.loads(json.dumps(header)))
                     whole = place
                 elif kind == "end":
+                    if not isinstance(value, int):
+                        raise self._damaged()
                     self.units, self.images, whole = self.units + 1, self.images + value, place
             file.truncate(whole)
 
@@ -66,16 +70,18 @@ class ResumeLog:
         try:
             kind, value = json.loads(line)
         except (ValueError, TypeError, RecursionError):
-            raise InputError(
-                f"{self.path}, what a stopped run left, is damaged; delete it to start again"
-            ) from None
+            raise self._damaged() from None
         return kind, value
+
+    def _damaged(self) -> InputError:
+        return InputError(f"{self.path}, what a stopped run left, is damaged; delete it to start again")
 
     def _require_same(self, there: dict[str, Any], here: dict[str, Any]) -> None:
         differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
         if differing:
+            named = shortened(", ".join(differing[:3]))
             raise InputError(
-                f"{self.path.parent} holds a run that was stopped and had other {', '.join(differing[:3])}: "
+                f"{self.path.parent} holds a run that was stopped and had other {named}: "
                 f"give the same command to resume it, another out=, or delete {self.path} to start again"
             )
 
@@ -96,6 +102,8 @@ class ResumeLog:
             for line in file:
                 found, value = self._read(line)
                 if found == kind:
+                    if not isinstance(value, dict):
+                        raise self._damaged()
                     yield value
 
     def remove(self) -> None:

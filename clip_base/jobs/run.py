@@ -18,8 +18,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from clip_base.jobs import config as configs
-from clip_base.runtime.errors import InputError
-from clip_base.storage.files import is_file, read_json, read_text, write_json, write_text
+from clip_base.runtime.errors import InputError, quote, shortened
+from clip_base.storage.files import is_file, read_json, read_log, read_text, write_json, write_text
 from clip_base.storage.hashing import content_hash
 from clip_base.storage.lock import is_lock, lock_folder
 from clip_base.storage.tables import read_yaml
@@ -83,6 +83,8 @@ class RunFolder:
         if not record.exists():
             raise InputError(f"{self.path} does not say which files its run read; {REMEDY}")
         there = read_json(record, "record of the inputs")
+        if not isinstance(there, dict):
+            raise InputError(f"{record} does not say which files its run read; {REMEDY}")
         changed = [
             f"{what} ({inputs[what]})" if isinstance(inputs.get(what), Path) else what
             for what in {**there, **self.inputs}
@@ -97,7 +99,7 @@ class RunFolder:
         text = read_text(here, "config of the run")
         other_job = text.partition("\n")[0].removeprefix("# ")
         if other_job != job:
-            raise InputError(f"{self.path} holds a run of {other_job!r}, not of {job!r}; {REMEDY}")
+            raise InputError(f"{self.path} holds a run of {quote(other_job)}, not of {job!r}; {REMEDY}")
         free = configs.runtime_only(type(config))
         there = _flat(OmegaConf.to_container(read_yaml(here, "config of the run")))
         here_now = _flat(OmegaConf.to_container(OmegaConf.create(configs.to_yaml(config))))
@@ -114,7 +116,9 @@ class RunFolder:
         """Returns the metrics of a run that has ended, else None."""
         if not self.metrics_path.exists():
             return None
-        metrics: dict[str, Any] = read_json(self.metrics_path, "metrics")
+        metrics = read_json(self.metrics_path, "metrics")
+        if not isinstance(metrics, dict):
+            raise InputError(f"metrics {self.metrics_path} are damaged: {quote(metrics)}; {REMEDY}")
         return metrics
 
     def finish(self, metrics: dict[str, Any]) -> None:
@@ -128,13 +132,14 @@ class RunFolder:
         if not self.log_path.exists() or not _writes():
             return
         kept = []
-        for line in self.log_path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                break  # the line that a kill cut off
-            if entry.get("step", 0) <= step:
-                kept.append(line + "\n")
+        for number, entry in enumerate(read_log(self.log_path, "log"), 1):
+            at = entry.get("step", 0)
+            if not isinstance(at, int | float):
+                raise InputError(
+                    f"log {self.log_path}, line {number}: step is {quote(at)}; correct that line"
+                )
+            if at <= step:
+                kept.append(json.dumps(entry) + "\n")
         write_text(self.log_path, "".join(kept))
 
     def log(self, entry: dict[str, Any]) -> None:
@@ -163,7 +168,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], free: Collect
     """Returns a sentence for each key whose values differ, but the `free` ones and those below them."""
     below = tuple(f"{key}." for key in free)
     return [
-        f"{key}={there.get(key)!r} there, {here.get(key)!r} here"
+        f"{shortened(key)}={quote(there.get(key))} there, {quote(here.get(key))} here"
         for key in sorted(there.keys() | here.keys())
         if there.get(key) != here.get(key) and key not in free and not key.startswith(below)
     ]

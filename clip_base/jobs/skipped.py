@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from clip_base.jobs.config import option
-from clip_base.runtime.errors import InputError, JobError
+from clip_base.runtime.errors import InputError, JobError, shortened
+from clip_base.storage.files import is_folder
 from clip_base.storage.tars import tar_of
 
 _SAMPLE = 200  # files that are looked for before all are
@@ -61,13 +62,20 @@ def require_present(files: Sequence[Any], max_skipped: float, where: str) -> Non
         return
     some = paths if len(paths) <= _SAMPLE else paths[:: len(paths) // _SAMPLE]
     for looked in (some, paths):  # all are asked for only where some suggest it
-        missing = [path for path in looked if not path.exists()]
+        missing = [path for path in looked if not _exists(path)]
         if len(missing) < len(looked) and len(missing) <= max(max_skipped * len(looked), 1):
             return
     folder = missing[0].parent
-    here = "which exists" if folder.is_dir() else "which does not exist"
+    here = "which exists" if is_folder(folder) else "which does not exist"
     raise JobError(
         f"{where}: {len(missing):,} of {len(paths):,} images are missing, more than "
-        f"max_skipped={max_skipped:g} allows; the first is {missing[0].name} in {folder}, {here}; give the "
-        "folder that the file names are relative to"
+        f"max_skipped={max_skipped:g} allows; the first is {shortened(missing[0].name)} in "
+        f"{shortened(str(folder), 200)}, {here}; give the folder that the file names are relative to"
     )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, quote
 from clip_base.storage.files import existing, read_json, write_json
 from clip_base.weights.native import open_safetensors, write_weights
 
@@ -229,8 +229,13 @@ def _about(folder: Path) -> Index:
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise InputError(f"{folder / ABOUT} does not describe an index")
     if about.get("version") != VERSION:
-        raise InputError(f"{folder} is of version {about.get('version')}, this program reads {VERSION}")
-    return Index(int(about["width"]), str(about["model"]), str(about["weights_hash"]))
+        raise InputError(
+            f"{folder} is of version {quote(about.get('version'))}, this program reads {VERSION}"
+        )
+    width, model, weights = (about.get(key) for key in ("width", "model", "weights_hash"))
+    if not isinstance(width, int) or width < 1 or not isinstance(model, str) or not isinstance(weights, str):
+        raise InputError(f"{folder / ABOUT} is damaged: its width, model or weights_hash; index again")
+    return Index(width, model, weights)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -243,7 +248,9 @@ def _read_shard(file: Path, width: int) -> Shard:
             metadata = opened.metadata() or {}
             vectors = opened.get_tensor("vectors")
         keys, stamps = json.loads(metadata["keys"]), json.loads(metadata["stamps"])
-    except (KeyError, ValueError) as error:
+        if not all(isinstance(one, list) and all(isinstance(t, str) for t in one) for one in (keys, stamps)):
+            raise ValueError("its names are no texts")
+    except (KeyError, ValueError, RecursionError) as error:
         raise InputError(f"index file {file} is damaged ({error}); delete it and index again") from None
     if vectors.shape != (len(keys), width) or len(stamps) != len(keys) or vectors.dtype != torch.float16:
         raise InputError(f"index file {file} is damaged: its names and vectors do not fit; index again")

@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -62,6 +62,8 @@ def existing(path: str | Path, what: str = "file") -> Path:
         parent = next((folder for folder in path.absolute().parents if folder.exists()), Path("/"))
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise InputError(f"{what} {quote(str(path))} cannot be opened: {error.strerror}") from None
+    except ValueError as error:  # NUL, half a surrogate
+        raise InputError(f"{what} {quote(str(path))} cannot be opened: {error}") from None
     raise InputError(f"{what} {path} does not exist ({parent} is the last folder on that path which does)")
 
 
@@ -99,7 +101,15 @@ def is_file(text: str | Path) -> bool:
         return True
     try:
         return Path(text).is_file()
-    except OSError:  # too long for a path
+    except (OSError, ValueError):  # too long for a path; a NUL in it
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder at a path, which may be none that the system knows."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # too long; Python before 3.12 raises ValueError for NUL
         return False
 
 
@@ -198,6 +208,32 @@ def read_json_lines(
             if not line.strip():
                 continue
             yield number, parse_json(line, f"{what} {path}, line {number}", one_line=True)
+
+
+def read_log(path: str | Path, what: str, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Reads what a job appends to line by line: JSON objects; the last line may be cut off by a kill.
+
+    Args:
+        path: the file.
+        what: what it is to the user, for messages.
+        keys: which each object must have.
+
+    Raises:
+        InputError: another line than the last one is damaged.
+    """
+    lines = _bytes_of(existing_file(path, what), what).splitlines()
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            entry = None
+        if isinstance(entry, dict) and all(key in entry for key in keys):
+            found.append(entry)
+        elif number < len(lines):
+            shown = quote(line.decode("utf-8", "replace"))
+            raise InputError(f"{what} {path}, line {number} is damaged: {shown}; correct or delete that line")
+    return found
 
 
 def parse_json(text: str, where: str, one_line: bool = False) -> Any:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, shortened
 from clip_base.storage.files import make_folder, naming_full_disk
 
 KEPT = 2
@@ -71,7 +71,7 @@ def newest(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None
         weights = load_file(path / "model.safetensors")
         training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the libraries raise of a damaged file
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = shortened(next(iter(str(error).splitlines()), type(error).__name__), 200)
         onward = f"step {known[-2]}" if len(known) > 1 else "the beginning"
         raise InputError(
             f"checkpoint {path} is damaged ({reason}); delete that folder and give the same command again "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,14 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from clip_base.storage.files import replacing
+from clip_base.storage.files import read_log, replacing
 
 CURVES = "curves.png"
 VALIDATED = "val_"  # how the figures of a validation begin
 # What stands beside the losses in a line of log.jsonl.
 NO_LOSS = frozenset({"step", "lr", "images_per_second", "logit_scale", "region_text_scale", "bias"})
 MOST_POINTS = 2000
+LARGEST = 1e300  # what an axis can hold; NaN and infinity are not drawn
 
 
 def write_curves(log: Path, picture: Path) -> bool:
@@ -29,8 +29,8 @@ def write_curves(log: Path, picture: Path) -> bool:
     Returns:
         Whether the log has anything to draw.
     """
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    entries = [json.loads(line) for line in lines]
+    lines = read_log(log, "log") if log.exists() else []
+    entries = [figures for line in lines if "step" in (figures := _figures(line))]
     steps = [entry for entry in entries if "lr" in entry]
     if not steps:
         return False
@@ -59,6 +59,13 @@ def write_curves(log: Path, picture: Path) -> bool:
     with replacing(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     return True
+
+
+def _figures(line: dict[str, Any]) -> dict[str, float]:
+    """Returns the numbers of a line of the log; a user may have edited it."""
+    return {
+        name: value for name, value in line.items() if type(value) in (int, float) and abs(value) < LARGEST
+    }
 
 
 def _series(entries: Iterable[dict[str, Any]], wanted: Any) -> dict[str, list[tuple[float, float]]]:

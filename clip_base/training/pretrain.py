@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from clip_base.models.resnet import recompute_contexts
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast, pick_device
+from clip_base.storage.files import read_log
 from clip_base.training import checkpoint as checkpoints
 from clip_base.training.curves import NO_LOSS, VALIDATED
 from clip_base.training.loop import TrainConfig, TrainingOptions, fit
@@ -289,14 +289,14 @@ def validated(figures: dict[str, Any]) -> dict[str, float]:
 
 def last_validation(log: Path, step: int) -> dict[str, float]:
     """Returns what a training log says of the validation after `step`; nothing without one."""
-    entries = (json.loads(line) for line in reversed(log.read_text(encoding="utf-8").splitlines()))
-    return next((validated(entry) for entry in entries if entry["step"] == step and validated(entry)), {})
+    entries = reversed(read_log(log, "log"))
+    return next((validated(entry) for entry in entries if entry.get("step") == step and validated(entry)), {})
 
 
 def last_loss(log: Path) -> float:
     """Returns the sum of the losses in the last line of a training log."""
-    for line in reversed(log.read_text(encoding="utf-8").splitlines()):
-        entry = json.loads(line)
-        if "lr" in entry:
-            return float(sum(value for key, value in entry.items() if key not in NO_LOSS))
+    for entry in reversed(read_log(log, "log")):
+        losses = [value for key, value in entry.items() if key not in NO_LOSS]
+        if "lr" in entry and all(isinstance(value, int | float) for value in losses):
+            return float(sum(losses))
     return math.nan

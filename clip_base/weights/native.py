@@ -18,7 +18,7 @@ from clip_base.jobs import config as configs
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig
 from clip_base.runtime import distributed
-from clip_base.runtime.errors import InputError, shortened
+from clip_base.runtime.errors import InputError, quote, shortened
 from clip_base.storage.files import existing_file, naming_full_disk, parse_json, replacing
 from clip_base.storage.kinds import kind_of
 from clip_base.storage.safetensors_files import sort_metadata
@@ -49,7 +49,9 @@ def load_clip(path: str | Path) -> CLIP:
     """
     weights, metadata = read_weights(path)
     if metadata.get("format") != FORMAT:
-        raise InputError(f"{path} holds {metadata.get('format', 'unnamed weights')!r}, expected {FORMAT!r}")
+        raise InputError(
+            f"{path} holds {quote(metadata.get('format', 'unnamed weights'))}, expected {FORMAT!r}"
+        )
     config = configs.check(CLIPConfig, sizes_in(metadata, "config", path), f"sizes in {path}")
     model = sized(CLIP, config, weights, path)
     load_exactly(model, weights, path)
@@ -89,8 +91,14 @@ def require_sizes(
             f"weights {path}: its metadata asks for {deepest:,} blocks, and it holds {len(weights):,} "
             "tensors; the file is damaged or was edited: get it again"
         )
-    with torch.device("meta"):  # shapes only
-        wanted = sum(value.numel() for value in make(config).state_dict().values())
+    try:
+        with torch.device("meta"):  # shapes only
+            wanted = sum(value.numel() for value in make(config).state_dict().values())
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # sizes that no tensor can have
+        reason = shortened(str(error).partition("\n")[0], 150)
+        raise InputError(f"weights {path}: its metadata asks for a model that cannot be: {reason}") from None
     there = sum(value.numel() for value in weights.values())
     if wanted > 2 * there + _FEW:  # of a tensor that is merely missing `load_exactly` tells the name
         raise InputError(

@@ -14,7 +14,7 @@ from clip_base.jobs import config as configs
 from clip_base.models import zoo
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import ACTIVATIONS, CLIPConfig
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, quote, shortened
 from clip_base.storage.files import existing, read_json
 from clip_base.weights import formats, infer_config, key_names, unpickle
 from clip_base.weights.native import (
@@ -209,7 +209,9 @@ def _find(path: Path) -> _Found:
         config = configs.check(CLIPConfig, sizes_in(metadata, "config", path), f"sizes in {path}")
         return _Found(path, "clip_base", weights, infer_config.Hints(source="its metadata"), config)
     if form and form not in FRAMEWORKS:
-        raise InputError(f"{path} holds {form!r}, no CLIP; `clip-base inspect {path}` shows what is in it")
+        raise InputError(
+            f"{path} holds {quote(form)}, no CLIP; `clip-base inspect {path}` shows what is in it"
+        )
     state = key_names.strip(weights)
     known = formats.recognize(state, path)
     if known is not None:
@@ -231,7 +233,9 @@ def _from_pickle(path: Path) -> _Found:
     if isinstance(content, Tensor):
         other = formats.recognize(content, path)
         what = other.form if other is not None else f"one tensor of shape {list(content.shape)}"
-        raise InputError(f"{path} holds {what}, not a CLIP; `clip-base inspect {path}` shows what is in it")
+        raise InputError(
+            f"{path} holds {shortened(what)}, not a CLIP; `clip-base inspect {path}` shows what is in it"
+        )
     state, wrapped = key_names.unwrap(content, path)
     known = formats.recognize(state, path)
     if known is not None:

@@ -9,8 +9,10 @@ hold the numbers. The code in the archive is not looked at.
 from __future__ import annotations
 
 import _codecs
+import io
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -20,6 +22,7 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clip_base.runtime.errors import InputError
@@ -39,13 +42,14 @@ _STORAGES = {
     "BoolStorage": torch.bool,
 }
 _LISTS = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
-# What NumPy pickles arrays and numbers with; its module is called otherwise in each major version.
-_ARRAY_PARTS = {"_reconstruct": np.zeros(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
+# What NumPy pickles numbers with; its module is called otherwise in each major version.
+_SCALAR = np.float64(0).__reduce__()[0]
 T = TypeVar("T")
 _DEEPEST = 64  # modules inside modules; CLIP needs nine
 # What reading a damaged or foreign pickle, or a zip file around it, can raise.
 _FAULTS = (
     pickle.UnpicklingError,
+    struct.error,
     zipfile.BadZipFile,
     RuntimeError,
     EOFError,
@@ -75,7 +79,8 @@ class _Part:
         self.attributes = state
 
 
-class _ArchiveUnpickler(pickle.Unpickler):
+# Python's own unpickler: that in C allocates what a few bytes declare, such as a memo of billions of places.
+class _ArchiveUnpickler(pickle._Unpickler):
     """Rebuilds modules as `_Part` and tensors from the archive's storages; knows no other name."""
 
     def __init__(self, file: IO[bytes], storage: Callable[[str, torch.dtype], Tensor]) -> None:
@@ -171,8 +176,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
                     kept[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
                 return kept[key]
 
-            with archive.open(f"{root}data.pkl") as file:
-                module = _ArchiveUnpickler(file, storage).load()
+            module = _ArchiveUnpickler(io.BytesIO(archive.read(f"{root}data.pkl")), storage).load()
             if not isinstance(module, _Part):
                 raise Forbidden(f"a {type(module).__name__} where the model should be")
             return _within_limits(dict(_tensors(module, "", 0)), path)
@@ -220,7 +224,17 @@ def read_pickle(path: Path) -> Any:
         raise _damaged(path, error) from None
 
 
-class _ArrayUnpickler(pickle.Unpickler):
+class _EmptyArray:
+    """Stands for the class of arrays, which are filled by their state and not made with a size."""
+
+
+def _empty_array(kind: type, shape: tuple[int, ...], code: bytes) -> NDArray[Any]:
+    if kind is not _EmptyArray or shape != (0,):
+        raise Forbidden(f"an array of {kind!r} {shape!r} without its numbers")
+    return np.zeros(0, np.int8)
+
+
+class _ArrayUnpickler(pickle._Unpickler):
     """Rebuilds NumPy's arrays in plain containers; knows no other name."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -228,10 +242,13 @@ class _ArrayUnpickler(pickle.Unpickler):
             return OrderedDict
         if (module, name) == ("_codecs", "encode"):  # how Python 3 pickles bytes for Python 2
             return _codecs.encode
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in _ARRAY_PARTS:
-            return _ARRAY_PARTS[name]
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in (
+            "_reconstruct",
+            "scalar",
+        ):
+            return _empty_array if name == "_reconstruct" else _SCALAR
         if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
+            return _EmptyArray if name == "ndarray" else np.dtype
         raise Forbidden(f"{module}.{name}")
 
 
@@ -242,8 +259,8 @@ def read_arrays(path: Path) -> dict[str, Any]:
         InputError: the file is damaged, or holds anything but arrays, texts and numbers in plain containers.
     """
     try:
-        with path.open("rb") as file:
-            held = _ArrayUnpickler(file, encoding="latin1").load()
+        # In memory, where no more bytes can be asked for than there are.
+        held = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
         if not isinstance(held, dict):
             raise Forbidden(f"a {type(held).__name__} where a dictionary should be")
         return {str(key): _as_tensors(value) for key, value in held.items()}

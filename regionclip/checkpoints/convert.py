@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, shortened
 from clip_base.storage.files import replacing
 from clip_base.weights.formats import Content
 from clip_base.weights.load import load_clip
@@ -106,7 +106,7 @@ def to_detectron2(path: Path, out: Path) -> str:
         _save({"model": state}, out)
         return f"{out}, for MODEL.WEIGHTS of an OpenVocabularyRCNN"
     raise InputError(
-        f"{path} holds {form or 'no form of ours'}; detectron2's format is for proposal networks "
+        f"{path} holds {shortened(form or 'no form of ours')}; detectron2's format is for proposal networks "
         f"({proposals.FORMAT}) and detectors ({load.FORMAT})"
     )
 

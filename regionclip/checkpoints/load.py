@@ -19,7 +19,7 @@ from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig, TextConfig
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.announce import announced
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, quote
 from clip_base.weights import infer_config
 from clip_base.weights.formats import Content, group_of
 from clip_base.weights.load import find, is_published, load_clip, local_copy
@@ -339,7 +339,9 @@ def read_detector_file(
     """
     weights, metadata = read_weights(path)
     if metadata.get("format") != FORMAT:
-        raise InputError(f"{path} holds {metadata.get('format', 'unnamed weights')!r}, expected {FORMAT!r}")
+        raise InputError(
+            f"{path} holds {quote(metadata.get('format', 'unnamed weights'))}, expected {FORMAT!r}"
+        )
     where = f"sizes in {path}"
     clip = sized(CLIP, configs.check(CLIPConfig, sizes_in(metadata, "clip", path), where), weights, path)
     proposals = configs.check(ProposalNetworkConfig, sizes_in(metadata, "proposals", path), where)
@@ -360,7 +362,10 @@ def read_detector_file(
         ) from None
     load_exactly(detector, weights, path)
     detector.eval().to(memory_format=torch.channels_last)
-    return detector, tuple(sizes_in(metadata, "base", path))
+    base = sizes_in(metadata, "base", path)
+    if not isinstance(base, list) or not all(isinstance(name, str) for name in base):
+        raise InputError(f"base in the metadata of {path} must be a list of names, found {quote(base)}")
+    return detector, tuple(base)
 
 
 def load_detector(

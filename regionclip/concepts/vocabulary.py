@@ -300,24 +300,30 @@ def _load_safetensors(path: Path) -> Vocabulary:
         )
     if metadata.get("version") != str(VERSION):
         raise InputError(
-            f"vocabulary {path} is of format version {metadata.get('version')}, "
+            f"vocabulary {path} is of format version {shortened(str(metadata.get('version')))}, "
             f"this program reads {VERSION}; make it again"
         )
     names, provenance = (sizes_in(metadata, key, path) for key in ("names", "provenance"))
     if not isinstance(names, list) or not isinstance(provenance, dict):
         raise InputError(f"vocabulary {path} is damaged: its names are no list; make it again")
     further = tensors.get("novel"), provenance, tensors.get("negatives")
-    return Vocabulary(tuple(map(str, names)), tensors["embeddings"], *further)
+    try:
+        return Vocabulary(tuple(map(str, names)), tensors["embeddings"], *further)
+    except ValueError as error:
+        reason = shortened(str(error), 200)
+        raise InputError(f"vocabulary {path} is damaged: {reason}; make it again") from None
 
 
 def _load_npy(path: Path) -> Tensor:
     try:
-        array = np.load(path, allow_pickle=False)
+        # Mapped, so that a size which the file only declares is not allocated.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a damaged header is Python's syntax, and may declare any size
         reason = shortened(" ".join(str(error).split()) or type(error).__name__, 200)
         raise InputError(f"vocabulary {path} is not a complete .npy file: {reason}") from None
-    if array.dtype.kind != "f":
-        raise InputError(f"vocabulary {path} must hold floats, found {array.dtype}")
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        found = shortened(str(getattr(array, "dtype", type(array).__name__)))
+        raise InputError(f"vocabulary {path} must hold floats, found {found}")
     return torch.from_numpy(array.astype(np.float32))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import regex  # type: ignore[import-untyped]
 
 from clip_base.models.tokenizer import clean
-from clip_base.runtime.errors import InputError, quote
+from clip_base.runtime.errors import InputError, quote, shortened
 from clip_base.storage.files import existing, open_text, read_json_lines
 from clip_base.storage.json_stream import stream_entries
 from clip_base.storage.tables import open_table
@@ -109,7 +109,7 @@ def _texts_of(entry: Any, column: str, where: str) -> list[str]:
     if isinstance(entry, dict):
         key = next((name for name in ((column,) if column else _COLUMNS) if name in entry), None)
         if key is None:
-            found = ", ".join(entry)
+            found = shortened(", ".join(entry))
             raise InputError(f"captions file {where}: no {column or 'caption'!r} among {found}; set column=")
         value = entry[key]
     texts = value if isinstance(value, list) else [value]

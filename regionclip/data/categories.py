@@ -220,5 +220,5 @@ def _read(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _some(names: Sequence[str], limit: int = 5) -> str:
-    shown = ", ".join(map(repr, names[:limit]))
+    shown = ", ".join(map(quote, names[:limit]))
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

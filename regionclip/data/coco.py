@@ -67,7 +67,7 @@ def annotation_columns(entries: list[dict[str, Any]], path: Path) -> Columns:
         category_ids = [entry["category_id"] for entry in entries]
         if not (np.abs(boxes) <= LARGEST).all() or not all(map(is_id, image_ids + category_ids)):
             raise ValueError
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         for place, entry in enumerate(entries):
             where = f"{path}: annotations[{place}]"
             checked_entry(entry, where, ("image_id", "category_id"))

@@ -12,7 +12,7 @@ from pycocotools import mask
 
 from clip_base.data.coco import as_id, is_in_pixels
 from clip_base.jobs.plugins import did_you_mean
-from clip_base.runtime.errors import InputError, quote
+from clip_base.runtime.errors import InputError, quote, shortened
 from clip_base.storage.files import read_json
 from regionclip.data.file_names import FileNames, name_images
 
@@ -179,8 +179,8 @@ def checked_result(entry: Any, where: str) -> dict[str, Any]:
             raise InputError(f"{needs}: {problem}, found {quote(entry)}")
     try:
         fields |= {**_box_of(entry), "score": float(entry["score"])}
-    except (KeyError, TypeError, ValueError) as error:
-        missing = f"no {error}" if isinstance(error, KeyError) else str(error)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        missing = f"no {error}" if isinstance(error, KeyError) else shortened(str(error))
         raise InputError(f"{needs}: {missing}, found {quote(entry)}") from None
     if len(fields["bbox"]) != 4 or not is_in_pixels(*fields["bbox"]) or not math.isfinite(fields["score"]):
         raise InputError(f"{where} must have four finite box numbers and a finite score: {quote(entry)}")

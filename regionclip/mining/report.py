@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from clip_base.evaluation.tables import figure_lines
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, quote
 from clip_base.storage.files import read_json_lines, write_text
 from clip_base.storage.remote import address_of
 from clip_base.storage.tables import TableWriter
@@ -118,8 +118,7 @@ def read_data(config: ReportConfig, copies: Path) -> tuple[ReportData, MinedImag
     if truth is not None:
         names = [image.file_name for image in found.images.values()]
         quality = measure_pairs(found.regions, truth, split, images=names)
-    skipped = read_json_lines(Path(config.mined) / "skipped.jsonl", "list of skipped images")
-    grouped = reasons(entry for _, entry in skipped)
+    grouped = reasons(skipped_images(Path(config.mined)))
     return ReportData(manifest, found, coverage, grouped, quality), places
 
 
@@ -127,6 +126,16 @@ def _there(path: str, what: str, option_: str) -> Path:
     if address_of(path) is None and not Path(path).exists():
         raise InputError(f"the mined {what} {path} does not exist; give its new location with {option_}")
     return Path(path)
+
+
+def skipped_images(mined: Path) -> Iterator[dict[str, Any]]:
+    """Yields the images that gave no region, with the reasons; InputError when the list is damaged."""
+    what = "list of skipped images"
+    for number, entry in read_json_lines(mined / "skipped.jsonl", what):
+        if not isinstance(entry, dict) or not {"file_name", "reason"} <= entry.keys():
+            where = f"{what} {mined / 'skipped.jsonl'}, line {number}"
+            raise InputError(f"{where} needs a file_name and a reason, found {quote(entry)}; mine again")
+        yield entry
 
 
 def _metrics(data: ReportData) -> dict[str, Any]:

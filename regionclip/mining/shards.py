@@ -268,9 +268,17 @@ def shard_in(folder: str | Path, name: str) -> Path:
     return Path(folder) / name
 
 
+_COUNTED = Rule("regions", "a count", lambda table: numbers(table, "regions") >= 0)
+_MAY_LACK = ("tar", "offset", "size", "height", "width", "captions", "reason")
+
+
 def image_rows(path: Path) -> Iterator[MinedImage]:
     """Yields the rows of one shard's table of images; errors as `batches`'."""
+    first = 0
     for batch in batches(path, IMAGE_SCHEMA):
+        table = pa.Table.from_batches([batch])
+        require_rows(table, [_COUNTED], f"table of images {path}", first, optional=_MAY_LACK)
+        first += batch.num_rows
         for row in batch.to_pylist():
             yield MinedImage(**{**row, "captions": tuple(row["captions"] or ())})
 
@@ -287,7 +295,9 @@ def batches(path: Path, schema: pa.Schema, columns: list[str] | None = None) -> 
             raise InputError(
                 f"{path} is not a shard of mined regions (its columns: {found}); use another folder"
             )
-        yield from file.iter_batches(_ROWS, columns=columns)
+        for batch in file.iter_batches(_ROWS, columns=columns):
+            batch.validate(full=True)  # texts may be no UTF-8
+            yield batch
 
 
 def local_mined(mined: str) -> str:

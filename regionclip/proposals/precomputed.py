@@ -156,7 +156,7 @@ def checked_proposal(entry: Any, where: str) -> tuple[int, tuple[float, ...]]:
     box = box_of(entry, where)
     try:
         score = float(entry["score"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise InputError(f"{where}: needs image_id, bbox and score, found {quote(entry)}") from None
     if min(box[2:]) < 0:
         raise InputError(f"{where}: bbox must be four finite numbers x, y, width, height, found {list(box)}")

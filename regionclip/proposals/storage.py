@@ -91,6 +91,9 @@ class _TableWriter:
         self.ids, self.boxes, self.scores = array("q"), array("f"), array("f")
 
 
+_KEYS = {"image_id": pa.int64(), "file_name": pa.string()}
+
+
 class ProposalTable:
     """Looks images up in Parquet files with the columns of `SCHEMA`.
 
@@ -152,7 +155,9 @@ def _index(path: Path, names: dict[int, str]) -> Iterator[tuple[Path, int, NDArr
             )
         for group in range(file.num_row_groups):
             columns = [name for name in ("image_id", "file_name") if name in file.schema_arrow.names]
-            images = file.read_row_group(group, columns).group_by(columns).aggregate([])
+            table = file.read_row_group(group, columns)
+            table = table.cast(pa.schema([(name, _KEYS[name]) for name in columns]))
+            images = table.group_by(columns).aggregate([])
             if len(columns) == 2:
                 pairs = zip(*(images[name].to_pylist() for name in columns), strict=True)
                 name_images(names, ((key, name) for key, name in pairs if name), f"proposals file {path}")

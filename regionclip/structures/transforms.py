@@ -13,7 +13,7 @@ from torch import Tensor
 from clip_base.data.batch import ImageBatch
 from clip_base.images.decode import Pixels, normalize, resize, resize_bilinear
 from clip_base.jobs.config import option
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, quote
 from regionclip.structures.boxes import area, clip_boxes
 
 
@@ -53,7 +53,7 @@ class ResizeConfig:
     def __post_init__(self) -> None:
         if not self.short or min(self.short) < 16 or self.long < max(self.short):
             raise InputError(
-                f"resize.short={self.short} must be at least 16 and at most resize.long={self.long}"
+                f"resize.short={quote(self.short)} must be at least 16 and at most resize.long={self.long}"
             )
         if self.multiple < 1:
             raise InputError(f"resize.multiple must be at least 1 pixel, found {self.multiple}")

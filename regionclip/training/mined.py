@@ -118,7 +118,13 @@ class MinedSamples(Sequence[Sample]):
 
     def _sample(self, shard: int, place: int) -> Sample:
         file = _opened(self._arrow(shard))
-        row = file.get_batch(place // _AT_ONCE).slice(place % _AT_ONCE, 1)
+        block = place // _AT_ONCE
+        row = file.get_batch(block).slice(place % _AT_ONCE, 1) if block < file.num_record_batches else None
+        if row is None or not len(row):
+            raise InputError(
+                f"{self.mined}: the manifest counts {self.counts[shard]:,} samples of shard "
+                f"{self.shards[shard]}, which holds fewer; mine again"
+            )
         values = {name: row.column(name)[0] for name in row.schema.names}
         boxes = _tensor(values["boxes"], np.float32).view(-1, 4)
         ids, probs = (

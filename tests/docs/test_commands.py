@@ -24,6 +24,7 @@ import yaml
 from clip_base.data.coco import read_captions, read_instances
 from clip_base.jobs import cli, plugins
 from clip_base.jobs import config as configs
+from clip_base.storage.limits import split_limits
 from regionclip.data.categories import load_split
 from regionclip.data.coco import annotation_columns, category_ids_by_name, image_fields
 
@@ -225,9 +226,8 @@ class Shell:
         name = PROGRAMS[program][0] + words[0]
         assert name in plugins.found(plugins.JOBS), f"there is no job {name}"
         schema = plugins.schema_of(plugins.load(plugins.JOBS, name))
-        file, overrides = cli.parse(
-            schema, [os.path.expandvars(os.path.expanduser(word)) for word in words[1:]]
-        )
+        typed, _ = split_limits([os.path.expandvars(os.path.expanduser(word)) for word in words[1:]])
+        file, overrides = cli.parse(schema, typed)
         resolved: Any = configs.resolve(schema, file, overrides)
         given = dict(override.split("=", 1) for override in overrides)
         for key, value in given.items():

@@ -15,18 +15,14 @@ ROOT = Path(__file__).parents[2]
 # damaged. Those marked so read text that does not come from a file, or answer every failure themselves.
 OPENERS: dict[str, dict[str, str]] = {
     "json.loads": {
-        "clip_base/storage/files.py": "parse_json",
+        "clip_base/storage/files.py": "parse_json, read_log",
         "clip_base/storage/safetensors_files.py": "None for any damage",
         "clip_base/weights/native.py": "describe, of metadata that is shown",
         "clip_base/jobs/resume_log.py": "damage is an InputError, or the line that a kill cut off",
-        "clip_base/jobs/run.py": "the log's line that a kill cut off",
         "clip_base/jobs/schema.py": "what it has just written; its cache is made anew",
         "clip_base/storage/lock.py": "anything else is another process",
-        "clip_base/data/loader.py": "the line that a kill cut off",
         "clip_base/storage/tars.py": "an index, which is made anew",
         "clip_base/evaluation/features.py": "features, which are made anew",
-        "clip_base/training/pretrain.py": "the log of the run that has just ended",
-        "clip_base/training/curves.py": "the log of the run that has just ended",
         "clip_base/storage/kinds.py": "what tells kinds apart: no fault is one",
         "clip_base/search/index.py": "damage is an InputError",
         "clip_base/synthetic/scenes.py": "parts of the run that has just drawn them",
@@ -46,8 +42,14 @@ OPENERS: dict[str, dict[str, str]] = {
         "clip_base/storage/tables.py": "open_table",
         "clip_base/storage/kinds.py": "64 KB without NUL, to count columns",
     },
-    "csv.DictReader": {"clip_base/weights/fetching/hub.py": "a table that comes with the package"},
-    "safe_open": {"clip_base/weights/native.py": "open_safetensors"},
+    "csv.DictReader": {
+        "clip_base/weights/fetching/hub.py": "a table that comes with the package",
+        "clip_base/synthetic/splits.py": "the same",
+    },
+    "safe_open": {
+        "clip_base/weights/native.py": "open_safetensors",
+        "clip_base/weights/fetching/push.py": "without torch; damage is an InputError",
+    },
     "load_file": {"clip_base/training/checkpoint.py": "whatever it raises is an InputError"},
     "torch.load": {
         "clip_base/weights/unpickle.py": "read_pickle",

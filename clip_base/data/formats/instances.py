@@ -100,7 +100,7 @@ def number_of(value: Any, place: str, what: str) -> float:
     """Returns the finite number that a text stands for; InputError, with the place, for anything else."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise InputError(f"{place}: {what} must be a number, found {quote(value)}")

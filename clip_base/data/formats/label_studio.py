@@ -64,8 +64,10 @@ def _is_task(task: dict[str, Any]) -> bool:
 def _results(task: dict[str, Any], place: str) -> Iterator[dict[str, Any]]:
     """Yields a task's labeled rectangles."""
     if "data" in task:
-        given = [one for one in task.get("annotations") or () if not one.get("was_cancelled")]
-        labeled = [one["result"] for one in given if one.get("result")]
+        given = task.get("annotations") or ()
+        if not isinstance(given, list | tuple) or not all(isinstance(one, dict) for one in given):
+            raise InputError(f"{place}: annotations must be a list of objects, found {quote(given)}")
+        labeled = [one["result"] for one in given if one.get("result") and not one.get("was_cancelled")]
         if len(labeled) > 1:
             raise InputError(
                 f"{place} was labeled by {len(labeled)} annotators; export one annotation per task"
@@ -73,6 +75,8 @@ def _results(task: dict[str, Any], place: str) -> Iterator[dict[str, Any]]:
         found = labeled[0] if labeled else []
     else:
         found = [one for value in task.values() if isinstance(value, list) for one in value]
+    if not isinstance(found, list):
+        raise InputError(f"{place}: result must be a list, found {quote(found)}")
     for result in found:
         value = result.get("value", result) if isinstance(result, dict) else None
         if isinstance(value, dict) and isinstance(value.get(LABELS), list):

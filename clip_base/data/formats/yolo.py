@@ -16,7 +16,7 @@ from clip_base.data.formats.instances import Instances, around, number_of
 from clip_base.images.folders import IMAGE_SUFFIXES, list_files
 from clip_base.images.orientation import upright_size
 from clip_base.runtime.errors import InputError, note, quote
-from clip_base.storage.files import existing, read_text
+from clip_base.storage.files import existing, is_folder, read_text
 from clip_base.storage.tables import read_class_list, read_yaml
 
 SPLITS = ("train", "val", "test")
@@ -107,12 +107,12 @@ def _split_folder(file: Path, content: dict[str, Any], split: str) -> Path:
         raise InputError(
             f"{file}: {split} is {quote(value)}; only folders are read; give the folder of labels"
         )
-    root = Path(content.get("path") or ".")
+    root = Path(str(content.get("path") or "."))
     bases = [root] if root.is_absolute() else [file.parent / root, file.parent]
     # Roboflow writes ../train/images for a folder beside the file.
     values = [value, value.removeprefix("../")]
     for folder in (base / one for base in bases for one in values):
-        if folder.is_dir():
+        if is_folder(folder):
             return folder
     return existing(bases[0] / value, f"folder of images ({split} of {file})")
 

@@ -17,7 +17,7 @@ from clip_base.jobs import config as configs
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.models.configs import VisionConfig
 from clip_base.models.resnet import ModifiedResNet
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, quote
 from clip_base.weights.formats import Content, group_of
 from clip_base.weights.load import find, load_clip, local_copy
 from clip_base.weights.native import load_exactly, read_weights, sized, sizes_in, write_weights
@@ -94,7 +94,7 @@ def load_network(path: str | Path, trunk: ModifiedResNet | None = None) -> Propo
     weights, metadata = read_weights(path)
     if metadata.get("format") != FORMAT:
         raise InputError(
-            f"{path} holds {metadata.get('format', 'unnamed weights')!r}, expected {FORMAT!r}; "
+            f"{path} holds {quote(metadata.get('format', 'unnamed weights'))}, expected {FORMAT!r}; "
             "give a file that `regionclip train-rpn` wrote"
         )
     sizes = configs.check(ProposalNetworkConfig, sizes_in(metadata, "config", path), f"network in {path}")

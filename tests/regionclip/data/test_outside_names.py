@@ -185,6 +185,6 @@ def test_a_limit_that_is_none_is_refused(
 
 
 def test_help_lists_the_limits_of_every_job() -> None:
-    code = "from clip_base.jobs.cli import main_regionclip; main_regionclip(['mine', '--help'])"
+    code = "from clip_base.jobs.cli import main_regionclip; main_regionclip(['mine', '--help-all'])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert "\noptions of every job:\n  max_megapixels (float, default 178.0)\n" in shown

@@ -66,6 +66,7 @@ ROWS = (
     trained("detector-published", "initialized from RegionCLIP, as published"),
     trained("detector-best", "initialized from our best"),
     trained("detector-shared", "initialized from our best, region_head=shared"),
+    trained("detector-dense", "initialized from our best, region_head=dense", main=False),
     trained("detector-frozen", "our best frozen, a trained box head alone", main=False),
     trained("detector-ensemble", "our best, probabilities combined with its student's", main=False),
     trained(
@@ -108,10 +109,18 @@ COMPARISONS = (
     *(Comparison("student-best", "student-published", metric) for metric in (*TOP1, *AP50)),
     *(Comparison("student-published", "clip", metric) for metric in (*TOP1, *AP50)),
     *(Comparison("student-best", "clip-as-trained", metric) for metric in TOP1),
-    *(Comparison("student-shared", "student-best", metric) for metric in (*TOP1, *AP50)),
+    *(
+        Comparison(f"student-{head}", "student-best", metric)
+        for head in ("shared", "dense")
+        for metric in (*TOP1, *AP50)
+    ),
     *(Comparison("detector-published", "detector-clip", metric) for metric in (*AP50, *AP)),
     *(Comparison("detector-best", "detector-published", metric) for metric in (*AP50, *AP)),
-    *(Comparison("detector-shared", "detector-best", metric) for metric in (*AP50, *AP)),
+    *(
+        Comparison(f"detector-{head}", "detector-best", metric)
+        for head in ("shared", "dense")
+        for metric in (*AP50, *AP)
+    ),
     *(
         Comparison(detector, other, metric)
         for other in ("detector-best", "student-best")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clip_base.models.resnet import Bottleneck
+from clip_base.models.bottleneck import Bottleneck
 from clip_base.models.transformer import ResidualBlock
 from clip_base.runtime.distributed import world
 from clip_base.runtime.errors import InputError

@@ -24,10 +24,10 @@ from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.jobs.skipped import require_present
 from clip_base.models import zoo
+from clip_base.models.bottleneck import recompute_contexts
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig
 from clip_base.models.positions import resample_positions
-from clip_base.models.resnet import recompute_contexts
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast, pick_device

@@ -13,8 +13,9 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
+from clip_base.models.bottleneck import EXPANSION
 from clip_base.models.clip import CLIP
-from clip_base.models.resnet import EXPANSION, ModifiedResNet
+from clip_base.models.resnet import ModifiedResNet
 from clip_base.runtime.errors import InputError
 from clip_base.weights.native import load_exactly
 from regionclip.checkpoints.load import load_detector

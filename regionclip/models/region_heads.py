@@ -2,8 +2,9 @@
 
 `PerRegionHead` is the published design (arXiv 2112.09106, section 3.1): RoIAlign on the trunk's map, then
 layer4 and the attention pool of each region. `SharedHead` runs layer4 once on the whole map and cuts the
-regions from its output, as F-VLM does (arXiv 2209.15639): per region only the attention pool is left. The
-numbers differ, so weights are for the head that they were trained with; files record it.
+regions from its output, as F-VLM does (arXiv 2209.15639): per region only the attention pool is left.
+`DenseHead` does the same on a finer map. The numbers differ, so weights are for the head that they were
+trained with; files record it.
 """
 
 # B images, N regions in all, n of a chunk, C channels of the trunk's map, s side of a region on layer4's map,
@@ -161,8 +162,24 @@ class SharedHead:
         return tokens < len(deep) * deep.shape[2] * deep.shape[3]
 
 
+class DenseHead(SharedHead):
+    """The shared head on a map twice as fine: layer4 without its stride, so that its cells are 16 pixels."""
+
+    kind = "dense"
+
+    def __init__(self, visual: ModifiedResNet, chunk: int) -> None:
+        super().__init__(visual, chunk)
+        self.cell = visual.stride
+
+    def layer4(self, feature_map: Tensor, regions: Regions) -> tuple[Tensor, Tensor, float]:
+        """See `SharedHead`."""
+        rois = regions.rois().clone()
+        rois[:, 1:] -= self.cell / 2  # the cells' centers lie so far right and down
+        return self.visual.layer4_dense(feature_map), rois, 1 / self.cell
+
+
 HEADS: dict[str, type[PerRegionHead] | type[SharedHead]] = {
-    head.kind: head for head in (PerRegionHead, SharedHead)
+    head.kind: head for head in (PerRegionHead, SharedHead, DenseHead)
 }
 REGION_HEADS = tuple(HEADS)
 HEAD_CHOICES = ("auto", *REGION_HEADS)
@@ -175,7 +192,7 @@ class RegionHeadOptions:
     region_head: str = option(
         "auto",
         "ResNets: per_region runs layer4 on each region, shared once per image, which is several times as "
-        "fast; auto: as the weights were trained, else per_region",
+        "fast; dense: once, on a map twice as fine; auto: as the weights were trained, else per_region",
         choices=HEAD_CHOICES,
     )
 
@@ -318,7 +335,8 @@ def choose_head(wanted: str, weights: str) -> str:
     path = find(weights)
     # Files that `torch.save` wrote are read whole only where their answer counts.
     is_quick = path.is_file() and is_safetensors(path)
-    recorded = read_notes(path).get(KEY, "") if is_quick or wanted == SharedHead.kind else ""
+    is_asked = wanted not in ("auto", PerRegionHead.kind)
+    recorded = read_notes(path).get(KEY, "") if is_quick or is_asked else ""
     if wanted == "auto":
         return recorded or PerRegionHead.kind
     if recorded and wanted != recorded:

@@ -19,8 +19,9 @@ from clip_base.data.batch import ImageBatch
 from clip_base.evaluation.prompts import fill
 from clip_base.jobs.config import REQUIRED, Plugin, build_plugin, option, plugin
 from clip_base.jobs.everyday import everyday
+from clip_base.models.bottleneck import freeze_batch_norm
 from clip_base.models.clip import CLIP
-from clip_base.models.resnet import ModifiedResNet, freeze_batch_norm
+from clip_base.models.resnet import ModifiedResNet
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.models.vit import VisionTransformer
 from clip_base.runtime import distributed

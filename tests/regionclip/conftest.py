@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from clip_base.jobs.cli import main_regionclip
+from clip_base.models.bottleneck import Bottleneck
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
-from clip_base.models.resnet import Bottleneck
 from clip_base.storage.files import read_json, write_text
 from clip_base.synthetic.scenes import ScenesConfig, generate
 from clip_base.weights.native import save_clip

@@ -12,8 +12,9 @@ from torchvision.models import resnet50
 
 from clip_base.data.batch import ImageBatch
 from clip_base.images.decode import DEVIATION, MEAN
+from clip_base.models.bottleneck import EXPANSION, FrozenBatchNorm2d, freeze_batch_norm
 from clip_base.models.configs import VisionConfig
-from clip_base.models.resnet import EXPANSION, FrozenBatchNorm2d, ModifiedResNet, freeze_batch_norm
+from clip_base.models.resnet import ModifiedResNet
 
 BACKBONES = {"clip": (4, 8, 16), "resnet50": (4, 8, 16, 32)}  # strides of their maps, pixels
 # Blue, green and red in 0…255: what weights that come from Caffe (MSRA's ResNets) expect to be subtracted.

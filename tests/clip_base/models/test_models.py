@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from clip_base.models import zoo
+from clip_base.models.bottleneck import FrozenBatchNorm2d, freeze_batch_norm
 from clip_base.models.clip import CLIP, from_openai_names, set_checkpointing, to_openai_names
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.models.positions import resample_positions
-from clip_base.models.resnet import FrozenBatchNorm2d, ModifiedResNet, freeze_batch_norm
+from clip_base.models.resnet import ModifiedResNet
 from clip_base.models.text import TextTower
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.models.transformer import ALL, Attention, ResidualBlock

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from clip_base.data.batch import ImageBatch, ImageTextBatch
+from clip_base.models.bottleneck import freeze_batch_norm
 from clip_base.models.clip import CLIP, set_checkpointing
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
-from clip_base.models.resnet import freeze_batch_norm
 from clip_base.runtime.errors import InputError
 from clip_base.training.pretrain import ContrastiveTask, PretrainConfig
 

@@ -98,10 +98,13 @@ def test_both_files_find_what_the_detector_finds(dynamic: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_shared_region_head_is_written(make_detector: MakeDetector, tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", ["shared", "dense"])
+def test_region_heads_that_run_once_are_written(
+    make_detector: MakeDetector, tmp_path: Path, head: str
+) -> None:
     plain = make_detector()
     parts = (plain.network, plain.box_head, plain.background)
-    detector = Detector(plain.clip, plain.config, *parts, region_head="shared").eval()
+    detector = Detector(plain.clip, plain.config, *parts, region_head=head).eval()
     detector.set_vocabulary(vocabulary(4))
     _, differences = written(detector, tmp_path, ["onnx"])
     assert differences["detector.onnx"] < graphs.TOLERANCE

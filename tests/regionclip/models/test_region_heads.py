@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +14,7 @@ from torchvision.ops import roi_align
 
 from clip_base.data.batch import ImageBatch
 from clip_base.models.clip import CLIP
+from clip_base.models.configs import VisionConfig
 from clip_base.models.resnet import ModifiedResNet
 from clip_base.runtime.errors import InputError
 from regionclip.models.box_head import BoxHeadConfig, MapBoxes
@@ -25,6 +28,7 @@ MakeClip = Callable[..., CLIP]
 INSIDE = ((20, 30, 90, 70), (33, 21, 60, 100), (40, 40, 44, 47))
 BORDER = ((0, 0, 128, 96), (-30, -40, 50, 60), (100, 60, 190, 150), (0, 0, 9, 9), (120, 90, 128, 96))
 
+HEADS = ("per_region", "shared", "dense")
 MANY = (*INSIDE, *BORDER) * 3  # so many that the shared head projects the map's cells instead of the regions'
 
 
@@ -59,11 +63,46 @@ def plain(visual: ModifiedResNet, feature_map: Tensor, regions: Regions, head: s
     side, rois = visual.region_size, regions.rois()
     if head == "per_region":
         return visual.layer4_map(roi_align(feature_map, rois, side, 1 / 16, 0, aligned=True))
+    if head == "dense":
+        rois = rois - torch.tensor([0.0, 8, 8, 8, 8])
+        return roi_align(dense(visual, feature_map), rois, side // 2, 1 / 16, 0, aligned=True)
     return roi_align(visual.layer4_map(feature_map), rois, side // 2, 1 / 32, 0, aligned=True)
 
 
+def dense(visual: ModifiedResNet, feature_map: Tensor) -> Tensor:
+    """Returns layer4's map at every cell of the trunk's, by its modules with other strides and dilations."""
+    layer4 = copy.deepcopy(visual.layer4)
+    for place, block in enumerate(layer4):
+        block.conv1.register_forward_hook(lambda *_: None)  # makes the block call its modules
+        if place:
+            block.conv2.dilation = block.conv2.padding = (2, 2)
+        else:
+            block.avgpool = nn.Sequential(nn.ReplicationPad2d((0, 1, 0, 1)), nn.AvgPool2d(2, 1))
+            block.stride, block.downsample[0] = 1, block.avgpool
+    weights = {**dict(visual.layer4.named_parameters()), **dict(visual.layer4.named_buffers())}
+    out: Tensor = torch.func.functional_call(layer4, weights, feature_map)
+    return out
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("head", ["per_region", "shared"])
+def test_every_second_cell_of_the_dense_map_is_layer4s() -> None:
+    torch.manual_seed(0)
+    visual = ModifiedResNet(
+        VisionConfig(layers=[1, 1, 1, 3], width=8, head_width=32, resolution=64), 32
+    ).eval()
+    for norm in visual.layer4.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_()
+    maps = torch.randn(2, visual.trunk_channels, 10, 12)
+    found = visual.layer4_dense(maps)
+    assert found.shape == (2, 2 * visual.trunk_channels, 10, 12)
+    torch.testing.assert_close(found[:, :, ::2, ::2], visual.layer4_map(maps), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, dense(visual, maps), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("boxes", [INSIDE, BORDER, MANY], ids=["inside", "border", "many"])
 def test_a_head_is_its_plain_rendering(
     tower: ModifiedResNet, feature_map: Tensor, boxes: tuple[tuple[int, ...], ...], head: str
@@ -76,16 +115,17 @@ def test_a_head_is_its_plain_rendering(
 
 
 @torch.no_grad()
-def test_the_heads_are_two(tower: ModifiedResNet, feature_map: Tensor) -> None:
+def test_the_heads_are_three(tower: ModifiedResNet, feature_map: Tensor) -> None:
     found = [
         RegionEncoder(tower, region_head=head).encode_rois(feature_map, some_regions(INSIDE))
-        for head in ("per_region", "shared")
+        for head in HEADS
     ]
-    assert not torch.allclose(found[0], found[1], atol=1e-2)
+    for one, other in itertools.combinations(found, 2):
+        assert not torch.allclose(one, other, atol=1e-2)
 
 
 @pytest.mark.parametrize("boxes", [BORDER, MANY], ids=["border", "many"])
-@pytest.mark.parametrize("head", ["per_region", "shared"])
+@pytest.mark.parametrize("head", HEADS)
 def test_gradients_are_those_of_the_plain_rendering(
     tower: ModifiedResNet, feature_map: Tensor, head: str, boxes: tuple[tuple[int, ...], ...]
 ) -> None:
@@ -104,7 +144,7 @@ def test_gradients_are_those_of_the_plain_rendering(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("head", ["per_region", "shared"])
+@pytest.mark.parametrize("head", HEADS)
 def test_a_box_head_reads_layer4s_map_of_each_region(
     tower: ModifiedResNet, feature_map: Tensor, head: str
 ) -> None:
@@ -153,7 +193,7 @@ def test_half_precision_leaves_shared_regions_what_they_are(make_clip: MakeClip)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("head", ["per_region", "shared"])
+@pytest.mark.parametrize("head", HEADS)
 def test_hooks_on_layer4_and_the_pool_are_called(make_clip: MakeClip, feature_map: Tensor, head: str) -> None:
     visual = make_clip().visual
     encoder, regions = RegionEncoder(visual, region_head=head), some_regions(INSIDE)
@@ -188,7 +228,7 @@ def test_a_shared_head_that_would_lose_cells_is_refused(make_clip: MakeClip) -> 
 
 
 def test_region_heads_that_do_not_fit_are_refused(make_clip: MakeClip) -> None:
-    with pytest.raises(InputError, match="region_head=both is not one of per_region, shared"):
+    with pytest.raises(InputError, match="region_head=both is not one of per_region, shared, dense"):
         RegionEncoder(make_clip().visual, region_head="both")
     with pytest.raises(InputError, match="region_head=shared is for regions of a ResNet's map"):
         RegionEncoder(make_clip("vit").visual, "dense", region_head="shared")

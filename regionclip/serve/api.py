@@ -54,13 +54,6 @@ def add_to(app: Any, session: DemoSession, folder: Path, score: float) -> None:
         429: {"description": "too many uploads within an hour"},
     }
 
-    @app.post(
-        DETECT,
-        summary="Detect",
-        description=DESCRIPTION,
-        responses=refusals,
-        openapi_extra={"requestBody": body},
-    )
     async def detect(
         request: Request,
         names: Annotated[str, Query(description='"cat, red umbrella", or a list: coco, coco65, lvis')],
@@ -92,3 +85,13 @@ def add_to(app: Any, session: DemoSession, folder: Path, score: float) -> None:
             "height": shown.size[0],
             "detections": [{"name": name, "score": value, "box": box} for name, value, box in rows],
         }
+
+    app.add_api_route(
+        DETECT,
+        detect,
+        methods=["POST"],
+        summary="Detect",
+        description=DESCRIPTION,
+        responses=refusals,
+        openapi_extra={"requestBody": body},
+    )

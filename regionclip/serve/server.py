@@ -92,7 +92,12 @@ def make(
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL if host in LOCAL else ["*"])
     requests = Middleware(BaseHTTPMiddleware, dispatch=RequestFilter(folder, limit))
     # Its own pages of documentation load scripts from elsewhere: there is the description alone.
-    names = {"title": "regionclip", "version": installed_version(), "docs_url": None, "redoc_url": None}
+    names: dict[str, Any] = {
+        "title": "regionclip",
+        "version": installed_version(),
+        "docs_url": None,
+        "redoc_url": None,
+    }
     app = FastAPI(openapi_url=OPENAPI, middleware=[hosts, requests], **names)
     add_routes(app)
     shut = {"footer_links": [], "ssr_mode": False, "mcp_server": False, "enable_monitoring": False}

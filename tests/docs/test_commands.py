@@ -52,6 +52,7 @@ PARSED = {
 }
 NOT_OURS = {
     r"^make ": "a target of the Makefile",
+    r"^docker ": "needs an engine; test_dockerfile.py compares the calls with our options",
     r"^pip install ": "a package, or an extra of ours",
     r"^tools/install_detectron2\.sh ": "installs detectron2",
     r"^(python )?tools/train_net\.py ": "needs detectron2; tests/regionclip/detectron2 runs it",

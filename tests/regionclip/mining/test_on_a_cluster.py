@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from clip_base.jobs.cli import main_regionclip
+from clip_base.synthetic.scenes import ScenesConfig, generate
 
 pytestmark = pytest.mark.slow
 
@@ -37,13 +38,19 @@ def test_jobs_leave_the_same_bytes_and_mining_survives_the_loss_of_a_node(
     sizes = ["resize.short=[64]", "resize.long=64", "shard_images=3", "precision=fp32"]
     features = ["features", str(world / "images" / "train"), f"weights={detector_file}", *sizes]
     mine = ["mine", *swapped(mining_options, shard_images=1)]
+    scenes: dict[str, Any] = {"images": 12, "val_images": 4, "size": 64, "object_min": 0.3, "workers": 1}
+    generate(ScenesConfig(out=str(tmp_path / "w"), format="webdataset", tar_images=5, seed=5, **scenes))
+    packed = swapped(mining_options, images=f"{tmp_path / 'w'}/train-*.tar")
+    tars = ["mine", *[option for option in packed if not option.startswith("captions=")]]
     on_ray = ["executor=ray", "workers=3"]
     assert main_regionclip([*mine, f"out={one / 'mined'}"]) == 0
+    assert main_regionclip([*tars, f"out={one / 'tars'}"]) == 0
     assert main_regionclip([*concepts, f"out={one / 'concepts.jsonl'}"]) == 0
     assert main_regionclip([*features, f"out={one / 'features'}"]) == 0
 
     assert main_regionclip([*concepts, f"out={two / 'concepts.jsonl'}", *on_ray]) == 0
     assert main_regionclip([*features, f"out={two / 'features'}", *on_ray]) == 0
+    assert main_regionclip([*tars, f"out={two / 'tars'}", *on_ray]) == 0
     lost: list[str] = []
     thread = threading.Thread(target=lose_a_node, args=(cluster, two / "mined", lost), daemon=True)
     thread.start()
@@ -53,6 +60,7 @@ def test_jobs_leave_the_same_bytes_and_mining_survives_the_loss_of_a_node(
 
     for name, patterns in {
         "mined": ("*.parquet", "skipped.jsonl", "vocabulary.safetensors"),
+        "tars": ("*.parquet", "images/*.parquet"),
         "features": ("*.parquet",),
         ".": ("concepts.jsonl",),
     }.items():

@@ -68,7 +68,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
         rows, real = measure(Path(name), options, busy=load > 0.5)
-    facts = f"Machine: {machine(1)}; {load:.1f} other processes ran beside it.\n"
+    facts = f"Machine: {machine(1)}; {load:.0f} other processes ran beside it.\n"
     facts += f"Versions: {versions('torch', 'pyarrow')}.\n"
     text = f"{facts}\n    {command()}\n\n" + "\n".join(rows) + "\n\n" + worked_out(*real, options.device)
     print(text)

@@ -144,6 +144,30 @@ def test_what_the_processes_load_is_one_processs_order(monkeypatch: pytest.Monke
     assert [[item for share in step for item in share] for step in zip(*shares, strict=True)] == expected
 
 
+@pytest.mark.parametrize("parts", [[[3], [5], [0]], [[2, 3], [4, 1], [0, 2]]])
+def test_processes_order_their_rows_as_one_would(
+    monkeypatch: pytest.MonkeyPatch, parts: list[list[int]]
+) -> None:
+    counts = torch.tensor(parts)
+    total = int(counts.sum())
+    monkeypatch.setattr(distributed, "world", lambda: len(parts))
+    monkeypatch.setattr(distributed, "gather", lambda rows: counts)
+    starts = (counts.T.flatten().cumsum(0) - counts.T.flatten()).view(counts.shape[1], -1)
+    places = {}  # row of all -> its place in the order
+    for rank, own in enumerate(parts):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        torch.manual_seed(3)
+        order = distributed.permutation(own, torch.device("cpu"))
+        rows = [int(starts[part, rank]) + row for part, count in enumerate(own) for row in range(count)]
+        assert sorted(order.tolist()) == list(range(len(rows)))
+        places[rank] = [rows[row] for row in order.tolist()]
+    torch.manual_seed(3)
+    wanted = torch.randperm(total).tolist()
+    for rank, found in places.items():
+        assert found == [row for row in wanted if row in set(places[rank])]
+    assert sorted(row for found in places.values() for row in found) == list(range(total))
+
+
 def test_a_batch_that_cannot_be_split_evenly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world", lambda: 4)
     with pytest.raises(

@@ -186,7 +186,7 @@ def from_huggingface(config: Any, source: str) -> Hints:
     """
     if not isinstance(config, dict) or config.get("model_type") != "clip":
         found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"{source} is of a {found!r} model, expected model_type 'clip'")
+        raise InputError(f"{source} is of a {quote(found)} model, expected model_type 'clip'")
     # Old files repeat a tower's settings under `…_dict`; there the repetition wins.
     text = {**_object(config, "text_config", source), **_object(config, "text_config_dict", source)}
     vision = {**_object(config, "vision_config", source), **_object(config, "vision_config_dict", source)}

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from clip_base.data.coco import coco_entry
 from clip_base.runtime.errors import InputError
-from clip_base.storage.files import existing, make_folder, read_json, replacing, write_json, write_text
+from clip_base.storage.files import existing, make_folder, read_json, replacing, sweep, write_json, write_text
 from clip_base.storage.json_stream import stream_entries
 from clip_base.storage.paths import leads_out
 from clip_base.storage.tars import names_tars
@@ -139,6 +139,7 @@ class FolderWriter(ABC):
         return bool(found.get("complete"))
 
     def __enter__(self) -> Self:
+        sweep(self.folder.rglob(".*.tmp"))
         write_json(self._info, {"complete": False, "info": self.target.info}, indent=2)
         self.begin()
         return self

@@ -95,10 +95,13 @@ def _is_part(value: object) -> bool:
     return isinstance(value, dict) and _is_text(value.get("name"))
 
 
+_MOST_CONCEPTS = 100_000  # of one region; training makes room for so many
+
 # What is read of a manifest, and whether a value is of that kind.
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "shards": _are_texts,
-    **dict.fromkeys(("images", "skipped", "regions", "max_concepts"), _is_count),
+    **dict.fromkeys(("images", "skipped", "regions"), _is_count),
+    "max_concepts": lambda value: _is_count(value) and value <= _MOST_CONCEPTS,
     **dict.fromkeys(("images_folder", "teacher", KEY), _is_text),
     **dict.fromkeys(("matcher", "proposer"), _is_part),
     "samples": lambda value: isinstance(value, list) and all(map(_is_count, value)),

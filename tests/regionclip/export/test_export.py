@@ -228,6 +228,21 @@ def test_names_from_data_never_lead_out_of_the_folder(
     assert not (tmp_path / "out" / "labels.json").exists()
 
 
+@pytest.mark.parametrize(("kind", "labels"), [("yolo", "labels"), ("voc", "Annotations")])
+def test_what_a_killed_export_was_writing_is_gone_in_the_end(
+    kind: str, labels: str, pairs: Path, tmp_path: Path
+) -> None:
+    config = ExportConfig(str(pairs), str(tmp_path / "out"), format=kind, images=str(tmp_path / "photos"))
+    export(config)
+    info = tmp_path / "out" / "info.json"
+    write_json(info, read_json(info) | {"complete": False})
+    left = tmp_path / "out" / labels / "a" / ".1.txt.999999999.tmp"
+    left.write_text("0 0.5")
+    export(config)
+    assert read_json(info)["complete"]
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("kind", ["yolo", "voc", "fiftyone"])
 def test_no_link_leads_to_a_folder_that_only_a_manifest_names(kind: str, pairs: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"format={kind} links to the images: give images=FOLDER"):

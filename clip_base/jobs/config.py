@@ -109,6 +109,8 @@ def names_in(file: str | Path) -> dict[str, str]:
 
 def check(schema: type[T], values: dict[str, Any], where: str) -> T:
     """Returns a `schema` made from plain values, with the same checks as `resolve`."""
+    if not isinstance(values, dict):  # they may come from a file
+        raise InputError(f"{where} must be keys and values, found {quote(values)}")
     where = f"{where}: "
     return _finish(schema, _merge(OmegaConf.structured(schema), OmegaConf.create(values), where), where)
 

@@ -58,6 +58,7 @@ _FAULTS = (
     TypeError,
     ValueError,
     AttributeError,
+    AssertionError,
     OverflowError,
     MemoryError,
 )

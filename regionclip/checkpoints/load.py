@@ -357,8 +357,8 @@ def read_detector_file(
         detector = Detector.untrained(clip, settings, network, kind, size, region_head=head)
     except InputError as error:
         raise InputError(
-            f"{path} was trained with box_head={kind}, which is not installed ({error}); install the package "
-            "that declares it"
+            f"{path} was trained with box_head={quote(kind)}, which is not installed ({error}); install "
+            "the package that declares it"
         ) from None
     load_exactly(detector, weights, path)
     detector.eval().to(memory_format=torch.channels_last)

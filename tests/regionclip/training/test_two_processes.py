@@ -38,7 +38,9 @@ TRAINING = [
     "train.log_every=1",
     "train.save_every=0",
 ]
-RESUMED = [("pretrain", "ddp"), ("rpn", "fsdp"), ("shared", "fsdp"), ("pretrain", "fsdp")]
+IN_TWO = [(name, "ddp") for name in ("rpn", "detector", "shared", "pretrain")]
+IN_TWO += [(name, "fsdp") for name in ("rpn", "shared", "pretrain")]
+RESUMED = [("pretrain", "ddp"), ("rpn", "fsdp")]
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +75,7 @@ def outs(commands: dict[str, list[str]], launch: Launch, tmp_path_factory: pytes
     for name, command in commands.items():
         assert cli.main([*command, f"out={folder / 'one' / name}"]) == 0
     in_two = [
-        [*command, f"train.parallel={kind}", f"out={folder / kind / name}"]
-        for kind in ("ddp", "fsdp")
-        for name, command in commands.items()
+        [*commands[name], f"train.parallel={kind}", f"out={folder / kind / name}"] for name, kind in IN_TWO
     ]
     for name, kind in RESUMED:
         begun, resumed = folder / "one" / name, folder / f"resumed-{kind}" / name
@@ -97,8 +97,7 @@ def weights_of(out: Path, step: int) -> dict[str, torch.Tensor]:
     return read_weights(out / "checkpoints" / f"{step:08d}" / "model.safetensors")[0]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", ["rpn", "detector", "shared", "pretrain"])
+@pytest.mark.parametrize(("name", "kind"), IN_TWO)
 def test_two_processes_have_the_losses_and_gradients_of_one(outs: Path, name: str, kind: str) -> None:
     one, two = outs / "one" / name, outs / kind / name
     expected = log_of(one)

@@ -202,7 +202,7 @@ def _configs(program: str, prefix: str, jobs: Collection[str], arguments: Sequen
     found = list(shipped.listed(prefix, arguments or jobs))
     if not found:
         return f"no config file comes with {' and '.join(arguments)}: its defaults are its options'"
-    lines = [f"{name}\n    {meaning}" for name, meaning in found]
+    lines = [line for name, meaning in found for line in helps.named(name, meaning)]
     return "\n".join([*lines, "", f"{program} JOB NAME [key=value …] takes one, from wherever you are."])
 
 

@@ -19,6 +19,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from clip_base.jobs import familiar, plugins
+from clip_base.jobs.everyday import everyday_of
 from clip_base.jobs.shipped import find_config
 from clip_base.runtime.errors import InputError, quote, shortened
 from clip_base.storage.tables import read_yaml
@@ -130,6 +131,10 @@ def _read_yaml(path: Path) -> DictConfig:
 
 
 def _merge(config: Any, change: Any, where: str) -> Any:
+    schema = cast(type, OmegaConf.get_type(config))
+    for key in everyday_of(schema).unused:
+        if OmegaConf.select(change, key) is not None:
+            raise InputError(f"{where}option {key!r} does nothing in this job; omit it")
     try:
         for key, value in change.items():
             node = config.get(key, None) if key in config else None
@@ -144,7 +149,6 @@ def _merge(config: Any, change: Any, where: str) -> Any:
         return OmegaConf.merge(config, change)
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
-        schema = cast(type, OmegaConf.get_type(config))
         known = [name for name, _, _ in fields_of(schema)]
         value = OmegaConf.select(change, key)
         hint = _new_name(schema, key) or familiar.hint(key, value, known) or plugins.did_you_mean(key, known)
@@ -215,12 +219,13 @@ def ordered_fields(schema: type) -> list[dataclasses.Field[Any]]:
 
 def fields_of(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
     """Yields (dotted key, field, type) for every option of a schema, nested ones included."""
-    hints = typing.get_type_hints(schema)
+    hints, unused = typing.get_type_hints(schema), everyday_of(schema).unused
     for field in ordered_fields(schema):
         hint = hints[field.name]
         yield f"{prefix}{field.name}", field, hint
         if dataclasses.is_dataclass(hint):
-            yield from fields_of(cast(type, hint), f"{prefix}{field.name}.")
+            inner = fields_of(cast(type, hint), f"{prefix}{field.name}.")
+            yield from (one for one in inner if one[0].removeprefix(prefix) not in unused)
 
 
 def runtime_only(schema: type) -> set[str]:

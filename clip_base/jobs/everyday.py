@@ -18,17 +18,21 @@ class Everyday:
     Attributes:
         example: a command, without the program's name.
         sections: the keys of options by section, dotted as on the command line.
+        unused: keys of inherited options that do nothing in this job: it does not have them.
     """
 
     example: str
     sections: Mapping[str, tuple[str, ...]]
+    unused: tuple[str, ...] = ()
 
 
-def everyday(example: str, **sections: str) -> Callable[[C], C]:
+def everyday(example: str, *, unused: str = "", **sections: str) -> Callable[[C], C]:
     """Declares the options of a job's dataclass that most calls need; about ten.
 
     Args:
         example: a command that works, without the program's name: `detect photo.jpg vocabulary="cat"`.
+        unused: keys of inherited options that the job does not read, separated by spaces; giving one is an
+            error, as of an option that does not exist.
         sections: keys of options, separated by spaces, for some of `SECTIONS`.
 
     Raises:
@@ -40,7 +44,7 @@ def everyday(example: str, **sections: str) -> Callable[[C], C]:
     named = {name: tuple(sections[name].split()) for name in SECTIONS if name in sections}
 
     def mark(schema: C) -> C:
-        setattr(schema, _MARK, Everyday(example, named))
+        setattr(schema, _MARK, Everyday(example, named, tuple(unused.split())))
         return schema
 
     return mark

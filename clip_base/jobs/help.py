@@ -79,6 +79,11 @@ def listed(rows: Sequence[tuple[str, str]]) -> list[str]:
     return lines
 
 
+def named(name: str, meaning: str) -> list[str]:
+    """Returns a name, and below it its meaning, indented, as lines."""
+    return [name, *(f"    {line}" for line in _wrapped(meaning, COLUMNS - 4))]
+
+
 def _head(command: str, job: Description) -> list[str]:
     """Returns how the job is called, and what it does."""
     needed = [option for option in job.options if option.required]

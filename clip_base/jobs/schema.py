@@ -152,8 +152,10 @@ def _name(point: EntryPoint) -> str:
 def _learn(point: EntryPoint, points: dict[str, Description]) -> None:
     target = point.load()
     schema = plugins.schema_of(target)
-    options = [asdict(option) for option in options_of(schema)]
-    value = {"text": inspect.getdoc(target) or "", "options": options, **vars(everyday_of(schema))}
+    shown = everyday_of(schema)
+    options = [asdict(option) for option in options_of(schema) if option.key not in shown.unused]
+    value: dict[str, Any] = {"text": inspect.getdoc(target) or "", "options": options}
+    value |= {"example": shown.example, "sections": shown.sections}
     # As the file will give it back: the first answer is then the same as the later ones.
     points[_name(point)] = _description(json.loads(json.dumps(value, default=str)))
     for option in points[_name(point)].options:

@@ -52,6 +52,7 @@ Likely = list[list[tuple[str, float]]]
     model="weights proposer.name",
     quality="score_threshold top_k",
     speed="batch_size device",
+    unused="detector.alpha_novel",
 )
 @dataclass
 class DetectConfig(EnsembleOptions):

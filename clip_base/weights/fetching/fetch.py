@@ -13,6 +13,7 @@ from clip_base.jobs.everyday import everyday
 from clip_base.runtime.errors import InputError, JobError
 from clip_base.storage.remote_cache import cache_folder
 from clip_base.weights.fetching import download, hub
+from clip_base.weights.fetching.published import MIB
 from clip_base.weights.load import find
 
 Names = list[str]  # in the class below, `list` is an option
@@ -57,11 +58,19 @@ def fetch(config: FetchConfig) -> None:
 def _print_names() -> None:
     folder = cache_folder()
     rows = [("name", "MiB", "here", "from")]
+    pages: dict[str, None] = {}
     for name, file in download.files().items():
-        size = f"{file.size / 2**20:,.0f}" if file.size else "?"
-        rows.append((name, size, "yes" if file.kept_in(folder) else "", file.page or file.url.split("/")[2]))
-    rows += [(name, "?", "", f"{hub.SCHEME}{place}") for name, place in hub.open_clip_table().items()]
+        size = f"{file.size / MIB:,.0f}" if file.size else "?"
+        if file.page:
+            pages[file.page] = None
+        origin = "a folder of Google Drive" if file.page else file.url.split("/")[2]
+        rows.append((name, size, "yes" if file.kept_in(folder) else "", origin))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for name, size, place, origin in rows:
         print(f"{name:<{widths[0]}}  {size:>{widths[1]}}  {place:<{widths[2]}}  {origin}")
-    print(f"\nthe cache is {folder}; what comes from the hub is in that of huggingface_hub")
+    for page in pages:
+        print(f"the folder of Google Drive:\n    {page}")
+    print("\nopen_clip's names, and where they are on the hub")
+    for name, place in hub.open_clip_table().items():
+        print(f"{name}\n    {hub.SCHEME}{place}")
+    print(f"\nthe cache is {folder};\nwhat comes from the hub is in that of huggingface_hub")

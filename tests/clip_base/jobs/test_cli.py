@@ -15,6 +15,7 @@ import pytest
 from clip_base.jobs import cli, plugins
 from clip_base.jobs import config as configs
 from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
+from clip_base.jobs.everyday import everyday_of
 from clip_base.jobs.schema import options_of
 from clip_base.runtime.errors import InputError
 
@@ -279,7 +280,8 @@ def test_every_declared_jobs_help_shows_all_options(
     lines = capsys.readouterr().out
     shown = " ".join(lines.split())
     schema = plugins.schema_of(plugins.load(plugins.JOBS, name))
-    for known in options_of(schema):
+    unused = everyday_of(schema).unused
+    for known in (one for one in options_of(schema) if one.key not in unused):
         assert known.meaning, f"{known.key} does not say what it means"
         assert sum(line.startswith(f"  {known.key} (") for line in lines.splitlines()) == 1
         told = "required" if known.required else f"default {known.default!r}"

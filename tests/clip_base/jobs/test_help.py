@@ -128,3 +128,19 @@ def test_every_answer_names_an_option_of_some_job() -> None:
     for answers in HERE.values():
         for answer in answers:
             assert {part.partition("=")[0] for part in answer.split("&")} <= known
+
+
+@pytest.mark.parametrize("key", ["detector.nms=0.4", "detector.max_proposals=9"])
+def test_an_option_that_would_do_nothing_is_refused_and_not_shown(
+    key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main_regionclip(["features", "a.jpg", "weights=x.safetensors", key]) == 2
+    assert f"{key.partition('=')[0]!r} does nothing in this job" in capsys.readouterr().err
+    assert cli.main_regionclip(["features", "--help-all"]) == 0
+    assert key.partition("=")[0] + " (" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["configs"], ["fetch", "--list"]])
+def test_lists_fit_a_terminal(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80

@@ -14,6 +14,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,7 @@ from clip_base.runtime.work import Failure, Result, Task, Work
 from clip_base.runtime.work import Report as Report
 
 EXECUTORS = ("local", "ray")
+_TO_SAVE = 30.0  # seconds that a worker which is told to stop may take to save what it has
 EXECUTOR_HELP = (
     "where the processes are: local, on this machine; ray, on the Ray cluster that RAY_ADDRESS names or that "
     "runs here (its machines see the same files at the same paths)"
@@ -124,7 +126,10 @@ def _in_processes(
         for process in pool.values():
             process.terminate()
         for process in pool.values():
-            process.join()
+            process.join(_TO_SAVE)
+            if process.is_alive():
+                process.kill()
+                process.join()
 
 
 def _send(pipe: connection.Connection, task: object, process: BaseProcess) -> None:
@@ -188,6 +193,8 @@ def _serve(start: Callable[[], Work[Any, Any]], pipe: connection.Connection) -> 
         except OSError:
             os._exit(1)
 
+    # Work that is told to stop may save what it has: it ends by SystemExit, not at once.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()

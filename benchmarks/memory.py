@@ -1,0 +1,160 @@
+"""Peak memory of mining, its report, region pretraining and export, over the number of images.
+
+    python benchmarks/memory.py --out runs/memory --images 1000 10000 100000
+
+Images are generated once (500 scenes of 48 pixels) and repeated under other names, as files and in tars of
+1,000. The models are tiny: what is measured is what grows with the data. Each job is a process of its own;
+its peak is what the operating system says of it (`ru_maxrss`, in which every page counts that was mapped).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from clip_base.models.clip import CLIP
+from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
+from clip_base.storage.files import read_json, write_json
+from clip_base.synthetic.scenes import ScenesConfig, generate
+from clip_base.weights.native import save_clip
+
+PER_TAR = 1000
+DRAWN = 500
+SIZES = ["resize.short=[48]", "resize.long=48"]
+KINDS = ("tars", "folder")
+
+
+def main() -> None:
+    """Measures, prints a table in Markdown and writes `memory.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for data and results")
+    parser.add_argument("--images", type=int, nargs="+", default=[1000, 10_000], help="numbers of images")
+    options = parser.parse_args()
+    drawn = options.out / "drawn"
+    generate(ScenesConfig(out=str(drawn), images=DRAWN, size=48, object_min=0.3, workers=1))
+    clip = options.out / "clip.safetensors"
+    if not clip.exists():
+        torch.manual_seed(0)
+        vision = VisionConfig(layers=[1, 1, 1, 1], width=8, head_width=32, resolution=32)
+        model = CLIP(CLIPConfig(32, vision, TextConfig(width=32, heads=1, layers=1, context_length=32)))
+        nn.init.zeros_(model.logit_scale)
+        save_clip(model, clip)
+    pool = options.out / "concepts.jsonl"
+    if not pool.exists():
+        run("concepts", f"captions={drawn}/captions_train.json", "min_count=5", f"out={pool}")
+    found: dict[str, dict[str, float]] = {}
+    for kind in KINDS:
+        for count in options.images:
+            folder = options.out / f"{kind}-{count}"
+            given = as_tars(drawn, folder, count) if kind == "tars" else as_folder(drawn, folder, count)
+            found[f"{count:,} images in {'a folder' if kind == 'folder' else kind}"] = measure(
+                folder, given, clip, pool
+            )
+            write_json(options.out / "memory.json", found, indent=2)
+    jobs = list(next(iter(found.values())))
+    print("| |", " | ".join(jobs), "|")
+    print("|---|", "|".join("---" for _ in jobs), "|")
+    for what, peaks in found.items():
+        print(f"| {what} |", " | ".join(f"{peaks[job]:.0f} MB" for job in jobs), "|")
+
+
+def scenes(drawn: Path, count: int) -> list[tuple[str, Path, list[str]]]:
+    """Returns (name, file, captions) of so many images."""
+    content = read_json(drawn / "captions_train.json")
+    texts: dict[int, list[str]] = {}
+    for entry in content["annotations"]:
+        texts.setdefault(entry["image_id"], []).append(entry["caption"])
+    files = [(drawn / "images" / entry["file_name"], texts[entry["id"]]) for entry in content["images"]]
+    return [(f"{number:09d}", *files[number % len(files)]) for number in range(count)]
+
+
+def as_folder(drawn: Path, folder: Path, count: int) -> list[str]:
+    """Makes a folder of links and its captions; returns mine's options."""
+    images, file = folder / "images", folder / "captions.json"
+    if not file.exists():
+        images.mkdir(parents=True, exist_ok=True)
+        listed, annotations = [], []
+        for number, (name, source, captions) in enumerate(scenes(drawn, count), 1):
+            link = images / f"{name}.jpg"
+            if not link.exists():
+                shutil.copyfile(source, link)
+            listed.append({"id": number, "file_name": link.name, "height": 48, "width": 48})
+            annotations += [{"image_id": number, "caption": text} for text in captions]
+        write_json(file, {"images": listed, "annotations": annotations})
+    return [f"images={images}", f"captions={file}"]
+
+
+def as_tars(drawn: Path, folder: Path, count: int) -> list[str]:
+    """Makes tars; returns mine's options."""
+    folder.mkdir(parents=True, exist_ok=True)
+    every = scenes(drawn, count)
+    for start in range(0, count, PER_TAR):
+        path = folder / f"{start // PER_TAR:05d}.tar"
+        if path.exists():
+            continue
+        with tarfile.open(path.with_suffix(".part"), "w") as tar:
+            for name, source, captions in every[start : start + PER_TAR]:
+                for ending, data in (("jpg", source.read_bytes()), ("txt", "\n".join(captions).encode())):
+                    header = tarfile.TarInfo(f"{name}.{ending}")
+                    header.size = len(data)
+                    tar.addfile(header, io.BytesIO(data))
+        path.with_suffix(".part").rename(path)
+    return [f"images={folder}/*.tar"]
+
+
+def measure(folder: Path, given: list[str], clip: Path, pool: Path) -> dict[str, float]:
+    """Returns the peak memory of each job, in MB."""
+    mined = f"mined={folder / 'mined'}"
+    images = given[0]
+    options = [*given, f"weights={clip}", f"concepts={pool}", f"out={folder / 'mined'}", "precision=fp32"]
+    options += ["proposer.name=grid", "proposer.sizes=[0.5,1.0]", "matcher.name=caption", *SIZES]
+    options += ["matcher.min_probability=0", "shard_images=1000", "batch_size=32"]
+    start = [mined, images, f"weights={clip}", f"out={folder / 'pretrained'}", *SIZES]
+    training = ["train.steps=50", "train.batch_size=32", "train.precision=fp32"]
+    jobs = {
+        "mine": options,
+        "report": [mined, images, f"out={folder / 'report'}"],
+        "pretrain": [*start, *training],
+        "export": [mined, f"out={folder / 'instances.json'}", "classes=[]"],
+    }
+    peaks = folder / "peaks.json"
+    found: dict[str, float] = read_json(peaks) if peaks.exists() else {}
+    for job, call in jobs.items():
+        if job not in found:
+            found[job] = run(job, *call)
+            write_json(peaks, found)
+    return found
+
+
+def run(*call: str) -> float:
+    """Runs a command of regionclip and returns its peak memory in MB."""
+    program = (
+        "import sys\nfrom clip_base.jobs.cli import main_regionclip\nsys.exit(main_regionclip(sys.argv[1:]))"
+    )
+    began = time.monotonic()
+    child = subprocess.Popen([sys.executable, "-c", program, *call], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(f"{' '.join(call)} ended with {child.returncode}")
+    peak = usage.ru_maxrss / 1024
+    print(
+        json.dumps({"job": call[0], "seconds": round(time.monotonic() - began), "MB": round(peak)}),
+        flush=True,
+    )
+    return peak
+
+
+if __name__ == "__main__":
+    main()

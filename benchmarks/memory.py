@@ -20,6 +20,9 @@ import tarfile
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from torch import nn
 
@@ -28,11 +31,11 @@ from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.storage.files import read_json, write_json
 from clip_base.synthetic.scenes import ScenesConfig, generate
 from clip_base.weights.native import save_clip
+from regionclip.mining.shards import images_path, write_shard
 
 PER_TAR = 1000
 DRAWN = 500
 SIZES = ["resize.short=[48]", "resize.long=48"]
-KINDS = ("tars", "folder")
 
 
 def main() -> None:
@@ -40,6 +43,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for data and results")
     parser.add_argument("--images", type=int, nargs="+", default=[1000, 10_000], help="numbers of images")
+    parser.add_argument("--kinds", nargs="+", default=["tars", "folder"], help="tars, folder")
+    parser.add_argument(
+        "--mine", type=int, default=10_000, help="of more images, the shards of the first 1,000 are repeated"
+    )
     options = parser.parse_args()
     drawn = options.out / "drawn"
     generate(ScenesConfig(out=str(drawn), images=DRAWN, size=48, object_min=0.3, workers=1))
@@ -54,19 +61,22 @@ def main() -> None:
     if not pool.exists():
         run("concepts", f"captions={drawn}/captions_train.json", "min_count=5", f"out={pool}")
     found: dict[str, dict[str, float]] = {}
-    for kind in KINDS:
+    for kind in options.kinds:
         for count in options.images:
             folder = options.out / f"{kind}-{count}"
             given = as_tars(drawn, folder, count) if kind == "tars" else as_folder(drawn, folder, count)
-            found[f"{count:,} images in {'a folder' if kind == 'folder' else kind}"] = measure(
-                folder, given, clip, pool
-            )
+            what = f"{count:,} images in {'a folder' if kind == 'folder' else kind}"
+            repeated = count > options.mine
+            if repeated:
+                repeat_mined(options.out / f"{kind}-{PER_TAR}" / "mined", folder, count)
+            found[what] = measure(folder, given, clip, pool, repeated)
             write_json(options.out / "memory.json", found, indent=2)
-    jobs = list(next(iter(found.values())))
+    jobs = ["mine", "report", "pretrain", "export"]
     print("| |", " | ".join(jobs), "|")
     print("|---|", "|".join("---" for _ in jobs), "|")
     for what, peaks in found.items():
-        print(f"| {what} |", " | ".join(f"{peaks[job]:.0f} MB" for job in jobs), "|")
+        cells = (f"{peaks[job]:.0f} MB" if job in peaks else "not measured" for job in jobs)
+        print(f"| {what} |", " | ".join(cells), "|")
 
 
 def scenes(drawn: Path, count: int) -> list[tuple[str, Path, list[str]]]:
@@ -113,8 +123,42 @@ def as_tars(drawn: Path, folder: Path, count: int) -> list[str]:
     return [f"images={folder}/*.tar"]
 
 
-def measure(folder: Path, given: list[str], clip: Path, pool: Path) -> dict[str, float]:
-    """Returns the peak memory of each job, in MB."""
+def repeat_mined(one: Path, folder: Path, count: int) -> None:
+    """Makes the mined folder of more images from that of PER_TAR images: all tars have the same layout."""
+    manifest = read_json(one / "manifest.json")
+    name, mined = manifest["shards"][0], folder / "mined"
+    regions, images = pq.read_table(one / name), pq.read_table(images_path(one / name))
+    parts = range(count // PER_TAR)
+    for part in parts:
+        path = mined / f"{part:05d}.parquet"
+        if not path.exists():
+            write_shard(path, [renamed(regions, part, folder)], [renamed(images, part, folder)])
+    sizes = {str((folder / f"{part:05d}.tar").absolute()): 0 for part in parts} if manifest["tars"] else {}
+    for tar in sizes:
+        sizes[tar] = Path(tar).stat().st_size
+    totals = {key: manifest[key] * len(parts) for key in ("images", "regions", "skipped")}
+    lists = {"shards": [f"{part:05d}.parquet" for part in parts], "samples": manifest["samples"] * len(parts)}
+    write_json(mined / "manifest.json", {**manifest, **totals, **lists, "tars": sizes})
+    for file in ("vocabulary.safetensors", "skipped.jsonl"):
+        shutil.copyfile(one / file, mined / file)
+
+
+def renamed(table: pa.Table, part: int, folder: Path) -> pa.Table:
+    """Returns rows of the first PER_TAR images as those of images further on."""
+    ids = pc.add(table["image_id"], part * PER_TAR)
+    names = [f"{int(name[:9]) + part * PER_TAR:09d}.jpg" for name in table["file_name"].to_pylist()]
+    table = table.set_column(table.schema.get_field_index("image_id"), "image_id", ids)
+    table = table.set_column(table.schema.get_field_index("file_name"), "file_name", pa.array(names))
+    if table["tar"].null_count == 0:
+        tars = pa.array([str((folder / f"{part:05d}.tar").absolute())] * table.num_rows)
+        table = table.set_column(table.schema.get_field_index("tar"), "tar", tars)
+    return table
+
+
+def measure(
+    folder: Path, given: list[str], clip: Path, pool: Path, repeated: bool = False
+) -> dict[str, float]:
+    """Returns the peak memory of each job, in MB; without mining's for a folder made by repetition."""
     mined = f"mined={folder / 'mined'}"
     images = given[0]
     options = [*given, f"weights={clip}", f"concepts={pool}", f"out={folder / 'mined'}", "precision=fp32"]
@@ -123,7 +167,7 @@ def measure(folder: Path, given: list[str], clip: Path, pool: Path) -> dict[str,
     start = [mined, images, f"weights={clip}", f"out={folder / 'pretrained'}", *SIZES]
     training = ["train.steps=50", "train.batch_size=32", "train.precision=fp32"]
     jobs = {
-        "mine": options,
+        **({} if repeated else {"mine": options}),
         "report": [mined, images, f"out={folder / 'report'}"],
         "pretrain": [*start, *training],
         "export": [mined, f"out={folder / 'instances.json'}", "classes=[]"],

@@ -33,7 +33,7 @@ from clip_base.images.headers import open_image_file
 from clip_base.images.samples import located
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import existing
-from clip_base.storage.tars import TAR, expand, names_tars, scan
+from clip_base.storage.tars import TAR, expand, member_at, names_tars, scan
 
 ImageLike = str | Path | Image.Image | npt.NDArray[Any] | Tensor
 LARGE = 25_000_000  # pixels
@@ -110,6 +110,8 @@ def image_files(places: Sequence[str], endings: Collection[str] = IMAGE_SUFFIXES
             for tar in expand(place_):
                 names = scan(tar).names
                 files += [tar / name for name in names if Path(name).suffix.lower() in endings]
+        elif not path.exists() and member_at(path) is not None:
+            files.append(path)
         elif glob.has_magic(place_) and not path.exists():
             inside = _matching(path, endings)
             if not inside:

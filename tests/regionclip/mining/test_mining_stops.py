@@ -19,9 +19,7 @@ AfterImport = Callable[[str, str], dict[str, str]]
 
 def command_line(*arguments: object, **environment: str) -> subprocess.Popen[str]:
     """Starts `regionclip` in a process of its own, and session."""
-    code = (
-        "import sys\nfrom clip_base.jobs.cli import main_regionclip as job\nsys.exit(job(sys.argv[1:]))"
-    )
+    code = "import sys\nfrom clip_base.jobs.cli import main_regionclip as job\nsys.exit(job(sys.argv[1:]))"
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE,

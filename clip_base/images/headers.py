@@ -116,7 +116,7 @@ def undecodable(error: Exception, name: object) -> InputError:
     """Returns the error of an image that a decoder has raised `error` for."""
     if isinstance(error, UnidentifiedImageError):  # which names an object in memory
         kind = kind_of(name) if isinstance(name, str | Path) else ""
-        reason = f"it is {kind}" if kind else "it is of no known format"
+        reason = f"it is of no known format{f' ({kind})' if kind else ''}"
     else:
         reason = " ".join(str(error).split()) or type(error).__name__
     return InputError(f"image {name} does not decode: {reason}")

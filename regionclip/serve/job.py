@@ -22,6 +22,7 @@ from regionclip.inference.predictor import load
 from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import build_proposer
 from regionclip.serve import api, page, server
+from regionclip.serve.image_search import ImageSearch
 from regionclip.serve.session import DemoSession, LoadedModel
 
 MAX_EXAMPLES = 24
@@ -44,6 +45,7 @@ class ServeConfig(DetectorFile, DeviceOptions):
         "", 'initial names: "cat, dog", a file of names, coco; empty: those of the examples'
     )
     lists: list[str] = option(["coco", "lvis"], "lists of names for a clicked region: coco, lvis, files")
+    index: str = option("", "index of `clip-base index`: a second tab searches its images; empty: none")
     examples: str = option("", "folder of example images; empty: generated ones")
     score_threshold: float = option(0.3, "initial minimum score of a box, 0 to 1", renamed_from="score")
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: reachable from other machines")
@@ -93,9 +95,9 @@ def make_server(config: ServeConfig, folder: Path) -> Any:
     names = parse_names(config.vocabulary) if config.vocabulary else generated
     models = [load_model(file, config) for file in (config.weights, config.compare) if file]
     session = DemoSession(models, lists, config.megapixels)
-    blocks = page.build(
-        session, folder, example_images(config.examples, folder), names, config.score_threshold
-    )
+    found = ImageSearch(config.index, models[0].predictor.device) if config.index else None
+    shown = example_images(config.examples, folder)
+    blocks = page.build(session, folder, shown, names, config.score_threshold, found)
     add_routes = partial(api.add_to, session=session, folder=folder, score=config.score_threshold)
     return server.make(blocks, page.theme(), folder, config.host, config.max_upload_mb, add_routes)
 

@@ -3,12 +3,15 @@
 # Without `from __future__ import annotations`: Gradio reads the annotations of event handlers.
 import html
 import tempfile
+from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import write_json
+from regionclip.serve.image_search import MOST, ImageSearch
 from regionclip.serve.server import KEPT
 from regionclip.serve.session import TYPED, Answer, DemoSession, Query
 
@@ -17,7 +20,7 @@ PRIVATE = {"api_visibility": "private"}
 INTRODUCTION = "Drop an image and say what to look for. Nothing leaves the machine that runs this page."
 HINT = "Click a box, or a row of the table, for its nearest names."
 STYLE = """
-.gradio-container {max-width: min(1500px, 100vw) !important; margin: auto}
+.gradio-container {max-width: min(2200px, 100vw) !important; margin: auto}
 .gradio-container main, .gradio-container main :is(.column, .row) {min-width: 0; max-width: 100%}
 .message [role=alert] {border-left: 4px solid #dc2626; padding: .5em .8em; font-weight: 600}
 .result img {cursor: pointer; max-height: 75vh}
@@ -33,10 +36,18 @@ def theme() -> dict[str, Any]:
     return {"theme": gr.themes.Default(**fonts, primary_hue="teal"), "css": STYLE}
 
 
-def build(session: DemoSession, folder: Path, examples: list[Path], names: list[str], score: float) -> Any:
+def build(
+    session: DemoSession,
+    folder: Path,
+    examples: list[Path],
+    names: list[str],
+    score: float,
+    search: ImageSearch | None = None,
+) -> Any:
     """Returns the page as Gradio's Blocks; `folder` takes the files to download.
 
-    It begins with the first of the examples, looks for `names`, and shows boxes of at least `score`.
+    It begins with the first of the examples, looks for `names`, and shows boxes of at least `score`. With
+    `search`, a second tab finds images of its index.
     """
     import gradio as gr
 
@@ -44,13 +55,18 @@ def build(session: DemoSession, folder: Path, examples: list[Path], names: list[
     with gr.Blocks(title="regionclip", analytics_enabled=False, delete_cache=(60, KEPT)) as blocks:
         gr.Markdown(f"# regionclip\n{INTRODUCTION}")
         asked = gr.State(None)
-        with gr.Row():
-            with gr.Column(scale=1, min_width=260):
-                inputs, button, among = _controls(session, examples, names, score)
-            with gr.Column(scale=3, min_width=260):
+        with gr.Tab("Detect") if search else nullcontext(), gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                image, typed, button, among = _controls(session, examples, names)
+            with gr.Column(scale=4, min_width=260):
+                with gr.Row():
+                    sliders = _sliders(score)
                 message = gr.HTML(elem_classes="message", visible=False)
                 with gr.Row():
                     panels = [_panel(session, which, asked, among) for which in range(len(session.models))]
+        if search is not None:
+            with gr.Tab("Find images"):
+                _search_tab(search)
 
         def update(last: Query | None, image: dict[str, Any] | None, text: str, *limits: float) -> list[Any]:
             try:
@@ -63,7 +79,7 @@ def build(session: DemoSession, folder: Path, examples: list[Path], names: list[
                 return [None, alert, *_parts(None, folder) * len(panels)]
             return [query, gr.HTML("", visible=False), *chain(*parts)]
 
-        image, typed, *sliders = inputs
+        inputs = [image, typed, *sliders]
         outputs = [asked, message, *chain(*panels)]
         # One at a time and the last in any case, so that what is shown is what the fields say. Unprocessed:
         # Gradio's own message about a file that is not an image does not help.
@@ -72,12 +88,17 @@ def build(session: DemoSession, folder: Path, examples: list[Path], names: list[
             update, [asked, *inputs], outputs, preprocess=False, trigger_mode="always_last",
             show_progress="minimal", show_progress_on=[panel[0] for panel in panels], **PRIVATE,
         )  # fmt: skip
+        for which, panel in enumerate(panels):
+            chosen, look = panel[4], panel[7]
+            name = partial(_region_name, session, which)
+            pressed = look.click(name, [asked, chosen, typed], typed, **PRIVATE)
+            pressed.then(update, [asked, *inputs], outputs, preprocess=False, **PRIVATE)
     blocks.queue(default_concurrency_limit=4, max_size=64, api_open=False)
     return blocks
 
 
-def _controls(session: DemoSession, examples: list[Path], names: list[str], score: float) -> tuple[Any, ...]:
-    """Makes what asks: [image, names, thresholds …], the button, and the choice of lists."""
+def _controls(session: DemoSession, examples: list[Path], names: list[str]) -> tuple[Any, ...]:
+    """Makes what asks: the image, the names, the button, and the choice of lists."""
     import gradio as gr
 
     first, sources = str(examples[0]), ["upload", "clipboard"]
@@ -86,14 +107,20 @@ def _controls(session: DemoSession, examples: list[Path], names: list[str], scor
     info = "Names separated by commas, or a list: coco, lvis"
     typed = gr.Textbox(", ".join(names), label="Look for", info=info, max_lines=8, elem_id="names")
     button = gr.Button("Detect", variant="primary", elem_id="detect")
+    among = gr.Radio([TYPED, *session.lists], value=TYPED, label="Nearest names from", elem_id="among")
+    return image, typed, button, among
+
+
+def _sliders(score: float) -> list[Any]:
+    """Makes the thresholds above the result, where they are in view: score, overlap, number of boxes."""
+    import gradio as gr
+
     info = "IoU of two boxes of one name; 1 drops none"
-    sliders = [
+    return [
         gr.Slider(0, 1, score, step=0.01, label="Minimum score", elem_id="score"),
         gr.Slider(0, 1, 1, step=0.05, label="Maximum overlap", info=info, elem_id="overlap"),
         gr.Slider(1, 100, 50, step=1, label="Maximum number of boxes", elem_id="most"),
     ]
-    among = gr.Radio([TYPED, *session.lists], value=TYPED, label="Nearest names from", elem_id="among")
-    return [image, typed, *sliders], button, among
 
 
 def _panel(session: DemoSession, which: int, asked: Any, among: Any) -> list[Any]:
@@ -116,6 +143,9 @@ def _panel(session: DemoSession, which: int, asked: Any, among: Any) -> list[Any
                 nearest = gr.Label(
                     label="Nearest names", show_heading=False, visible=False, elem_id=f"nearest-{which}"
                 )
+                look = gr.Button(
+                    "Look for what this box shows", size="sm", visible=False, elem_id=f"look-{which}"
+                )
         table = gr.Dataframe(
             headers=list(COLUMNS), column_widths=list(COLUMNS.values()), max_height=320, interactive=False,
             show_label=False, buttons=[], elem_id=f"table-{which}", elem_classes="table",
@@ -124,12 +154,13 @@ def _panel(session: DemoSession, which: int, asked: Any, among: Any) -> list[Any
 
     def choose(query: Query | None, title: str, box: int | None) -> list[Any]:
         if query is None:
-            return [None, None, "", gr.Label(visible=False)]
+            return [None, None, "", gr.Label(visible=False), gr.Button(visible=False)]
         answer = session.answer(query, which)
         if box is None or box not in answer.boxes:
-            return [None, answer.drawn(), HINT, gr.Label(visible=False)]
+            return [None, answer.drawn(), HINT, gr.Label(visible=False), gr.Button(visible=False)]
         line, names = session.nearest(query, which, box, title)
-        return [box, answer.drawn(box), html.escape(line), gr.Label(names, visible=True)]
+        shown = gr.Label(names, visible=True), gr.Button(visible=True)
+        return [box, answer.drawn(box), html.escape(line), *shown]
 
     def on_image(query: Query | None, title: str, event: gr.SelectData) -> list[Any]:
         return choose(query, title, session.answer(query, which).box_at(*event.index) if query else None)
@@ -137,11 +168,38 @@ def _panel(session: DemoSession, which: int, asked: Any, among: Any) -> list[Any
     def on_table(query: Query | None, title: str, event: gr.SelectData) -> list[Any]:
         return choose(query, title, int(event.row_value[0]) - 1)  # its own number: the table may be sorted
 
-    outputs = [chosen, drawn, caption, nearest]
+    outputs = [chosen, drawn, caption, nearest, look]
     drawn.select(on_image, [asked, among], outputs, **PRIVATE)
     table.select(on_table, [asked, among], outputs, **PRIVATE)
     among.change(choose, [asked, among, chosen], outputs, **PRIVATE)
-    return [drawn, summary, table, file, chosen, caption, nearest]
+    return [drawn, summary, table, file, chosen, caption, nearest, look]
+
+
+def _region_name(session: DemoSession, which: int, query: Query | None, box: int | None, typed: str) -> str:
+    """Returns what the field of names holds after a box was chosen to be looked for."""
+    if query is None or box is None:
+        return typed
+    return session.region_name(query, which, box)
+
+
+def _search_tab(search: ImageSearch) -> None:
+    """Makes the tab that finds images of an index."""
+    import gradio as gr
+
+    with gr.Row():
+        words = gr.Textbox(label="Find", placeholder="a dog on a beach", scale=4, elem_id="find")
+        count = gr.Slider(1, MOST, 24, step=1, label="Images", scale=1, elem_id="count")
+    message = gr.HTML(elem_classes="message", visible=False)
+    gallery = gr.Gallery(columns=6, height="auto", object_fit="contain", show_label=False, elem_id="found")
+
+    def find(text: str, most: float) -> list[Any]:
+        try:
+            return [gr.HTML("", visible=False), search(text, int(most))]
+        except InputError as error:
+            return [gr.HTML(f'<div role="alert">{html.escape(str(error))}</div>', visible=True), []]
+
+    words.submit(find, [words, count], [message, gallery], **PRIVATE)
+    count.release(find, [words, count], [message, gallery], **PRIVATE)
 
 
 def _parts(answer: Answer | None, folder: Path) -> list[Any]:
@@ -149,8 +207,10 @@ def _parts(answer: Answer | None, folder: Path) -> list[Any]:
     import gradio as gr
 
     if answer is None:
-        return [None, "", None, gr.DownloadButton(visible=False), None, "", gr.Label(visible=False)]
+        hidden = gr.Label(visible=False), gr.Button(visible=False)
+        return [None, "", None, gr.DownloadButton(visible=False), None, "", *hidden]
     file = Path(tempfile.mkdtemp(dir=folder)) / f"{Path(answer.query.path).stem}.json"
     write_json(file, answer.results(), indent=1)
     download = gr.DownloadButton(value=str(file), visible=True)
-    return [answer.drawn(), answer.summary(), answer.table(), download, None, HINT, gr.Label(visible=False)]
+    hidden = gr.Label(visible=False), gr.Button(visible=False)
+    return [answer.drawn(), answer.summary(), answer.table(), download, None, HINT, *hidden]

@@ -6,6 +6,7 @@ Requests share the models and leave nothing behind in them: the names are part o
 # N detections of an image, D embedding size
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -21,6 +22,7 @@ from clip_base.runtime.errors import InputError
 from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.data.categories import parse_typed_names
 from regionclip.inference.predictor import Predictor
+from regionclip.inference.region_query import RegionQuery, vocabulary_of
 from regionclip.structures.boxes import nms, smallest_at, xyxy_to_xywh
 from regionclip.structures.detections import Detections
 from regionclip.structures.drawing import draw, fit_page
@@ -30,6 +32,8 @@ T = TypeVar("T")
 MAX_NAMES = 2000  # that are typed; embedding more takes minutes on a CPU
 NEAREST = 10  # names told of a clicked box
 TYPED = "the names above"
+REGION = "like "  # how the name of a chosen box begins
+MAX_REGIONS = 500
 
 
 class UploadedImage(NamedTuple):
@@ -113,6 +117,8 @@ class DemoSession:
         self.models, self.lists, self.max_megapixels = models, lists, max_megapixels
         # A predictor looks for one vocabulary at a time: the holder of the lock sets it.
         self._lock = threading.RLock()
+        self._regions: dict[str, RegionQuery] = {}  # what names stand for boxes
+        self._numbers = itertools.count(1)
         self.image = cached(4, self._read, threading.RLock())
         self._vocabulary = cached(64, self._embed_names, self._lock)
         self._found = cached(128, self._detect, self._lock)
@@ -129,6 +135,18 @@ class DemoSession:
     def answer(self, query: Query, which: int) -> Answer:
         """Returns what model number `which` finds."""
         return Answer(query, self.image(query.path), self._found(which, query.path, query.names))
+
+    def region_name(self, query: Query, which: int, box: int) -> str:
+        """Returns a name that stands for a shown box, to look for what it shows in other images."""
+        answer = self.answer(query, which)
+        corners = tuple(answer.shown.boxes[box].tolist())
+        label = f"{REGION}{answer.shown.class_names[box]} in {Path(query.path).stem}"
+        name = f"{label.replace(',', ' ')[:80]} #{next(self._numbers)}"
+        x1, y1, x2, y2 = corners
+        self._regions[name] = RegionQuery(name, Path(query.path), (x1, y1, x2, y2))
+        if len(self._regions) > MAX_REGIONS:
+            del self._regions[next(iter(self._regions))]
+        return name
 
     def nearest(self, query: Query, which: int, box: int, title: str) -> tuple[str, dict[str, float]]:
         """Returns a line on a shown box, and its nearest names in a list, or `TYPED`, with probabilities."""
@@ -155,7 +173,17 @@ class DemoSession:
         return self.models[which].predictor
 
     def _embed_names(self, which: int, names: tuple[str, ...]) -> Vocabulary:
-        self.models[which].predictor.set_vocabulary(names)
+        predictor = self.models[which].predictor
+        regions = [self._regions[name] for name in names if name in self._regions]
+        if regions and len(regions) < len(names):
+            raise InputError(
+                "boxes that were chosen and words cannot be looked for together; remove one kind"
+            )
+        if not regions and any(name.startswith(REGION) and "#" in name for name in names):
+            raise InputError(f"{names[0]!r} stands for a box that is no longer known; choose it again")
+        for region in regions:
+            self.image(str(region.image))  # which says when it has been deleted
+        predictor.set_vocabulary(vocabulary_of(predictor, regions) if regions else names)
         vocabulary = self.models[which].predictor.detector.vocabulary
         assert vocabulary is not None
         return vocabulary

@@ -121,5 +121,5 @@ def test_other_gates_name_what_they_were_given(
     name: str, read: Callable[[Path], object], tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(FILES["a CSV table"])
-    with pytest.raises(InputError, match=r"is a CSV table"):
+    with pytest.raises(InputError, match=r"a CSV table"):
         read(tmp_path / name)

@@ -96,7 +96,7 @@ def test_the_interface_for_programs_is_closed(client: TestClient, path: str) -> 
 
 
 def test_questions_wait_in_the_queue_and_not_beside_it(client: TestClient) -> None:
-    (update,) = [
+    update, *_ = [
         entry["id"] for entry in client.get("/config").json()["dependencies"] if len(entry["inputs"]) > 4
     ]
     body = {"fn_index": update, "data": [None, None, "cup", 0, 1, 5], "session_hash": "x"}

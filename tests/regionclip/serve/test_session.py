@@ -15,6 +15,7 @@ from PIL import Image
 
 import regionclip
 from clip_base.runtime.errors import InputError
+from regionclip.inference.region_query import RegionQuery, vocabulary_of
 from regionclip.serve.session import NEAREST, TYPED, Answer, DemoSession, LoadedModel, Query, cached
 from regionclip.structures.detections import Detections
 
@@ -273,3 +274,22 @@ def test_a_known_answer_does_not_wait_for_one_that_is_being_computed() -> None:
         assert not slow.done()
         go_on.set()
         assert slow.result(60) == 2
+
+
+def test_a_chosen_box_is_looked_for_in_another_image(
+    session: DemoSession, image: str, world: Path, detector_file: Path
+) -> None:
+    answer = ask(session, image)
+    name = session.region_name(answer.query, 0, 1)
+    other = str(sorted((world / "images" / "val").iterdir())[1])
+    found = ask(session, other, name)
+    predictor = regionclip.load(detector_file, precision="fp32")
+    corners = tuple(answer.shown.boxes[1].tolist())
+    assert len(corners) == 4
+    predictor.set_vocabulary(vocabulary_of(predictor, [RegionQuery(name, Path(image), corners)]))
+    torch.testing.assert_close(found.found.scores, predictor.detect(other).scores)
+    assert found.found.names == (name,)
+    with pytest.raises(InputError, match="cannot be looked for together"):
+        ask(session, other, f"{name}, cup")
+    with pytest.raises(InputError, match="no longer known"):
+        ask(session, other, "like cup in a #99")

@@ -143,14 +143,18 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("size", [0, 10, 300])
-def test_a_cut_shard_is_named(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "fault"),
+    [
+        (0, "is an empty file"),
+        *((size, "cannot be read as Parquet .*delete it and run") for size in (10, 300)),
+    ],
+)
+def test_a_cut_shard_is_named(tmp_path: Path, size: int, fault: str) -> None:
     folder = finished(tmp_path, [region(1)])
     path = shard_path(folder, 0)
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(
-        InputError, match=r"shard .*shard-00000\.parquet cannot be read as Parquet .*delete it and run"
-    ):
+    with pytest.raises(InputError, match=rf"shard .*shard-00000\.parquet {fault}"):
         list(read_regions(folder))
 
 

@@ -129,6 +129,7 @@ def lock_file(file: str | Path) -> OutputLock:
     lock, is_new = _lock(file, file.with_name(f".{file.name}{LOCK}"))
     if is_new:
         sweep(parent.glob(f".{escape(file.name)}.*.tmp"))
+        sweep(file.glob(".*.tmp"))
     return lock
 
 

@@ -21,7 +21,7 @@ from clip_base.jobs.run import RunFolder
 from clip_base.jobs.skipped import max_skipped_option, require_share
 from clip_base.models.clip import set_checkpointing
 from clip_base.runtime import distributed
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, shortened
 from clip_base.runtime.precision import PRECISIONS, autocast, compiled, pick_device
 from clip_base.runtime.progress import Progress
 from clip_base.runtime.progress import rate as rate_of
@@ -273,19 +273,29 @@ class _Loop:
         step = 0
         if found is not None:
             step, weights, training = found
-            load_exactly(self.task, weights, self.folder / f"{step:08d}")
-            distributed.load_optimizer(self.optimizer, training["optimizer"])
-            torch.set_rng_state(training["random"])
-            self._sums = training["sums"]
-            if self.average is not None:
-                self.average.load(training["average"])
-            if self.scaler.is_enabled():
-                self.scaler.load_state_dict(training["scaler"])
+            path = self.folder / f"{step:08d}"
+            load_exactly(self.task, weights, path)
+            try:
+                self._restore(training)
+            except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+                reason = shortened(str(error).partition("\n")[0] or type(error).__name__, 200)
+                raise InputError(
+                    f"checkpoint {path} is damaged ({reason}); delete that folder and start again"
+                ) from error
         self.run.rewind_log(step)
         if distributed.is_first():
             boards = (self.config.tensorboard, self.config.wandb, asdict(self.config))
             self.boards = open_boards(self.run.path, step, *boards)
         return step
+
+    def _restore(self, training: dict[str, Any]) -> None:
+        distributed.load_optimizer(self.optimizer, training["optimizer"])
+        torch.set_rng_state(training["random"])
+        self._sums = training["sums"]
+        if self.average is not None:
+            self.average.load(training["average"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(training["scaler"])
 
     def step(self, step: int, batch: Any) -> None:
         config = self.config

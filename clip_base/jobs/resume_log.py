@@ -98,7 +98,7 @@ class ResumeLog:
     def entries(self, kind: str) -> Iterator[dict[str, Any]]:
         """Yields all entries of one kind, in order."""
         self._file.flush()
-        with self.path.open(encoding="utf-8") as file:
+        with self.path.open("rb") as file:  # as it was checked when it was opened
             for line in file:
                 found, value = self._read(line)
                 if found == kind:

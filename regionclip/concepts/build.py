@@ -88,8 +88,13 @@ class ConceptsConfig:
         for name, least in {"min_count": 1, "workers": 0, "batch_size": 1}.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if bool(self.captions) == (self.source["name"] != "none"):
-            raise InputError("give captions=FILE, captions=TARS, or source.name=… with its options")
+        given = self.source["name"] != "none"
+        if not self.captions and not given:
+            raise InputError(
+                "missing: captions, a file or webdataset tars; or give source.name= and its options"
+            )
+        if self.captions and given:
+            raise InputError("give captions=, or source.name= and its options, not both")
 
     @property
     def pairs(self) -> dict[str, Any] | None:

@@ -64,6 +64,10 @@ def test_every_shipped_config_fits_its_job(file: Path) -> None:
         placeholders += ["weights=placeholder", "images=placeholder"]
     if file.parent.name == "region-features":  # it takes either images or annotations
         placeholders.append("images=[placeholder]")
+    if file.parent.name == "region-concepts":  # it takes either captions or a source
+        placeholders.append("captions=placeholder")
+    if file.parent.name == "region-detect" and "vocabulary" not in held:  # it takes names or a query
+        placeholders.append("vocabulary=placeholder")
     if file.parent.name == "region-pretrain":  # it takes either mined pairs or images alone
         placeholders += ["mined=placeholder", "images=placeholder"]
     resolved: Any = configs.resolve(schema, file, [*placeholders, *parts_of(file, schema)])
@@ -341,7 +345,7 @@ def test_bad_input_takes_nothing_away_from_a_finished_run(
         ("train-detector", "regionclip.training.train_detector.save_detector"),
         ("propose", "regionclip.proposals.propose.writing"),
         ("evaluate", "regionclip.evaluation.evaluate.write_json"),
-        ("detect", "regionclip.inference.detect.replacing"),
+        ("detect", "regionclip.inference.detection_files.replacing"),
         ("features", "regionclip.inference.feature_files.replacing"),
     ],
 )

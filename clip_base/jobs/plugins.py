@@ -57,6 +57,8 @@ def load(group: str, name: str) -> Any:
     value = points[name].value if name in points else name
     try:
         return EntryPoint(name, value, group).load()
+    except InputError:  # the module itself says what it lacks
+        raise
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         where, reason = (
             f"{quote(name)} cannot be imported from {shortened(value)}",

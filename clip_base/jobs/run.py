@@ -113,7 +113,11 @@ class RunFolder:
         return self.path / "metrics.json"
 
     def finished(self) -> dict[str, Any] | None:
-        """Returns the metrics of a run that has ended, else None."""
+        """Returns the metrics of a run that has ended, else None.
+
+        Raises:
+            InputError: they are damaged.
+        """
         if not self.metrics_path.exists():
             return None
         metrics = read_json(self.metrics_path, "metrics")
@@ -128,7 +132,11 @@ class RunFolder:
         write_json(self.metrics_path, metrics, indent=2)
 
     def rewind_log(self, step: int) -> None:
-        """Drops what was logged after `step`, so that a resumed run's log is an undisturbed run's."""
+        """Drops what was logged after `step`, so that a resumed run's log is an undisturbed run's.
+
+        Raises:
+            InputError: a line is damaged, or its step is no number.
+        """
         if not self.log_path.exists() or not _writes():
             return
         kept = []

@@ -175,7 +175,7 @@ def test_its_box_head_is_trained_saved_and_loaded_again(
     weights = dataset / "trained" / "model.safetensors"
     detect = ["main_regionclip", "detect", str(dataset / "images"), f"weights={weights}", "vocabulary=thing"]
     calls = [
-        ["main_regionclip", "train-detector", "--help"],
+        ["main_regionclip", "train-detector", "--help-all"],
         [*train, "box_head=mean", f"out={weights.parent}"],
         [*detect, f"out={dataset / 'found'}", "device=cpu"],
     ]
@@ -190,7 +190,7 @@ def test_its_box_head_is_trained_saved_and_loaded_again(
     assert bool(tensors["box_head.both.bias"].any())  # it was trained
     assert main_regionclip([*detect[1:], f"out={dataset / 'elsewhere'}"]) == 2  # without the package
     told = capsys.readouterr().err
-    assert f"{weights} was trained with box_head=mean" in told
+    assert f"{weights} was trained with box_head='mean'" in told
     assert "install the package" in told
 
 

@@ -98,6 +98,8 @@ def test_two_processes_train_as_one_does(outs: Path, name: str) -> None:
         weights, _ = read_weights(two / file)
         torch.testing.assert_close(weights, read_weights(one / file)[0], rtol=1e-3, atol=2e-5)
     figures = [json.loads((out / "metrics.json").read_text()) for out in (two, one)]
+    measured_on = [figure.pop("measured_on", None) for figure in figures]
+    assert measured_on[0] == measured_on[1]
     assert figures[0] == pytest.approx(figures[1], rel=1e-4)
 
 

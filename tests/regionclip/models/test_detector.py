@@ -173,7 +173,7 @@ def test_other_settings_can_be_given_at_load(make_detector: MakeDetector, tmp_pa
 def test_a_cut_file_is_named(detector_file: Path, tmp_path: Path, share: float) -> None:
     cut, whole = tmp_path / "cut.safetensors", detector_file.read_bytes()
     cut.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(InputError, match=r"cut\.safetensors cannot be read"):
+    with pytest.raises(InputError, match=r"cut\.safetensors (cannot be read|is an empty file)"):
         read_detector_file(cut)
 
 

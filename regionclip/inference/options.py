@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
 from clip_base.jobs.compute import ComputeOptions
 from clip_base.jobs.config import REQUIRED, Plugin, option, plugin, runtime_only
 from clip_base.jobs.run import describe, files_of
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, note
 from clip_base.weights.load import find, weight_files
 from regionclip.checkpoints.load import load_detector
 from regionclip.inference.predictor import Predictor
@@ -67,7 +67,7 @@ class DetectorSource(RegionHeadOptions, DetectorFile):
         Raises:
             InputError: a file is missing, damaged or does not fit.
         """
-        return load_detector(
+        detector = load_detector(
             self.weights,
             self.detector,
             self.resize,
@@ -75,6 +75,28 @@ class DetectorSource(RegionHeadOptions, DetectorFile):
             self.text_weights,
             self.region_head,
         )
+        self._note_unused(detector)
+        return detector
+
+    def _note_unused(self, detector: Detector) -> None:
+        """Says which of the given settings a trained detector replaces by its own."""
+        if not self.use_checkpoint_config:
+            return
+        unused = []
+        for group, given, held in (
+            ("resize", self.resize, detector.resize),
+            ("detector", self.detector, detector.config),
+        ):
+            default = type(given)()
+            for name in (field.name for field in fields(given)):
+                value, own = getattr(given, name), getattr(held, name)
+                if value != getattr(default, name) and value != own:
+                    unused.append(f"{group}.{name}={value} ({own} there)")
+        if unused:
+            note(
+                f"not used, since {self.weights} holds settings of its own: {', '.join(unused)}; "
+                "use_checkpoint_config=false takes detector and resize from here"
+            )
 
 
 @dataclass(kw_only=True)

@@ -197,8 +197,8 @@ def test_a_full_disk_is_said_in_one_line(
     monkeypatch.setattr("regionclip.inference.detection_files.replacing", full)
     code, told = regionclip("detect", photos, *options)
     assert code == 1
-    assert told.count("\n") == 1
-    assert "the disk is full" in told
+    (line,) = (line for line in told.splitlines() if not line.startswith("note: "))
+    assert "the disk is full" in line
 
 
 def test_urls_are_refused(options: list[str], regionclip: Command) -> None:
@@ -352,3 +352,17 @@ def test_another_command_does_not_take_a_stopped_run_away(
     (photos / "another.jpg").unlink()
     assert regionclip(*arguments)[0] == 0
     assert regionclip(*arguments, "vocabulary=cup")[0] == 0  # one that has ended is done anew
+
+
+def test_settings_that_a_detector_replaces_by_its_own_are_named(
+    photos: Path, detector_file: Path, tmp_path: Path, regionclip: Command
+) -> None:
+    call = ("detect", photos, f"weights={detector_file}", "vocabulary=cup", f"out={tmp_path}", "draw=false")
+    assert "not used" not in regionclip(*call)[1]
+    sizes = ("resize.short=96", "detector.max_detections=7")
+    code, told = regionclip(*call, *sizes)
+    assert code == 0
+    assert f"not used, since {detector_file} holds settings of its own: resize.short=[96] (" in told
+    assert "detector.max_detections=7 (100 there); use_checkpoint_config=false takes" in told
+    code, told = regionclip(*call, *sizes, "use_checkpoint_config=false")
+    assert "not used" not in told

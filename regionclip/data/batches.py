@@ -40,15 +40,19 @@ class DecodedImage:
         pixels: [h, w, 3] uint8 RGB.
         size: (H, W) that boxes refer to; larger than `pixels` when a very large image was reduced.
         file_name: its path, for the same proposers; "": an image in memory.
+        key: what identifies it in its source, see `CaptionedImageEntry`; "": its id alone does.
     """
 
     image_id: int
     pixels: Pixels
     size: tuple[int, int]
     file_name: str = ""
+    key: str = ""
 
 
-def read_annotated(image_id: int, path: Path | Stored, size: tuple[int, int] | None) -> DecodedImage:
+def read_annotated(
+    image_id: int, path: Path | Stored, size: tuple[int, int] | None, key: str = ""
+) -> DecodedImage:
     """Reads an image in the frame of its annotations.
 
     Args:
@@ -56,13 +60,14 @@ def read_annotated(image_id: int, path: Path | Stored, size: tuple[int, int] | N
         path: its file.
         size: (height, width) as annotated, which decides whether the image is rotated by its EXIF
             orientation, see `turned_as_annotated`; None: it is not stated, and the image is upright.
+        key: what identifies it in its source.
 
     Raises:
         InputError: the file is missing, does not decode, or has another size than annotated.
     """
     pixels = decode(path)
     pixels = turned_upright(pixels, path) if size is None else turned_as_annotated(pixels, path, size)
-    return DecodedImage(image_id, pixels, (pixels.shape[0], pixels.shape[1]), str(path))
+    return DecodedImage(image_id, pixels, (pixels.shape[0], pixels.shape[1]), str(path), key)
 
 
 def read_record(record: ImageAnnotations) -> DecodedImage:
@@ -210,7 +215,7 @@ def batch_of(
 
 def _resized(image: DecodedImage, resize: ResizeConfig, keep_pixels: bool) -> _Resized:
     pixels, transform = resize_shortest_edge(image.pixels, resize.short[0], resize.long, filter=resize.filter)
-    info = ImageInfo(image.image_id, *image.size, image.file_name)
+    info = ImageInfo(image.image_id, *image.size, image.file_name, image.key)
     transform = replace(transform, original=image.size)
     return _Resized(info, pixels, transform, image.pixels if keep_pixels else None)
 

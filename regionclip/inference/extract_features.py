@@ -98,7 +98,7 @@ def _boxes(config: FeaturesConfig, files: Sequence[Path], out: Path) -> str:
         return config.boxes_file
     path = existing(config.boxes_file, "boxes file")
     if path.suffix != ".json":
-        if ProposalTable(path).names:
+        if ProposalTable(path).origins.names:
             return config.boxes_file
         raise InputError(
             f"regions_from={path} identifies images by id, which images in folders do not have; give "

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from clip_base.evaluation.prompts import DEFAULT_TEMPLATES
-from clip_base.images.headers import Stored
-from clip_base.images.roots import ImageRoot
 from clip_base.jobs.compute import ComputeOptions
 from clip_base.jobs.config import REQUIRED, Plugin, build_plugin, option, plugin
 from clip_base.jobs.everyday import everyday
@@ -26,17 +24,17 @@ from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.workers import EXECUTORS, Report
 from clip_base.storage.files import beside
-from clip_base.storage.tars import Member
 from clip_base.weights.load import load_clip
 from regionclip.concepts.phrase_cache import PHRASES, StoredPhrases
 from regionclip.concepts.phrases import Phrase, PhraseParser
 from regionclip.concepts.pool import Concept, pool_language, read_concepts
 from regionclip.concepts.synonyms import aliases_of
 from regionclip.concepts.vocabulary import Vocabulary
-from regionclip.data.batches import DecodedImage, LoadedBatch, read_annotated, read_batches
+from regionclip.data.batches import DecodedImage, LoadedBatch, read_batches
 from regionclip.data.caption_index import CaptionedImageEntry
 from regionclip.data.captions import cleaned
-from regionclip.data.pairs import WEBDATASET, PairOptions, Unit, pair_reader, source_root
+from regionclip.data.entries import entry_root, read_entry
+from regionclip.data.pairs import PairOptions, Unit, pair_reader
 from regionclip.mining.matchers.base import GROUP as MATCHERS
 from regionclip.mining.matchers.base import Matcher, MatchInputs
 from regionclip.mining.shard_writer import ShardWriter
@@ -152,26 +150,6 @@ class CaptionedImage:
     unmatched_reason: str = ""
 
 
-@dataclass(frozen=True)
-class InMemory:
-    """An encoded image that was read already.
-
-    Attributes:
-        data: the encoded image.
-        name: where it was.
-    """
-
-    data: bytes
-    name: str
-
-    def read_bytes(self) -> bytes:
-        """Returns the encoded image."""
-        return self.data
-
-    def __str__(self) -> str:
-        return self.name
-
-
 class Miner:
     """Everything that mining a shard needs, loaded once a process.
 
@@ -184,8 +162,7 @@ class Miner:
         self.config, self.device = config, config.pick_device()
         spec = config.source_options()
         self.pairs = pair_reader(spec, index, config.shard_images)
-        root = source_root(spec)
-        self.root = ImageRoot(root) if root and spec["name"] != WEBDATASET else None
+        self.root = entry_root(spec)
         self.pool = read_concepts(config.concepts)
         self.vocabulary = Vocabulary.load(Path(config.out) / VOCABULARY)
         self.concepts = self.vocabulary.embeddings.to(self.device)  # [C, D]
@@ -278,17 +255,7 @@ class Miner:
             yield rows, regions
 
     def _read(self, image: CaptionedImage) -> DecodedImage:
-        entry = image.entry
-        if entry.fault:
-            raise InputError(entry.fault)
-        stored: Path | Stored
-        if entry.data is not None:
-            stored = InMemory(entry.data, f"{entry.tar}/{entry.file_name}")
-        elif entry.place is not None:
-            stored = Member(Path(entry.tar), *entry.place)
-        else:
-            stored = (self.root or ImageRoot("/")).path(entry.file_name, "the captions")
-        return read_annotated(entry.image_id, stored, entry.size)
+        return read_entry(image.entry, self.root)
 
     def _mine_batch(
         self, batch: LoadedBatch[CaptionedImage]

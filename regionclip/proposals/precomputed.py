@@ -18,8 +18,8 @@ from clip_base.runtime.errors import InputError, quote
 from clip_base.storage.json_stream import stream_entries
 from regionclip.data.annotations import ImageAnnotations
 from regionclip.data.box_format import other_forms
-from regionclip.data.file_names import FileNames, name_images
 from regionclip.proposals.base import BoxLimits, collect, frame_scale
+from regionclip.proposals.origins import Origins
 from regionclip.proposals.storage import ProposalTable
 from regionclip.structures.boxes import xywh_to_xyxy, xyxy_to_xywh
 from regionclip.structures.regions import ImageInfo, Regions
@@ -54,15 +54,16 @@ class PrecomputedConfig(BoxLimits):
         REQUIRED,
         "JSON list of {image_id, bbox: [x, y, width, height] in original pixels, score in 0…1}, such as "
         "`detect` writes; or what `propose format=parquet`, `mine` or `features` wrote: a .parquet file or a "
-        "folder of them. Images are found by file_name where the file has them, else by image_id",
+        "folder of them. Images are found by file_name where the file has them, "
+        "else by key (a tar's __key__), else by image_id",
     )
 
 
 class PrecomputedProposer:
     """Looks each image's boxes up in a file and scales them to the batch's frame.
 
-    The file's images are found by their file names where it has them: numbers that it gave by itself, as
-    `detect` does, are not the dataset's. An image that the file does not mention has no regions. Boxes are
+    The file's images are found as `Origins` says: numbers that it gave by itself, as `detect` does, are not
+    the dataset's. An image that the file does not mention has no regions. Boxes are
     cut at the image's edges; what lies outside it altogether, or has no area, is left out.
     """
 
@@ -71,8 +72,6 @@ class PrecomputedProposer:
         path = Path(config.file)
         table = path.suffix == ".parquet" or path.is_dir()
         self._source: _Results | ProposalTable = ProposalTable(path) if table else _Results(path)
-        names = self._source.names
-        self._names = FileNames(names, f"proposals file {path}") if names else None
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, images: ImageBatch, keys: Sequence[ImageInfo]) -> Regions:
@@ -86,9 +85,7 @@ class PrecomputedProposer:
 
     def _of_image(self, key: ImageInfo) -> tuple[Tensor, Tensor]:
         """Returns an image's [n, 4] boxes in original pixels and their [n] scores, best first."""
-        image_id: int | None = key.image_id
-        if self._names is not None and key.file_name:
-            image_id = self._names.find(key.file_name)
+        image_id = self._source.origins.find(key)
         if image_id is None:
             return torch.zeros(0, 4), torch.zeros(0)
         boxes, scores = self._source.of_image(image_id)
@@ -120,13 +117,13 @@ class _Results:
     """Each image's boxes out of a JSON file, 40 bytes a box.
 
     Attributes:
-        names: file name of each image, by the file's id; empty where the file has none.
+        origins: what each image is found by.
     """
 
     def __init__(self, path: Path) -> None:
         self._rows: dict[int, array[float]] = {}
-        self.names: dict[int, str] = {}
         where, nameless = f"proposals file {path}", 0
+        self.origins = Origins(where)
         for number, (key, entry) in enumerate(stream_entries(path, "proposals file")):
             if key:
                 raise InputError(
@@ -135,11 +132,9 @@ class _Results:
                 )
             image_id, row = checked_proposal(entry, f"{where}, entry {number}")
             self._rows.setdefault(image_id, array("d")).extend(row)
-            name = entry.get("file_name")
-            nameless += not name
-            if name:
-                name_images(self.names, [(image_id, str(name))], where)
-        if self.names and nameless:
+            nameless += not entry.get("file_name")
+            self.origins.add(entry, f"{where}, entry {number}")
+        if self.origins.names and nameless:
             raise InputError(
                 f"{where}: {nameless} boxes have no file_name, but the others do; give all or none"
             )

@@ -22,8 +22,8 @@ from clip_base.data.coco import coco_entry
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import existing, replacing
 from clip_base.storage.parquet_files import open_parquet
-from regionclip.data.file_names import name_images
 from regionclip.data.region_tables import BOX, OBJECTNESS, numbers, require_rows
+from regionclip.proposals.origins import Origins
 from regionclip.structures.boxes import xyxy_to_xywh
 
 # The columns that shards of mined pairs have too, so that those can be read as proposals.
@@ -34,22 +34,39 @@ SCHEMA = pa.schema(
         ("objectness", pa.float32()),
     ]
 )
+# Where the images have no annotations, whose ids would be known to others: what they are found by.
+ORIGINS = pa.schema(
+    [("file_name", pa.string()), ("key", pa.string()), ("height", pa.int32()), ("width", pa.int32())]
+)
 _GROUP = 20_000  # boxes, at least, of a row group: what is read at once
 
 
 class Writer(Protocol):
     """Takes proposals image by image."""
 
-    def add(self, image_id: int, boxes: Tensor, scores: Tensor) -> None:
-        """Writes an image's [n, 4] boxes (x1, y1, x2, y2), in original pixels, and [n] scores."""
+    def add(self, image_id: int, boxes: Tensor, scores: Tensor, **origin: str | int) -> None:
+        """Writes an image's [n, 4] boxes (x1, y1, x2, y2), in original pixels, and [n] scores.
+
+        Args:
+            image_id: the image's.
+            boxes: its boxes.
+            scores: their objectness.
+            origin: what `ORIGINS` names, of a file `with_origins`.
+        """
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[Writer]:
-    """Yields a writer of `path`, .json or .parquet; the file appears whole at the end, or not at all."""
+def writing(path: Path, with_origins: bool = False) -> Iterator[Writer]:
+    """Yields a writer of `path`, .json or .parquet; the file appears whole at the end, or not at all.
+
+    Args:
+        path: the file.
+        with_origins: whether each box also says what its image is found by, see `ORIGINS`.
+    """
     with replacing(path) as temporary:
         if path.suffix == ".parquet":
-            with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as file:
+            schema = pa.schema([*SCHEMA, *ORIGINS]) if with_origins else SCHEMA
+            with pq.ParquetWriter(temporary, schema, compression="zstd") as file:
                 table = _TableWriter(file)
                 yield table
                 table.flush()
@@ -64,9 +81,9 @@ class _JsonWriter:
     def __init__(self, file: TextIO) -> None:
         self.file, self.separator = file, ""
 
-    def add(self, image_id: int, boxes: Tensor, scores: Tensor) -> None:
+    def add(self, image_id: int, boxes: Tensor, scores: Tensor, **origin: str | int) -> None:
         for box, score in zip(xyxy_to_xywh(boxes.double()).tolist(), scores.tolist(), strict=True):
-            entry = coco_entry(image_id, 1, box, round(score, 5), digits=2)
+            entry = coco_entry(image_id, 1, box, round(score, 5), digits=2, **origin)
             self.file.write(self.separator + json.dumps(entry))
             self.separator = ", "
 
@@ -75,9 +92,11 @@ class _TableWriter:
     def __init__(self, file: pq.ParquetWriter) -> None:
         self.file = file
         self.ids, self.boxes, self.scores = array("q"), array("f"), array("f")
+        self.origins: list[dict[str, str | int]] = []
 
-    def add(self, image_id: int, boxes: Tensor, scores: Tensor) -> None:
+    def add(self, image_id: int, boxes: Tensor, scores: Tensor, **origin: str | int) -> None:
         self.ids.extend([image_id] * len(boxes))
+        self.origins.extend([origin] * len(boxes))
         self.boxes.extend(boxes.flatten().tolist())
         self.scores.extend(scores.tolist())
         if len(self.ids) >= _GROUP:
@@ -87,11 +106,15 @@ class _TableWriter:
         if self.ids:
             boxes = pa.FixedSizeListArray.from_arrays(pa.array(np.asarray(self.boxes)), 4)
             columns = [pa.array(np.asarray(self.ids)), boxes, pa.array(np.asarray(self.scores))]
-            self.file.write_table(pa.table(columns, schema=SCHEMA))
+            if len(self.file.schema) > len(SCHEMA):
+                origins = pa.Table.from_pylist(self.origins, ORIGINS)
+                columns += [column.combine_chunks() for column in origins.columns]
+            self.file.write_table(pa.table(columns, schema=self.file.schema))
         self.ids, self.boxes, self.scores = array("q"), array("f"), array("f")
+        self.origins = []
 
 
-_KEYS = {"image_id": pa.int64(), "file_name": pa.string()}
+_KEYS = pa.schema([("image_id", pa.int64()), *ORIGINS])
 
 
 class ProposalTable:
@@ -104,7 +127,7 @@ class ProposalTable:
         path: a file, or a folder of them, such as shards of mined pairs.
 
     Attributes:
-        names: file name of each image, by id; empty where the files have no column `file_name`.
+        origins: what each image is found by.
 
     Raises:
         InputError: there is no such file, it is damaged, lacks a column, or has an id of two images.
@@ -115,8 +138,8 @@ class ProposalTable:
         self.files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         if not self.files:
             raise InputError(f"folder {path} holds no .parquet file with proposals")
-        self.names: dict[int, str] = {}
-        rows = [row for file in self.files for row in _index(file, self.names)]
+        self.origins = Origins(f"proposals file {path}")
+        rows = [row for file in self.files for row in _index(file, self.origins)]
         self._groups = [(file, group) for file, group, _ in rows]
         ids = np.concatenate([np.zeros(0, np.int64), *(found for _, _, found in rows)])
         place = np.repeat(np.arange(len(rows)), [len(found) for _, _, found in rows])
@@ -143,8 +166,8 @@ class ProposalTable:
         return torch.cat(boxes), torch.cat(scores)
 
 
-def _index(path: Path, names: dict[int, str]) -> Iterator[tuple[Path, int, NDArray[np.int64]]]:
-    """Yields each row group of a file with the ids of the images in it; adds their file names to `names`."""
+def _index(path: Path, origins: Origins) -> Iterator[tuple[Path, int, NDArray[np.int64]]]:
+    """Yields each row group of a file with the ids of the images in it; adds what they are found by."""
     with open_parquet(path, "proposals file") as file:
         lacking = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
         if lacking:
@@ -154,13 +177,13 @@ def _index(path: Path, names: dict[int, str]) -> Iterator[tuple[Path, int, NDArr
                 f"{', '.join(SCHEMA.names)}, as `regionclip propose format=parquet` writes them"
             )
         for group in range(file.num_row_groups):
-            columns = [name for name in ("image_id", "file_name") if name in file.schema_arrow.names]
+            columns = [name for name in _KEYS.names if name in file.schema_arrow.names]
             table = file.read_row_group(group, columns)
-            table = table.cast(pa.schema([(name, _KEYS[name]) for name in columns]))
+            table = table.cast(pa.schema([_KEYS.field(name) for name in columns]))
             images = table.group_by(columns).aggregate([])
-            if len(columns) == 2:
-                pairs = zip(*(images[name].to_pylist() for name in columns), strict=True)
-                name_images(names, ((key, name) for key, name in pairs if name), f"proposals file {path}")
+            if len(columns) > 1:
+                for row in images.to_pylist():
+                    origins.add(row, f"proposals file {path}")
             yield path, group, np.unique(images["image_id"].to_numpy())
 
 

@@ -174,12 +174,14 @@ class ImageInfo:
         height: of the original image, pixels.
         width: of the original image, pixels.
         file_name: as much of its path as is known; "": an image in memory.
+        key: what identifies it in its source where its id is only a number, such as a tar's `__key__`.
     """
 
     image_id: int
     height: int
     width: int
     file_name: str = ""
+    key: str = ""
 
     def __post_init__(self) -> None:
         """Checks the size."""

@@ -228,6 +228,7 @@ PATHS = [
     ("train-detector", "weights"),
     ("train-detector", "rpn"),
     ("propose", "annotations"),
+    ("propose", "images"),
     ("propose", "proposer.weights"),
     ("evaluate", "annotations"),
     ("evaluate", "images"),

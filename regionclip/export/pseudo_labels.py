@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import torch
 
 from clip_base.jobs.config import REQUIRED, option
@@ -22,7 +24,8 @@ from clip_base.storage.hashing import content_hash
 from clip_base.storage.lock import lock_file
 from regionclip.concepts.synonyms import aliases_of, given_classes
 from regionclip.concepts.vocabulary import Vocabulary
-from regionclip.mining.shards import MANIFEST, read_manifest, read_regions
+from regionclip.mining.columns import Floats, Ints, RegionColumns
+from regionclip.mining.shards import MANIFEST, read_manifest, read_region_batches
 from regionclip.structures.boxes import nms
 from regionclip.structures.labels import LabeledImage, LabelTarget, write_labels
 
@@ -131,37 +134,70 @@ def export(config: ExportConfig) -> None:
     )
 
 
+Candidate = tuple[list[float], int, float]
+
+
 def labeled(config: ExportConfig, of_concept: list[int | None]) -> Iterator[LabeledImage]:
     """Yields the mined images with the labels that pass the thresholds."""
-    regions = read_regions(config.mined)
-    for _, group in groupby(regions, key=lambda region: region.image_id):
-        rows, candidates = list(group), []
-        for region in rows:
-            if region.objectness < config.min_objectness:
-                continue
-            named: dict[int, float] = {}  # several concepts may be names of one class
-            pairs = zip(region.concept_ids, region.concept_probs, strict=True)
-            for concept, probability in list(pairs)[: config.labels]:
-                label = of_concept[concept]
-                # A probability of 0 fills up rows; it says nothing.
-                if label is not None and probability and probability >= config.min_probability:
-                    named[label] = max(named.get(label, 0.0), probability)
-            candidates += [
-                (list(region.box), label, probability * region.objectness)
-                for label, probability in named.items()
-            ]
-        chosen = _without_doubles(candidates, config.nms)
+    labels = np.array([-1 if label is None else label for label in of_concept], np.int64)
+    for _, group in groupby(_images(config, labels), key=lambda image: image.image_id):
+        parts = list(group)  # several where a batch ends within an image
+        chosen = _without_doubles([one for part in parts for one in part.candidates], config.nms)
         if chosen or config.keep_empty:
-            boxes, labels, scores = (
+            boxes, kept, scores = (
                 (list(column) for column in zip(*chosen, strict=True)) if chosen else ([],) * 3
             )
-            first = rows[0]
+            first = parts[0]
             yield LabeledImage(
-                first.image_id, first.file_name, first.height, first.width, boxes, labels, scores
+                first.image_id, first.file_name, first.height, first.width, boxes, kept, scores
             )
 
 
-Candidate = tuple[list[float], int, float]
+@dataclass(frozen=True)
+class _ImagePart:
+    """An image's regions in one batch: what they may be labeled as."""
+
+    image_id: int
+    file_name: str
+    height: int
+    width: int
+    candidates: list[Candidate]
+
+
+def _images(config: ExportConfig, label_of: Ints) -> Iterator[_ImagePart]:
+    for batch in read_region_batches(config.mined):
+        columns = RegionColumns(batch)
+        ids = columns.image_ids
+        starts = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 1))
+        rows, labels, probs = _candidates(columns, config, label_of)
+        scores = probs * columns.objectness[rows]
+        candidates = list(zip(columns.boxes[rows].tolist(), labels.tolist(), scores.tolist(), strict=True))
+        ends = np.searchsorted(rows, np.append(starts[1:], len(columns))).tolist()
+        first = 0
+        names = ("image_id", "file_name", "height", "width")
+        for image, end in zip(batch.select(names).take(pa.array(starts)).to_pylist(), ends, strict=True):
+            yield _ImagePart(**image, candidates=candidates[first:end])
+            first = end
+
+
+def _candidates(columns: RegionColumns, config: ExportConfig, label_of: Ints) -> tuple[Ints, Ints, Floats]:
+    """Returns the [N] rows, labels and probabilities of the labels that pass, region by region."""
+    counts = columns.counts
+    rows = np.repeat(np.arange(len(columns)), counts)
+    ranks = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    labels, probs = label_of[columns.concept_ids], columns.concept_probs
+    # A probability of 0 fills up rows; it says nothing.
+    passes = (ranks < config.labels) & (labels >= 0) & (probs != 0) & (probs >= config.min_probability)
+    passes &= columns.objectness[rows] >= config.min_objectness
+    rows, labels, probs = rows[passes], labels[passes], probs[passes]
+    # Several concepts may be names of one class: it has the place of the first and the highest probability.
+    _, firsts, groups = np.unique(
+        rows * (len(label_of) + labels.max(initial=0) + 1) + labels, return_index=True, return_inverse=True
+    )
+    best = np.zeros(len(firsts))
+    np.maximum.at(best, groups, probs)
+    order = np.argsort(firsts)
+    return rows[firsts[order]], labels[firsts[order]], best[order]
 
 
 def _without_doubles(candidates: list[Candidate], threshold: float) -> list[Candidate]:

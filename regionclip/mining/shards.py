@@ -7,7 +7,6 @@ order in which the images were mined.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -247,21 +246,6 @@ def read_images(folder: str | Path) -> Iterator[MinedImage]:
     """
     for name in read_manifest(folder)["shards"]:
         yield from image_rows(images_path(shard_in(folder, name)))
-
-
-def read_mined(folder: str | Path) -> Iterator[tuple[MinedImage, list[MinedRegion]]]:
-    """Yields all images of a mined folder with their regions, in order; errors as `read_regions`'."""
-    rules = _rules(_vocabulary_size(Path(folder)))
-    for name in read_manifest(folder)["shards"]:
-        path = shard_in(folder, name)
-        regions = (region for batch in checked_batches(path, rules) for region in regions_of(batch))
-        for image in image_rows(images_path(path)):
-            own = list(itertools.islice(regions, image.regions))
-            if len(own) < image.regions or any(region.image_id != image.image_id for region in own):
-                raise InputError(f"shard {path} and its table of images do not fit each other; mine again")
-            yield image, own
-        if next(regions, None) is not None:
-            raise InputError(f"shard {path} has regions of images that its table lacks; mine again")
 
 
 def shard_in(folder: str | Path, name: str) -> Path:

@@ -7,11 +7,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from clip_base.runtime.progress import track
 from regionclip.concepts.phrases import Phrase
 from regionclip.data.captions import cleaned
+from regionclip.mining.columns import ImageRegions, RegionColumns, read_mined_columns
 from regionclip.mining.coverage import Coverage, CoveredImage, cover
-from regionclip.mining.shards import MinedImage, MinedRegion, read_mined
+from regionclip.mining.shards import MinedImage, MinedRegion
 
 SAMPLE = 20_000  # regions that are looked at closely; of fewer all
 BINS = 20
@@ -40,14 +43,18 @@ class Survey:
         """Whether the sample is less than all."""
         return len(self.regions) < self.total
 
-    def add(self, image: MinedImage, regions: Sequence[MinedRegion], share: float) -> None:
-        """Counts an image's regions; keeps them when it is among the share of images that is sampled."""
-        self.total += len(regions)
-        for region in regions:
-            for what, value in (("probability", region.concept_probs[0]), ("objectness", region.objectness)):
-                self.histograms[what][min(max(int(value * BINS), 0), BINS - 1)] += 1
+    def count(self, columns: RegionColumns) -> None:
+        """Counts a batch of regions."""
+        self.total += len(columns)
+        for what, values in (("probability", columns.first_probs), ("objectness", columns.objectness)):
+            bins = np.clip((values * BINS).astype(np.int64), 0, BINS - 1)
+            counts = np.bincount(bins, minlength=BINS) + self.histograms[what]
+            self.histograms[what] = counts.tolist()
+
+    def sample(self, image: MinedImage, regions: ImageRegions, share: float) -> None:
+        """Keeps an image's regions when it is among the share of images that is sampled."""
         if share >= 1 or _place(image.file_name) < share:
-            self.regions += regions
+            self.regions += regions.regions()
             self.images[image.image_id] = image
 
 
@@ -70,10 +77,11 @@ def survey(
     share = SAMPLE / max(count, 1)
 
     def images() -> Iterator[CoveredImage]:
-        for image, regions in track(read_mined(mined), "reading mined images"):
-            found.add(image, regions, share)
+        mined_images = read_mined_columns(mined, found.count)
+        for image, regions in track(mined_images, "reading mined images"):
+            found.sample(image, regions, share)
             captions = [text for text in map(cleaned, image.captions) if text]  # as `mine` parsed them
-            yield CoveredImage(captions, [(region.concept, region.concept_probs[0]) for region in regions])
+            yield CoveredImage(captions, regions.named())
 
     return found, cover(images(), pool, rows, parse, stop_words)
 

@@ -125,7 +125,7 @@ class ImageRegions:
 def read_mined_columns(
     folder: str | Path, on_batch: Callable[[RegionColumns], None]
 ) -> Iterator[tuple[MinedImage, ImageRegions]]:
-    """Yields what `regionclip.mining.shards.read_mined` does, with the regions as columns.
+    """Yields all images of a mined folder with their regions as columns, in order.
 
     Args:
         folder: of the mined pairs.

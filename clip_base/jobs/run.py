@@ -86,13 +86,13 @@ class RunFolder:
         if not isinstance(there, dict):
             raise InputError(f"{record} does not say which files its run read; {REMEDY}")
         changed = [
-            f"{what} ({inputs[what]})" if isinstance(inputs.get(what), Path) else what
+            f"{what} ({inputs[what]})" if isinstance(inputs.get(what), Path) else shortened(what)
             for what in {**there, **self.inputs}
             if there.get(what) != self.inputs.get(what)
         ]
         if changed:
             raise InputError(
-                f"{' and '.join(changed)} changed since the run in {self.path} started; {REMEDY}"
+                f"{' and '.join(changed[:3])} changed since the run in {self.path} started; {REMEDY}"
             )
 
     def _same_run(self, here: Path, config: Any, job: str) -> None:

@@ -216,9 +216,7 @@ def _sniffed(head: list[str], wanted: Sequence[Collection[str]], suffix: str) ->
     usual = "\t" if suffix in (".tsv", ".tab") else ","
     marks = sorted(_DELIMITERS, key=lambda mark: mark != usual)
     for mark in marks if wanted else ():
-        names = [
-            field.strip() for field in next(csv.reader(head[:1], delimiter=mark, skipinitialspace=True), [])
-        ]
+        names = _fields(head[0], mark)
         if all(any(name in names for name in one) for one in wanted):
             return mark
     for mark in marks:
@@ -226,6 +224,16 @@ def _sniffed(head: list[str], wanted: Sequence[Collection[str]], suffix: str) ->
         if len(counts) == 1 and counts != {0}:
             return mark
     return max(marks, key=lambda mark: (mark in head[0], mark == usual, head[0].count(mark)))
+
+
+def _fields(line: str, mark: str) -> list[str]:
+    """Returns a line's fields; none of one that is too long, which reading the table tells."""
+    try:
+        return [
+            field.strip() for field in next(csv.reader([line], delimiter=mark, skipinitialspace=True), [])
+        ]
+    except csv.Error:
+        return []
 
 
 class TableWriter:

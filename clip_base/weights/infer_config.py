@@ -193,7 +193,8 @@ def from_huggingface(config: Any, source: str) -> Hints:
     activations = {str(tower.get("hidden_act", "quick_gelu")) for tower in (text, vision)}
     if len(activations) > 1 or not activations <= {"quick_gelu", "gelu"}:
         raise InputError(
-            f"{source} has hidden_act {sorted(activations)}; both towers must have quick_gelu, or both gelu"
+            f"{source} has hidden_act {quote(sorted(activations))}; both towers must have quick_gelu, "
+            "or both gelu"
         )
     for tower in (text, vision):
         eps = tower.get("layer_norm_eps", 1e-5)

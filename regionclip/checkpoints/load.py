@@ -31,7 +31,7 @@ from regionclip.concepts.vocabulary import Vocabulary, embed
 from regionclip.data.categories import parse_names
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
-from regionclip.models.region_heads import KEY, PerRegionHead, choose_head
+from regionclip.models.region_heads import KEY, REGION_HEADS, PerRegionHead, choose_head
 from regionclip.proposals.rpn.config import ProposalNetworkConfig
 from regionclip.proposals.rpn.detectron2_names import NETWORK
 from regionclip.proposals.rpn.network import ProposalNetwork
@@ -353,6 +353,10 @@ def read_detector_file(
     network = sized(lambda sizes: ProposalNetwork(sizes, shared), proposals, weights, path)
     kind = metadata.get("box_head") or metadata.get("boxes", "")  # its name in files of earlier versions
     head = metadata.get(KEY, PerRegionHead.kind)  # files of earlier versions do not say it
+    if head not in REGION_HEADS:
+        raise InputError(
+            f"{path} was trained with region_head={quote(head)}; this version knows {', '.join(REGION_HEADS)}"
+        )
     try:
         detector = Detector.untrained(clip, settings, network, kind, size, region_head=head)
     except InputError as error:

@@ -114,8 +114,8 @@ def _find_images(
         image_id = known.find(name)
         if image_id is None:
             raise InputError(
-                f"{source}: {where} has no image {name}; use the annotations of the images that were "
-                "detected in"
+                f"{source}: {where} has no image {shortened(name)}; use the annotations of the images "
+                "that were detected in"
             )
         found[name] = image_id
     moved = sum(found[name] != image_id for image_id, name in own.items())

@@ -23,7 +23,7 @@ from clip_base.jobs.config import option
 from clip_base.models.positions import resample_positions
 from clip_base.models.resnet import AttentionPool, ModifiedResNet
 from clip_base.models.transformer import untouched
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, shortened
 from clip_base.weights.load import find
 from clip_base.weights.reading import is_safetensors, read_notes
 from regionclip.models.pooling import pool_regions, pool_windows, pools_by_products, region_weights
@@ -331,7 +331,7 @@ def choose_head(wanted: str, weights: str) -> str:
         InputError: the weights were trained with another one, or there is no such head.
     """
     if wanted not in HEAD_CHOICES:
-        raise InputError(f"region_head={wanted} is not one of {', '.join(HEAD_CHOICES)}")
+        raise InputError(f"region_head={shortened(wanted)} is not one of {', '.join(HEAD_CHOICES)}")
     path = find(weights)
     # Files that `torch.save` wrote are read whole only where their answer counts.
     is_quick = path.is_file() and is_safetensors(path)

@@ -30,6 +30,22 @@ def test_damaged_files_are_read_or_refused(bench: Bench, kind: Kind) -> None:
     assert not total.faults
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "seed", "number"),
+    [
+        ("JSON: results", 2, 132),  # a file name of 70,000 letters
+        ("CSV: class list", 2, 214),  # a field longer than csv reads
+        ("safetensors: detector", 2, 216),  # a region head of no known name
+        ("config of Hugging Face", 2, 261),  # an activation that is a long list
+        ("run: record of inputs", 2, 99),  # a name of 3,000 brackets
+    ],
+)
+def test_what_a_campaign_found_stays_mended(bench: Bench, name: str, seed: int, number: int) -> None:
+    (kind,) = (kind for kind in KINDS if kind.name == name)
+    assert not bench.check(kind, seed, number).faults
+
+
 def test_every_form_of_damage_is_used() -> None:
     assert {kind.form for kind in KINDS} == set(FORMS)
 

@@ -113,7 +113,7 @@ def read_concepts(path: str | Path) -> list[Concept]:
                 str(entry.get("kind", "phrase")),
                 tuple(map(str, entry.get("synonyms", ()))),
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise InputError(
                 f"concept pool {path}, line {number} is not a concept ({type(error).__name__}: {error}); "
                 "a line is {concept, count, examples} in JSON, is the file truncated?"

@@ -38,6 +38,8 @@ def test_damaged_files_are_read_or_refused(bench: Bench, kind: Kind) -> None:
         ("CSV: class list", 2, 214),  # a field longer than csv reads
         ("safetensors: detector", 2, 216),  # a region head of no known name
         ("config of Hugging Face", 2, 261),  # an activation that is a long list
+        ("JSON Lines: pool", 3, 199),  # a count that is infinite
+        ("safetensors: proposal network", 3, 132),  # strides that are long lists
         ("run: record of inputs", 2, 99),  # a name of 3,000 brackets
     ],
 )

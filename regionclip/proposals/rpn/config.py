@@ -8,7 +8,7 @@ from typing import Any
 
 from clip_base.jobs.config import option
 from clip_base.models.configs import VisionConfig
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, quote
 from regionclip.proposals.rpn.backbone import BACKBONES
 
 FORMAT = "regionclip.proposals/1"  # of a file that holds a network, and its config as metadata
@@ -53,14 +53,17 @@ class ProposalHeadConfig:
     def __post_init__(self) -> None:
         """Checks what does not depend on the backbone."""
         if self.design == "c4":
-            _require(self.strides == [16], f"design=c4 has one map: set strides=[16], got {self.strides}")
+            _require(
+                self.strides == [16], f"design=c4 has one map: set strides=[16], got {quote(self.strides)}"
+            )
         _require(
             bool(self.anchor_sizes) and len(self.anchor_sizes) % max(len(self.strides), 1) == 0,
             f"{len(self.anchor_sizes)} anchor_sizes cannot be split evenly over {len(self.strides)} strides",
         )
         _require(
             bool(self.ratios) and min(*self.anchor_sizes, *self.ratios) > 0,
-            f"anchor_sizes and ratios must be above 0, got {self.anchor_sizes} and {self.ratios}",
+            f"anchor_sizes and ratios must be above 0, got {quote(self.anchor_sizes)} and "
+            f"{quote(self.ratios)}",
         )
         _require(
             0 <= self.negative_iou <= self.positive_iou <= 1,
@@ -98,7 +101,7 @@ class ProposalNetworkOptions(ProposalHeadConfig):
     def __post_init__(self) -> None:
         """Checks that the network can be built."""
         super().__post_init__()
-        _require(self.backbone in BACKBONES, f"backbone must be clip or resnet50, got {self.backbone!r}")
+        _require(self.backbone in BACKBONES, f"backbone must be clip or resnet50, got {quote(self.backbone)}")
         _require(
             self.backbone == "clip" or not self.share_trunk,
             "share_trunk=true needs backbone=clip: it is CLIP's trunk that is shared",
@@ -112,7 +115,7 @@ class ProposalNetworkOptions(ProposalHeadConfig):
                 and 16 <= self.strides[-1] <= 2 * maps[-1]
                 and doubling,
                 f"strides of a pyramid on {self.backbone} start at one of {list(maps)}, double, and end in "
-                f"16…{2 * maps[-1]}; got {self.strides}",
+                f"16…{2 * maps[-1]}; got {quote(self.strides)}",
             )
 
 
@@ -137,7 +140,7 @@ class ProposalNetworkConfig(ProposalNetworkOptions):
             self.backbone != "clip" or self.vision.kind == "resnet",
             "backbone=clip needs a CLIP with a resnet: a vit has no trunk of stride 16",
         )
-        _require(self.pixels in ("clip", "caffe"), f"pixels must be clip or caffe, got {self.pixels!r}")
+        _require(self.pixels in ("clip", "caffe"), f"pixels must be clip or caffe, got {quote(self.pixels)}")
         _require(
             self.backbone == "resnet50" or (self.pixels == "clip" and not self.stride_in_1x1),
             "stride_in_1x1 and pixels=caffe need backbone=resnet50",

@@ -25,6 +25,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from rates import matrix_rate, operations_of, waiting
 from rounds import Row, alternate, command, compare, machine, markdown, put, versions
 from torch import Tensor, nn
 
@@ -101,11 +102,6 @@ def described(table: str, options: argparse.Namespace) -> str:
     return f"{facts}\n\n    {command()}\n\n{table}"
 
 
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def pair_of_models(name: str, device: str) -> tuple[CLIP, nn.Module]:
     """Returns ours and open_clip's with the same random weights."""
     torch.manual_seed(0)
@@ -118,7 +114,7 @@ def pair_of_models(name: str, device: str) -> tuple[CLIP, nn.Module]:
 def towers(name: str, options: argparse.Namespace) -> list[Row]:
     """Compares a training step, image encoding and text encoding."""
     device, rows = options.device, []
-    wait = functools.partial(synchronise, device)
+    wait = waiting(device)
     pixels = torch.randn(options.batch, 3, SIDE, SIDE, device=device)
     texts = [f"a photo of {number} things" for number in range(options.batch)]
     tokens = Tokenizer(77)(texts).to(device)
@@ -227,15 +223,13 @@ def difference(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tens
 
 def matrix_share(model: CLIP, pixels: Tensor, tokens: Tensor, seconds: list[float]) -> str:
     """Returns which share of the device's bf16 matrix rate, measured here, a training step reaches."""
-    from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    def both_ways() -> None:
         sum(features.sum() for features in (model.encode_image(pixels), model.encode_text(tokens))).backward()
+
+    operations, rate = operations_of(both_ways), matrix_rate("cuda", "bf16")
     model.zero_grad(set_to_none=True)
-    a = torch.randn(8192, 8192, device=pixels.device, dtype=torch.bfloat16)
-    (best,) = alternate({"matmul": lambda: a @ a}, 20, torch.cuda.synchronize).values()
-    rate = 2 * 8192**3 / min(best)
-    share = counter.get_total_flops() / sorted(seconds)[len(seconds) // 2] / rate
+    share = operations / sorted(seconds)[len(seconds) // 2] / rate
     return f"{share:.0%} of the {rate / 1e12:.0f} TFLOP/s that a bf16 matrix product reaches here"
 
 

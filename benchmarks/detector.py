@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rates import matrix_rate, operations_of, waiting
 from rivals import make_detector, side_by_side, spread, vocabulary_of
 from rounds import (
     Row,
@@ -41,7 +42,6 @@ from rounds import (
     versions,
 )
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from clip_base.data.batch import ImageBatch
 from clip_base.runtime.precision import autocast, computes_in_bf16
@@ -132,7 +132,7 @@ def described(tables: str, options: argparse.Namespace) -> str:
 def detection(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
     """Compares precisions and designs, and tells where the time goes in the faster precision."""
     device = torch.device(options.device)
-    wait: Callable[[], object] = torch.cuda.synchronize if options.device == "cuda" else lambda: None
+    wait = waiting(options.device)
     height, width = options.size
     generator = torch.Generator().manual_seed(0)
     images = ImageBatch.pad([torch.randn(3, height, width, generator=generator)] * options.batch, 32)
@@ -147,7 +147,7 @@ def detection(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
     }
     rows: list[Row] = []
     precisions = ["bf16", "fp32"] if computes_in_bf16(device) else ["fp32"]
-    peaks = {precision: matrix_rate(options.device, precision, wait) for precision in precisions}
+    peaks = {precision: matrix_rate(options.device, precision) for precision in precisions}
     shares = [
         f"A {kind} product of two matrices reaches {rate / 1e9:,.0f} GFLOP/s." for kind, rate in peaks.items()
     ]
@@ -242,21 +242,6 @@ def time_parts(
     }
     seconds = {name: statistics.median(taken) for name, taken in alternate(works, rounds, wait).items()}
     return {name: (seconds[name], operations_of(work)) for name, work in works.items()}
-
-
-def operations_of(work: Callable[[], object]) -> float:
-    """Returns the operations of matrix products and convolutions, as PyTorch counts them."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return float(counter.get_total_flops())
-
-
-def matrix_rate(device: str, precision: str, wait: Callable[[], object]) -> float:
-    """Returns the floating-point operations a second of one large product, the best of twenty."""
-    side = 8192 if device == "cuda" else 2048
-    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    (seconds,) = alternate({"product": lambda: a @ a}, 20, wait).values()
-    return float(2 * side**3 / min(seconds))
 
 
 @torch.no_grad()

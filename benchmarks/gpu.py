@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from clip import BF16, FASTEST, our_step, pair_of_models, their_step
-from detector import matrix_rate, operations_of
+from rates import matrix_rate, operations_of, waiting
 from rivals import IMAGE, Design, ours
 from rounds import alternate, command, machine, put_kind, shown, versions
 
@@ -63,7 +63,7 @@ def main() -> None:
     if options.quick:
         options.rounds, options.batch, options.images = 1, 2, 1
     ends = time.monotonic() + 60 * options.minutes
-    peak = matrix_rate(options.device, "bf16", wait(options))
+    peak = matrix_rate(options.device, "bf16")
     lines: list[Line] = []
     left_out: list[str] = []
     for title, measure in works(options).items():
@@ -104,10 +104,6 @@ def works(options: argparse.Namespace) -> dict[str, Callable[[], list[Line]]]:
     for design in (Design(800, 1000, False, "shared"), Design(800, 1000, True, "per_region")):
         found[f"detection: {design}"] = lambda design=design: [detection(design, options)]  # type: ignore[misc]
     return found
-
-
-def wait(options: argparse.Namespace) -> Callable[[], object]:
-    return torch.cuda.synchronize if options.device == "cuda" else lambda: None
 
 
 def detection(design: Design, options: argparse.Namespace) -> Line:
@@ -162,14 +158,14 @@ def training(name: str, options: argparse.Namespace) -> list[Line]:
             rival, pixels, tokens, torch.autocast(device, torch.bfloat16)
         ),
     }
-    seconds = alternate(steps, options.rounds, wait(options))
+    seconds = alternate(steps, options.rounds, waiting(options.device))
     return [Line(task, options.batch, taken, operations) for task, taken in seconds.items()]
 
 
 def timed(task: str, count: int, work: Callable[[], object], options: argparse.Namespace) -> Line:
     """Returns the seconds of some rounds after one that counts the operations."""
     operations = operations_of(work)
-    (seconds,) = alternate({task: work}, options.rounds, wait(options)).values()
+    (seconds,) = alternate({task: work}, options.rounds, waiting(options.device)).values()
     return Line(task, count, seconds, operations)
 
 

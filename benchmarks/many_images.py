@@ -15,6 +15,7 @@ import io
 from pathlib import Path
 
 import torch
+from rates import waiting
 from rivals import make_detector, spread, vocabulary_of
 from rounds import alternate, command, compare, machine, markdown, processor, put_kind, versions
 
@@ -58,8 +59,7 @@ def main() -> None:
     works = {"ours": lambda: many(options.batches[0]), "a loop over single images": loop}
     for batch in options.batches[1:]:
         works[f"batches of {batch}"] = lambda batch=batch: many(batch)  # type: ignore[misc]
-    wait = torch.cuda.synchronize if options.device == "cuda" else lambda: None
-    seconds = alternate(works, options.rounds, wait)
+    seconds = alternate(works, options.rounds, waiting(options.device))
     task = f"`detect_many`, batches of {options.batches[0]}, {len(photos)} photographs"
     rows = compare(task, "images/s", len(photos), seconds)
     facts = f"Machine: {machine(options.threads)}.\nVersions: {versions('torch', 'torchvision')}.\n"

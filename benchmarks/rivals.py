@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rates import waiting
 from rounds import alternate, shown
 from torch import Tensor, nn
 
@@ -198,7 +199,7 @@ def makers(names: int, device: torch.device) -> dict[str, Callable[[], Detect]]:
 def side_by_side(options: argparse.Namespace) -> str:
     """Returns a table of seconds per image of all detectors, by precision and batch."""
     device = torch.device(options.device)
-    wait: Callable[[], object] = torch.cuda.synchronize if options.device == "cuda" else lambda: None
+    wait = waiting(options.device)
     made = {
         name: make()
         for name, make in makers(options.classes[0], device).items()

@@ -10,6 +10,7 @@ from typing import Any
 
 from clip_base.data.sources import Pair, Pairs, grouped
 from clip_base.images.folders import list_files
+from clip_base.images.headers import Embedded
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.runtime.errors import InputError, note, quote, shortened
 from clip_base.storage.files import existing
@@ -28,26 +29,6 @@ class ParquetConfig:
         "image", "column of paths, of encoded images, or of {bytes, path} as Hugging Face datasets have them"
     )
     caption_column: str = option("caption", "column of texts or of lists of texts")
-
-
-@dataclass(frozen=True, eq=False)
-class Embedded:
-    """An encoded image in memory.
-
-    Attributes:
-        data: the encoded image.
-        name: where it stands.
-    """
-
-    data: bytes
-    name: str
-
-    def read_bytes(self) -> bytes:
-        """Returns the encoded image."""
-        return self.data
-
-    def __str__(self) -> str:
-        return self.name
 
 
 class ParquetSource:

@@ -12,6 +12,7 @@ import io
 import os
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -33,6 +34,26 @@ class Stored(Protocol):
 
     def read_bytes(self) -> bytes:
         """Returns the encoded image."""
+
+
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """An encoded image in memory.
+
+    Attributes:
+        data: the encoded image.
+        name: where it stands.
+    """
+
+    data: bytes
+    name: str
+
+    def read_bytes(self) -> bytes:
+        """Returns the encoded image."""
+        return self.data
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @functools.cache

@@ -75,12 +75,6 @@ class ImageRoot:
             self._listings[path.parent] = frozenset(found)
         return path.name in self._listings[path.parent]
 
-    def name_of(self, path: Path) -> str:
-        """Returns the name of an image whose path `path` has returned."""
-        roots = self.tars or [self.folder]
-        root = next((root for root in roots if path.is_relative_to(root)), None)
-        return str(path if root is None else path.relative_to(root))
-
     def _tar_with(self, name: str) -> int:
         wanted = np.uint64(name_hash(PurePath(name).as_posix()))
         place = int(np.searchsorted(self._hashes, wanted, side="right")) - 1

@@ -28,7 +28,7 @@ from filelock import FileLock
 from clip_base.runtime.errors import InputError, JobError
 from clip_base.storage.files import parse_json, read_json, runs_here, write_json
 from clip_base.storage.remote import RemoteError, RemoteFile, address_of, filesystem, name_of, repeated
-from clip_base.storage.remote_cache import cache_folder, digest, is_folder, listing, receive
+from clip_base.storage.remote_cache import cache_folder, copy, digest, is_folder, listing
 
 INTERVAL = 30.0  # seconds between two copies, and between two signs of life
 PATIENCE = 3 * INTERVAL  # seconds without a sign of life after which a lock is taken over
@@ -108,14 +108,11 @@ class Mirror:
         finally:
             if writes and not self._lost:
                 with contextlib.suppress(RemoteError):
-                    self._call(lambda: self._files.rm_file(self._lock), self._lock)
+                    self._remove(self._lock)
 
     def _made(self, file: Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         return file
-
-    def _call(self, call: Any, address: str) -> Any:
-        return repeated(address, call)
 
     def _finish(self) -> None:
         try:
@@ -142,24 +139,21 @@ class Mirror:
         for name in there["files"]:
             target = self._folder / name
             if name not in known.get("sent", {}) or not target.exists():
-                part = self._made(target).with_name(f".{target.name}.part")
-                part.unlink(missing_ok=True)
                 with RemoteFile(self._base + name) as source:
-                    receive(source, part)
-                part.replace(target)
+                    copy(source, target, resume=False)
                 known.setdefault("sent", {})[name] = _stamp(target)
         self._sent = {name: known["sent"][name] for name in there["files"]}
-        self._made(self._folder / "_").parent.mkdir(exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         write_json(self._state, {"token": there.get("token", ""), "sent": self._sent})
 
     def _listed(self) -> dict[str, Any]:
-        if self._call(lambda: self._files.exists(self._list), self._list):
-            text = self._call(lambda: self._files.cat_file(self._list), self._list).decode()
+        if repeated(self._list, lambda: self._files.exists(self._list)):
+            text = repeated(self._list, lambda: self._files.cat_file(self._list)).decode()
             found: dict[str, Any] = parse_json(text, self._list)
             return found
         # Copied there by somebody, or nothing.
         files = listing(self.address) if is_folder(self.address) else []
-        if not files and self._call(lambda: self._files.exists(self.address), self.address):
+        if not files and repeated(self.address, lambda: self._files.exists(self.address)):
             files = [self.address]
         return {"files": [file.removeprefix(self._base) for file in files]}
 
@@ -187,15 +181,18 @@ class Mirror:
                 del self._sent[name]
             token, self._copied = uuid.uuid4().hex, True
             content = json.dumps({"token": token, "files": sorted(self._sent)}).encode()
-            self._call(lambda: self._files.pipe_file(self._list, content), self._list)
+            repeated(self._list, lambda: self._files.pipe_file(self._list, content))
             write_json(self._state, {"token": token, "sent": self._sent})
             for name in gone:
                 with contextlib.suppress(RemoteError):
-                    self._call(lambda name=name: self._files.rm_file(self._base + name), self._base + name)
+                    self._remove(self._base + name)
+
+    def _remove(self, address: str) -> None:
+        repeated(address, lambda: self._files.rm_file(address))
 
     def _put(self, name: str) -> None:
         address = self._base + name
-        self._call(lambda: self._files.put_file(str(self._folder / name), address), address)
+        repeated(address, lambda: self._files.put_file(str(self._folder / name), address))
 
     def _here(self, whole: bool) -> Iterator[str]:
         for path in sorted(self._folder.rglob("*")):
@@ -227,7 +224,7 @@ class Mirror:
                     raise
                 if there.get("owner") != self._owner["owner"]:  # else an answer was lost
                     self._require_dead(there)
-                    self._call(lambda: self._files.rm_file(self._lock), self._lock)
+                    self._remove(self._lock)
                     continue
             if (self._holder() or {}).get("owner") == self._owner["owner"]:
                 return
@@ -235,7 +232,7 @@ class Mirror:
 
     def _holder(self) -> dict[str, Any] | None:
         try:
-            text = self._call(lambda: self._files.cat_file(self._lock), self._lock).decode()
+            text = repeated(self._lock, lambda: self._files.cat_file(self._lock)).decode()
         except RemoteError:
             return None
         found: dict[str, Any] = parse_json(text, self._lock)
@@ -273,7 +270,7 @@ class Mirror:
 
     def _sign(self, **how: str) -> None:
         content = json.dumps(self._owner).encode()
-        self._call(lambda: self._files.pipe_file(self._lock, content, **how), self._lock)
+        repeated(self._lock, lambda: self._files.pipe_file(self._lock, content, **how))
 
 
 def _called(there: dict[str, Any]) -> str:

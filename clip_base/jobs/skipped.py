@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from clip_base.jobs.config import option
 from clip_base.runtime.errors import InputError, JobError, shortened
-from clip_base.storage.files import is_folder
+from clip_base.storage.files import is_folder, write_text
 from clip_base.storage.tars import tar_of
 
 _SAMPLE = 200  # files that are looked for before all are
@@ -25,6 +26,11 @@ def require_share(max_skipped: float) -> None:
     """Raises an InputError when the option's value is no share."""
     if not 0 <= max_skipped <= 1:
         raise InputError(f"max_skipped must be in [0, 1], found {max_skipped}")
+
+
+def write_skipped(path: Path, entries: Iterable[dict[str, Any]]) -> None:
+    """Writes the unusable inputs as JSON Lines, atomically."""
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def require_usable(

@@ -11,12 +11,7 @@ from clip_base.runtime.errors import InputError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Report = Callable[[int, str], None]
-
-
-"""Takes how many steps more of the task are done, and a note."""
-
-
+Report = Callable[[int, str], None]  # takes how many steps more of the task are done, and a note
 Work = Callable[[Task, Report], Result]
 
 

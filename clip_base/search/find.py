@@ -106,16 +106,20 @@ def query_of(config: SearchConfig, index: Index) -> Tensor:
 
 def embed_query(model: CLIP, text: str) -> Tensor:
     """Returns [D], unit length, of an image's file, or of a text."""
-    device = model.logit_scale.device
-    if Path(text).suffix.lower() in IMAGE_SUFFIXES:
-        if not is_file(text):
-            raise InputError(f"query image {text} does not exist")
-        side = model.visual.resolution
-        pixels = torch.from_numpy(square_view(decode_stored(text, 2 * side), side))  # [R, R, 3]
-        found = model.encode_image(normalize(pixels.permute(2, 0, 1)[None].to(device)))[0]
-    else:
-        tokens = Tokenizer(model.config.text.context_length)([text], truncate=True).to(device)
-        found = model.encode_text(tokens)[0]
+    if Path(text).suffix.lower() not in IMAGE_SUFFIXES:
+        return embed_text(model, text)
+    if not is_file(text):
+        raise InputError(f"query image {text} does not exist")
+    side = model.visual.resolution
+    pixels = torch.from_numpy(square_view(decode_stored(text, 2 * side), side))  # [R, R, 3]
+    found = model.encode_image(normalize(pixels.permute(2, 0, 1)[None].to(model.logit_scale.device)))[0]
+    return F.normalize(found.float(), dim=0).cpu()
+
+
+def embed_text(model: CLIP, text: str) -> Tensor:
+    """Returns [D], unit length, of a text, whatever it looks like."""
+    tokens = Tokenizer(model.config.text.context_length)([text], truncate=True)
+    found = model.encode_text(tokens.to(model.logit_scale.device))[0]
     return F.normalize(found.float(), dim=0).cpu()
 
 

@@ -117,7 +117,7 @@ def fetch(address: str, what: str = "file") -> Path:
                 with RemoteFile(found) as source:
                     if source.version != version_of(info):
                         raise RemoteError(found, "it changed while it was read; give the same command again")
-                    _copy(source, file)
+                    copy(source, file)
     return target
 
 
@@ -130,12 +130,12 @@ def _fetch_file(address: str, place: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock")):
             if not (is_known and target.is_file()):
-                _copy(source, target, resume=is_known)
+                copy(source, target, resume=is_known)
     return target
 
 
-def _copy(source: RemoteFile, target: Path, resume: bool = True) -> None:
-    """Writes a file beside its place, goes on with what an earlier call has left, and renames it."""
+def copy(source: RemoteFile, target: Path, resume: bool = True) -> None:
+    """Writes a file beside its place, resumes after what an earlier call has left there, and renames it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")
     if not resume:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +16,9 @@ from clip_base.images.decode import Pixels, decode
 from clip_base.images.headers import Stored
 from clip_base.images.inputs import ImageLike, read_image
 from clip_base.images.orientation import turned_as_annotated, turned_upright
-from clip_base.jobs.skipped import require_usable
+from clip_base.jobs.skipped import require_usable, write_skipped
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.workers import cores, in_turn
-from clip_base.storage.files import write_text
 from clip_base.storage.remote import RemoteError
 from regionclip.data.annotations import CocoDetection, ImageAnnotations
 from regionclip.structures.regions import ImageInfo
@@ -239,8 +237,7 @@ def note_skipped(path: Path, skipped: Mapping[int, str], dataset: CocoDetection,
         JobError: they and the images that are not in the folder are more than the share `max_skipped`.
     """
     if skipped:
-        lines = (json.dumps({"image_id": key, "reason": reason}) + "\n" for key, reason in skipped.items())
-        write_text(path, "".join(lines))
+        write_skipped(path, ({"image_id": key, "reason": reason} for key, reason in skipped.items()))
     reasons = [*skipped.values(), *(f"image {file} does not exist" for file in dataset.missing)]
     total = len(dataset) + len(dataset.missing)
     require_usable(reasons, total, max_skipped, path if skipped else None)

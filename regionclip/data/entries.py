@@ -4,41 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from clip_base.images.folders import IMAGE_SUFFIXES, list_files, none_found, note_left_out
-from clip_base.images.headers import Stored
+from clip_base.images.headers import Embedded, Stored
 from clip_base.images.inputs import image_files
 from clip_base.images.roots import ImageRoot
 from clip_base.runtime.errors import InputError
+from clip_base.storage.paths import image_in
 from clip_base.storage.tars import Member, addresses
 from regionclip.data.batches import DecodedImage, read_annotated
 from regionclip.data.caption_index import CaptionedImageEntry
-from regionclip.data.pairs import WEBDATASET, pair_reader, source_root, write_index
+from regionclip.data.pairs import WEBDATASET, pair_reader, source_root, told_apart, write_index
 
 _AT_ONCE = 2000  # entries of an index read at once
-
-
-@dataclass(frozen=True)
-class InMemory:
-    """An encoded image that was read already.
-
-    Attributes:
-        data: the encoded image.
-        name: where it was.
-    """
-
-    data: bytes
-    name: str
-
-    def read_bytes(self) -> bytes:
-        """Returns the encoded image."""
-        return self.data
-
-    def __str__(self) -> str:
-        return self.name
 
 
 def entry_root(spec: dict[str, Any]) -> ImageRoot | None:
@@ -65,11 +45,13 @@ def read_entry(entry: CaptionedImageEntry, root: ImageRoot | None) -> DecodedIma
         raise InputError(entry.fault)
     stored: Path | Stored
     if entry.data is not None:
-        stored = InMemory(entry.data, f"{entry.tar}/{entry.file_name}")
+        stored = Embedded(entry.data, f"{entry.tar}/{entry.file_name}")
     elif entry.place is not None:
         stored = Member(Path(entry.tar), *entry.place)
+    elif root is not None:
+        stored = root.path(entry.file_name, "the captions")
     else:
-        stored = (root or ImageRoot("/")).path(entry.file_name, "the captions")
+        stored = image_in(Path("/"), entry.file_name, "the captions")
     return read_annotated(entry.image_id, stored, entry.size, entry.key)
 
 
@@ -150,9 +132,4 @@ class SourceImages:
 
 def shortest(paths: Sequence[str]) -> list[str]:
     """Returns the ends of paths, with as many folders as it takes to tell them apart."""
-    parts = [PurePosixPath(path.replace("\\", "/")).parts for path in paths]
-    for depth in range(1, max(map(len, parts), default=0) + 1):
-        ends = ["/".join(one[-depth:]) for one in parts]
-        if len(set(ends)) == len(ends):
-            return ends
-    return list(paths)
+    return told_apart(paths, "/".join) or list(paths)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -317,10 +317,18 @@ def _entry(number: int, image: Stored, captions: Sequence[str], root: str) -> Ca
 
 def unique_stems(tars: Sequence[str]) -> list[str]:
     """Returns a name for each tar: its own without the ending, with as many folders as tell them apart."""
-    paths = [PurePosixPath(tar.replace("\\", "/")) for tar in tars]
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["-".join([*path.parts[-depth:-1], stem(path.name)]).replace("/", "") for path in paths]
+    names = told_apart(tars, lambda parts: "-".join([*parts[:-1], stem(parts[-1])]).replace("/", ""))
+    if names is None:
+        twice = Counter(tars).most_common(1)[0][0]
+        raise InputError(f"tar {twice} is given twice; give each once")
+    return names
+
+
+def told_apart(paths: Sequence[str], name: Callable[[tuple[str, ...]], str]) -> list[str] | None:
+    """Returns names of paths made of their last parts, of as many as it takes; None: they stay alike."""
+    parts = [PurePosixPath(path.replace("\\", "/")).parts for path in paths]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        names = [name(one[-depth:]) for one in parts]
         if len(set(names)) == len(names):
             return names
-    twice = Counter(tars).most_common(1)[0][0]
-    raise InputError(f"tar {twice} is given twice; give each once")
+    return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import sys
 import time
 from collections import Counter
@@ -23,10 +22,9 @@ from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.everyday import everyday
 from clip_base.jobs.resume_log import ResumeLog
 from clip_base.jobs.run import hashes_of
-from clip_base.jobs.skipped import max_skipped_option, require_share, require_usable
+from clip_base.jobs.skipped import max_skipped_option, require_share, require_usable, write_skipped
 from clip_base.runtime.errors import InputError, note
 from clip_base.runtime.progress import Progress, rate
-from clip_base.storage.files import write_text
 from clip_base.storage.hashing import text_hash
 from clip_base.storage.lock import lock_folder
 from regionclip.checkpoints import zoo
@@ -201,7 +199,7 @@ def detect(config: DetectConfig) -> None:
         skipped = list(journal.entries("skipped"))
         (out / SKIPPED).unlink(missing_ok=True)
         if skipped:
-            write_text(out / SKIPPED, "".join(json.dumps(entry) + "\n" for entry in skipped))
+            write_skipped(out / SKIPPED, skipped)
         journal.remove()
     unread = sum(not is_moving(Path(entry["file_name"])) for entry in skipped)
     print(f"{out}: {count} detections in {journal.images - unread} images, {speed}")

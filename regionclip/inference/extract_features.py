@@ -7,7 +7,6 @@ alone, so that interruptions and numbers of processes change nothing about the f
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +16,11 @@ import torch
 
 from clip_base.images.inputs import image_files
 from clip_base.jobs.run import Inputs, RunFolder
-from clip_base.jobs.skipped import require_usable
+from clip_base.jobs.skipped import require_usable, write_skipped
 from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.progress import Progress, rate
 from clip_base.runtime.workers import run
-from clip_base.storage.files import existing, read_json, write_json, write_text
+from clip_base.storage.files import existing, read_json, write_json
 from clip_base.storage.hashing import text_hash
 from clip_base.storage.json_stream import stream_entries
 from regionclip.data.annotations import CocoDetection
@@ -131,7 +130,7 @@ def _finish(folder: RunFolder, config: FeaturesConfig, shards: Sequence[Shard]) 
     parts = [read_json(record_path(folder.path, shard.number), "record of a shard") for shard in shards]
     skipped = [entry for part in parts for entry in part["skipped"]]
     if skipped:
-        write_text(folder.path / "skipped.jsonl", "".join(json.dumps(entry) + "\n" for entry in skipped))
+        write_skipped(folder.path / "skipped.jsonl", skipped)
     counts = {key: sum(part[key] for part in parts) for key in ("images", "regions")}
     total = counts["images"] + len(skipped)
     reasons = [entry["reason"] for entry in skipped]

@@ -33,7 +33,16 @@ from regionclip.concepts.pool import pool_language, read_concepts
 from regionclip.concepts.spacy_models import model_name
 from regionclip.concepts.vocabulary import Vocabulary, embed
 from regionclip.data.caption_index import CaptionIndex
-from regionclip.data.pairs import WEBDATASET, Unit, absolute, pair_reader, source_root, write_index
+from regionclip.data.entries import entry_root
+from regionclip.data.pairs import (
+    WEBDATASET,
+    Unit,
+    absolute,
+    pair_reader,
+    source_inputs,
+    source_root,
+    write_index,
+)
 from regionclip.mining.miner import MineConfig, Miner, teacher_head
 from regionclip.mining.shards import (
     MANIFEST,
@@ -55,17 +64,15 @@ def mine(config: MineConfig) -> None:
     head = teacher_head(config)  # which may raise, before anything is written
     first, shares = config.shares
     part = f"{first}-of-{shares}" if shares > 1 else ""
-    folder = RunFolder(config.out, given, "region-mine", _inputs(given, config), part)
+    folder = RunFolder(config.out, given, "region-mine", _inputs(config), part)
     if folder.finished() is not None and is_whole(folder.path):
         print(f"{folder.path} is complete: {read_manifest(folder.path)['regions']} regions")
         return
-    root = source_root(config.source)
-    if root and config.source["name"] != WEBDATASET:
-        ImageRoot(root)
+    root = entry_root(config.source)
     index = folder.path / f".images-{first}-of-{shares}.db"
     if config.source["name"] != WEBDATASET and not index.exists():
         write_index(config.source, index)
-        _require_images(config, index)
+        _require_images(config, root or ImageRoot("/"), index)
     path = folder.path / VOCABULARY
     if not path.exists():  # a proposer or matcher that cannot be made is told before names are embedded
         build_proposer(config.proposer, torch.device("cpu"))
@@ -88,7 +95,7 @@ def mine(config: MineConfig) -> None:
     )
 
 
-def _require_images(config: MineConfig, index: Path) -> None:
+def _require_images(config: MineConfig, source: ImageRoot, index: Path) -> None:
     """Raises an InputError, and leaves no index, when none of the first images exists."""
     reader = CaptionIndex(index)
     first = next(reader.slices(100), None)
@@ -96,7 +103,6 @@ def _require_images(config: MineConfig, index: Path) -> None:
     if not first:
         index.unlink()
         raise InputError(f"the source {config.source['name']} has no image; check its options")
-    source = ImageRoot(source_root(config.source) or "/")
     if entries and not any(source.path(entry.file_name).exists() or source.tars for entry in entries):
         index.unlink()
         what = config.source.get("captions") or config.source.get("file") or "the source"
@@ -166,13 +172,13 @@ def is_whole(folder: Path) -> bool:
     )
 
 
-def _inputs(given: MineConfig, config: MineConfig) -> dict[str, Path | str]:
+def _inputs(config: MineConfig) -> dict[str, Path | str]:
     """Returns what decides the result besides the options: all files, and the spaCy model."""
     files = {"teacher": config.weights, "concepts": config.concepts}
     files |= {f"proposer_{key}": value for key, value in config.proposer.items() if _is_file(value)}
     paths = {what: existing(file) for what, file in files.items()}
     language = model_name(config.language or pool_language(config.concepts))
-    return {**paths, **given.pair_inputs(), "language_model": language}
+    return {**paths, **source_inputs(config.source), "language_model": language}
 
 
 def _embed(config: MineConfig) -> Vocabulary:

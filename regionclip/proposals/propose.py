@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +15,10 @@ from clip_base.jobs.compute import ComputeOptions
 from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
 from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder, files_of
-from clip_base.jobs.skipped import max_skipped_option, require_share, require_usable
+from clip_base.jobs.skipped import max_skipped_option, require_share, require_usable, write_skipped
 from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import Progress
-from clip_base.storage.files import write_text
 from clip_base.storage.hashing import text_hash
 from clip_base.storage.tars import names_tars
 from regionclip.data.annotations import CocoDetection
@@ -187,7 +185,7 @@ def _of_images(config: ProposeConfig, folder: Path, path: Path, device: torch.de
                 count, images = count + len(regions), images + 1
             progress.advance(done)
         if skipped:
-            write_text(listed, "".join(json.dumps(entry) + "\n" for entry in skipped))
+            write_skipped(listed, skipped)
         reasons = [entry["reason"] for entry in skipped]
         require_usable(reasons, images + len(skipped), config.max_skipped, listed if skipped else None)
         _require_some(config, count, images)

@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from clip_base.images.decode import as_rgb, decode_stored
 from clip_base.images.orientation import turned_upright
-from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
+from clip_base.search.find import embed_text
 from clip_base.search.images import places_of
 from clip_base.search.index import Index
 from clip_base.storage.hashing import content_hash
@@ -77,6 +76,4 @@ class ImageSearch:
 
     @torch.no_grad()
     def _embed_text(self, words: str) -> Tensor:
-        tokens = Tokenizer(self._model.config.text.context_length)([words], truncate=True)
-        embedded = self._model.encode_text(tokens.to(self._model.logit_scale.device))[0]
-        return F.normalize(embedded.float(), dim=0).cpu()
+        return embed_text(self._model, words)

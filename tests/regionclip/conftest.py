@@ -232,3 +232,12 @@ def mined(mining_options: list[str], tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("mining") / "mined"
     assert main_regionclip(["mine", *mining_options, f"out={folder}"]) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scenes of `world`, as three tars."""
+    folder = tmp_path_factory.mktemp("tars") / "w"
+    sizes = {"images": 12, "val_images": 4, "size": 64, "object_min": 0.3, "workers": 1, "seed": 5}
+    generate(ScenesConfig(out=str(folder), format="webdataset", tar_images=5, **sizes))
+    return folder

@@ -114,7 +114,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def start(toy: Any, out: Path) -> subprocess.Popen[str]:
-    """Types the job's command: saves after step 8, logs after step 12, and waits in step 14 for a file."""
+    """Types the job's command: saves after step 8, logs after steps 9 and 12, waits in step 14 for a file."""
     return subprocess.Popen(
         [sys.executable, toy.__file__, f"out={out}", "train.save_every=7.5"],
         env={**os.environ, "TOY_WAITS_FOR": str(out.with_name("go on")), "OMP_NUM_THREADS": "1"},
@@ -166,7 +166,8 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_as_an_undisturbed_one(
     assert child.wait(patience) == code
     errors = child.communicate()[1]
     stopped = max(checkpoint.steps(out / "checkpoints"))
-    assert stopped in ([8] if number == signal.SIGKILL else [12, 13, 14])
+    # The line of step 9 may be seen before the next step ends: SIGTERM finds the run at any step after it.
+    assert stopped in ([8] if number == signal.SIGKILL else range(9, 15))
     if number == signal.SIGTERM:
         assert errors.endswith("stopped; the same command resumes from here\n")
     # With workers this time: they are a free option and change nothing.

@@ -15,22 +15,12 @@ from typing import Any
 import pytest
 
 from clip_base.storage.tars import Member
-from clip_base.synthetic.scenes import ScenesConfig, generate
 from regionclip.mining import shard_writer
 from regionclip.mining.miner import Miner
 from regionclip.mining.shards import MinedRegion, read_images, read_manifest, read_regions
 
 Command = Callable[..., tuple[int, str]]
 Swap = Callable[..., list[str]]
-
-
-@pytest.fixture(scope="module")
-def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scenes of `world`, as three tars."""
-    folder = tmp_path_factory.mktemp("tars") / "w"
-    sizes = {"images": 12, "val_images": 4, "size": 64, "object_min": 0.3, "workers": 1, "seed": 5}
-    generate(ScenesConfig(out=str(folder), format="webdataset", tar_images=5, **sizes))
-    return folder
 
 
 @pytest.fixture

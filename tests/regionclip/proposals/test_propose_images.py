@@ -12,20 +12,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from clip_base.synthetic.scenes import ScenesConfig, generate
-
 Command = Callable[..., tuple[int, str]]
 Swap = Callable[..., list[str]]
 GRID = ["proposer.name=grid", "proposer.sizes=[0.5,1.0]", "resize.short=[64]", "resize.long=64"]
-
-
-@pytest.fixture(scope="module")
-def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scenes of `world`, as three tars."""
-    folder = tmp_path_factory.mktemp("tars") / "w"
-    sizes = {"images": 12, "val_images": 4, "size": 64, "object_min": 0.3, "workers": 1, "seed": 5}
-    generate(ScenesConfig(out=str(folder), format="webdataset", tar_images=5, **sizes))
-    return folder
 
 
 @pytest.fixture

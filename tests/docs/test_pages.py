@@ -18,6 +18,7 @@ PAGES = [
 ]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^(```+).*?^\1$", re.M | re.S)
+WIDEST = 100  # columns of a line of code: the pages show as many without a scroll bar
 
 
 def anchors(text: str) -> set[str]:
@@ -44,6 +45,13 @@ def test_pages_link_to_nothing_outside_their_folder() -> None:
         links = LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
         inside = [link.partition("#")[0] for link in links if not link.startswith("http")]
         assert all((page.parent / link).resolve().is_relative_to(ROOT / "docs") for link in inside), page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_and_commands_are_wrapped(page: Path) -> None:
+    blocks = FENCE.finditer(page.read_text(encoding="utf-8"))
+    wide = [line for block in blocks for line in block[0].splitlines() if len(line) > WIDEST]
+    assert wide == []
 
 
 def listed(entry: object) -> list[str]:

@@ -44,7 +44,7 @@ class ParquetSource:
         """Returns one pair an image: rows of one path are its several captions."""
         path = existing(self.config.file, "Parquet table")
         images, captions = self._columns(path)
-        texts = [_texts(value, path, row) for row, value in enumerate(captions)]
+        texts = [parquet_texts(value, path, row) for row, value in enumerate(captions)]
         first: Any = next((value for value in images if value is not None), "")
         if isinstance(first, str):
             rows = [
@@ -70,7 +70,7 @@ class ParquetSource:
     def _columns(self, path: Path) -> tuple[list[Any], list[Any]]:
         wanted = [self.config.image_column, self.config.caption_column]
         images, captions, status = list[Any](), list[Any](), list[Any]()
-        for file in _files(path):
+        for file in table_files(path):
             with open_parquet(file) as opened:
                 names = opened.schema_arrow.names
                 lacking = next((column for column in wanted if column not in names), None)
@@ -85,7 +85,7 @@ class ParquetSource:
         return [images[row] for row in kept], [captions[row] for row in kept]
 
 
-def _files(path: Path) -> list[Path]:
+def table_files(path: Path) -> list[Path]:
     """Returns a table's files; a folder may hold other files, as img2dataset leaves its statistics in it."""
     if not path.is_dir():
         return [path]
@@ -108,7 +108,8 @@ def _downloaded(status: list[Any], path: Path) -> Sequence[int]:
     return [row for row, value in enumerate(status) if value == DOWNLOADED]
 
 
-def _texts(value: Any, path: Path, row: int) -> list[str]:
+def parquet_texts(value: Any, path: Path, row: int) -> list[str]:
+    """Returns the texts in a row's cell, but for empty ones; InputError when it holds something else."""
     texts = value if isinstance(value, list) else [value]
     wrong = next((text for text in texts if text is not None and not isinstance(text, str)), None)
     if wrong is not None:

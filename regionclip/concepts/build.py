@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from clip_base.data.inputs import WEBDATASET, source_inputs
 from clip_base.data.sources import SOURCES
 from clip_base.jobs.config import REQUIRED, Plugin, option, plugin, runtime_only
 from clip_base.jobs.everyday import everyday
@@ -33,7 +34,7 @@ from regionclip.concepts.pool import EXAMPLES, Concept, ConceptCounts, count, me
 from regionclip.concepts.synonyms import aliases_of, forms, given_classes
 from regionclip.data.captions import cleaned, read_texts
 from regionclip.data.categories import parse_names
-from regionclip.data.pairs import WEBDATASET, source_inputs, source_texts
+from regionclip.data.pairs import source_texts
 
 FORMAT = "regionclip.concepts"
 VERSION = 3  # raised when the same captions begin to give another pool

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from clip_base.data.inputs import WEBDATASET, source_root, told_apart
 from clip_base.images.folders import IMAGE_SUFFIXES, list_files, none_found, note_left_out
 from clip_base.images.headers import Embedded, Stored
 from clip_base.images.inputs import image_files
@@ -16,7 +17,7 @@ from clip_base.storage.paths import image_in
 from clip_base.storage.tars import Member, addresses
 from regionclip.data.batches import DecodedImage, read_annotated
 from regionclip.data.caption_index import CaptionedImageEntry
-from regionclip.data.pairs import WEBDATASET, pair_reader, source_root, told_apart, write_index
+from regionclip.data.pairs import pair_reader, write_index
 
 _AT_ONCE = 2000  # entries of an index read at once
 

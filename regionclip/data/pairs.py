@@ -6,24 +6,21 @@ are what processes and machines share, and what an interrupted job repeats at mo
 
 from __future__ import annotations
 
-import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol
 
+from clip_base.data.inputs import WEBDATASET, source_inputs, source_root, unique_stems
 from clip_base.data.sources import SOURCES, Pairs, Source
 from clip_base.data.webdataset import WebdatasetConfig, stream_records
 from clip_base.images.headers import Stored
 from clip_base.images.roots import ImageRoot
 from clip_base.jobs.config import Plugin, build_plugin, check, option, plugin
-from clip_base.jobs.run import files_of
 from clip_base.runtime.errors import InputError
-from clip_base.storage.files import absolute_path, existing
-from clip_base.storage.hashing import text_hash
+from clip_base.storage.files import existing
 from clip_base.storage.tables import open_table
-from clip_base.storage.tars import Member, addresses, names_tars, stem
+from clip_base.storage.tars import Member, addresses, names_tars
 from regionclip.data.caption_index import (
     CaptionedImageEntry,
     CaptionIndex,
@@ -33,7 +30,6 @@ from regionclip.data.caption_index import (
 )
 from regionclip.data.captions import cleaned, storable
 
-WEBDATASET = "webdataset"
 _PER_TAR = 1 << 32  # numbers of images in one tar; the tar's own number stands above them
 _TABLES = (".csv", ".tsv", ".tab")
 _IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "file", "path", "key")
@@ -76,20 +72,6 @@ class PairOptions:
     def pair_inputs(self) -> dict[str, Path | str]:
         """Returns what decides the pairs besides the options, for `RunFolder`; tars count by their size."""
         return source_inputs(self.source_options())
-
-
-def source_inputs(spec: dict[str, Any]) -> dict[str, Path | str]:
-    """Returns what decides a source's pairs besides its options: its files, and tars by their size."""
-    if spec["name"] == WEBDATASET:
-        return {"input_tars": text_hash(_stamp(tar) for tar in addresses(spec["shards"]))}
-    if "captions" in spec and Path(str(spec["captions"])).is_file():
-        return {"captions": Path(spec["captions"])}
-    holder = type("Holder", (), {"source": {key: value for key, value in spec.items() if key != "name"}})
-    return files_of(holder, "source")
-
-
-def _stamp(tar: str) -> str:
-    return f"{tar} {os.stat(tar).st_size if os.path.exists(tar) else ''}"
 
 
 def _of_file(captions: Path, images: str) -> dict[str, Any]:
@@ -259,29 +241,6 @@ def write_index(spec: dict[str, Any], path: Path) -> None:
     write_pair_index(_entries(source.pairs(), source_root(spec)), path)
 
 
-def absolute(spec: dict[str, Any]) -> dict[str, Any]:
-    """Returns a source's options with absolute paths: processes on other machines begin in other folders."""
-    found = dict(spec)
-    if spec["name"] == WEBDATASET:
-        found["shards"] = "::".join(absolute_path(tar) for tar in addresses(str(spec["shards"])))
-        return found
-    for key, value in spec.items():
-        if key != "name" and isinstance(value, str) and value and os.path.exists(value):
-            found[key] = str(Path(value).absolute())
-    return found
-
-
-def source_root(spec: dict[str, Any]) -> str:
-    """Returns what a source's file names are relative to: a folder, or tars; "": they are absolute."""
-    if spec["name"] == WEBDATASET:
-        return str(spec["shards"])
-    root = spec.get("images") or spec.get("folder")
-    if not root and spec.get("file"):
-        file = Path(str(spec["file"]))
-        root = file if file.is_dir() else file.parent
-    return str(root or "") if isinstance(root, str | Path) else ""
-
-
 def pair_reader(spec: dict[str, Any], index: Path, unit_images: int) -> PairReader:
     """Returns the reader of a source; of all but tars, `index` must have been written, see `write_index`."""
     if spec["name"] == WEBDATASET:
@@ -313,22 +272,3 @@ def _entry(number: int, image: Stored, captions: Sequence[str], root: str) -> Ca
         f"image {image} is inside a table: the region stages read images as files or in tars; write them as "
         "webdataset tars, or as files whose paths the table has"
     )
-
-
-def unique_stems(tars: Sequence[str]) -> list[str]:
-    """Returns a name for each tar: its own without the ending, with as many folders as tell them apart."""
-    names = told_apart(tars, lambda parts: "-".join([*parts[:-1], stem(parts[-1])]).replace("/", ""))
-    if names is None:
-        twice = Counter(tars).most_common(1)[0][0]
-        raise InputError(f"tar {twice} is given twice; give each once")
-    return names
-
-
-def told_apart(paths: Sequence[str], name: Callable[[tuple[str, ...]], str]) -> list[str] | None:
-    """Returns names of paths made of their last parts, of as many as it takes; None: they stay alike."""
-    parts = [PurePosixPath(path.replace("\\", "/")).parts for path in paths]
-    for depth in range(1, max(map(len, parts), default=0) + 1):
-        names = [name(one[-depth:]) for one in parts]
-        if len(set(names)) == len(names):
-            return names
-    return None

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from clip_base.data.inputs import WEBDATASET, absolute, source_inputs, source_root
 from clip_base.images.roots import ImageRoot
 from clip_base.jobs.run import RunFolder
 from clip_base.jobs.skipped import require_usable
@@ -35,12 +36,8 @@ from regionclip.concepts.vocabulary import Vocabulary, embed
 from regionclip.data.caption_index import CaptionIndex
 from regionclip.data.entries import entry_root
 from regionclip.data.pairs import (
-    WEBDATASET,
     Unit,
-    absolute,
     pair_reader,
-    source_inputs,
-    source_root,
     write_index,
 )
 from regionclip.mining.miner import MineConfig, Miner, teacher_head

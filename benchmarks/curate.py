@@ -3,9 +3,9 @@
     python benchmarks/curate.py captions.txt more.tsv --queries 100000
 
 The queries are the words and the bigrams of the captions themselves, the most frequent ones first, so that a
-caption contains many of them; where those are too few, made-up words fill the automaton. Captions that are too
-few for the time are repeated. One thread does it all. Timed are the search alone (`find`), and what a process
-does for a unit of 10,000 pairs: reading lines, finding queries, ranking the pairs (`unit`).
+caption contains many of them; where those are too few, made-up words fill the automaton. One thread does it
+all. Timed are the search alone (`find`), and what a process does for a unit of 10,000 pairs: reading lines,
+finding queries, ranking the pairs (`unit`).
 """
 
 from __future__ import annotations
@@ -76,9 +76,8 @@ def main() -> None:
         )
     print(f"{processor()}; {versions('pyahocorasick', 'numpy')}; one thread")
     per_caption = len(found.pairs) / PAIRS
-    print(
-        f"{len(queries):,} queries, {per_caption:.1f} distinct ones in a caption of {_length(unit):.0f} letters"
-    )
+    size = f"{per_caption:.1f} distinct ones per caption of {_length(unit):.0f} letters"
+    print(f"{len(queries):,} queries, {size}")
     for name, times in seconds.items():
         rates = sorted(PAIRS / time for time in times)
         print(f"{name}: {statistics.median(rates):,.0f} captions/s ({rates[0]:,.0f} to {rates[-1]:,.0f})")

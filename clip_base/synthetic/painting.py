@@ -170,8 +170,14 @@ class Painter:
         self._palette = np.array([COLORS[name][::-1] for name in self._names], np.float32)
         self._palette_lab = _lab(self._palette)
 
-    def scene(self, rng: np.random.Generator) -> Scene:
-        """Draws the scene that `rng` determines."""
+    def scene(self, rng: np.random.Generator, chances: NDArray[np.float64] | None = None) -> Scene:
+        """Draws the scene that `rng` determines.
+
+        Args:
+            rng: the scene's own.
+            chances: for each category, the probability that an object is of it or of one before it; None: all
+                are equally frequent.
+        """
         ground, backdrop = self.background(rng)
         size = self.recipe.size
         drawing = _Drawing(ground.copy(), ground, np.full((size, size), -1, np.int8))
@@ -179,7 +185,7 @@ class Painter:
             self._distractor(drawing, rng)
         fewest, most = self.recipe.objects
         for _ in range(fewest + int(rng.random() * (most - fewest + 1))):
-            self._object(drawing, rng)
+            self._object(drawing, rng, chances)
         return Scene(self.camera(drawing.pixels, rng), _visible(drawing), backdrop)
 
     def background(self, rng: np.random.Generator) -> tuple[Bytes, Backdrop]:
@@ -222,13 +228,17 @@ class Painter:
         self._somewhere(patch, rng)
         drawing.distractors.append((patch, self._paint(drawing, patch, rng)))
 
-    def _object(self, drawing: _Drawing, rng: np.random.Generator) -> None:
+    def _object(
+        self, drawing: _Drawing, rng: np.random.Generator, chances: NDArray[np.float64] | None
+    ) -> None:
         """Adds one more object where it can be found; leaves it out when there is no room."""
         kinds = self.recipe.categories
         if drawing.categories and rng.random() < _REPEAT:
             category = drawing.categories[int(rng.random() * len(drawing.categories))]
-        else:
+        elif chances is None:
             category = kinds[int(rng.random() * len(kinds))]
+        else:
+            category = kinds[int(np.searchsorted(chances, rng.random(), "right"))]
         smallest, largest = (share * self.recipe.size for share in self.recipe.side)
         side, upon = rng.uniform(smallest, largest), bool(drawing.patches) and rng.random() < _OVERLAP
         patch = warped(category, side, rng)

@@ -35,7 +35,7 @@ from clip_base.storage.files import make_folder, read_json, replacing, write_jso
 from clip_base.synthetic.captions import Seen, Style, describe
 from clip_base.synthetic.painting import Painter, Recipe, Scene
 from clip_base.synthetic.pictograms import ATTRIBUTES, TABLE, Category, with_variants
-from clip_base.synthetic.splits import SPLITS_OF_CATEGORIES, balanced, spread
+from clip_base.synthetic.splits import SPLITS_OF_CATEGORIES, balanced, long_tail, spread
 
 SPLITS = ("train", "val")
 DRAWING = 1
@@ -48,7 +48,7 @@ _BANK = len(SPLITS)
 @everyday(
     "scenes out=world images=2000 seed=1",
     output="out images val_images size",
-    quality="categories novel objects_max colors seed",
+    quality="categories novel tail objects_max colors seed",
     speed="workers",
 )
 @dataclass
@@ -72,6 +72,11 @@ class ScenesConfig:
         "which categories are novel: spread evenly over the list of categories, or balanced: drawn by seed "
         "so that base and novel ones are equally hard to tell apart",
         choices=SPLITS_OF_CATEGORIES,
+    )
+    tail: float = option(
+        0.0,
+        "how uneven categories are in training images: frequencies fall as 1 / rank^tail, ranks are drawn by "
+        "seed; 0: equally frequent, as they always are in validation images",
     )
     objects_min: int = option(1, "minimum number of objects per image")
     objects_max: int = option(4, "maximum number of objects per image")
@@ -128,6 +133,8 @@ class ScenesConfig:
             raise InputError(
                 f"object_min={self.object_min} of size={self.size} is under 10 pixels, too small to see"
             )
+        if not 0 <= self.tail <= 5:
+            raise InputError(f"tail={self.tail} must be between 0 and 5")
         for name in ("colors", "mention", "synonyms"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}={getattr(self, name)} must be between 0 and 1")
@@ -241,6 +248,7 @@ class _Artist:
             distractors=config.distractors,
         )
         self.painter = Painter(recipe, (config.seed, _BANK))
+        self.chances = long_tail(len(categories), config.tail, config.seed) if config.tail else None
         self.style = Style(config.mention, config.colors, config.synonyms)
 
     def __call__(self, task: Task, report: Report) -> int:
@@ -264,7 +272,7 @@ class _Artist:
         images, instances, captions = [], [], []
         for index in range(start, stop):
             rng = np.random.default_rng([self.config.seed, SPLITS.index(split), index])
-            scene = self.painter.scene(rng)
+            scene = self.painter.scene(rng, self.chances if split == "train" else None)
             image_id = index + 1 + (self.config.images if split == "val" else 0)
             name = f"{split}/{image_id:012d}.jpg"
             _, encoded = cv2.imencode(".jpg", scene.pixels, [cv2.IMWRITE_JPEG_QUALITY, self.config.quality])

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clip_base.runtime.errors import InputError
 
@@ -52,6 +53,17 @@ def balanced(names: Sequence[str], count: int, seed: int) -> list[str]:
     rng = np.random.default_rng([seed, len(names), count])
     drawn = {ranked[int(rng.choice(group))] for group in groups}
     return [name for name in names if name in drawn]
+
+
+def long_tail(count: int, tail: float, seed: int) -> NDArray[np.float64]:
+    """Returns [count], the probability that an object is of a category or of one before it in the list.
+
+    Frequencies fall as 1 / rank^tail, Zipf's law; which category has which rank is drawn by seed, so that
+    rare ones are as easy to tell apart as frequent ones on average.
+    """
+    ranks = np.random.default_rng([seed, count]).permutation(count) + 1
+    chances = np.cumsum(1.0 / ranks**tail)
+    return np.asarray(chances / chances[-1])
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from clip_base.synthetic import painting, pictograms
 from clip_base.synthetic.captions import Backdrop, Seen, Style, counted, describe
 from clip_base.synthetic.pictograms import TABLE, with_variants
 from clip_base.synthetic.scenes import ScenesConfig, all_categories, generate, novel_names
-from clip_base.synthetic.splits import balanced, distinctness
+from clip_base.synthetic.splits import balanced, distinctness, long_tail
 
 FAIR = {"split": "balanced", "categories": 32, "novel": 8}
 
@@ -137,3 +137,22 @@ def test_no_synonym_is_the_name_of_another_category():
     synonyms = [noun for one in TABLE for noun in one.synonyms]
     assert not names & set(synonyms)
     assert len(set(synonyms)) == len(synonyms) > 25
+
+
+def test_a_long_tail_is_in_training_images_alone(tmp_path: Path):
+    options: dict[str, Any] = {"images": 400, "val_images": 400, "categories": 8, "size": 32, "workers": 1}
+    options |= {"objects_max": 1, "object_min": 0.4, "distractors": 0}
+    generate(ScenesConfig(out=str(tmp_path), tail=1.5, seed=3, **options))
+    counts = {}
+    for split in ("train", "val"):
+        content = json.loads((tmp_path / f"instances_{split}.json").read_text())
+        found = Counter(entry["category_id"] for entry in content["annotations"])
+        counts[split] = [found[entry["id"]] for entry in content["categories"]]
+    expected = np.diff(long_tail(8, 1.5, 3), prepend=0)
+    assert sorted(expected)[::-1] == pytest.approx(
+        (1 / np.arange(1, 9) ** 1.5) / sum(1 / np.arange(1, 9) ** 1.5)
+    )
+    for share, seen, even in zip(expected, counts["train"], counts["val"], strict=True):
+        assert abs(seen - 400 * share) < 4.5 * (400 * share) ** 0.5 + 1
+        assert abs(even - 50) < 4.5 * 50**0.5
+    assert np.diff(long_tail(8, 1.5, 4)).argmax() != np.diff(long_tail(8, 1.5, 3)).argmax()

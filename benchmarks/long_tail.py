@@ -1,0 +1,165 @@
+"""Zero-shot accuracy on rare and frequent names, with and without `clip-base curate`, in a generated world.
+
+    python benchmarks/long_tail.py folder --seeds 0 1 2
+
+Of each seed: training images whose categories' frequencies fall as 1 / rank^tail, one object each; validation
+images have all alike. Three sets of pairs train the same towers for the same number of steps: all pairs; the
+subset that `curate` chooses with the categories' names as queries; and as many pairs drawn at random, to tell
+balance from size. The table has the accuracy on the frequent, middle and rare third of names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import random
+import statistics
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rounds import processor
+
+from clip_base.jobs import plugins
+from clip_base.jobs.config import resolve
+
+TOWER = [
+    "tower.embed_dim=128",
+    "tower.vision.kind=resnet",
+    "tower.vision.layers=[1,1,1,1]",
+    "tower.vision.width=16",
+    "tower.vision.resolution=64",
+    "tower.text.width=64",
+    "tower.text.heads=1",
+    "tower.text.layers=1",
+    "tower.text.context_length=24",
+]
+SETS = ("all pairs", "random subset", "curated subset")
+THIRDS = ("frequent", "middle", "rare")
+Scores = dict[str, float]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="for worlds and runs; what is there already is kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--images", type=int, default=8000, help="training images")
+    parser.add_argument("--categories", type=int, default=24)
+    parser.add_argument("--tail", type=float, default=1.5)
+    parser.add_argument("--per-query", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=128)
+    return parser.parse_args()
+
+
+def job(name: str, **options: object) -> Path:
+    """Runs a job; returns its folder."""
+    function: Any = plugins.load(plugins.JOBS, name)
+    given = [f"{key.replace('__', '.')}={value}" for key, value in options.items()]
+    function(resolve(plugins.schema_of(function), None, [*given, *(TOWER if name == "pretrain" else [])]))
+    return Path(str(options["out"]))
+
+
+def accuracies(folder: Path, seed: int, options: argparse.Namespace) -> tuple[dict[str, Scores], int]:
+    """Returns by set of pairs the accuracy by third of names, and how many pairs the subset has."""
+    world = job(
+        "scenes",
+        out=folder / "world",
+        images=options.images,
+        val_images=40 * options.categories,
+        seed=seed,
+        size=64,
+        categories=options.categories,
+        objects_max=1,
+        object_min=0.35,
+        object_max=0.65,
+        tail=options.tail,
+    )
+    content = json.loads((world / "instances_train.json").read_text())
+    names = {entry["id"]: entry["name"] for entry in content["categories"]}
+    (folder / "names.txt").write_text("".join(f"{name}\n" for name in names.values()))
+    count = Counter(names[entry["category_id"]] for entry in content["annotations"])
+    order = sorted(names.values(), key=lambda name: -count[name])
+    all_pairs = {
+        "source__name": "coco",
+        "source__captions": world / "captions_train.json",
+        "source__images": world / "images",
+    }
+    queries = {"queries": folder / "names.txt", "per_query": options.per_query, "seed": seed}
+    curated = job("curate", **all_pairs, **queries, out=folder / "curated") / "pairs.jsonl"
+    size = len(curated.read_text().splitlines())
+    sources = {
+        "all pairs": all_pairs,
+        "random subset": {"source__name": "jsonl", "source__file": _random(folder, world, size, seed)},
+        "curated subset": {"source__name": "jsonl", "source__file": curated},
+    }
+    runs = {name: folder / name.replace(" ", "_") for name in SETS}
+    return {name: _scores(sources[name], world, runs[name], order, seed, options) for name in SETS}, size
+
+
+def _scores(
+    source: dict[str, Any], world: Path, run: Path, order: list[str], seed: int, options: argparse.Namespace
+) -> Scores:
+    """Trains on some pairs; returns the accuracy on validation boxes by third of names."""
+    training = {
+        "train__steps": options.steps,
+        "train__batch_size": options.batch_size,
+        "train__warmup_steps": 50,
+        "train__lr": 2e-3,
+        "train__seed": seed,
+        "train__workers": 0,
+    }
+    clip = job("pretrain", **source, **training, cache="true", out=run)
+    scored = job(
+        "zeroshot",
+        images=world / "images",
+        annotations=world / "instances_val.json",
+        templates="simple",
+        weights=clip / "model.safetensors",
+        out=run.with_name(f"{run.name}_zeroshot"),
+    )
+    with (scored / "per_class.csv").open() as file:
+        top1 = {row["name"]: float(row["top1"]) for row in csv.DictReader(file)}
+    third = len(order) // 3
+    parts = dict(zip(THIRDS, (order[:third], order[third:-third], order[-third:]), strict=True))
+    found = {part: statistics.fmean(top1[name] for name in own) for part, own in parts.items()}
+    return found | {"all": statistics.fmean(top1.values())}
+
+
+def _random(folder: Path, world: Path, count: int, seed: int) -> Path:
+    """Writes as many pairs as the curated subset has, drawn at random."""
+    content = json.loads((world / "captions_train.json").read_text())
+    texts: dict[int, list[str]] = {}
+    for entry in content["annotations"]:
+        texts.setdefault(entry["image_id"], []).append(entry["caption"])
+    path = folder / "random.jsonl"
+    with path.open("w") as file:
+        for entry in random.Random(seed).sample(content["images"], count):
+            image = str((world / "images" / entry["file_name"]).absolute())
+            file.write(json.dumps({"image": image, "caption": texts[entry["id"]]}) + "\n")
+    return path
+
+
+def main() -> None:
+    options = arguments()
+    found, sizes = [], []
+    for seed in options.seeds:
+        folder = options.folder / f"seed{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        scores, size = accuracies(folder, seed, options)
+        found.append(scores)
+        sizes.append(size)
+    print(f"{processor()}; seeds {options.seeds}, {options.images:,} pairs, subsets of {sizes}")
+    columns = (*THIRDS, "all")
+    print(f"| pairs | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    for name in SETS:
+        cells = []
+        for column in columns:
+            values = [100 * scores[name][column] for scores in found]
+            cells.append(f"{statistics.fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -140,7 +140,7 @@ def _of_records(
         where = f"{config.file}, line {number}"
         image = record.get(image_key) if isinstance(record, dict) else None
         found = record.get(caption_key) if isinstance(record, dict) else None
-        texts = found if isinstance(found, list) else [found]
+        texts: list[Any] = found if isinstance(found, list) else [found]
         if not isinstance(image, str) or not all(isinstance(text, str) for text in texts):
             raise InputError(
                 f"{where}: each row needs {image_key!r}, a path or an address, and {caption_key!r}, a text "

@@ -149,8 +149,8 @@ def draw(before: Integers, after: Integers, per_query: int) -> bytes:
         ),
     )
     for name, values, color in series:
-        style = {"linewidth": 0.8, "alpha": 0.8} if name == "subset" else {"linewidth": 1.8}
-        axes.plot(ranks[shown], values[shown], label=name, color=color, **style)
+        width = 0.8 if name == "subset" else 1.8
+        axes.plot(ranks[shown], values[shown], label=name, color=color, linewidth=width)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("query, by falling number of pairs")

@@ -13,7 +13,7 @@ import unicodedata
 from array import array
 from collections.abc import Sequence
 
-import regex
+import regex  # type: ignore[import-untyped]
 
 from clip_base.runtime.errors import InputError
 

@@ -48,8 +48,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--categories", type=int, default=24)
     parser.add_argument("--tail", type=float, default=1.5)
     parser.add_argument("--per-query", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch-size", type=int, default=64)
     return parser.parse_args()
 
 

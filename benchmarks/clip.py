@@ -38,7 +38,8 @@ from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.precision import autocast, computes_in_bf16
 from clip_base.training.loop import TrainConfig, make_optimizer
 from clip_base.training.losses import Chunked, ChunkedConfig, PairEmbeddings, contrastive
-from clip_base.training.pretrain import CaptionedImages, ContrastiveTask
+from clip_base.training.pretrain import CaptionedImages
+from clip_base.training.tasks import ContrastiveTask
 
 DEFAULT, BF16, FASTEST = (
     "open_clip default",

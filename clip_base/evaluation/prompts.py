@@ -130,7 +130,7 @@ def ensemble(
                 for first in range(0, len(texts), batch_size):
                     prompts = texts[first : first + batch_size]
                     tokens = tokenizer(prompts, truncate)  # [N, T]
-                    cut += _cut(tokenizer, prompts, tokens)
+                    cut += cut_texts(tokenizer, prompts, tokens)
                     embedded = model.encode_text(tokens.to(device)).float()
                     parts.append(F.normalize(embedded, dim=-1).cpu())  # [N, D]
                 means.append(torch.cat(parts).reshape(len(some), len(templates), -1).mean(1))  # [n, D]
@@ -148,7 +148,7 @@ def ensemble(
     return directions[[row_of[name] for name in names]]
 
 
-def _cut(tokenizer: TextTokenizer, texts: list[str], tokens: Tensor) -> list[str]:
+def cut_texts(tokenizer: TextTokenizer, texts: list[str], tokens: Tensor) -> list[str]:
     """Returns the texts that were cut: of those that fill their row, which the tokenizer else refuses."""
     found = []
     for text, last in zip(texts, tokens[:, -1].tolist(), strict=True):

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 from clip_base.data.coco import annotation_inputs
 from clip_base.evaluation.datasets import beside_tars, coco_images, folder_images
 from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
+from clip_base.evaluation.likelihood import LikelihoodEmbedder
 from clip_base.evaluation.prompts import classifier, read_templates
-from clip_base.evaluation.ranking import ranks_of_classes
+from clip_base.evaluation.ranking import ranks_of_best, ranks_of_classes
 from clip_base.evaluation.tables import print_classes, summarize, to_csv
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.everyday import everyday
@@ -24,7 +26,8 @@ from clip_base.runtime.errors import InputError, note
 from clip_base.runtime.precision import autocast
 from clip_base.storage.files import is_file, read_text, write_text
 from clip_base.storage.tables import CLASS_FILES, read_class_list
-from clip_base.weights.load import weight_files
+from clip_base.weights.load import find, weight_files
+from clip_base.weights.predictors import is_predictor
 
 
 @everyday(
@@ -73,16 +76,21 @@ def zeroshot(config: ZeroshotConfig) -> None:
     own = beside_tars(Path(config.images), "zeroshot_classification_templates.txt")
     if own.exists() and config.templates == "published":
         note(f"the prompts are CLIP's 80; templates={own} uses the dataset's own, as CLIP_benchmark does")
-    embed = Embedder(config, run.path)
-    # Names first: that one is too long for its prompt shows before all images are embedded.
-    with autocast(config.precision, embed.device):
-        directions = classifier(embed.model, names, templates, config.batch_size)  # [C, D]
-    embed.require_finite(directions, "class names")
-    found = embed(examples, "zero-shot images")
-    note_skipped(found.skipped, len(examples), config.max_skipped, run.path / "skipped.jsonl")
     labels = torch.tensor([example.label for example in examples])
     ranks = torch.full((len(examples),), -1)  # -1: unusable
-    ranks[found.kept] = ranks_of_classes(found.values, directions.cpu(), labels[found.kept])
+    if is_predictor(find(config.weights)):
+        found = LikelihoodEmbedder(config, run.path, names, templates)(examples, "zero-shot images")
+        right = F.one_hot(labels[found.kept], len(names)).bool()
+        ranks[found.kept] = ranks_of_best(found.values, right)
+    else:
+        embed = Embedder(config, run.path)
+        # Names first: that one is too long for its prompt shows before all images are embedded.
+        with autocast(config.precision, embed.device):
+            directions = classifier(embed.model, names, templates, config.batch_size)  # [C, D]
+        embed.require_finite(directions, "class names")
+        found = embed(examples, "zero-shot images")
+        ranks[found.kept] = ranks_of_classes(found.values, directions.cpu(), labels[found.kept])
+    note_skipped(found.skipped, len(examples), config.max_skipped, run.path / "skipped.jsonl")
     figures, classes = summarize(ranks, labels, names)
     write_text(run.path / "per_class.csv", to_csv(classes))
     run.finish({**figures, "skipped": len(found.skipped)})

@@ -98,6 +98,7 @@ def write_open_clip(model: CLIP, out: Path) -> str:
 
     The file alone does not tell open_clip the activation; the returned words say how to load it.
     """
+    infer_config.require_transformer(model.config, "open_clip")
     state = to_openai_names(_plain(model.state_dict()))
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(dataclasses.asdict(model.config))}
     if out.suffix == ".safetensors":

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
+from clip_base.models.decoder import CaptionDecoder
 from clip_base.models.resnet import ModifiedResNet
-from clip_base.models.text import TextTower
+from clip_base.models.text import BagOfWordsTower, TextTower, make_text_tower
 from clip_base.models.transformer import Transformer
 from clip_base.models.vit import VisionTransformer
 
@@ -23,6 +24,7 @@ INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 _TEXT_ROOTS = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
 # Numbers beside the weights in OpenAI's archives; the weights' shapes say the same.
 _OPENAI_NOTES = ("input_resolution", "context_length", "vocab_size")
+VisionTower = ModifiedResNet | VisionTransformer
 
 
 class CLIP(nn.Module):
@@ -38,15 +40,14 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.config = config
-        self.visual: ModifiedResNet | VisionTransformer
-        if config.vision.kind == "resnet":
-            self.visual = ModifiedResNet(config.vision, config.embed_dim)
-        else:
-            self.visual = VisionTransformer(config.vision, config.embed_dim, config.activation)
-        self.text = TextTower(config.text, config.embed_dim, config.activation)
+        self.visual: VisionTower = make_vision_tower(config)
+        self.text: TextTower | BagOfWordsTower = make_text_tower(
+            config.text, config.embed_dim, config.activation
+        )
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
 
     # openai/CLIP's names of the text tower's parts; code reads them, and sets them, on the model itself.
+    # A bag of words has only the first and the last of them; asking for another is an AttributeError.
     @property
     def token_embedding(self) -> nn.Embedding:
         """[vocab_size, width]: a row for each token id."""
@@ -55,17 +56,17 @@ class CLIP(nn.Module):
     @property
     def positional_embedding(self) -> nn.Parameter:
         """[context_length, width], added to the tokens' embeddings."""
-        return self.text.positional_embedding
+        return cast(TextTower, self.text).positional_embedding
 
     @property
     def transformer(self) -> Transformer:
         """The text tower's blocks: [T, B, width] to the same; a token sees only those before it."""
-        return self.text.transformer
+        return cast(TextTower, self.text).transformer
 
     @property
     def ln_final(self) -> nn.LayerNorm:
         """The layer norm after the blocks."""
-        return self.text.ln_final
+        return cast(TextTower, self.text).ln_final
 
     @property
     def text_projection(self) -> nn.Parameter:
@@ -126,10 +127,17 @@ class CLIP(nn.Module):
         return logits, logits.T
 
 
+def make_vision_tower(config: CLIPConfig) -> VisionTower:
+    """Returns the vision tower that a config asks for, with random weights."""
+    if config.vision.kind == "resnet":
+        return ModifiedResNet(config.vision, config.embed_dim)
+    return VisionTransformer(config.vision, config.embed_dim, config.activation)
+
+
 def set_checkpointing(module: nn.Module, enabled: bool = True) -> None:
     """Makes every tower below `module` save memory by recomputing blocks in the backward pass, or stop."""
     for part in module.modules():
-        if isinstance(part, ModifiedResNet | Transformer):
+        if isinstance(part, ModifiedResNet | Transformer | CaptionDecoder):
             part.checkpointing = enabled
 
 

@@ -8,6 +8,7 @@ from clip_base.jobs.config import option
 from clip_base.runtime.errors import InputError
 
 VISION_KINDS = ("resnet", "vit")
+TEXT_KINDS = ("transformer", "bow")
 ACTIVATIONS = ("quick_gelu", "gelu")
 
 
@@ -59,20 +60,36 @@ class VisionConfig:
 
 @dataclass
 class TextConfig:
-    """The text tower: a causal transformer over byte-pair ids."""
+    """The text tower: a causal transformer over byte-pair ids, or the mean of their embeddings.
+
+    The pseudo-code of arXiv 2103.00020 (figure 3) names both. A bag of words has neither heads nor blocks:
+    both numbers are 0.
+    """
 
     width: int = option(512, "channels of each token")
     heads: int = option(8, "attention heads of each block")
     layers: int = option(12, "transformer blocks")
     context_length: int = option(77, "maximum length of a text in tokens, start and end tokens included")
     vocab_size: int = option(49408, "token ids")
+    kind: str = option(
+        "transformer",
+        "transformer, or bow: the mean of the tokens' embeddings, without heads and layers",
+        choices=TEXT_KINDS,
+    )
 
     def __post_init__(self) -> None:
         """Checks that the tower can be built."""
+        _require(self.kind in TEXT_KINDS, f"text.kind must be transformer or bow, got {self.kind!r}")
         for name in ("width", "heads", "layers", "vocab_size"):
-            _require(getattr(self, name) > 0, f"text.{name} must be above 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if self.kind == "bow" and name in ("heads", "layers"):
+                unset = value in (0, type(self).__dataclass_fields__[name].default)
+                _require(unset, f"text.{name} does nothing with text.kind=bow, got {value}; omit it")
+                setattr(self, name, 0)
+            else:
+                _require(value > 0, f"text.{name} must be above 0, got {value}")
         _require(
-            self.width % self.heads == 0,
+            self.kind == "bow" or self.width % self.heads == 0,
             f"text.width must be a multiple of text.heads, got {self.width} and {self.heads}",
         )
         _require(

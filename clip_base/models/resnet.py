@@ -190,6 +190,24 @@ class ModifiedResNet(nn.Module):
         """Returns [B, D], what a linear probe reads: the attention pool's output, as in openai/CLIP."""
         return self(images)  # type: ignore[no-any-return]
 
+    def cells(self, images: Tensor) -> Tensor:
+        """Returns [B, H · W / 32², 2 · C], the cells of layer4's map: what a decoder attends to."""
+        return self.layer4_map(self.trunk(images)).flatten(2).transpose(1, 2)
+
+    def cells_and_embedding(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns `cells(images)` and `self(images)` for little more than the price of one."""
+        last = self.layer4_map(self.trunk(images))
+        return last.flatten(2).transpose(1, 2), self.attnpool(last)
+
+    def drop_head(self) -> None:
+        """Deletes what only embeddings need: for a tower that is read by its cells alone."""
+        del self.attnpool
+
+    @property
+    def cell_channels(self) -> int:
+        """Channels of `cells`."""
+        return 2 * self.trunk_channels
+
     def _stem(self, x: Tensor) -> Tensor:
         parts = (self.conv1, self.bn1, self.relu1, self.conv2, self.bn2, self.relu2, self.conv3, self.bn3)
         if not all_untouched(*parts, self.relu3, self.avgpool):

@@ -1,4 +1,4 @@
-"""CLIP's text tower: from token ids to one embedding per text."""
+"""CLIP's text towers: from token ids to one embedding per text."""
 
 # B texts, T token positions, C channels, D embedding size
 from __future__ import annotations
@@ -61,11 +61,7 @@ class TextTower(nn.Module):
         Raises:
             InputError: T is more than the tower's positions.
         """
-        if tokens.shape[1] > self.context_length:
-            raise InputError(
-                f"texts have {tokens.shape[1]} token positions, this text tower takes at most "
-                f"{self.context_length}; tokenize with context_length={self.context_length}"
-            )
+        _require_room(tokens, self.context_length)
         ends = tokens.argmax(-1)
         if not all_untouched(self.token_embedding, self.transformer, self.ln_final):
             return self._called(tokens, ends)
@@ -85,3 +81,58 @@ class TextTower(nn.Module):
         x = self.ln_final(x)
         embeddings: Tensor = x[torch.arange(len(x), device=x.device), ends] @ self.text_projection
         return embeddings
+
+
+class BagOfWordsTower(nn.Module):
+    """The mean of the tokens' embeddings and a projection: the other text encoder of CLIP's pseudo-code.
+
+    arXiv 2103.00020, figure 3 ("CBOW or Text Transformer"). The start token is left out; the end token
+    counts, so that an empty text has an embedding too.
+
+    Attributes:
+        context_length: most positions it takes.
+        vocab_size: token ids it knows.
+        embed_dim: D.
+    """
+
+    def __init__(self, config: TextConfig, embed_dim: int) -> None:
+        super().__init__()
+        self.context_length, self.vocab_size, self.embed_dim = (
+            config.context_length,
+            config.vocab_size,
+            embed_dim,
+        )
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.text_projection = nn.Parameter(torch.empty(config.width, embed_dim))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.text_projection, std=config.width**-0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Returns one embedding a text, not normalized: the order of its tokens changes nothing.
+
+        Args and errors as `TextTower.forward`'s.
+        """
+        _require_room(tokens, self.context_length)
+        ends = tokens.argmax(-1, keepdim=True)  # [B, 1]
+        if not torch.compiler.is_compiling() and len(tokens):
+            tokens = tokens[:, : int(ends.max()) + 1]
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        counted = ((places > 0) & (places <= ends)).unsqueeze(-1)  # [B, T, 1]
+        total = (self.token_embedding(tokens) * counted).sum(1)  # [B, C]
+        embeddings: Tensor = total / counted.sum(1).clamp_min(1) @ self.text_projection
+        return embeddings
+
+
+def make_text_tower(config: TextConfig, embed_dim: int, activation: str) -> TextTower | BagOfWordsTower:
+    """Returns the text tower that `config.kind` names, with random weights."""
+    if config.kind == "bow":
+        return BagOfWordsTower(config, embed_dim)
+    return TextTower(config, embed_dim, activation)
+
+
+def _require_room(tokens: Tensor, context_length: int) -> None:
+    if tokens.shape[1] > context_length:
+        raise InputError(
+            f"texts have {tokens.shape[1]} token positions, this text tower takes at most "
+            f"{context_length}; tokenize with context_length={context_length}"
+        )

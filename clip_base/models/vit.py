@@ -65,6 +65,25 @@ class VisionTransformer(nn.Module):
         x = self.transformer.run(tokens, Wanted(at=0))  # [B, C]
         return layer_norm(x, self.ln_post)
 
+    def cells(self, images: Tensor) -> Tensor:
+        """Returns [B, 1 + G, C], all tokens as `pooled` has the first: what a decoder attends to."""
+        tokens, _, _ = self._embed(images)
+        return layer_norm(self.transformer.run(tokens), self.ln_post)
+
+    def cells_and_embedding(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns `cells(images)` and `self(images)` for little more than the price of one."""
+        cells = self.cells(images)
+        return cells, cells[:, 0] @ self.proj
+
+    def drop_head(self) -> None:
+        """Deletes what only embeddings need: for a tower that is read by its cells alone."""
+        del self.proj
+
+    @property
+    def cell_channels(self) -> int:
+        """Channels of `cells`."""
+        return self.trunk_channels
+
     def trunk(self, images: Tensor) -> Tensor:
         """Returns [B, C, h, w], the patch tokens after the last block, without the class token."""
         tokens, height, width = self._embed(images)

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from clip_base.evaluation.datasets import EvaluationImage
-from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
+from clip_base.evaluation.features import Embedder, FeatureConfig, Features, note_skipped
+from clip_base.evaluation.likelihood import LikelihoodEmbedder
 from clip_base.evaluation.prompts import classifier, read_templates
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.everyday import everyday
@@ -24,7 +25,8 @@ from clip_base.search.gallery import Thumbnail, write_gallery
 from clip_base.search.images import FoundImage, images_of
 from clip_base.storage.files import is_file, write_text
 from clip_base.storage.tables import CLASS_FILES, TableWriter, read_class_list
-from clip_base.weights.load import weight_files
+from clip_base.weights.load import find, weight_files
+from clip_base.weights.predictors import is_predictor
 
 TABLE, PAGE = "predictions.csv", "report.html"
 SHOWN = 24  # thumbnails of a class
@@ -70,16 +72,8 @@ def classify(config: ClassifyConfig) -> None:
     if run.finished() is not None:
         print(f"{run.path} is complete: {run.path / TABLE}")
         return
-    embed = Embedder(config, run.path)
-    # Names first: that one is too long for its prompt shows before all images are embedded.
-    with autocast(config.precision, embed.device):
-        directions = classifier(embed.model, names, read_templates(config.templates), config.batch_size)
-    embed.require_finite(directions, "class names")
-    features = embed([EvaluationImage(image.place, 0) for image in found], "classifying")
-    note_skipped(features.skipped, len(found), config.max_skipped, run.path / "skipped.jsonl")
-    scale = embed.model.logit_scale.detach().exp().float().cpu()
-    units = torch.nn.functional.normalize(features.values, dim=1)  # [N, D]
-    values, labels = (scale * units @ directions.float().cpu().T).softmax(1).sort(1, True)  # [N, C]
+    features, scores = _scores(config, run, names, [EvaluationImage(image.place, 0) for image in found])
+    values, labels = scores.softmax(1).sort(1, True)  # [N, C]
     kept = [found[place] for place in features.kept.tolist()]
     write_text(run.path / TABLE, _table(kept, names, values, labels, config.top_k))
     best = labels[:, 0].bincount(minlength=len(names)).tolist()
@@ -91,6 +85,27 @@ def classify(config: ClassifyConfig) -> None:
     print(f"{run.path / TABLE}: {len(kept):,} images in {len(names):,} classes")
     if config.report:
         print(f"open {run.path / PAGE} in a browser")
+
+
+def _scores(
+    config: ClassifyConfig, run: RunFolder, names: list[str], images: list[EvaluationImage]
+) -> tuple[Features, torch.Tensor]:
+    """Returns the usable images' features, and [N, C]: what a softmax turns into probabilities of classes."""
+    templates, skipped = read_templates(config.templates), run.path / "skipped.jsonl"
+    if is_predictor(find(config.weights)):
+        features = LikelihoodEmbedder(config, run.path, names, templates)(images, "classifying")
+        note_skipped(features.skipped, len(images), config.max_skipped, skipped)
+        return features, features.values
+    embed = Embedder(config, run.path)
+    # Names first: that one is too long for its prompt shows before all images are embedded.
+    with autocast(config.precision, embed.device):
+        directions = classifier(embed.model, names, templates, config.batch_size)
+    embed.require_finite(directions, "class names")
+    features = embed(images, "classifying")
+    note_skipped(features.skipped, len(images), config.max_skipped, skipped)
+    scale = embed.model.logit_scale.detach().exp().float().cpu()
+    units = torch.nn.functional.normalize(features.values, dim=1)  # [N, D]
+    return features, scale * units @ directions.float().cpu().T
 
 
 def class_names(text: str) -> list[str]:

@@ -30,6 +30,7 @@ from clip_base.training import checkpoint
 from clip_base.training.boards import Board, open_boards
 from clip_base.training.curves import CURVES, write_curves
 from clip_base.training.ema import EMA
+from clip_base.training.optimizers import OPTIMIZERS, build_optimizer, set_learning_rate
 from clip_base.training.parallel import KINDS, Parallel
 from clip_base.weights.native import load_exactly
 
@@ -43,7 +44,11 @@ class TrainConfig:
     steps: int = option(0, "total optimizer steps; 0: as many as `epochs` take")
     epochs: float = option(0.0, "passes over the data, when steps is 0")
     batch_size: int = option(256, "images per step")
-    optimizer: str = option("adamw", "adamw: decoupled weight decay; sgd: momentum", choices=("adamw", "sgd"))
+    optimizer: str = option(
+        "adamw",
+        "adamw: decoupled weight decay, also with statistics of 16 or 8 bits; sgd: momentum",
+        choices=OPTIMIZERS,
+    )
     lr: float = option(5e-4, "peak learning rate")
     beta1: float = option(0.9, "Adam's first decay, or the momentum of SGD")
     beta2: float = option(0.98, "Adam's second decay")
@@ -121,20 +126,11 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def make_optimizer(task: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Returns the optimizer over the task's trainable parameters; gains and biases are not decayed."""
-    trainable = [parameter for parameter in task.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if not groups:
-        raise InputError("nothing to train: every parameter of the task is frozen")
-    if config.optimizer == "adamw":
-        betas = (config.beta1, config.beta2)
-        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
-    fused = not any(distributed.is_shard(parameter) for parameter in trainable)  # torch's takes no shards
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.beta1, fused=fused)
+    """Returns the optimizer over the task's trainable parameters; see `build_optimizer`."""
+    betas = (config.beta1, config.beta2)
+    return build_optimizer(
+        task, config.optimizer, config.lr, betas, config.eps, config.weight_decay, config.seed
+    )
 
 
 class _Stop:
@@ -299,8 +295,7 @@ class _Loop:
 
     def step(self, step: int, batch: Any) -> None:
         config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, self.steps)
+        set_learning_rate(self.optimizer, learning_rate(config, step, self.steps))
         with autocast(config.precision, self.device):
             losses = self.forward(batch)
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
@@ -349,7 +344,7 @@ class _Loop:
         speed = float(f"{self._images / seconds:.4g}")
         sums = {name: distributed.mean(both) for name, both in self._sums.items()}
         means = {name: float(total / count) for name, (total, count) in sums.items()}
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = float(self.optimizer.param_groups[0]["lr"])
         figures: dict[str, float] = getattr(self.task, "log_scalars", dict)()
         self._write(step, {**means, **figures, "lr": lr, "images_per_second": speed})
         shown = [f"{name} {mean:.3f}" for name, mean in means.items()]

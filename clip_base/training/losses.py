@@ -16,8 +16,6 @@ from clip_base.jobs.config import option
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError
 
-OBJECTIVES = "clip_base.objectives"
-
 
 def contrastive(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     """The symmetric cross entropy of CLIP (arXiv 2103.00020, section 2.3).

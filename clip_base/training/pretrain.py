@@ -1,17 +1,16 @@
-"""Contrastive image-text pretraining from raw captions (arXiv 2103.00020)."""
+"""Image-text pretraining from raw captions: CLIP's, and what its paper compares with (arXiv 2103.00020)."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from clip_base.data.batch import ImageBatch, ImageTextBatch
 from clip_base.data.loader import Loader
@@ -24,10 +23,10 @@ from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.jobs.skipped import require_present
 from clip_base.models import zoo
-from clip_base.models.bottleneck import recompute_contexts
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig
 from clip_base.models.positions import resample_positions
+from clip_base.models.predictor import OBJECTIVES, TextPredictor, frequent_tokens
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast, pick_device
@@ -35,32 +34,47 @@ from clip_base.storage.files import read_log
 from clip_base.training import checkpoint as checkpoints
 from clip_base.training.curves import NO_LOSS, VALIDATED
 from clip_base.training.loop import TrainConfig, TrainingOptions, fit
-from clip_base.training.losses import OBJECTIVES, Contrastive, ContrastiveConfig, PairEmbeddings
-from clip_base.training.validation import Validation, ValidationConfig
+from clip_base.training.optimizers import ROUND_STOCHASTICALLY
+from clip_base.training.tasks import ContrastiveTask, JointTask, PredictionTask
+from clip_base.training.validation import Validation, ValidationConfig, spread_over
 from clip_base.weights.load import load_clip, weight_files
-from clip_base.weights.native import load_exactly, save_clip
-
-MAX_LOGIT_SCALE = math.log(100)  # arXiv 2103.00020, section 2.5
+from clip_base.weights.native import load_exactly
+from clip_base.weights.predictors import (
+    build_text_objective,
+    is_predictor,
+    load_predictor,
+    predicts_text,
+    text_options,
+)
 
 
 @everyday(
     "pretrain source.name=csv source.file=pairs.csv model=ViT-B/32 out=runs/clip",
     input="source.name evaluate.images",
     output="out",
-    model="model init",
+    model="model init objective.name",
     training="train.epochs train.batch_size train.lr train.seed",
     speed="train.precision train.workers",
 )
 @dataclass
 class PretrainConfig(TrainingOptions):
-    """Options of contrastive pretraining."""
+    """Options of pretraining."""
 
     source: Plugin = plugin(SOURCES, "coco", "source of image-text pairs")
     model: str = option("", "a published tower by name, such as RN50; empty: the sizes under `tower`")
     tower: CLIPConfig = option(CLIPConfig(), "sizes of the towers when `model` is empty")
     init: str = option("", "weights file to start from; empty: random weights from train.seed")
     crop: float = option(0.9, "side of the smallest random square crop, as a share of the short side")
-    objective: Plugin = plugin(OBJECTIVES, "contrastive", "the loss over the batch's embeddings")
+    objective: Plugin = plugin(
+        OBJECTIVES,
+        "contrastive",
+        "what is learned of the pairs: a loss over embeddings, or captions predicted",
+    )
+    text_precision: str = option(
+        "fp32",
+        "type of the text tower's weights; bf16, rounded stochastically, needs adamw_bf16 or adamw_8bit",
+        choices=("fp32", "bf16"),
+    )
     accumulate: int = option(1, "parts in which a batch is embedded, to save memory; the loss is unchanged")
     replacement: bool = option(False, "sample pairs independently instead of each once per epoch")
     evaluate: ValidationConfig = option(
@@ -120,56 +134,6 @@ class CaptionedImages:
         )
 
 
-class ContrastiveTask(nn.Module):
-    """CLIP's training task.
-
-    With `accumulate` a batch is embedded part by part. What the towers computed on the way is not kept: each
-    part is embedded once more in the backward pass, when the gradient of the whole batch's loss with respect
-    to its embeddings is known (GradCache, arXiv 2101.06983). Gradients are those of the undivided batch, but
-    for batch norms that take statistics: theirs are a part's, not the batch's.
-
-    Args:
-        model: trained in place.
-        objective: the loss; None: CLIP's.
-        accumulate: parts that a process's share of the batch is embedded in.
-    """
-
-    def __init__(self, model: CLIP, objective: nn.Module | None = None, accumulate: int = 1) -> None:
-        super().__init__()
-        self.model, self.accumulate = model, accumulate
-        self.objective = objective or Contrastive(ContrastiveConfig())
-
-    def forward(self, batch: ImageTextBatch) -> dict[str, Tensor]:
-        """Returns the loss of the batch, named as the objective is."""
-        images = self._embed(self.model.encode_image, batch.images.pixels)
-        texts = self._embed(self.model.encode_text, batch.tokens)
-        with torch.autocast(images.device.type, enabled=False):
-            tokens = batch.tokens if getattr(self.objective, "merge_equal", False) else None
-            pairs = PairEmbeddings.gathered(images, texts, tokens)
-            return {str(self.objective.name): self.objective(pairs, self.model.logit_scale.exp())}
-
-    def _embed(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        """Returns [b, D], unit length."""
-        if self.accumulate == 1:
-            return F.normalize(encode(inputs).float(), dim=-1)
-        parts = [
-            checkpoint(encode, part, use_reentrant=False, context_fn=recompute_contexts)
-            for part in inputs.chunk(self.accumulate)
-        ]
-        return F.normalize(torch.cat(parts).float(), dim=-1)
-
-    def log_scalars(self) -> dict[str, float]:
-        """Returns what the log shows beside the loss: the factor on the cosines, the sigmoid loss's bias."""
-        figures = {"logit_scale": float(self.model.logit_scale.detach().exp())}
-        bias = getattr(self.objective, "bias", None)
-        return figures if bias is None else {**figures, "bias": float(bias.detach())}
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """Keeps the logit scale in its published range."""
-        self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-
-
 def make_model(config: PretrainConfig) -> CLIP:
     """Returns the model to train: published sizes or `tower`, random or from `init`.
 
@@ -199,8 +163,24 @@ def make_model(config: PretrainConfig) -> CLIP:
     return resized
 
 
-def make_task(config: PretrainConfig, model: CLIP) -> ContrastiveTask:
-    """Returns the training task of `model`; random weights get the objective's initial logit scale."""
+def make_task(
+    config: PretrainConfig, model: CLIP, captions: Iterable[str] = ()
+) -> ContrastiveTask | PredictionTask:
+    """Returns the training task of `model`; random weights get the objective's initial logit scale.
+
+    Args:
+        config: names the objective.
+        model: of which an objective that predicts captions may take the vision tower alone.
+        captions: in which such an objective counts tokens.
+    """
+    if predicts_text(config.objective):
+        options = text_options(config.objective)
+        spec = {"name": config.objective["name"], **asdict(options)}
+        vocabulary = frequent_tokens(captions, model.config.text.context_length, options.words)
+        predictor = build_text_objective(spec, model.config, model.visual, vocabulary)
+        if options.contrastive:
+            return JointTask(model, predictor, spec)
+        return PredictionTask(TextPredictor(model.config, predictor, model.visual), spec)
     objective = build_plugin(OBJECTIVES, config.objective)
     start = getattr(objective, "initial_logit_scale", None)
     if start is not None and not config.init:
@@ -211,8 +191,12 @@ def make_task(config: PretrainConfig, model: CLIP) -> ContrastiveTask:
 def pretrain(config: PretrainConfig) -> None:
     """Trains a CLIP on image-text pairs; writes `out/model.safetensors`.
 
+    With an objective that predicts captions the file holds a vision tower and that objective's part instead,
+    which `zeroshot` and `classify` take; with `objective.contrastive` it holds a CLIP, and
+    `out/predictor.safetensors` the other two.
     With `train.ema` those are the averaged weights, and `out/model_raw.safetensors` holds the last step's.
     """
+    _check(config)
     inputs = {**weight_files(config, "init"), **files_of(config, "source")}
     run = RunFolder(config.out, config, "pretrain", inputs)
     metrics, file = run.finished(), run.path / "model.safetensors"
@@ -229,6 +213,52 @@ def pretrain(config: PretrainConfig) -> None:
     run.finish(metrics | ({"measured_on": measured_on} if measured_on else {}))
     shown = "".join(f", {name} {value:.3f}" for name, value in validated(metrics).items())
     print(f"{file}: {metrics['steps']} steps on {metrics['pairs']} images, loss {metrics['loss']:.3f}{shown}")
+
+
+def _check(config: PretrainConfig) -> None:
+    """Raises an InputError for options that do not go together."""
+    if config.text_precision == "bf16":
+        _check_text_precision(config)
+    if not predicts_text(config.objective):
+        return
+    name, options = config.objective["name"], text_options(config.objective)
+    if config.accumulate > 1:
+        raise InputError(
+            f"accumulate={config.accumulate} is for losses over embeddings; with objective.name={name} lower "
+            "train.batch_size, or use train.checkpointing=true"
+        )
+    if not options.contrastive and config.evaluate.source["name"] != "none":
+        raise InputError(
+            f"evaluate.source: objective.name={name} trains no text tower to measure retrieval with; use "
+            "evaluate.images, or objective.contrastive=1"
+        )
+
+
+def _check_text_precision(config: PretrainConfig) -> None:
+    """Raises an InputError where weights of bfloat16 would lose their updates, or there are none."""
+    train = config.train
+    if train.optimizer not in ROUND_STOCHASTICALLY:
+        raise InputError(
+            f"text_precision=bf16 with train.optimizer={train.optimizer} would lose most updates; use "
+            f"{' or '.join(ROUND_STOCHASTICALLY)}, which round stochastically"
+        )
+    if train.ema:
+        raise InputError("text_precision=bf16: an average in bfloat16 stands still; use train.ema=0")
+    if train.parallel == "fsdp":
+        raise InputError("text_precision=bf16: fsdp shards weights of one type; use train.parallel=ddp")
+    if predicts_text(config.objective) and not text_options(config.objective).contrastive:
+        name = config.objective["name"]
+        raise InputError(f"text_precision=bf16: objective.name={name} trains no text tower; omit it")
+
+
+def captions_of(pairs: Pairs, limit: int) -> Iterator[str]:
+    """Yields the captions of at most `limit` pairs spread evenly over all, of all of them when it is 0.
+
+    Pairs that cannot be used are left out.
+    """
+    for index in spread_over(len(pairs), limit):
+        with contextlib.suppress(InputError):
+            yield from pairs[index].captions
 
 
 def _train(config: PretrainConfig, run: RunFolder) -> dict[str, Any]:
@@ -254,9 +284,11 @@ def _train(config: PretrainConfig, run: RunFolder) -> dict[str, Any]:
         replacement=config.replacement,
     )
     model.to(memory_format=torch.channels_last)
-    task = make_task(config, model)
-    steps = fit(task, loader, train, run, Validation(config.evaluate, model) or None)
-    save_clip(model, run.path / "model.safetensors")
+    if config.text_precision == "bf16":
+        model.text.to(torch.bfloat16)
+    task = make_task(config, model, captions_of(pairs, config.objective.get("count_from", 0)))
+    steps = fit(task, loader, train, run, Validation(config.evaluate, task.model) or None)
+    task.save(run.path / "model.safetensors")
     figures = task.log_scalars()
     if train.ema:
         _save_last(task, run)
@@ -268,18 +300,18 @@ def _train(config: PretrainConfig, run: RunFolder) -> dict[str, Any]:
 def _measured(config: PretrainConfig, file: Path, step: int) -> dict[str, float]:
     """Returns what the validation measures of a finished training's weights."""
     device = pick_device(config.train.device)
-    model = load_clip(file).to(device)
+    model = (load_predictor(file) if is_predictor(file) else load_clip(file)).to(device)
     with torch.no_grad(), autocast(config.train.precision, device):
         return Validation(config.evaluate, model)(step)
 
 
-def _save_last(task: ContrastiveTask, run: RunFolder) -> None:
+def _save_last(task: ContrastiveTask | PredictionTask, run: RunFolder) -> None:
     """Writes the last step's weights beside their average: `model_raw.safetensors`."""
     found = checkpoints.newest(run.path / "checkpoints")
     assert found is not None
     step, weights, _ = found
     load_exactly(task, weights, run.path / f"checkpoints/{step:08d}")
-    save_clip(task.model, run.path / "model_raw.safetensors")
+    task.save(run.path / "model_raw.safetensors")
 
 
 def validated(figures: dict[str, Any]) -> dict[str, float]:

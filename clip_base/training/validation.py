@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from clip_base.data.sources import SOURCES, Pair, Pairs
 from clip_base.evaluation.datasets import folder_images
+from clip_base.evaluation.likelihood import PromptScorer
 from clip_base.evaluation.prompts import classifier, read_templates
-from clip_base.evaluation.ranking import ranks_of_classes, require_finite
+from clip_base.evaluation.ranking import ranks_of_best, ranks_of_classes, require_finite
 from clip_base.evaluation.retrieval import embed_texts, recall_at
 from clip_base.images.decode import Stored, decode_stored, normalize
 from clip_base.images.preprocess import square_view
@@ -23,6 +24,7 @@ from clip_base.jobs.config import Plugin, build_plugin, option, plugin
 from clip_base.jobs.run import files_of, hashes_of
 from clip_base.jobs.skipped import MAX_SKIPPED, require_present, require_usable
 from clip_base.models.clip import CLIP
+from clip_base.models.predictor import TextPredictor
 from clip_base.runtime.errors import InputError, note
 from clip_base.storage.hashing import text_hash
 
@@ -62,17 +64,17 @@ class Validation:
         model: the model in training, in evaluation mode whenever this is called.
     """
 
-    def __init__(self, config: ValidationConfig, model: CLIP) -> None:
+    def __init__(self, config: ValidationConfig, model: CLIP | TextPredictor) -> None:
         self.config, self.model = config, model
         self.pairs: list[Pair] = []
         if config.source["name"] != "none":
             pairs = build_plugin(SOURCES, config.source).pairs()
-            self.pairs = _usable(pairs, _spread(len(pairs), config.limit))
+            self.pairs = _usable(pairs, spread_over(len(pairs), config.limit))
             require_present([pair.image for pair in self.pairs], MAX_SKIPPED, "evaluate.source")
         self.names: list[str] = []
         if config.images:
             self.names, examples = folder_images(config.images)
-            self.examples = [examples[index] for index in _spread(len(examples), config.limit)]
+            self.examples = [examples[index] for index in spread_over(len(examples), config.limit)]
             self.templates = read_templates(config.templates)
 
     def __bool__(self) -> bool:
@@ -94,7 +96,8 @@ class Validation:
         return figures
 
     def _retrieval(self, source: str) -> dict[str, float]:
-        images, kept = self._embed_images([pair.image for pair in self.pairs])  # [N, D]
+        assert isinstance(self.model, CLIP)
+        images, kept = self._embed_images([pair.image for pair in self.pairs], self._embed)  # [N, D]
         require_finite(images, "images", self.model, source)
         captions = [(place, text) for place, index in enumerate(kept) for text in self.pairs[index].captions]
         texts = embed_texts(self.model, [text for _, text in captions], self.config.batch_size)  # [M, D]
@@ -104,16 +107,29 @@ class Validation:
         return {f"val_{name}": value for name, value in found.items()}
 
     def _zeroshot(self, source: str) -> float:
+        paths = [example.path for example in self.examples]
+        if isinstance(self.model, TextPredictor):
+            scorer = PromptScorer(self.model, self.names, self.templates, truncate=True)
+            scores, kept = self._embed_images(paths, scorer)  # [N, C]
+            require_finite(scores, "images", self.model, source)
+            right = F.one_hot(torch.tensor([self.examples[index].label for index in kept]), len(self.names))
+            return float((ranks_of_best(scores, right.bool().to(scores.device)) < 1).double().mean())
         directions = classifier(self.model, self.names, self.templates, self.config.batch_size, truncate=True)
         require_finite(directions, "class names", self.model, source)
-        images, kept = self._embed_images([example.path for example in self.examples])  # [N, D]
+        images, kept = self._embed_images(paths, self._embed)  # [N, D]
         require_finite(images, "images", self.model, source)
         labels = torch.tensor([self.examples[index].label for index in kept], device=images.device)
         with torch.autocast(images.device.type, enabled=False):
             return float((ranks_of_classes(images, directions, labels) < 1).double().mean())
 
-    def _embed_images(self, images: Sequence[Stored]) -> tuple[Tensor, list[int]]:
-        """Returns [N, D], unit length, and which images they are: those that do not decode are left out."""
+    def _embed(self, pixels: Tensor) -> Tensor:
+        """Returns [B, D], unit length."""
+        return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
+
+    def _embed_images(
+        self, images: Sequence[Stored], embed: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, list[int]]:
+        """Returns [N, D] of `embed`, and which images they are: those that do not decode are left out."""
         side = self.model.visual.resolution
 
         def load(image: Stored) -> Tensor | str:
@@ -126,7 +142,7 @@ class Validation:
         features: list[Tensor] = []
         kept: list[int] = []
         reasons: list[str] = []
-        size, device = self.config.batch_size, self.model.logit_scale.device
+        size, device = self.config.batch_size, next(self.model.parameters()).device
         with ThreadPoolExecutor(_THREADS) as pool:
             for start in range(0, len(images), size):
                 loaded = list(pool.map(load, images[start : start + size]))
@@ -134,8 +150,7 @@ class Validation:
                 whole = [pixels for pixels in loaded if isinstance(pixels, Tensor)]
                 reasons += [pixels for pixels in loaded if isinstance(pixels, str)]
                 if whole:
-                    embedded = self.model.encode_image(normalize(torch.stack(whole).to(device)))
-                    features.append(F.normalize(embedded.float(), dim=-1))
+                    features.append(embed(normalize(torch.stack(whole).to(device))))
         require_usable(reasons, len(images), MAX_SKIPPED, what="images to evaluate on")
         if reasons:
             note(
@@ -161,7 +176,7 @@ def _usable(pairs: Pairs, indices: list[int]) -> list[Pair]:
     return found
 
 
-def _spread(size: int, limit: int) -> list[int]:
+def spread_over(size: int, limit: int) -> list[int]:
     """Returns at most `limit` numbers below `size`, evenly spread; all of them when `limit` is 0."""
     if not limit or size <= limit:
         return list(range(size))

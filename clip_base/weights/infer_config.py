@@ -162,8 +162,22 @@ def _whole(config: Mapping[str, Any], key: str, default: int, source: str) -> in
     return value
 
 
+def require_transformer(config: CLIPConfig, form: str) -> None:
+    """Raises an InputError when a text tower is none that another package's form has."""
+    if config.text.kind != "transformer":
+        raise InputError(
+            f"{form} has no text tower of kind {config.text.kind}, the mean of token embeddings; only our "
+            "own format has it (to=native), and `clip-base export` writes it as ONNX"
+        )
+
+
 def to_open_clip(config: CLIPConfig) -> dict[str, Any]:
-    """Returns the content of `open_clip_config.json`."""
+    """Returns the content of `open_clip_config.json`.
+
+    Raises:
+        InputError: the text tower is no transformer.
+    """
+    require_transformer(config, "open_clip")
     vision, text = config.vision, config.text
     sizes: dict[str, Any] = {
         "image_size": vision.resolution,
@@ -209,8 +223,10 @@ def to_huggingface(config: CLIPConfig) -> dict[str, Any]:
     """Returns the content of a Hugging Face CLIP folder's `config.json`.
 
     Raises:
-        InputError: the vision tower is a ResNet, which transformers' CLIPModel does not have.
+        InputError: the vision tower is a ResNet, which transformers' CLIPModel does not have, or the text
+            tower is no transformer.
     """
+    require_transformer(config, "transformers")
     vision, text = config.vision, config.text
     if vision.kind != "vit":
         raise InputError(

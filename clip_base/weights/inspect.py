@@ -102,6 +102,8 @@ def _towers(config: CLIPConfig) -> tuple[str, str]:
     else:
         first = f"ViT, {layers} blocks, patches of {vision.patch}, {shape}"
     second = f"{text.layers} blocks, width {text.width}, {text.heads} heads, "
+    if text.kind == "bow":
+        second = f"mean of token embeddings, width {text.width}, "
     return first, second + f"{text.context_length} positions, {text.vocab_size:,} ids"
 
 

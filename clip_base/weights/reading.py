@@ -32,6 +32,8 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 CONFIG_KEY = "clip_base.config"
 # What others put under "format": the framework, which says nothing about the content.
 FRAMEWORKS = ("pt", "np", "tf", "flax", "mlx")
+# The format of files that `predictors.save_predictor` writes.
+TEXT_PREDICTOR = "clip_base.text_predictor/1"
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 # The weights in a folder, in the order of preference.
 _FOLDER_FILES = (
@@ -208,6 +210,11 @@ def _find(path: Path) -> _Found:
     if form == FORMAT:
         config = configs.check(CLIPConfig, sizes_in(metadata, "config", path), f"sizes in {path}")
         return _Found(path, "clip_base", weights, infer_config.Hints(source="its metadata"), config)
+    if form == TEXT_PREDICTOR:
+        raise InputError(
+            f"{path} was pretrained by predicting captions and has no text tower: `zeroshot` and `classify` "
+            "take it, nothing that embeds texts does"
+        )
     if form and form not in FRAMEWORKS:
         raise InputError(
             f"{path} holds {quote(form)}, no CLIP; `clip-base inspect {path}` shows what is in it"

@@ -14,6 +14,7 @@ from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError, shortened
 from clip_base.storage.files import replacing
+from clip_base.weights import infer_config
 from clip_base.weights.formats import Content
 from clip_base.weights.load import load_clip
 from clip_base.weights.native import read_weights
@@ -179,6 +180,7 @@ def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _clip(model: CLIP, path: Path) -> dict[str, Tensor]:
+    infer_config.require_transformer(model.config, f"{path}: RegionCLIP")
     if model.map_tower is None or model.config.activation != "quick_gelu":
         raise InputError(
             f"{path} has a {model.config.vision.kind} with {model.config.activation}; RegionCLIP's towers "

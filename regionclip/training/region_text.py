@@ -29,7 +29,7 @@ from clip_base.runtime.errors import InputError
 from clip_base.storage.hashing import content_hash
 from clip_base.training.loop import TrainConfig, TrainingOptions
 from clip_base.training.losses import row_entropy
-from clip_base.training.pretrain import MAX_LOGIT_SCALE
+from clip_base.training.tasks import MAX_LOGIT_SCALE
 from clip_base.weights.load import load_clip
 from regionclip.concepts.synonyms import concept_groups
 from regionclip.concepts.vocabulary import Vocabulary

@@ -19,7 +19,7 @@ from clip_base.jobs.run import RunFolder
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.training.loop import TrainConfig, fit
-from clip_base.training.pretrain import ContrastiveTask
+from clip_base.training.tasks import ContrastiveTask
 
 STORED = Path(__file__).with_name("clip_training.json")
 TEXT = TextConfig(width=32, heads=2, layers=2, context_length=8, vocab_size=64)

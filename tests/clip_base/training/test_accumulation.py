@@ -11,7 +11,8 @@ from clip_base.models.bottleneck import freeze_batch_norm
 from clip_base.models.clip import CLIP, set_checkpointing
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.runtime.errors import InputError
-from clip_base.training.pretrain import ContrastiveTask, PretrainConfig
+from clip_base.training.pretrain import PretrainConfig
+from clip_base.training.tasks import ContrastiveTask
 
 TEXT = TextConfig(width=32, heads=2, layers=2, context_length=8, vocab_size=64)
 TOWERS = {

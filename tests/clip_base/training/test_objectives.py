@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clip_base.data.batch import ImageBatch, ImageTextBatch
 from clip_base.jobs.config import build_plugin, resolve
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
+from clip_base.models.predictor import OBJECTIVES
 from clip_base.runtime.errors import InputError
-from clip_base.training.losses import OBJECTIVES, PairEmbeddings
+from clip_base.training.losses import PairEmbeddings
 from clip_base.training.pretrain import PretrainConfig, make_model, make_task
 
 GROUPS = torch.tensor([0, 1, 0, 2, 3, 1, 4, 5])

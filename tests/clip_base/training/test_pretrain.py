@@ -14,7 +14,8 @@ from clip_base.jobs import cli
 from clip_base.jobs.config import check
 from clip_base.models.configs import CLIPConfig
 from clip_base.models.tokenizer import Tokenizer
-from clip_base.training.pretrain import CaptionedImages, ContrastiveTask, PretrainConfig, make_model
+from clip_base.training.pretrain import CaptionedImages, PretrainConfig, make_model
+from clip_base.training.tasks import ContrastiveTask
 from clip_base.weights.native import load_clip, read_weights
 
 TINY = """

@@ -24,7 +24,7 @@ from clip_base.runtime import progress
 from clip_base.runtime.errors import InputError, InputNote
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import Progress
-from clip_base.training.pretrain import ContrastiveTask
+from clip_base.training.tasks import ContrastiveTask
 from clip_base.training.validation import Validation, ValidationConfig
 from clip_base.weights.load import load_clip
 from clip_base.weights.native import save_clip

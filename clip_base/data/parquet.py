@@ -8,11 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_base.data.sources import Pair, Pairs, grouped
+from clip_base.data.sources import (
+    CAPTION_COLUMN_HELP,
+    IMAGE_COLUMN_HELP,
+    Pair,
+    Pairs,
+    columns_in,
+    columns_wanted,
+    grouped,
+)
 from clip_base.images.folders import list_files
 from clip_base.images.headers import Embedded
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.runtime.errors import InputError, note, quote, shortened
+from clip_base.runtime.errors import InputError, note, quote
 from clip_base.storage.files import existing
 from clip_base.storage.parquet_files import open_parquet
 
@@ -26,9 +34,11 @@ class ParquetConfig:
     file: str = option(REQUIRED, "Parquet file, or a folder of them")
     images: str = option("", "folder that image paths are relative to; empty: the table's own")
     image_column: str = option(
-        "image", "column of paths, of encoded images, or of {bytes, path} as Hugging Face datasets have them"
+        "",
+        f"{IMAGE_COLUMN_HELP}; of paths, of encoded images, or of {{bytes, path}} as Hugging Face datasets "
+        "have them",
     )
-    caption_column: str = option("caption", "column of texts or of lists of texts")
+    caption_column: str = option("", f"{CAPTION_COLUMN_HELP}; of texts or of lists of texts")
 
 
 class ParquetSource:
@@ -43,7 +53,7 @@ class ParquetSource:
     def pairs(self) -> Pairs:
         """Returns one pair an image: rows of one path are its several captions."""
         path = existing(self.config.file, "Parquet table")
-        images, captions = self._columns(path)
+        images, captions, column = self._columns(path)
         texts = [parquet_texts(value, path, row) for row, value in enumerate(captions)]
         first: Any = next((value for value in images if value is not None), "")
         if isinstance(first, str):
@@ -54,7 +64,7 @@ class ParquetSource:
             return grouped(rows, self.config.images, own_folder, f"Parquet table {path}")
         if not isinstance(first, bytes | dict) or (isinstance(first, dict) and "bytes" not in first):
             raise InputError(
-                f"{path}: column {self.config.image_column!r} holds {type(first).__name__}; "
+                f"{path}: column {column!r} holds {type(first).__name__}; "
                 "it must hold paths, encoded images, or {bytes, path}"
             )
         found = [
@@ -67,22 +77,22 @@ class ParquetSource:
             note(f"Parquet table {path}: {lacking:,} of {len(images):,} rows lack a caption and are left out")
         return found
 
-    def _columns(self, path: Path) -> tuple[list[Any], list[Any]]:
-        wanted = [self.config.image_column, self.config.caption_column]
+    def _columns(self, path: Path) -> tuple[list[Any], list[Any], str]:
+        """Returns the images, the captions, and the name of the images' column."""
+        usual = columns_wanted(self.config.image_column, self.config.caption_column)
+        wanted: tuple[str, ...] = ()
         images, captions, status = list[Any](), list[Any](), list[Any]()
         for file in table_files(path):
             with open_parquet(file) as opened:
                 names = opened.schema_arrow.names
-                lacking = next((column for column in wanted if column not in names), None)
-                if lacking is not None:
-                    known = shortened(", ".join(names))
-                    raise InputError(f"{file} has no column {lacking!r}; it has {known}")
+                # Those of the first file hold for all.
+                wanted = columns_in(names, [(one,) for one in wanted] or usual, f"Parquet table {file}")
                 table = opened.read([*wanted, STATUS] if STATUS in names else wanted)
                 images += table.column(wanted[0]).to_pylist()
                 captions += table.column(wanted[1]).to_pylist()
                 status += table.column(STATUS).to_pylist() if STATUS in names else []
         kept = _downloaded(status, path) if len(status) == len(images) else range(len(images))
-        return [images[row] for row in kept], [captions[row] for row in kept]
+        return [images[row] for row in kept], [captions[row] for row in kept], wanted[0]
 
 
 def table_files(path: Path) -> list[Path]:
@@ -114,7 +124,7 @@ def parquet_texts(value: Any, path: Path, row: int) -> list[str]:
     wrong = next((text for text in texts if text is not None and not isinstance(text, str)), None)
     if wrong is not None:
         raise InputError(
-            f"{path}, row {row}: a caption must be a text, found {quote(wrong)}; set caption_column="
+            f"{path}, row {row}: a caption must be a text, found {quote(wrong)}; set source.caption_column="
         )
     return [text for text in texts if text and text.strip()]
 

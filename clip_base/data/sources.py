@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,11 @@ from clip_base.storage.tables import DELIMITER_HELP, open_table
 from clip_base.storage.tars import names_tars
 
 SOURCES = "clip_base.sources"
+IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "file", "path", "key")
+CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence")
+_FIRST = "empty: the first of {} that it has"
+IMAGE_COLUMN_HELP = f"column of the image path; {_FIRST.format(', '.join(IMAGE_COLUMNS))}"
+CAPTION_COLUMN_HELP = f"column of the caption; {_FIRST.format(', '.join(CAPTION_COLUMNS))}"
 SPLIT_LINES_HELP = "whether each line of a text is a caption of its own; false: all of it is one"
 
 
@@ -80,8 +86,8 @@ class TableConfig:
 
     file: str = option(REQUIRED, "CSV or TSV file whose first line has the column names")
     images: str = option("", "folder that the image paths are relative to; empty: the table's own")
-    image_column: str = option("image", "column of the image path")
-    caption_column: str = option("caption", "column of the caption")
+    image_column: str = option("", IMAGE_COLUMN_HELP)
+    caption_column: str = option("", CAPTION_COLUMN_HELP)
     delimiter: str = option("", DELIMITER_HELP)
     encoding: str = option("", ENCODING_HELP)
 
@@ -95,15 +101,9 @@ class TableSource:
     def pairs(self) -> list[Pair]:
         """Returns one pair an image, in the order of first mention."""
         config, path = self.config, Path(self.config.file)
-        names = (config.image_column, config.caption_column)
-        table = open_table(path, "table", [(name,) for name in names], config.delimiter, config.encoding)
-        places = [table.index(name) for name in names]
-        if -1 in places:
-            lacking = names[places.index(-1)]
-            raise InputError(
-                f"table {path} has no column {lacking!r}; it has {shortened(', '.join(table.columns))}; "
-                "set image_column= and caption_column="
-            )
+        wanted = columns_wanted(config.image_column, config.caption_column)
+        table = open_table(path, "table", wanted, config.delimiter, config.encoding)
+        places = [table.index(name) for name in columns_in(table.columns, wanted, f"table {path}")]
         rows = [(row[places[0]], row[places[1]]) for _, row in itertools.islice(table.rows(), 1, None)]
         return grouped(rows, config.images, path.parent, f"table {path}")
 
@@ -114,8 +114,10 @@ class JsonLinesConfig:
 
     file: str = option(REQUIRED, "JSON Lines file")
     images: str = option("", "folder that the image paths are relative to; empty: the file's own")
-    image_key: str = option("image", "key of the image path")
-    caption_key: str = option("caption", "key of the caption, a text or a list of texts")
+    image_key: str = option("", IMAGE_COLUMN_HELP.replace("column", "key"))
+    caption_key: str = option(
+        "", CAPTION_COLUMN_HELP.replace("column", "key") + "; a text or a list of texts"
+    )
     encoding: str = option("", ENCODING_HELP)
 
 
@@ -129,20 +131,55 @@ class JsonLinesSource:
         """Returns one pair an image, in the order of first mention."""
         path, config = Path(self.config.file), self.config
         rows: list[tuple[str, str]] = []
+        wanted = columns_wanted(config.image_key, config.caption_key)
+        image_key = caption_key = ""
         for number, record in read_json_lines(path, "JSON Lines file", config.encoding):
+            if not image_key and isinstance(record, dict):
+                where = f"JSON Lines file {path}, line {number}"
+                image_key, caption_key = columns_in(list(record), wanted, where, "key")
             try:
-                image, texts = record[config.image_key], record[config.caption_key]
+                image, texts = record[image_key], record[caption_key]
                 texts = texts if isinstance(texts, list) else [texts]
                 if not all(isinstance(text, str) for text in [image, *texts]):
                     raise TypeError
             except (KeyError, TypeError, IndexError):
                 raise InputError(
-                    f"JSON Lines file {path}, line {number}: each line needs {config.image_key!r}, a path, "
-                    f"and {config.caption_key!r}, a text or a list of texts; found {quote(record)}; "
-                    "set image_key= and caption_key="
+                    f"JSON Lines file {path}, line {number}: each line needs {image_key!r}, a path, "
+                    f"and {caption_key!r}, a text or a list of texts; found {quote(record)}; "
+                    "set source.image_key= and source.caption_key="
                 ) from None
             rows += [(image, text) for text in texts]
         return grouped(rows, config.images, path.parent, f"JSON Lines file {path}")
+
+
+def columns_wanted(image: str, caption: str) -> list[tuple[str, ...]]:
+    """Returns the names that the columns of images and captions may have; "" stands for the usual ones."""
+    return [(image,) if image else IMAGE_COLUMNS, (caption,) if caption else CAPTION_COLUMNS]
+
+
+def columns_in(
+    names: Sequence[str], wanted: Sequence[tuple[str, ...]], where: str, kind: str = "column"
+) -> tuple[str, str]:
+    """Returns the first of the wanted names that is there, for the images and for the captions.
+
+    Args:
+        names: of a table's columns, or of a record's keys.
+        wanted: see `columns_wanted`.
+        where: the file, for messages.
+        kind: what the names are of: "column" or "key".
+
+    Raises:
+        InputError: there is none of them.
+    """
+    found = [next((name for name in usual if name in names), "") for usual in wanted]
+    if not all(found):
+        lacking = wanted[found.index("")]
+        told = repr(lacking[0]) + (f" (or {', '.join(lacking[1:])})" if len(lacking) > 1 else "")
+        raise InputError(
+            f"{where} has no {kind} {told}; it has {shortened(', '.join(names))}; "
+            f"set source.image_{kind}= and source.caption_{kind}="
+        )
+    return found[0], found[1]
 
 
 def captions_in(text: str, split_lines: bool) -> tuple[str, ...]:

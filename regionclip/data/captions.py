@@ -10,6 +10,7 @@ from typing import Any
 
 import regex  # type: ignore[import-untyped]
 
+from clip_base.data.sources import CAPTION_COLUMNS
 from clip_base.models.tokenizer import clean
 from clip_base.runtime.errors import InputError, quote, shortened
 from clip_base.storage.files import existing, open_text, read_json_lines
@@ -22,7 +23,6 @@ _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 # Emoji with modifiers and joiners, symbols, half characters (U+FFFD by now); the zero-width space.
 _SYMBOL = regex.compile(r"(?:[\p{So}\p{Emoji_Modifier}\ufe0e\ufe0f\u20e3]\u200d?)+|\u200b")
 _INVISIBLE = regex.compile(r"[\p{Cf}--[\u200c\u200d]]|(?<![^\x00-\x7f])[\u200c\u200d]+", regex.V1)
-_COLUMNS = ("caption", "captions", "text", "title", "sentence")
 
 
 def read_texts(path: str | Path, column: str = "", encoding: str = "") -> Iterator[str]:
@@ -107,7 +107,7 @@ def _texts_of(entry: Any, column: str, where: str) -> list[str]:
     """Returns the captions of one JSON entry: a text, or an object with a text or a list of texts."""
     value = entry
     if isinstance(entry, dict):
-        key = next((name for name in ((column,) if column else _COLUMNS) if name in entry), None)
+        key = next((name for name in ((column,) if column else CAPTION_COLUMNS) if name in entry), None)
         if key is None:
             found = shortened(", ".join(entry))
             raise InputError(f"captions file {where}: no {column or 'caption'!r} among {found}; set column=")
@@ -119,7 +119,7 @@ def _texts_of(entry: Any, column: str, where: str) -> list[str]:
 
 
 def _from_table(path: Path, column: str, encoding: str) -> Iterator[str]:
-    wanted = (column,) if column else _COLUMNS
+    wanted = (column,) if column else CAPTION_COLUMNS
     by_number = column.isdecimal()
     table = open_table(path, "captions file", [] if by_number else [wanted], encoding=encoding)
     index = int(column) if by_number else next((i for i in map(table.index, wanted) if i >= 0), -1)

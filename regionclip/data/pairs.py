@@ -19,7 +19,6 @@ from clip_base.images.roots import ImageRoot
 from clip_base.jobs.config import Plugin, build_plugin, check, option, plugin
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import existing
-from clip_base.storage.tables import open_table
 from clip_base.storage.tars import Member, addresses, names_tars
 from regionclip.data.caption_index import (
     CaptionedImageEntry,
@@ -32,8 +31,6 @@ from regionclip.data.captions import cleaned, storable
 
 _PER_TAR = 1 << 32  # numbers of images in one tar; the tar's own number stands above them
 _TABLES = (".csv", ".tsv", ".tab")
-_IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "file", "path", "key")
-_CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence")
 
 
 @dataclass(kw_only=True)
@@ -75,16 +72,10 @@ class PairOptions:
 
 
 def _of_file(captions: Path, images: str) -> dict[str, Any]:
-    """Returns the source of a captions file with its columns."""
+    """Returns the source of a captions file."""
     kind = captions.suffix.lower()
     if kind in _TABLES:
-        table = open_table(captions, "captions file", [_IMAGE_COLUMNS, _CAPTION_COLUMNS])
-        image, caption = (
-            next((name for name in wanted if table.index(name) >= 0), wanted[0])
-            for wanted in (_IMAGE_COLUMNS, _CAPTION_COLUMNS)
-        )
-        columns = {"image_column": image, "caption_column": caption}
-        return {"name": "csv", "file": str(captions), "images": images, **columns}
+        return {"name": "csv", "file": str(captions), "images": images}
     if kind in (".jsonl", ".ndjson"):
         return {"name": "jsonl", "file": str(captions), "images": images}
     if kind == ".parquet":

@@ -62,7 +62,7 @@ def test_images_in_parquet_are_decoded_and_an_empty_one_is_unusable(pictures: Pa
 
 def test_malformed_parquet_is_refused(tmp_path: Path) -> None:
     file = table(tmp_path / "t.parquet", url=["a"], caption=["b"], number=[1])
-    with pytest.raises(InputError, match="no column 'image'; it has url, caption, number"):
+    with pytest.raises(InputError, match=r"no column 'image' .*; it has url, caption, number"):
         pairs("parquet", file=file)
     with pytest.raises(InputError, match="column 'number' holds int"):
         pairs("parquet", file=file, image_column="number")

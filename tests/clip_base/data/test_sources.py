@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from clip_base.data.coco import read_captions
@@ -81,12 +83,29 @@ def test_a_table_groups_its_rows_by_image(tmp_path: Path, ending: str, mark: str
     assert pairs("csv", file=str(file), images="/x")[1].image == Path("/x/b.jpg")
 
 
+@pytest.mark.parametrize("name", ["csv", "jsonl", "parquet"])
+def test_columns_are_found_by_their_usual_names_and_those_given_come_first(tmp_path: Path, name: str) -> None:
+    record = {"caption": "a cat", "filename": "a.jpg", "text": "a dog", "path": "b.jpg"}
+    file = tmp_path / f"t.{name}"
+    if name == "csv":
+        file.write_text(",".join(record) + "\n" + ",".join(record.values()) + "\n")
+    elif name == "jsonl":
+        file.write_text(json.dumps(record) + "\n")
+    else:
+        pq.write_table(pa.Table.from_pylist([record]), file)
+    kind = "key" if name == "jsonl" else "column"
+    assert pairs(name, file=str(file)) == [Pair(tmp_path / "a.jpg", ("a cat",))]
+    given = {f"image_{kind}": "path", f"caption_{kind}": "text"}
+    assert pairs(name, file=str(file), **given) == [Pair(tmp_path / "b.jpg", ("a dog",))]
+
+
 def test_a_table_without_the_column_names_those_it_has(tmp_path: Path) -> None:
     file = tmp_path / "t.csv"
-    file.write_text("path,text\na,b\n")
-    with pytest.raises(InputError, match="no column 'image'; it has path, text"):
+    file.write_text("picture,words\na,b\n")
+    told = r"no column 'image' \(or image_path, .*\); it has picture, words; set source.image_column="
+    with pytest.raises(InputError, match=told):
         pairs("csv", file=str(file))
-    assert len(pairs("csv", file=str(file), image_column="path", caption_column="text")) == 1
+    assert len(pairs("csv", file=str(file), image_column="picture", caption_column="words")) == 1
     file.write_text("")
     with pytest.raises(InputError, match="is empty"):
         pairs("csv", file=str(file))

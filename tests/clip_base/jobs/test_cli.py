@@ -257,7 +257,7 @@ def test_a_jobs_help_shows_nested_defaults_choices_and_parts(capsys: pytest.Capt
         "  inner.rate (float, default 0.7)\n      how fast",
         "  fail (|input|bug|stop|disk|pipe|quiet, default '')",
         "  source.name (plugin, default none; known: coco, csv, folder, jsonl, mix,\n",
-        "  source.image_column (str, default 'image')\n      [csv] column of the image path",
+        "  source.image_column (str, default '')\n      [csv] column of the image path",
     ):
         assert line in shown
     assert "Raises" not in shown

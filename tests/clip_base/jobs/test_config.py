@@ -103,8 +103,8 @@ def test_a_dataclass_own_check_is_reported_as_it_is() -> None:
 
 def test_a_part_is_filled_in_with_its_own_defaults() -> None:
     config = resolve(Schema, None, ["out=here", "source.name=csv", "source.file=t.csv"])
-    expected = {"name": "csv", "file": "t.csv", "images": "", "image_column": "image"}
-    assert ({**expected, "caption_column": "caption"}).items() <= config.source.items()
+    expected = {"name": "csv", "file": "t.csv", "images": "", "image_column": ""}
+    assert ({**expected, "caption_column": ""}).items() <= config.source.items()
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from clip_base.jobs.config import REQUIRED, option
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import ACTIVATIONS
 from clip_base.runtime.announce import announced
-from clip_base.runtime.errors import InputError, note
+from clip_base.runtime.errors import InputError, note, quote
 from clip_base.storage.files import existing
 from clip_base.storage.remote import address_of
 from clip_base.storage.remote_cache import cache_folder
 from clip_base.weights.fetching import download, hub
 from clip_base.weights.reading import PRECISIONS, Report, is_safetensors, read_clip
+
+ENDINGS = (".safetensors", ".pt", ".pth", ".pkl", ".bin", ".ckpt", ".npy")  # of files of weights
 
 
 @dataclass(kw_only=True)
@@ -51,9 +54,14 @@ def find(name_or_path: str | Path, folder: str | Path | None = None) -> Path:
     address = hub.parse(name)
     if address is not None:
         return hub.fetch(address, cache_folder() if folder is None else Path(folder))
+    if path.suffix.lower() in ENDINGS:
+        return existing(path, "weights file")
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     raise InputError(
-        f"there is no weights file {name_or_path} and no published model of that name; published are "
-        f"{', '.join(known)}, open_clip's such as ViT-B-32/laion2b_s34b_b79k, and hf://owner/name"
+        f"there is no weights file {quote(name)} and no published model of that name; "
+        + (f"did you mean {close[0]!r}? " if close else "")
+        + "`clip-base fetch --list` lists the published ones; open_clip's are named as in "
+        "ViT-B-32/laion2b_s34b_b79k, those on the hub hf://owner/name"
     )
 
 

@@ -15,10 +15,9 @@ from typing import Any, Self
 
 from clip_base.data.coco import coco_entry
 from clip_base.runtime.errors import InputError
-from clip_base.storage.files import existing, make_folder, read_json, replacing, sweep, write_json, write_text
+from clip_base.storage.files import read_json, replacing, sweep, write_json, write_text
 from clip_base.storage.json_stream import stream_entries
-from clip_base.storage.paths import leads_out
-from clip_base.storage.tars import names_tars
+from regionclip.export.images_beside import ImagesBeside, inside
 from regionclip.structures.labels import LabeledImage, LabelTarget
 
 
@@ -95,12 +94,13 @@ class FiftyOneWriter(CocoWriter):
 
     def __enter__(self) -> FiftyOneWriter:
         super().__enter__()
-        link_images(self.target.out.parent / "data", self.target.images_folder)
+        self._images = ImagesBeside(self.target.out.parent / "data", self.target.images_folder)
         return self
 
     def add(self, image: LabeledImage) -> None:
         """See `LabelWriter`; FiftyOne reads images by their names in `data`."""
         inside(self.target.out.parent / "data", Path(image.file_name))
+        self._images.add(image.file_name)
         super().add(image)
 
 
@@ -173,10 +173,10 @@ class YoloWriter(FolderWriter):
     kind = "yolo"
 
     def begin(self) -> None:
-        """Makes the link to the images, which YOLO's programs look for beside the labels."""
+        """Finds the images, which YOLO's programs look for beside the labels."""
         # The labels of images/a/b.jpg are looked for in labels/a/b.txt.
         self.names: list[str] = []
-        link_images(self.folder / "images", self.target.images_folder)
+        self.images = ImagesBeside(self.folder / "images", self.target.images_folder)
 
     def end(self) -> None:
         """Writes the list of images and `data.yaml`."""
@@ -201,44 +201,17 @@ class YoloWriter(FolderWriter):
             )
             lines.append(f"{label} " + " ".join(f"{value:.6f}" for value in shares) + "\n")
         place = inside(self.folder / "labels", Path(image.file_name).with_suffix(".txt"))
+        self.images.add(image.file_name)
         write_text(place, "".join(lines))
         self.names.append(f"./images/{image.file_name}\n")
-
-
-def inside(folder: Path, name: Path) -> Path:
-    """Returns the file `name` in a folder.
-
-    Raises:
-        InputError: the name, which comes from data, leads out of the folder.
-    """
-    if leads_out(str(name)):
-        raise InputError(f"file name {str(name)!r} leads out of {folder.name}/; nothing was written there")
-    return folder / name
 
 
 def require_images(target: LabelTarget, kind: str) -> None:
     """Raises an InputError when the user named no folder of images to link to."""
     if not target.images_folder:
         raise InputError(
-            f"format={kind} links to the images: give images=FOLDER, the folder that they are in"
+            f"format={kind} has the images beside the labels: give images=FOLDER, the folder that they are in"
         )
-
-
-def link_images(link: Path, images_folder: str) -> None:
-    """Makes a link to the images folder, beside the labels.
-
-    Raises:
-        InputError: there is no such folder, or the images are in tars.
-    """
-    if names_tars(images_folder):
-        raise InputError(
-            f"this format links to the images as files, but they are in tars ({images_folder}): unpack them "
-            "and give images=FOLDER, or write format=coco or csv"
-        )
-    if not link.is_symlink():
-        target = existing(images_folder, "images folder").absolute()
-        make_folder(link.parent)
-        link.symlink_to(target, target_is_directory=True)
 
 
 def _json(value: Any) -> str:

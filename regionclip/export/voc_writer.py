@@ -6,7 +6,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from clip_base.storage.files import replacing, write_text
-from regionclip.export.label_writers import FolderWriter, inside, link_images
+from regionclip.export.images_beside import ImagesBeside, inside
+from regionclip.export.label_writers import FolderWriter
 from regionclip.structures.labels import LabeledImage
 
 
@@ -16,9 +17,9 @@ class VocWriter(FolderWriter):
     kind = "voc"
 
     def begin(self) -> None:
-        """Makes the link to the images."""
+        """Finds the images, which VOC has beside the labels."""
         self.names: list[str] = []
-        link_images(self.folder / "JPEGImages", self.target.images_folder)
+        self.images = ImagesBeside(self.folder / "JPEGImages", self.target.images_folder)
 
     def add(self, image: LabeledImage) -> None:
         """See `LabelWriter`."""
@@ -40,6 +41,7 @@ class VocWriter(FolderWriter):
         file = inside(self.folder / "Annotations", name.with_suffix(".xml"))
         with replacing(file) as temporary:
             ElementTree.ElementTree(root).write(temporary, encoding="utf-8")
+        self.images.add(image.file_name)
         self.names.append(f"{name.with_suffix('')}\n")
 
     def end(self) -> None:

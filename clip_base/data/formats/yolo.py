@@ -2,7 +2,8 @@
 
 `annotations=DATA/labels/val` is a folder of labels, with the names in the nearest `data.yaml` (or
 `classes.txt`) of it and the folders above. `annotations=DATA/data.yaml#val` is what the file names `val`;
-without `#`, a `data.yaml` with one split is meant.
+without `#`, a `data.yaml` with one split is meant. A split is a folder of images, or a text file that lists
+some, one per line.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from clip_base.data.formats.instances import Instances, around, number_of
 from clip_base.images.folders import IMAGE_SUFFIXES, list_files
 from clip_base.images.orientation import upright_size
 from clip_base.runtime.errors import InputError, note, quote
-from clip_base.storage.files import existing, is_folder, read_text
+from clip_base.storage.files import existing, is_file, is_folder, read_text
 from clip_base.storage.tables import read_class_list, read_yaml
 
 SPLITS = ("train", "val", "test")
 YAML = (".yaml", ".yml")
 LISTS = ("classes.txt", "obj.names", "_darknet.labels")
+LIST = ".txt"
 SLACK = 1e-3  # shares are rounded; a box may leave its image by so much
 
 
@@ -36,9 +38,14 @@ def read_yolo(path: Path) -> dict[str, Any] | None:
         InputError: there are no names, no images, or a line is malformed.
     """
     file, _, split = str(path).partition("#")
+    listed: list[Path] | None = None
     if Path(file).suffix.lower() in YAML:
         names, content = _names(Path(file))
-        labels = _labels_of(_split_folder(Path(file), content, split))
+        place = _split_place(Path(file), content, split)
+        if place.suffix == LIST:
+            listed = _listed(place, _root(Path(file), content))
+            place = _folder_of(listed, place)
+        labels = _labels_of(place)
     elif path.is_dir() and list_files(path, (".txt",), what="annotations folder").files:
         source = _names_file(path)
         names, content = _names(source)
@@ -46,7 +53,7 @@ def read_yolo(path: Path) -> dict[str, Any] | None:
     else:
         return None
     folder = _images_of(labels)
-    images = list_files(folder, IMAGE_SUFFIXES).files
+    images = list_files(folder, IMAGE_SUFFIXES).files if listed is None else listed
     if not images:
         raise InputError(f"{path}: {folder} holds no images, whose sizes YOLO's labels need")
     instances, strangers = Instances(str(path), names), {file.relative_to(labels) for file in _texts(labels)}
@@ -61,7 +68,7 @@ def read_yolo(path: Path) -> dict[str, Any] | None:
                 x1, y1, x2, y2 = box
                 corners = (x1 * width, y1 * height, x2 * width, y2 * height)
                 instances.add_box(image_id, name, corners, str(labels / text))
-    if strangers:
+    if strangers and listed is None:
         note(f"{path}: {len(strangers):,} files of labels, such as {min(strangers)}, have no image")
     return instances.to_coco()
 
@@ -93,8 +100,44 @@ def _names(file: Path) -> tuple[list[str], dict[str, Any]]:
     return names, content if isinstance(content, dict) else {}  # type: ignore[return-value]
 
 
-def _split_folder(file: Path, content: dict[str, Any], split: str) -> Path:
-    """Returns the folder of images that `data.yaml` names for a split."""
+def _root(file: Path, content: dict[str, Any]) -> Path:
+    """Returns the folder that `data.yaml` calls `path`: relative to the file, which it is by default in."""
+    return file.parent / Path(str(content.get("path") or "."))
+
+
+def _listed(file: Path, root: Path) -> list[Path]:
+    """Returns the images that a text file lists, one per line, each once.
+
+    `./` at the beginning is the folder of the file; other names are relative to the dataset, or to the file.
+    """
+    found = []
+    for line in (line.strip() for line in read_text(file, "list of images").splitlines()):
+        if line:
+            bases = [file.parent] if line.startswith("./") else [root, file.parent]
+            places = [base / line for base in bases]
+            found.append(next((place for place in places if is_file(place)), places[0]))
+    if not found:
+        raise InputError(f"list of images {file} is empty")
+    return list(dict.fromkeys(place.absolute() for place in found))
+
+
+def _folder_of(images: list[Path], file: Path) -> Path:
+    """Returns the folder that the names of listed images are relative to: `images`, or the one of all."""
+    folders = set()
+    for parent in {image.parent for image in images}:
+        parts = parent.parts
+        last = max((place for place, part in enumerate(parts) if part == "images"), default=len(parts) - 1)
+        folders.add(Path(*parts[: last + 1]))
+    if len(folders) > 1:
+        raise InputError(
+            f"{file} lists images of several folders, such as {min(folders)} and {max(folders)}; their names "
+            "must be relative to one that is called images: give the folder of labels"
+        )
+    return folders.pop()
+
+
+def _split_place(file: Path, content: dict[str, Any], split: str) -> Path:
+    """Returns the folder of images that `data.yaml` names for a split, or the text file that lists them."""
     named = {key: content[key] for key in SPLITS if content.get(key)}
     places = {str(value) for value in named.values()}
     if not split and len(places) == 1:
@@ -103,12 +146,16 @@ def _split_folder(file: Path, content: dict[str, Any], split: str) -> Path:
         known = " or ".join(f"{file}#{key}" for key in named) or "none: it names no train, val or test"
         raise InputError(f"which split of {file}? Give {known}")
     value = named[split]
-    if not isinstance(value, str) or Path(value).suffix == ".txt":
+    if not isinstance(value, str):
         raise InputError(
-            f"{file}: {split} is {quote(value)}; only folders are read; give the folder of labels"
+            f"{file}: {split} is {quote(value)}; a folder or a list of images (.txt) is read; give the "
+            "folder of labels"
         )
-    root = Path(str(content.get("path") or "."))
-    bases = [root] if root.is_absolute() else [file.parent / root, file.parent]
+    root = _root(file, content)
+    bases = [root] if Path(str(content.get("path") or ".")).is_absolute() else [root, file.parent]
+    if Path(value).suffix == LIST:
+        lists = [base / value for base in bases]
+        return next((one for one in lists if is_file(one)), lists[0])
     # Roboflow writes ../train/images for a folder beside the file.
     values = [value, value.removeprefix("../")]
     for folder in (base / one for base in bases for one in values):

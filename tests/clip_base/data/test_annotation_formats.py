@@ -265,6 +265,30 @@ def test_a_data_yaml_with_two_splits_asks_which(tmp_path: Path) -> None:
         read_instances(tmp_path / "data.yaml")
 
 
+@pytest.mark.parametrize("line", ["./images/val/{}", "images/val/{}", "{root}/images/val/{}"])
+def test_a_data_yaml_may_name_a_list_of_images(line: str, tmp_path: Path) -> None:
+    yolo_labels(tmp_path)
+    names = sorted(SCENES)[:2]
+    lines = [line.format(name, root=tmp_path) for name in names]
+    (tmp_path / "some.txt").write_text("\n".join(lines) + "\n\n")
+    (tmp_path / "data.yaml").write_text("train: some.txt\nval: some.txt\nnames: [cat, dog]\n")
+    assert content_of(tmp_path / "data.yaml") == {f"val/{name}": SCENES[name] for name in names}
+    (tmp_path / "some.txt").write_text("\n")
+    with pytest.raises(InputError, match=r"list of images .* is empty"):
+        read_instances(tmp_path / "data.yaml")
+    (tmp_path / "some.txt").unlink()
+    with pytest.raises(InputError, match=r"list of images .* does not exist"):
+        read_instances(tmp_path / "data.yaml")
+
+
+def test_a_list_of_images_of_several_folders_is_refused(tmp_path: Path) -> None:
+    yolo_labels(tmp_path)
+    (tmp_path / "some.txt").write_text("a/1.jpg\nb/2.jpg\n")
+    (tmp_path / "data.yaml").write_text("train: some.txt\nnames: [cat, dog]\n")
+    with pytest.raises(InputError, match=r"lists images of several folders, such as .*a and .*b;"):
+        read_instances(tmp_path / "data.yaml")
+
+
 def test_labels_without_names_are_refused(tmp_path: Path) -> None:
     labels = yolo_labels(tmp_path / "a" / "b" / "c" / "d")
     (tmp_path / "a" / "b" / "c" / "d" / "data.yaml").unlink()

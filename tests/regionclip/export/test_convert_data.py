@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,28 @@ def test_there_and_back_is_the_same(kind: str, data: dict[str, str], tmp_path: P
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours[2] == pytest.approx(theirs[2], abs=1e-3)
     assert {entry["file_name"] for entry in read_instances(out / READ[kind])["images"]} == set(SIZES)
+
+
+def test_what_is_written_for_yolo_is_read_by_its_data_yaml_too(data: dict[str, str], tmp_path: Path) -> None:
+    convert_data(ConvertDataConfig(**data, out=str(tmp_path / "out"), format="yolo"))
+    assert boxes_of(tmp_path / "out" / "data.yaml") == boxes_of(tmp_path / "out" / "labels")
+
+
+@pytest.mark.parametrize("kind", ["voc", "yolo"])
+def test_images_in_tars_are_copied_beside_the_labels(kind: str, data: dict[str, str], tmp_path: Path) -> None:
+    for number, name in enumerate(SIZES):
+        with tarfile.open(tmp_path / f"part-{number}.tar", "w") as tar:
+            tar.add(tmp_path / "images" / name, name)
+    options = {**data, "images": str(tmp_path / "part-{0..1}.tar"), "format": kind}
+    convert_data(ConvertDataConfig(**options, out=str(tmp_path / "out")))
+    beside = tmp_path / "out" / {"voc": "JPEGImages", "yolo": "images"}[kind]
+    assert not beside.is_symlink()
+    for name in SIZES:
+        assert (beside / name).read_bytes() == (tmp_path / "images" / name).read_bytes()
+    shutil.rmtree(tmp_path / "images")
+    assert {entry["file_name"] for entry in read_instances(tmp_path / "out" / READ[kind])["images"]} == set(
+        SIZES
+    )
 
 
 def test_a_table_has_a_row_per_box_and_one_for_an_empty_image(data: dict[str, str], tmp_path: Path) -> None:

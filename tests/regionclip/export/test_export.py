@@ -245,7 +245,9 @@ def test_what_a_killed_export_was_writing_is_gone_in_the_end(
 
 @pytest.mark.parametrize("kind", ["yolo", "voc", "fiftyone"])
 def test_no_link_leads_to_a_folder_that_only_a_manifest_names(kind: str, pairs: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"format={kind} links to the images: give images=FOLDER"):
+    with pytest.raises(
+        InputError, match=f"format={kind} has the images beside the labels: give images=FOLDER"
+    ):
         export(ExportConfig(str(pairs), str(tmp_path / "out"), format=kind))
     assert not (tmp_path / "out").exists()
 

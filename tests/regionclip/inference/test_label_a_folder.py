@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +65,26 @@ def test_every_format_holds_the_detections_above_the_threshold(
 def _corners(box: list[float]) -> tuple[float, ...]:
     x, y, width, height = box
     return x, y, x + width, y + height
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_tars_are_labeled_with_the_images_beside_the_labels(
+    count: int, photos: Path, options: list[str], tmp_path: Path, regionclip: Command
+) -> None:
+    files = sorted(photos.rglob("*.jpg"))
+    tars = [tmp_path / f"part-{number}.tar" for number in range(count)]
+    for number, tar in enumerate(tars):
+        with tarfile.open(tar, "w") as packed:
+            for file in files[number::count]:
+                packed.add(file, f"sub/{file.name}")
+    code, told = regionclip("detect", *tars, *options, "format=[yolo,voc]", "draw=false", "score_threshold=0")
+    assert code == 0, told
+    shutil.rmtree(photos)
+    for place, folder in (("yolo/data.yaml", "images"), ("voc/Annotations", "JPEGImages")):
+        beside = tmp_path / "found" / place.partition("/")[0] / folder
+        dataset = CocoDetection(tmp_path / "found" / place, beside)
+        assert len(dataset) == 4
+        assert all(record.path.is_file() and len(record.boxes) for record in dataset)
 
 
 def test_what_stands_in_the_way_is_said_before_the_first_image(

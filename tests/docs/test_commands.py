@@ -57,6 +57,7 @@ NOT_OURS = {
     r"^tools/install_detectron2\.sh ": "installs detectron2",
     r"^(python )?tools/train_net\.py ": "needs detectron2; tests/regionclip/detectron2 runs it",
     r"^python benchmarks/": "takes minutes to hours",
+    r"^git clone |^cd ": "fetches the repository; test_pages.py compares the address with pyproject.toml",
     r"^export ": "sets an environment variable",
     r"^source ": "activates the environment",
     r"^sbatch ": "needs a Slurm cluster; test_scaling.py parses the files",

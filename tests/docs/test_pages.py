@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ PAGES = [
 ]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^(```+).*?^\1$", re.M | re.S)
-WIDEST = 100  # columns of a line of code: the pages show as many without a scroll bar
+WIDEST = 100  # columns of a line of code: what docs/stylesheets/wide.css makes room for
 
 
 def anchors(text: str) -> set[str]:
@@ -52,6 +53,14 @@ def test_code_and_commands_are_wrapped(page: Path) -> None:
     blocks = FENCE.finditer(page.read_text(encoding="utf-8"))
     wide = [line for block in blocks for line in block[0].splitlines() if len(line) > WIDEST]
     assert wide == []
+
+
+def test_pages_clone_from_the_address_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    address = project.get("urls", {}).get("Repository", "ADDRESS")
+    for page in ("README.md", "docs/getting_started.md"):
+        cloned = re.findall(r"^git clone (\S+) ", (ROOT / page).read_text(encoding="utf-8"), re.M)
+        assert cloned == [address], page
 
 
 def listed(entry: object) -> list[str]:

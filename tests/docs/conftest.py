@@ -22,6 +22,7 @@ from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.storage.files import read_json, write_json, write_text
 from clip_base.synthetic.scenes import ScenesConfig, generate
 from clip_base.weights.fetching import download
+from clip_base.weights.native import save_clip
 from regionclip.checkpoints.load import save_detector
 from regionclip.data.categories import parse_names
 from regionclip.models.detector import Detector
@@ -71,6 +72,14 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         _quickstart(folder)
         _official(folder)
         yield folder
+
+
+@pytest.fixture(scope="session")
+def clip_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP with random weights."""
+    path = tmp_path_factory.mktemp("clip") / "model.safetensors"
+    save_clip(_clip(RESNET), path)
+    return path
 
 
 def _own_data(folder: Path) -> None:

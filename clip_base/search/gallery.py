@@ -44,9 +44,7 @@ class Thumbnail:
             decoded = decode_stored(self.image, least=SIDE)
         except InputError:
             return ""
-        if isinstance(self.image, Path):
-            decoded = turned_upright(decoded, self.image)
-        example = Image.fromarray(as_rgb(decoded))
+        example = Image.fromarray(as_rgb(turned_upright(decoded, self.image)))
         example.thumbnail((SIDE, SIDE))
         return data_uri(example)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from clip_base.runtime.errors import InputError
+from regionclip.serve.image_search import FULL, ImageSearch
 from regionclip.serve.session import DemoSession
 
 DETECT, OPENAPI = "/api/detect", "/api/openapi.json"
@@ -95,3 +96,16 @@ def add_to(app: Any, session: DemoSession, folder: Path, score: float) -> None:
         responses=refusals,
         openapi_extra={"requestBody": body},
     )
+
+
+def add_found_images(app: Any, search: ImageSearch) -> None:
+    """Adds the addresses at which found images are shown at their own size."""
+    from fastapi import HTTPException, Response
+
+    def full(link: str) -> Response:
+        try:
+            return Response(search.full(link), media_type="image/jpeg")
+        except (KeyError, InputError):
+            raise HTTPException(404, "this image is not among those found last; search again") from None
+
+    app.add_api_route(f"{FULL}/{{link}}", full, response_class=Response, include_in_schema=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,12 @@ def make_server(config: ServeConfig, folder: Path) -> Any:
     found = ImageSearch(config.index, models[0].predictor.device) if config.index else None
     shown = example_images(config.examples, folder)
     blocks = page.build(session, folder, shown, names, config.score_threshold, found)
-    add_routes = partial(api.add_to, session=session, folder=folder, score=config.score_threshold)
+
+    def add_routes(app: Any) -> None:
+        api.add_to(app, session, folder, config.score_threshold)
+        if found is not None:
+            api.add_found_images(app, found)
+
     return server.make(blocks, page.theme(), folder, config.host, config.max_upload_mb, add_routes)
 
 

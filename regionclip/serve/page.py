@@ -11,7 +11,7 @@ from typing import Any
 
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import write_json
-from regionclip.serve.image_search import MOST, ImageSearch
+from regionclip.serve.image_search import MOST, ImageSearch, as_html
 from regionclip.serve.server import KEPT
 from regionclip.serve.session import TYPED, Answer, DemoSession, Query
 
@@ -24,6 +24,11 @@ STYLE = """
 .gradio-container main, .gradio-container main :is(.column, .row) {min-width: 0; max-width: 100%}
 .message [role=alert] {border-left: 4px solid #dc2626; padding: .5em .8em; font-weight: 600}
 .result img {cursor: pointer; max-height: 75vh}
+.found {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(220px, 100%), 1fr)); gap: 14px}
+.found figure {margin: 0}
+.found a {display: flex; align-items: center; justify-content: center; height: 200px}
+.found img {max-width: 100%; max-height: 100%}
+.found figcaption {font-size: .85em; overflow-wrap: anywhere}
 @media (max-width: 640px) {.table .cell-wrap {padding-inline: 3px !important; font-size: 12px}}
 """
 
@@ -183,20 +188,20 @@ def _region_name(session: DemoSession, which: int, query: Query | None, box: int
 
 
 def _search_tab(search: ImageSearch) -> None:
-    """Makes the tab that finds images of an index."""
+    """Makes the tab that finds images of an index; a found image leads to itself at its own size."""
     import gradio as gr
 
     with gr.Row():
         words = gr.Textbox(label="Find", placeholder="a dog on a beach", scale=4, elem_id="find")
         count = gr.Slider(1, MOST, 24, step=1, label="Images", scale=1, elem_id="count")
     message = gr.HTML(elem_classes="message", visible=False)
-    gallery = gr.Gallery(columns=6, height="auto", object_fit="contain", show_label=False, elem_id="found")
+    gallery = gr.HTML(elem_id="found")
 
     def find(text: str, most: float) -> list[Any]:
         try:
-            return [gr.HTML("", visible=False), search(text, int(most))]
+            return [gr.HTML("", visible=False), as_html(search(text, int(most)))]
         except InputError as error:
-            return [gr.HTML(f'<div role="alert">{html.escape(str(error))}</div>', visible=True), []]
+            return [gr.HTML(f'<div role="alert">{html.escape(str(error))}</div>', visible=True), ""]
 
     words.submit(find, [words, count], [message, gallery], **PRIVATE)
     count.release(find, [words, count], [message, gallery], **PRIVATE)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import re
 import shutil
 import subprocess
@@ -21,6 +23,8 @@ from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.runtime.errors import InputError
 from clip_base.search.classify import class_names
+from clip_base.search.gallery import Thumbnail
+from clip_base.search.images import members_of
 from clip_base.search.index import Index
 from clip_base.weights.load import load
 from clip_base.weights.native import load_clip, save_clip
@@ -118,6 +122,18 @@ def test_images_in_a_tar_are_found_there(
     assert call("search", out, photos / "2.png", "top_k=1", f"out={page}", "precision=fp32") == 0
     assert found(capsys.readouterr().out) == ["2.png"]
     assert "data:image/jpeg;base64," in (page / "search.html").read_text()
+
+
+def test_a_thumbnail_of_an_image_in_a_tar_is_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.new("RGB", (200, 100), "red").save(tmp_path / "one.jpg", exif=exif)
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        tar.add(tmp_path / "one.jpg", "one.jpg")
+    member = next(members_of(tmp_path / "shard.tar")).place
+    source = Thumbnail("one", "", member).source
+    with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
+        assert image.size == (100, 200)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from PIL import Image
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'regionclip[serve]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
 
+from clip_base.jobs.cli import main  # noqa: E402
 from clip_base.jobs.config import resolve  # noqa: E402
 from clip_base.storage.files import read_json  # noqa: E402
 from regionclip.checkpoints.load import save_detector  # noqa: E402
@@ -48,9 +49,16 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(
-    detector_file: Path, make_detector: Callable[..., Detector], tmp_path_factory: pytest.TempPathFactory
+    detector_file: Path,
+    clip_file: Path,
+    world: Path,
+    make_detector: Callable[..., Detector],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
-    """The page over two detectors that differ, in a thread of this process."""
+    """The page over two detectors that differ and an index, in a thread of this process."""
+    index = tmp_path_factory.mktemp("index") / "my.index"
+    images = str(world / "images" / "val")
+    assert main(["index", images, f"weights={clip_file}", "precision=fp32", f"out={index}"]) == 0
     other, model = tmp_path_factory.mktemp("other") / "model.safetensors", make_detector()
     assert model.background is not None
     model.background.data.fill_(0.02)
@@ -62,6 +70,7 @@ def served(
         "max_upload_mb=0.5",
         "lists=[coco]",
         f"vocabulary={NAMES}",
+        f"index={index}",
         "score_threshold=0",
     ]
     config = resolve(ServeConfig, None, options)
@@ -107,6 +116,7 @@ def tab(opened: playwright.Page) -> playwright.Page:
         opened.locator("#examples button").first.click()
     look_for(opened, NAMES)
     playwright.expect(opened.locator("#table-0")).to_contain_text(re.compile("cup|star|sun"))
+    playwright.expect(summary(opened)).to_contain_text("384 × 384")  # of the example, and not of the last one
     return opened
 
 
@@ -246,6 +256,25 @@ def test_a_second_tab_keeps_its_own_names(
     wide = other.evaluate("document.documentElement.scrollWidth")
     other.close()
     assert wide <= 390  # on a phone nothing is cut off at the side
+
+
+def test_a_found_image_leads_to_itself_at_its_own_size(
+    served: Served, browser: playwright.Browser, world: Path
+) -> None:
+    other = browser.new_page()
+    other.set_default_timeout(PATIENCE)
+    other.goto(served.url)
+    other.get_by_role("tab", name="Find images").click()
+    other.locator("#find textarea, #find input").fill("a red cup")
+    other.locator("#find textarea, #find input").press("Enter")
+    thumbnail = other.locator("#found a").first
+    with other.expect_popup() as coming:
+        thumbnail.click()
+    coming.value.wait_for_load_state("load")
+    width = coming.value.locator("img").evaluate("image => image.naturalWidth")
+    with Image.open(min((world / "images" / "val").iterdir())) as image:
+        assert width == image.width
+    other.close()
 
 
 def test_everything_comes_from_this_machine(tab: playwright.Page, asked: list[str]) -> None:

@@ -192,7 +192,8 @@ def _write(
             f"none of {curated.pairs:,} pairs contains any of {len(queries):,} queries; look at {out / FILE}"
         )
     for unit, kept in zip(units, curated.kept_by_unit, strict=True):
-        path = folder / f"{unit.name}{'.kept' if folder == pairs.work else ''}{pairs.open().ending}"
+        # Beside the lines of the first pass, whose names begin otherwise.
+        path = folder / f"{'kept-' if folder == pairs.work else ''}{unit.name}{pairs.open().ending}"
         if kept:
             parts.append(path)
             if not path.exists():

@@ -85,6 +85,11 @@ JOBS: dict[str, list[str]] = {
     "zeroshot": [*TRUTH, "weights=clip.safetensors", "templates=simple", "batch_size=4"],
     "retrieval": [*PAIRS, "weights=clip.safetensors", "batch_size=4"],
     "classify": ["world/images/train", "classes=cup, star", "weights=clip.safetensors", "batch_size=2"],
+    "curate": [
+        "source.name=coco",
+        *(f"source.{one}" for one in PAIRS),
+        *("corpus=captions", "min_count=1", "per_query=2"),
+    ],
     "region-concepts": ["captions=world/captions_train.json", "min_count=1"],
     "region-train-rpn": [
         *TRUTH,

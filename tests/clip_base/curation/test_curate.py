@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clip_base.curation import curate as jobs
+from clip_base.curation.lines import LineUnits
 from clip_base.data.sources import JsonLinesConfig, JsonLinesSource
 from clip_base.data.webdataset import WebdatasetConfig, WebdatasetSource
 from clip_base.jobs.cli import main
@@ -219,6 +220,30 @@ def test_a_stopped_run_resumes_behind_the_last_unit(
     monkeypatch.setattr(jobs, "match_records", lambda *given: again.append(1) or read(*given))
     assert job(*source, f"out={tmp_path / 'stopped'}")[0] == 0
     assert len(again) == 1
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kept", ["kept-lines-000000.jsonl", "kept-lines-000001.jsonl"])
+def test_a_run_that_was_stopped_while_it_wrote_resumes_there(
+    kept: str, job: Job, queries: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_base.curation.lines.PER_UNIT", 20)
+    rows = [{"image": f"{number}.jpg", "caption": text} for number, text in enumerate(TEXTS)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = ["source.name=jsonl", f"source.file={tmp_path / 'pairs.jsonl'}", *queries]
+    assert job(*source, f"out={tmp_path / 'whole'}")[0] == 0
+    write = LineUnits.write
+
+    def stop(self: LineUnits, unit: Any, chosen: Any, path: Path) -> None:
+        write(self, unit, chosen, path)
+        if path.name == kept:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(LineUnits, "write", stop)
+    assert job(*source, f"out={tmp_path / 'stopped'}")[0] == 130
+    assert (tmp_path / "stopped" / ".work" / kept).exists()
+    monkeypatch.setattr(LineUnits, "write", write)
+    assert job(*source, f"out={tmp_path / 'stopped'}")[0] == 0
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 

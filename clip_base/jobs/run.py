@@ -11,13 +11,15 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from clip_base.jobs import config as configs
+from clip_base.jobs import plugins
+from clip_base.jobs.schema import options_of
 from clip_base.runtime.errors import InputError, quote, shortened
 from clip_base.storage.files import is_file, read_json, read_log, read_text, write_json, write_text
 from clip_base.storage.hashing import content_hash
@@ -103,6 +105,10 @@ class RunFolder:
         free = configs.runtime_only(type(config))
         there = _flat(OmegaConf.to_container(read_yaml(here, "config of the run")))
         here_now = _flat(OmegaConf.to_container(OmegaConf.create(configs.to_yaml(config))))
+        # An option that came later does, at its default, what was done without it.
+        later = [key for key in here_now.keys() - there.keys() if key not in free]
+        known = _defaults(config) if later else {}
+        there |= {key: known[key] for key in later if key in known}
         differing = differences(there, here_now, free)
         if differing:
             raise InputError(f"{self.path} holds another run ({'; '.join(differing[:3])}); {REMEDY}")
@@ -156,6 +162,22 @@ class RunFolder:
             return
         with self.log_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """Returns the default of every option of a config, those of its plugins among them, by dotted key."""
+    found = {}
+    for key, default, group in _options(type(config)):
+        found[key] = default
+        name = getattr(config, key.removesuffix(".name"), {}).get("name", "") if group else ""
+        if name and name != "none":
+            schema = plugins.schema_of(plugins.load(group, name))
+            found |= {inner: value for inner, value, _ in _options(schema, key.removesuffix("name"))}
+    return found
+
+
+def _options(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    return ((one.key, one.default, one.group) for one in options_of(schema, prefix=prefix))
 
 
 def _writes() -> bool:

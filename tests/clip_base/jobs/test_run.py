@@ -40,6 +40,16 @@ def test_other_options_are_refused_by_name(tmp_path: Path) -> None:
     assert "size: 3" in (tmp_path / "config.yaml").read_text()
 
 
+def test_a_run_from_before_an_option_existed_resumes_with_its_default(tmp_path: Path) -> None:
+    RunFolder(str(tmp_path), Job(), "job").log({"step": 1})
+    config = tmp_path / "config.yaml"
+    config.write_text("".join(line for line in config.open() if "size" not in line and "lr" not in line))
+    with pytest.raises(InputError, match=r"size=3 there, 4 here"):
+        RunFolder(str(tmp_path), Job(size=4), "job")
+    RunFolder(str(tmp_path), Job(), "job")
+    assert "size: 3" in config.read_text()
+
+
 def test_free_options_may_change(tmp_path: Path) -> None:
     RunFolder(str(tmp_path), Job(), "job")
     RunFolder(str(tmp_path), replace(Job(), out="elsewhere", inner=Inner(workers=2)), "job")

@@ -17,7 +17,7 @@ from clip_base.images.decode import DEVIATION, MEAN
 from clip_base.jobs import plugins
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.everyday import everyday
-from clip_base.models.clip import CLIP, to_openai_names
+from clip_base.models.clip import CLIP, ImageTower, to_openai_names
 from clip_base.models.tokenizer import VOCAB_SIZE
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import replacing, write_json
@@ -77,6 +77,8 @@ def convert(config: ConvertConfig) -> None:
         raise InputError(f"out={out} is the input file; give another path")
     for note in report.notes:
         print(f"note: {note}")
+    if isinstance(model, ImageTower) and config.to != "native":
+        raise InputError(f"{path} has no text tower, and to={config.to} is a whole CLIP's format")
     if config.to == "native":
         told = content.metadata if content else read_notes(path) if is_safetensors(path) else {}
         written = write_native(model, out, told)

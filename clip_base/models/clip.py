@@ -17,9 +17,15 @@ from clip_base.models.resnet import ModifiedResNet
 from clip_base.models.text import BagOfWordsTower, TextTower, make_text_tower
 from clip_base.models.transformer import Transformer
 from clip_base.models.vit import VisionTransformer
+from clip_base.runtime.errors import InputError
 
 __all__ = ["CLIP", "CLIPConfig", "TextConfig", "VisionConfig", "from_openai_names", "to_openai_names"]
 
+NO_TEXT_TOWER = (
+    "these weights have no text tower to embed names: give text_weights=FILE, a CLIP with the same one "
+    "(OpenAI's, or the pretrained RegionCLIP that the detector started from), or embeddings=FILE, as "
+    "`regionclip embed` writes it with the model whose texts they were trained for"
+)
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 _TEXT_ROOTS = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
 # Numbers beside the weights in OpenAI's archives; the weights' shapes say the same.
@@ -132,6 +138,59 @@ def make_vision_tower(config: CLIPConfig) -> VisionTower:
     if config.vision.kind == "resnet":
         return ModifiedResNet(config.vision, config.embed_dim)
     return VisionTransformer(config.vision, config.embed_dim, config.activation)
+
+
+class ImageTower(CLIP):
+    """A CLIP whose file has no text tower: it embeds images, in the space of another model's texts."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        place = torch.get_default_device()
+        with torch.device("meta"):  # no time is spent on random numbers that the file replaces
+            super().__init__(config)
+        del self.text
+        if place.type != "meta":
+            self.to_empty(device=place)
+
+    @classmethod
+    def of(cls, clip: CLIP, config: CLIPConfig) -> ImageTower:
+        """Returns a CLIP's vision tower and logit scale without its text tower.
+
+        Args:
+            clip: its tower is taken, not copied.
+            config: the CLIP's, with the embedding size that the tower has now.
+        """
+        tower = cls(config)
+        tower.visual, tower.logit_scale = clip.visual, clip.logit_scale
+        return tower
+
+    def with_text_of(self, donor: CLIP) -> CLIP:
+        """Returns a whole CLIP of this vision tower and another's text tower.
+
+        Args:
+            donor: embeds texts in the space that this tower embeds images in.
+
+        Raises:
+            InputError: its embeddings have another size.
+        """
+        wanted, found = self.config.embed_dim, donor.config.embed_dim
+        if wanted != found:
+            raise InputError(
+                f"the text tower embeds names in {found} numbers, these weights images in {wanted}"
+            )
+        with torch.device("meta"):
+            whole = CLIP(CLIPConfig(wanted, self.config.vision, donor.config.text, donor.config.activation))
+        whole.visual, whole.text, whole.logit_scale = self.visual, donor.text, self.logit_scale
+        return whole.train(self.training)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Raises an InputError that says how to come by embeddings of names."""
+        raise InputError(NO_TEXT_TOWER)
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns a part; of the text tower there is none, which is an InputError."""
+        if name == "text":
+            raise InputError(NO_TEXT_TOWER)
+        return super().__getattr__(name)
 
 
 def set_checkpointing(module: nn.Module, enabled: bool = True) -> None:

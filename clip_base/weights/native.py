@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clip_base.jobs import config as configs
-from clip_base.models.clip import CLIP
+from clip_base.models.clip import CLIP, ImageTower
 from clip_base.models.configs import CLIPConfig
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError, quote, shortened
@@ -24,6 +24,7 @@ from clip_base.storage.kinds import kind_of
 from clip_base.storage.safetensors_files import sort_metadata
 
 FORMAT = "clip_base.clip/1"
+TEXT_TOWER = "text_tower"  # in the metadata: "none" of weights that have none
 _FEW = 10_000_000  # numbers that may be allocated whatever a file holds
 C = TypeVar("C")
 M = TypeVar("M", bound=torch.nn.Module)
@@ -38,7 +39,18 @@ def save_clip(model: CLIP, path: str | Path, notes: Mapping[str, str] | None = N
         notes: what else the file's metadata shall say of the weights, for packages that stand on this one.
     """
     sizes = json.dumps(dataclasses.asdict(model.config))
-    write_weights(path, model.state_dict(), {**(notes or {}), "format": FORMAT, "config": sizes})
+    own = {"format": FORMAT, "config": sizes} | towers_note(model)
+    write_weights(path, model.state_dict(), {**(notes or {}), **own})
+
+
+def towers_note(model: CLIP) -> dict[str, str]:
+    """Returns what a file's metadata says of a CLIP without a text tower; nothing of a whole one."""
+    return {TEXT_TOWER: "none"} if isinstance(model, ImageTower) else {}
+
+
+def maker(metadata: Mapping[str, str]) -> type[CLIP]:
+    """Returns what makes the CLIP of a file with this metadata, whole or without a text tower."""
+    return ImageTower if metadata.get(TEXT_TOWER) == "none" else CLIP
 
 
 def load_clip(path: str | Path) -> CLIP:
@@ -53,7 +65,7 @@ def load_clip(path: str | Path) -> CLIP:
             f"{path} holds {quote(metadata.get('format', 'unnamed weights'))}, expected {FORMAT!r}"
         )
     config = configs.check(CLIPConfig, sizes_in(metadata, "config", path), f"sizes in {path}")
-    model = sized(CLIP, config, weights, path)
+    model = sized(maker(metadata), config, weights, path)
     load_exactly(model, weights, path)
     return model.eval().to(memory_format=torch.channels_last)
 

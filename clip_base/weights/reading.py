@@ -20,6 +20,7 @@ from clip_base.weights import formats, infer_config, key_names, unpickle
 from clip_base.weights.native import (
     FORMAT,
     load_exactly,
+    maker,
     read_metadata,
     read_weights,
     require_sizes,
@@ -88,6 +89,7 @@ class _Found:
     config: CLIPConfig | None = None
     assumed: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    kind: type[CLIP] = CLIP
 
 
 def read_clip(path: str | Path, activation: str = "", precision: str = "fp32") -> tuple[CLIP, Report]:
@@ -162,9 +164,9 @@ def _build(config: CLIPConfig, found: _Found, dtype: torch.dtype) -> CLIP:
     ]
     if odd:
         raise InputError(f"{found.path}: {len(odd)} weights are not floating-point: {', '.join(odd[:4])}")
-    require_sizes(CLIP, config, found.state, found.path)
+    require_sizes(found.kind, config, found.state, found.path)
     with torch.device("meta"):  # no time is spent on random weights that the file replaces
-        model = CLIP(config)
+        model = found.kind(config)
     model = model.to(dtype).to_empty(device="cpu")
     # Statistics' counters came later to batch norms than some files; they are not used with a fixed momentum.
     own = model.state_dict()
@@ -209,7 +211,8 @@ def _find(path: Path) -> _Found:
     form = metadata.get("format", "")
     if form == FORMAT:
         config = configs.check(CLIPConfig, sizes_in(metadata, "config", path), f"sizes in {path}")
-        return _Found(path, "clip_base", weights, infer_config.Hints(source="its metadata"), config)
+        hints = infer_config.Hints(source="its metadata")
+        return _Found(path, "clip_base", weights, hints, config, kind=maker(metadata))
     if form == TEXT_PREDICTOR:
         raise InputError(
             f"{path} was pretrained by predicting captions and has no text tower: `zeroshot` and `classify` "

@@ -14,7 +14,7 @@ from clip_base.jobs.everyday import everyday
 from clip_base.runtime.errors import InputError
 from clip_base.weights.load import find, load_clip, local_copy
 from clip_base.weights.native import FORMAT as CLIP
-from clip_base.weights.native import read_weights, write_weights
+from clip_base.weights.native import TEXT_TOWER, read_weights, write_weights
 from clip_base.weights.reading import read_notes
 from regionclip.checkpoints.load import FORMAT as DETECTOR
 from regionclip.models.region_heads import KEY
@@ -148,7 +148,8 @@ def interpolate(config: InterpolateConfig) -> None:
     head = region_head_of(first, second)
     metadata = {**whole.metadata, **head}
     if config.part == "clip":
-        metadata = {"format": CLIP, "config": whole.clip, **head}
+        tower = {key: value for key, value in whole.metadata.items() if key == TEXT_TOWER}
+        metadata = {"format": CLIP, "config": whole.clip, **head, **tower}
     for alpha, file in zip(config.alpha, files, strict=True):
         tensors = between(first, second, alpha)
         if metadata["format"] == CLIP:

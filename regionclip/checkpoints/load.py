@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clip_base.jobs import config as configs
 from clip_base.models import zoo
-from clip_base.models.clip import CLIP
+from clip_base.models.clip import CLIP, ImageTower
 from clip_base.models.configs import CLIPConfig, TextConfig
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.announce import announced
@@ -23,7 +23,15 @@ from clip_base.runtime.errors import InputError, quote
 from clip_base.weights import infer_config
 from clip_base.weights.formats import Content, group_of
 from clip_base.weights.load import find, is_published, load_clip, local_copy
-from clip_base.weights.native import load_exactly, read_weights, sized, sizes_in, write_weights
+from clip_base.weights.native import (
+    load_exactly,
+    maker,
+    read_weights,
+    sized,
+    sizes_in,
+    towers_note,
+    write_weights,
+)
 from clip_base.weights.reading import read_foreign
 from regionclip.checkpoints import formats as parts
 from regionclip.concepts.negatives import embed_negatives
@@ -62,24 +70,6 @@ SETTINGS = {48: _COCO, 65: _COCO, 80: _COCO, 866: _LVIS, 1203: _LVIS}
 HEAD_NAMES = ("bbox_pred.weight", "bbox_pred.bias", "cls_bg_score.weight")
 _LISTS = ("coco", "coco65", "coco_base", "coco_novel")
 FORMAT = "regionclip.detector/1"
-
-
-class ImageTower(CLIP):
-    """A CLIP whose file brought no text tower: it embeds regions and no names."""
-
-    def __init__(self, config: CLIPConfig) -> None:
-        with torch.device("meta"):  # no time is spent on random numbers that the file replaces
-            super().__init__(config)
-        del self.text
-        self.to_empty(device="cpu")
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Raises an InputError that says how to come by a text tower."""
-        raise InputError(
-            "these weights have no text tower to embed names: give text_weights=FILE, a CLIP with the "
-            "same one (OpenAI's, or the pretrained RegionCLIP that the detector started from), or "
-            "embeddings=FILE"
-        )
 
 
 def check_published(content: Content, path: Path) -> None:
@@ -235,7 +225,9 @@ def look_for(
     vocabulary.require_width(detector.clip.config.embed_dim, source)
     wanted = detector.config.negatives
     beside = vocabulary.negatives  # of regions, which no word competes with
-    if beside is None and (wanted == "generic" or (wanted == "auto" and own_words and not detector.trained)):
+    has_words = not isinstance(detector.clip, ImageTower)  # else the names came without generic ones
+    automatic = wanted == "auto" and own_words and not detector.trained and has_words
+    if beside is None and (wanted == "generic" or automatic):
         tokenizer = Tokenizer(detector.clip.config.text.context_length)
         beside = embed_negatives(detector.clip, tokenizer, vocabulary, templates)
     detector.set_vocabulary(vocabulary, source, beside, one_name=own_words and not multi_label)
@@ -320,6 +312,7 @@ def save_detector(detector: Detector, path: str | Path, base: Sequence[str]) -> 
         "detector": json.dumps(dataclasses.asdict(detector.config)),
         "resize": json.dumps(dataclasses.asdict(detector.resize)),
         "base": json.dumps(list(base)),
+        **towers_note(detector.clip),
     }
     write_weights(path, detector.state_dict(), metadata)
 
@@ -343,7 +336,8 @@ def read_detector_file(
             f"{path} holds {quote(metadata.get('format', 'unnamed weights'))}, expected {FORMAT!r}"
         )
     where = f"sizes in {path}"
-    clip = sized(CLIP, configs.check(CLIPConfig, sizes_in(metadata, "clip", path), where), weights, path)
+    sizes = configs.check(CLIPConfig, sizes_in(metadata, "clip", path), where)
+    clip = sized(maker(metadata), sizes, weights, path)
     proposals = configs.check(ProposalNetworkConfig, sizes_in(metadata, "proposals", path), where)
     shared = clip.map_tower if proposals.share_trunk else None
     settings = config or configs.check(DetectorConfig, sizes_in(metadata, "detector", path), where)
@@ -401,8 +395,19 @@ def load_detector(
         published = None if is_ours else load_published_detector(weights, settings, text_weights, size)
         if published is not None:
             return published
-        if text_weights:
-            raise InputError(f"{weights} already has a text tower; omit text_weights={text_weights}")
         if is_ours and read_weights(weights)[1].get("format") == FORMAT:
-            return read_detector_file(weights, settings, size)[0]
-    return Detector(load_clip(weights), config or DetectorConfig(), resize=resize, region_head=head).eval()
+            detector = read_detector_file(weights, settings, size)[0]
+            if text_weights:
+                detector = detector.with_clip(_whole(detector.clip, weights, text_weights)).eval()
+            return detector
+        clip = load_clip(weights)
+        if text_weights:
+            clip = _whole(clip, weights, text_weights)
+    return Detector(clip, config or DetectorConfig(), resize=resize, region_head=head).eval()
+
+
+def _whole(clip: CLIP, weights: str, text_weights: str) -> CLIP:
+    """Returns a CLIP without a text tower with that of another file."""
+    if not isinstance(clip, ImageTower):
+        raise InputError(f"{weights} already has a text tower; omit text_weights={text_weights}")
+    return clip.with_text_of(load_clip(text_weights))

@@ -21,7 +21,6 @@ from clip_base.data.inputs import WEBDATASET, absolute, source_inputs, source_ro
 from clip_base.images.roots import ImageRoot
 from clip_base.jobs.run import RunFolder
 from clip_base.jobs.skipped import require_usable
-from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.progress import Progress
 from clip_base.runtime.workers import run
@@ -29,7 +28,7 @@ from clip_base.storage.files import absolute_path, existing, is_file, replacing,
 from clip_base.storage.remote import address_of
 from clip_base.storage.tars import names_tars
 from clip_base.weights.fetching import download, hub
-from clip_base.weights.load import find, load_clip
+from clip_base.weights.load import find
 from regionclip.concepts.pool import pool_language, read_concepts
 from regionclip.concepts.spacy_models import model_name
 from regionclip.concepts.vocabulary import Vocabulary, embed
@@ -41,6 +40,7 @@ from regionclip.data.pairs import (
     write_index,
 )
 from regionclip.mining.miner import MineConfig, Miner, teacher_head
+from regionclip.mining.scale import with_scale
 from regionclip.mining.shards import (
     MANIFEST,
     VERSION,
@@ -51,6 +51,8 @@ from regionclip.mining.shards import (
     shard_path,
 )
 from regionclip.models.region_heads import KEY
+from regionclip.models.teachers.base import load_teacher
+from regionclip.models.teachers.identity import is_own, source_of
 from regionclip.proposals.base import build_proposer
 
 
@@ -76,7 +78,9 @@ def mine(config: MineConfig) -> None:
     vocabulary = Vocabulary.load(path) if path.exists() else _embed(config)
     # Only now, so that a call that failed at once leaves nothing that a fixed one would have to equal.
     vocabulary.save(path)
-    units = pair_reader(config.source, index, config.shard_images).units()
+    reader = pair_reader(config.source, index, config.shard_images)
+    units = reader.units()
+    config, why = with_scale(config, reader, units)
     _mine_units(config, index, [unit for unit in units if unit.number % shares == first - 1])
     missing = sum(not shard_path(folder.path, unit.name).exists() for unit in units)
     if missing:
@@ -85,7 +89,7 @@ def mine(config: MineConfig) -> None:
             "other shares"
         )
         return
-    manifest = _finish(folder, config, given, vocabulary, units, head)
+    manifest = _finish(folder, config, given, vocabulary, units, {KEY: head, "teacher_scale_reason": why})
     print(
         f"{folder.path}: {manifest['regions']} regions of {manifest['images']} images, "
         f"{manifest['skipped']} skipped"
@@ -140,6 +144,8 @@ def _fetched(config: MineConfig) -> MineConfig:
         key: str(find(value)) if isinstance(value, str) and value in download.files() else value
         for key, value in config.proposer.items()
     }
+    if not is_own(config.backend):  # another package fetches its models itself
+        return replace(config, proposer=proposer)
     # Each machine fetches what is at an address for itself.
     is_address = address_of(config.weights) is not None and not hub.is_model(config.weights)
     weights = config.weights if is_address else str(find(config.weights))
@@ -148,9 +154,9 @@ def _fetched(config: MineConfig) -> MineConfig:
 
 def _anywhere(config: MineConfig) -> MineConfig:
     """Returns the config with absolute paths: processes on other machines begin in other folders."""
-    changes: dict[str, Any] = {
-        key: absolute_path(getattr(config, key)) for key in ("weights", "concepts", "out")
-    }
+    changes: dict[str, Any] = {key: absolute_path(getattr(config, key)) for key in ("concepts", "out")}
+    if is_own(config.backend) or Path(config.weights).exists():
+        changes["weights"] = absolute_path(config.weights)
     changes["source"] = absolute(config.source)
     for key in ("proposer", "matcher"):
         options = getattr(config, key).items()
@@ -171,11 +177,13 @@ def is_whole(folder: Path) -> bool:
 
 def _inputs(config: MineConfig) -> dict[str, Path | str]:
     """Returns what decides the result besides the options: all files, and the spaCy model."""
-    files = {"teacher": config.weights, "concepts": config.concepts}
+    own = is_own(config.backend)
+    teacher = existing(config.weights) if own else source_of(config.backend, config.weights)
+    files = {"concepts": config.concepts}
     files |= {f"proposer_{key}": value for key, value in config.proposer.items() if _is_file(value)}
     paths = {what: existing(file) for what, file in files.items()}
     language = model_name(config.language or pool_language(config.concepts))
-    return {**paths, **source_inputs(config.source), "language_model": language}
+    return {"teacher": teacher, **paths, **source_inputs(config.source), "language_model": language}
 
 
 def _embed(config: MineConfig) -> Vocabulary:
@@ -183,10 +191,10 @@ def _embed(config: MineConfig) -> Vocabulary:
     names = [concept.concept for concept in read_concepts(config.concepts)]
     if not names:
         raise InputError(f"concept pool {config.concepts} is empty; lower min_count of `regionclip concepts`")
-    teacher = load_clip(config.weights).to(config.pick_device())
+    teacher = load_teacher(config.backend, config.weights).to(config.pick_device())
     what = f"{len(names):,} concepts in {len(config.templates)} templates"
     print(f"embedding {what}", file=sys.stderr, flush=True)
-    return embed(teacher, Tokenizer(teacher.config.text.context_length), names, config.templates)
+    return embed(teacher, teacher.tokenize, names, config.templates)
 
 
 def _finish(
@@ -195,7 +203,7 @@ def _finish(
     given: MineConfig,
     vocabulary: Vocabulary,
     units: Sequence[Unit],
-    head: str,
+    teacher: dict[str, str],
 ) -> dict[str, Any]:
     """Writes what makes a folder of shards a finished one: skipped images, manifest, metrics."""
     paths = [shard_path(folder.path, unit.name) for unit in units]
@@ -220,7 +228,7 @@ def _finish(
         "regions": found.regions,
         "skipped": found.skipped,
         **folder.inputs,
-        KEY: head,
+        **{key: value for key, value in teacher.items() if value},
         "vocabulary": vocabulary.fingerprint,
         "proposer": config.proposer,
         "matcher": config.matcher,

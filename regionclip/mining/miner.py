@@ -20,11 +20,10 @@ from clip_base.jobs.compute import ComputeOptions
 from clip_base.jobs.config import REQUIRED, Plugin, build_plugin, option, plugin
 from clip_base.jobs.everyday import everyday
 from clip_base.jobs.skipped import max_skipped_option, require_share
-from clip_base.runtime.errors import InputError
+from clip_base.runtime.errors import InputError, quote
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.workers import EXECUTORS, Report
 from clip_base.storage.files import beside
-from clip_base.weights.load import load_clip
 from regionclip.concepts.phrase_cache import PHRASES, StoredPhrases
 from regionclip.concepts.phrases import Phrase, PhraseParser
 from regionclip.concepts.pool import Concept, pool_language, read_concepts
@@ -39,12 +38,15 @@ from regionclip.mining.matchers.base import GROUP as MATCHERS
 from regionclip.mining.matchers.base import Matcher, MatchInputs
 from regionclip.mining.shard_writer import ShardWriter
 from regionclip.mining.shards import VOCABULARY, MinedImage, MinedRegion, shard_path
-from regionclip.models.region_encoder import RegionEncoder
 from regionclip.models.region_heads import PerRegionHead, RegionHeadOptions, choose_head
+from regionclip.models.teachers.base import CLIP_BACKEND, RegionView, load_teacher
+from regionclip.models.teachers.base import GROUP as TEACHERS
+from regionclip.models.teachers.identity import require_same_teacher
 from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import build_proposer
 from regionclip.structures.transforms import ResizeConfig, ResizeTransform
 
+AUTO = "auto"
 CAPTIONED_AT_ONCE = 256  # images whose captions are parsed together, and whose encoded bytes wait in memory
 
 
@@ -61,16 +63,22 @@ CAPTIONED_AT_ONCE = 256  # images whose captions are parsed together, and whose 
 class MineConfig(PairOptions, RegionHeadOptions, ComputeOptions):
     """Options of mining."""
 
-    weights: str = option(REQUIRED, "the teacher: a CLIP")
+    weights: str = option(REQUIRED, "the teacher: a CLIP; of another backend, what that reads")
+    backend: Plugin = plugin(
+        TEACHERS,
+        CLIP_BACKEND,
+        "whose model the teacher is: clip (what this package reads), open_clip (SigLIP, EVA, ConvNeXt, …), "
+        "transformers",
+    )
     concepts: str = option(REQUIRED, "concept pool from `regionclip concepts`")
     out: str = option(REQUIRED, "folder for shards and manifest", runtime_only=True)
     proposer: Plugin = plugin(PROPOSERS, "rpn", "proposer of regions")
     matcher: Plugin = plugin(MATCHERS, "hybrid", "how regions are matched with concepts")
     teacher: str = option("crop", "how the teacher sees a region", choices=("crop", "roi_align", "dense"))
-    teacher_scale: float = option(
+    teacher_scale: int | float | str = option(
         1.0,
         "factor on the image size for the teacher (not for crops), which works best near its training "
-        "resolution",
+        "resolution; auto: chosen from that resolution and the sizes of images and proposals",
     )
     context: float = option(1.2, "teacher=crop: side of the square crop, in longer sides of the box")
     templates: list[str] = option(list(DEFAULT_TEMPLATES), "prompts, averaged; {} is the concept")
@@ -109,6 +117,8 @@ class MineConfig(PairOptions, RegionHeadOptions, ComputeOptions):
             raise InputError(f"shard_images must be at least 1, found {self.shard_images}")
         if self.workers < 0:
             raise InputError(f"workers must be at least 0, got {self.workers}")
+        if isinstance(self.teacher_scale, str) and self.teacher_scale != AUTO:
+            raise InputError(f"teacher_scale must be a number or {AUTO}, found {quote(self.teacher_scale)}")
         if self.region_head != "auto" and self.teacher != "roi_align":
             raise InputError(
                 f"region_head={self.region_head} is for teacher=roi_align, this is teacher={self.teacher}"
@@ -130,9 +140,14 @@ def teacher_head(config: MineConfig) -> str:
     Raises:
         InputError: the teacher's weights were trained with another one than the options say.
     """
-    if config.teacher != "roi_align":
+    if config.teacher != "roi_align" or config.backend["name"] != CLIP_BACKEND:
         return PerRegionHead.kind
     return choose_head(config.region_head, config.weights)
+
+
+def region_view(config: MineConfig) -> RegionView:
+    """Returns how the teacher sees regions; `teacher_scale` is a number by now."""
+    return RegionView(config.teacher, config.context, float(config.teacher_scale), teacher_head(config))
 
 
 @dataclass(frozen=True)
@@ -166,15 +181,10 @@ class Miner:
         self.pool = read_concepts(config.concepts)
         self.vocabulary = Vocabulary.load(Path(config.out) / VOCABULARY)
         self.concepts = self.vocabulary.embeddings.to(self.device)  # [C, D]
-        teacher = load_clip(config.weights).to(self.device)
-        self.temperature = config.temperature or float(torch.exp(-teacher.logit_scale.detach()))
-        self.encoder = RegionEncoder(
-            teacher.visual,
-            config.teacher,
-            config.context,
-            scale=config.teacher_scale,
-            region_head=teacher_head(config),
-        )
+        teacher = load_teacher(config.backend, config.weights).to(self.device)
+        require_same_teacher(teacher, config.backend, config.weights, self.vocabulary)
+        self.score = teacher.score.with_temperature(config.temperature)
+        self.encoder = teacher.region_embedder(region_view(config))
         self.proposer = build_proposer(config.proposer, self.device)
         self.matcher: Matcher = build_plugin(MATCHERS, config.matcher, names=self.vocabulary.names)
         self.rows = rows_of(self.pool)
@@ -288,7 +298,8 @@ class Miner:
         if not len(boxes):
             return [], "no proposals"
         own = torch.tensor(sorted(image.caption_concepts), dtype=torch.int64)
-        match = self.matcher(MatchInputs(similarity, objectness, own, self.temperature, boxes))
+        score = self.score
+        match = self.matcher(MatchInputs(similarity, objectness, own, score.temperature, boxes, score.bias))
         originals = frame.invert_boxes(boxes)
         regions = []
         for row, ids, probs in zip(

@@ -226,7 +226,9 @@ def _cut(text: str, letters: int) -> str:
 
 def _sources(manifest: Mapping[str, Any]) -> str:
     config = manifest["config"]
-    teacher = f"{Path(config['weights']).name} ({config['teacher']})"
+    backend = config.get("backend", {}).get("name", "clip")
+    weights = Path(config["weights"]).name if backend == "clip" else f"{backend} {config['weights']}"
+    teacher = f"{weights} ({config['teacher']})"
     parts = (_options(manifest[part]) for part in ("matcher", "proposer"))
     return "Matcher: {}; proposer: {}; teacher: {}.".format(*parts, teacher)
 

@@ -102,7 +102,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("images", "skipped", "regions"), _is_count),
     "max_concepts": lambda value: _is_count(value) and value <= _MOST_CONCEPTS,
     **dict.fromkeys(("images_folder", "teacher", KEY), _is_text),
-    **dict.fromkeys(("matcher", "proposer"), _is_part),
+    **dict.fromkeys(("matcher", "proposer", "config.backend"), _is_part),
     "samples": lambda value: isinstance(value, list) and all(map(_is_count, value)),
     "tars": lambda value: isinstance(value, dict) and all(map(_is_count, value.values())),
     "synonyms": lambda value: isinstance(value, dict) and all(map(_are_texts, value.values())),

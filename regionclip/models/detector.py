@@ -140,6 +140,14 @@ class Detector(nn.Module):
         """Returns a detector of the same parts with this proposal network."""
         return self._of_parts(network, self.student)
 
+    def with_clip(self, clip: CLIP) -> Detector:
+        """Returns a detector of the same parts with another CLIP.
+
+        Args:
+            clip: its vision tower is this detector's own, whose maps the box head and a network may read.
+        """
+        return self._of_parts(self.network, self.student, clip)
+
     def with_student(self, student: FrozenStudent) -> Detector:
         """Returns a detector of the same parts that combines its probabilities with a frozen CLIP's.
 
@@ -148,9 +156,11 @@ class Detector(nn.Module):
         """
         return self._of_parts(self.network, student)
 
-    def _of_parts(self, network: ProposalNetwork | None, student: FrozenStudent | None) -> Detector:
+    def _of_parts(
+        self, network: ProposalNetwork | None, student: FrozenStudent | None, clip: CLIP | None = None
+    ) -> Detector:
         head = (self.box_head, self.background, self.resize, self.class_embeddings, self.encoder.region_head)
-        return Detector(self.clip, self.config, network, *head, student)
+        return Detector(clip or self.clip, self.config, network, *head, student)
 
     @property
     def trained(self) -> bool:

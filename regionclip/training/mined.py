@@ -37,6 +37,7 @@ from regionclip.mining.shards import (
 )
 from regionclip.training.samples import Sample
 
+_LAYOUT = 2  # of the Arrow files' columns, so that a resumed run does not read those of another version
 _AT_ONCE = 16  # images in a block of an Arrow file, which is what reading one of them reads
 _OPEN = 64  # Arrow files that stay open
 _LOOKED_AT = 1000  # images that are looked for before training
@@ -51,6 +52,7 @@ _SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("captions", pa.list_(pa.string())),
         ("boxes", pa.list_(pa.float32())),  # [n · 4]
+        ("objectness", pa.list_(pa.float32())),  # [n]
         ("concept_counts", pa.list_(pa.int32())),  # [n], at most K each
         ("concept_ids", pa.list_(pa.int32())),  # of all n regions, one after the other
         ("concept_probs", pa.list_(pa.float32())),
@@ -137,12 +139,13 @@ class MinedSamples(Sequence[Sample]):
         if self._captions is not None:
             captions = self._captions.get(image.image_id, ())
         size = (image.height or 0, image.width or 0)
-        return Sample(self.places(image), boxes, None, ids, probs, captions, size)
+        objectness = _tensor(values["objectness"], np.float32)
+        return Sample(self.places(image), boxes, None, ids, probs, captions, size, objectness)
 
     def _arrow(self, shard: int) -> Path:
         """Returns the Arrow file of a shard, which is written when there is none."""
         source = shard_in(self.mined, self.shards[shard])
-        path = self.cache / f"{source.stem}.arrow"
+        path = self.cache / f"{source.stem}-{_LAYOUT}.arrow"
         if not path.exists():
             with replacing(path) as temporary, pa.ipc.new_file(str(temporary), _SCHEMA) as writer:
                 for batch in _blocks(source, self._rules):
@@ -209,11 +212,13 @@ def _block(images: Sequence[MinedImage], regions: _Rows, shard: Path) -> pa.Reco
     if not fits:
         raise InputError(f"shard {shard} and its table of images do not fit each other; mine again")
     ends = np.cumsum([0, *(image.regions for image in images)])
-    lists = {name: table[name].combine_chunks() for name in ("box", "concept_ids", "concept_probs")}
+    names = ("box", "objectness", "concept_ids", "concept_probs")
+    lists = {name: table[name].combine_chunks() for name in names}
     lengths = lists["concept_ids"].value_lengths().to_numpy()
     inner = np.concatenate([[0], np.cumsum(lengths)])[ends]
     columns = {
         "boxes": _lists(ends * 4, lists["box"].flatten()),
+        "objectness": _lists(ends, lists["objectness"].cast(pa.float32())),
         "concept_counts": _lists(ends, pa.array(lengths, pa.int32())),
         "concept_ids": _lists(inner, lists["concept_ids"].flatten()),
         "concept_probs": _lists(inner, lists["concept_probs"].flatten()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 from clip_base.images.folders import list_images
+from clip_base.jobs.config import Plugin
 from clip_base.jobs.run import RunFolder, files_of
 from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
@@ -22,11 +24,15 @@ from clip_base.weights.load import load_clip, weight_files
 from clip_base.weights.native import save_clip
 from regionclip.concepts.synonyms import synonym_sets
 from regionclip.concepts.vocabulary import Vocabulary
+from regionclip.mining.scale import TRAINED_AT
 from regionclip.mining.shards import MANIFEST, local_mined, read_manifest
 from regionclip.models.region_heads import KEY, choose_head
+from regionclip.models.teachers.identity import DEFAULT, source_of
 from regionclip.training.mined import MinedSamples
-from regionclip.training.region_text import RegionPretrainConfig, RegionTextTask, Teacher
+from regionclip.training.region_text import RegionPretrainConfig, RegionTextTask
 from regionclip.training.samples import GridPatchDataset, RegionDataset, Sample, fit_on
+from regionclip.training.teacher import Teacher
+from regionclip.training.text_space import in_one_space
 
 SAMPLES = ".samples"  # folder of what is written of the mined shards to read it in any order
 GROUP = 8  # compressed tars that are shuffled together
@@ -56,9 +62,11 @@ def scaled(train: TrainConfig, lr_reference_batch_size: int) -> TrainConfig:
 
 def pretrain(config: RegionPretrainConfig) -> None:
     """Pretrains a CLIP on mined regions or crops; writes `out/model.safetensors`."""
-    inputs = {**weight_files(config, "weights", "teacher"), **files_of(config, "captions", "synonyms")}
+    inputs = {**weight_files(config, "weights"), **files_of(config, "captions", "synonyms")}
     given, config = config, replace(config, mined=local_mined(config.mined))
     manifest = Path(config.mined) / MANIFEST
+    if config.teacher:
+        inputs["teacher"] = source_of(_backend(config), config.teacher)
     if config.mined and manifest.exists():  # else reading the shards says what is wrong
         inputs["mined"] = manifest
     run = RunFolder(config.out, given, "region-pretrain", inputs)
@@ -73,7 +81,8 @@ def pretrain(config: RegionPretrainConfig) -> None:
     train = scaled(config.train, config.lr_reference_batch_size)
     steps = fit_on(data, task, train, run, order=_order_of(config, data))
     notes = {KEY: task.encoder.region_head} if task.encoder.pools_maps else {}
-    save_clip(model, run.path / "model.safetensors", notes)
+    notes[TRAINED_AT] = str(config.resize.jitter.side or round(statistics.median(config.resize.short)))
+    save_clip(task.model, run.path / "model.safetensors", notes)
     regions = data.samples.regions if isinstance(data.samples, MinedSamples) else 0
     loss = last_loss(run.log_path)
     if distributed.is_first():
@@ -81,6 +90,14 @@ def pretrain(config: RegionPretrainConfig) -> None:
     run.finish({"steps": steps, "images": len(data), "regions": regions, "loss": loss})
     what = f"{regions} regions of {len(data)} images" if config.mined else f"patches of {len(data)} images"
     print(f"{run.path / 'model.safetensors'}: {steps} steps on {what}")
+
+
+def _backend(config: RegionPretrainConfig) -> Plugin:
+    """Returns the backend of the teacher that mined; this package's where reading the shards tells faults."""
+    if not (Path(config.mined) / MANIFEST).exists():
+        return DEFAULT
+    found: Plugin = read_manifest(config.mined, "config")["config"].get("backend", DEFAULT)
+    return found
 
 
 def _order_of(
@@ -104,9 +121,9 @@ def _on_shards(
         shutil.rmtree(cache, ignore_errors=True)
         raise
     manifest = read_manifest(config.mined, *Teacher.NEEDS if config.teacher else ())
-    vocabulary = Vocabulary.load(Path(config.mined) / "vocabulary.safetensors")
-    vocabulary.require_width(model.config.embed_dim, config.weights)
-    teacher = Teacher.from_manifest(config.teacher, manifest) if config.teacher else None
+    mined = Vocabulary.load(Path(config.mined) / "vocabulary.safetensors")
+    model, vocabulary = in_one_space(model, mined, config)
+    teacher = Teacher.from_manifest(config.teacher, manifest, mined) if config.teacher else None
     synonyms, head = synonym_sets(manifest, config.synonyms), choose_head(config.region_head, config.weights)
     task = RegionTextTask(model, vocabulary, config, teacher, synonyms, head)
     tokenizer = Tokenizer(model.config.text.context_length)

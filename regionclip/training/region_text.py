@@ -9,32 +9,28 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_base.data.batch import ImageBatch
 from clip_base.evaluation.prompts import fill
 from clip_base.jobs.config import REQUIRED, Plugin, build_plugin, option, plugin
 from clip_base.jobs.everyday import everyday
 from clip_base.models.bottleneck import freeze_batch_norm
-from clip_base.models.clip import CLIP
+from clip_base.models.clip import CLIP, ImageTower
 from clip_base.models.resnet import ModifiedResNet
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.models.vit import VisionTransformer
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError
-from clip_base.storage.hashing import content_hash
 from clip_base.training.loop import TrainConfig, TrainingOptions
 from clip_base.training.losses import row_entropy
 from clip_base.training.tasks import MAX_LOGIT_SCALE
-from clip_base.weights.load import load_clip
 from regionclip.concepts.synonyms import concept_groups
 from regionclip.concepts.vocabulary import Vocabulary
 from regionclip.models.region_encoder import RegionEncoder
-from regionclip.models.region_heads import KEY, PerRegionHead, RegionHeadOptions
+from regionclip.models.region_heads import PerRegionHead, RegionHeadOptions
 from regionclip.structures.regions import RegionBatch, Regions, whole_images
 from regionclip.structures.transforms import TrainingResizeConfig
 from regionclip.training.losses import (
@@ -42,10 +38,12 @@ from regionclip.training.losses import (
     CrossBatchMemory,
     RegionTextBatch,
     SigmoidRegionText,
+    SoftNames,
     cosine_distance,
     distillation,
     local_shard,
 )
+from regionclip.training.teacher import Teacher, frozen, seen_by
 
 
 @dataclass(kw_only=True)
@@ -110,6 +108,13 @@ class RegionPretrainConfig(RegionHeadOptions, FreezeOptions, TrainingOptions):
     )
     temperature: float = option(0.0, "divisor of the cosines; 0: the student's own, 1 / exp(logit scale)")
     learn_temperature: bool = option(False, "train the temperature like CLIP's, with a minimum of 0.01")
+    text_embeddings: str = option(
+        "auto",
+        "whose text tower embeds the concepts: teacher: as mined, for a student in its space, which "
+        "then has no text tower; student: its own; auto: as mined where that tower is the student's, else "
+        "its own",
+        choices=("auto", "student", "teacher"),
+    )
     train_text: bool = option(False, "also train the text tower; distillation needs it frozen")
     lr_reference_batch_size: int = option(
         0,
@@ -152,6 +157,9 @@ class RegionPretrainConfig(RegionHeadOptions, FreezeOptions, TrainingOptions):
             "memory holds negatives of the contrastive loss: give contrastive a weight or set memory=0": (
                 self.memory > 0 and self.contrastive <= 0
             ),
+            "text_embeddings=teacher leaves no text tower: set image_text=0 and train_text=false": (
+                self.text_embeddings == "teacher" and (self.image_text > 0 or self.train_text)
+            ),
             "teacher is for the distillation: give distillation a weight or leave teacher empty": (
                 bool(self.teacher) and self.distillation <= 0
             ),
@@ -181,51 +189,6 @@ def freeze(visual: ModifiedResNet | VisionTransformer, stages: int, batch_norm: 
         raise InputError(f"freeze_stages must be 0 to {len(visual.freezable)}, found {stages}")
     for name in (name for stage in visual.freezable[:stages] for name in stage):
         getattr(visual, name).requires_grad_(False)
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A frozen tower that names regions within the step.
-
-    Attributes:
-        encoder: embeds regions as mining did.
-        temperature: what cosines are divided by before the softmax over the pool.
-    """
-
-    encoder: RegionEncoder
-    temperature: float
-    NEEDS: ClassVar = (
-        "teacher",
-        *(f"config.{key}" for key in ("weights", "teacher", "context", "teacher_scale", "temperature")),
-    )
-
-    @classmethod
-    def from_manifest(cls, weights: str, manifest: dict[str, Any]) -> Teacher:
-        """Returns the teacher as a folder of shards was mined with it.
-
-        Raises:
-            InputError: the file is not the one that mined.
-        """
-        if content_hash(weights) != manifest["teacher"]:
-            raise InputError(
-                f"teacher={weights} is not the file used for mining, {manifest['config']['weights']} "
-                "unchanged; give that file, or leave teacher= empty"
-            )
-        clip, mined = load_clip(weights), manifest["config"]
-        encoder = RegionEncoder(
-            frozen(clip.visual),
-            mined["teacher"],
-            mined["context"],
-            scale=mined["teacher_scale"],
-            region_head=manifest.get(KEY, PerRegionHead.kind),
-        )
-        return cls(encoder, mined["temperature"] or float(torch.exp(-clip.logit_scale.detach())))
-
-
-def frozen(visual: ModifiedResNet | VisionTransformer) -> ModifiedResNet | VisionTransformer:
-    """Returns the tower in evaluation mode, its weights without gradients."""
-    visual.eval().requires_grad_(False)
-    return visual
 
 
 class RegionTextTask(nn.Module):
@@ -265,7 +228,8 @@ class RegionTextTask(nn.Module):
         self.encoder = RegionEncoder.of_maps(model.visual, otherwise="dense", region_head=region_head)
         self.encoder.check_padding(config.resize.multiple)
         freeze(model.visual, config.freeze_stages, config.freeze_batch_norm)
-        model.text.requires_grad_(config.train_text)
+        if not isinstance(model, ImageTower):
+            model.text.requires_grad_(config.train_text)
         if config.temperature and config.learn_temperature:
             nn.init.constant_(model.logit_scale, -math.log(config.temperature))
         model.logit_scale.requires_grad_(config.learn_temperature)
@@ -304,7 +268,7 @@ class RegionTextTask(nn.Module):
             assert batch.tokens is not None
             losses["image_text"] = config.image_text * self._image_text(image_embeddings, batch.tokens)
         if self.crops is not None:
-            targets = _seen_by(self.crops, images, regions)
+            targets = seen_by(self.crops, images, regions)
             losses["crops"] = config.crop_distillation * per_region * cosine_distance(embeddings, targets)
         return losses
 
@@ -315,10 +279,12 @@ class RegionTextTask(nn.Module):
     def _distillation(self, batch: RegionBatch, embeddings: Tensor) -> Tensor:
         ids, probs = batch.regions.concept_ids, batch.regions.concept_probs  # [n, K]
         if self.teacher is not None:
-            seen = _seen_by(self.teacher.encoder, batch.images, batch.regions)  # [n, D]
+            seen = seen_by(self.teacher.encoder, batch.images, batch.regions)  # [n, D]
         with torch.autocast(embeddings.device.type, enabled=False):
             if self.teacher is not None:
-                probs = (seen @ self.concepts.T / self.teacher.temperature).softmax(1)  # [n, C]
+                own = self.teacher.concepts
+                pool = self.concepts if own is None else own.to(seen.device)  # [C, D]
+                probs = self.teacher.score.probabilities(seen @ pool.T)  # [n, C]
                 ids = torch.arange(len(self.concepts), device=probs.device).expand_as(probs)
             assert ids is not None
             assert probs is not None
@@ -328,13 +294,26 @@ class RegionTextTask(nn.Module):
         assert batch.regions.concept_ids is not None
         assert self.region_text is not None
         ids = batch.regions.concept_ids[:, 0].contiguous()
-        named = RegionTextBatch.gathered(embeddings, ids, counts, self.memory, self.families)
+        soft = self._soft_names(batch.regions, counts)
+        named = RegionTextBatch.gathered(embeddings, ids, counts, self.memory, self.families, soft)
         texts = self._texts(named.present)
         with torch.autocast(embeddings.device.type, enabled=False):
             loss: Tensor = self.region_text(named, texts, self.scale())
         if self.training:
             self.memory.push(named.all_regions.detach(), named.all_concepts)
         return loss
+
+    def _soft_names(self, regions: Regions, counts: list[int]) -> SoftNames | None:
+        """Returns all that the teacher said of the regions, for a loss that reads it."""
+        if not getattr(self.region_text, "needs_names", False):
+            return None
+        ids, probs, weights = regions.concept_ids, regions.concept_probs, None
+        assert ids is not None
+        assert probs is not None
+        if getattr(self.region_text, "needs_weights", False):
+            assert regions.scores is not None
+            weights = probs[:, 0] * regions.scores  # how sure the phrase and its place are
+        return SoftNames.gathered(ids, probs, regions.image_index, weights, counts)
 
     def _texts(self, present: Tensor) -> Tensor:
         """Returns [P, D], unit length, of concepts that all processes hold alike."""
@@ -372,13 +351,6 @@ class RegionTextTask(nn.Module):
         """Keeps a learned temperature in its published range."""
         if self.config.learn_temperature:
             self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-
-
-def _seen_by(encoder: RegionEncoder, images: ImageBatch, regions: Regions) -> Tensor:
-    """Returns [n, D], what a frozen tower makes of regions."""
-    encoder.visual.to(images.pixels.device)
-    with torch.no_grad():
-        return encoder(images, regions)
 
 
 def prompts(vocabulary: Vocabulary, context: int) -> Tensor:

@@ -70,6 +70,7 @@ class Sample:
         concept_probs: [n, K], or None.
         captions: of which one is drawn; may be empty when no tokenizer is used.
         size: (height, width) that the boxes were drawn in, which the image must have; None: not known.
+        objectness: [n] in [0, 1], or None.
     """
 
     path: Path | Stored
@@ -79,6 +80,7 @@ class Sample:
     concept_probs: Tensor | None = None
     captions: tuple[str, ...] = ()
     size: tuple[int, int] | None = None
+    objectness: Tensor | None = None
 
     @classmethod
     def of_record(cls, record: ImageAnnotations) -> Sample:
@@ -222,6 +224,7 @@ def _regions(sample: Sample, frame: ResizeTransform, chosen: Tensor) -> Regions:
         labels=pick(sample.labels),
         concept_ids=pick(sample.concept_ids),
         concept_probs=pick(sample.concept_probs),
+        scores=pick(sample.objectness),
     )
 
 
@@ -233,4 +236,5 @@ def _moved(regions: Regions, slot: int) -> Regions:
         labels=regions.labels,
         concept_ids=regions.concept_ids,
         concept_probs=regions.concept_probs,
+        scores=regions.scores,
     )

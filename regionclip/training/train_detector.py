@@ -20,15 +20,16 @@ from clip_base.jobs import plugins
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder, files_of
-from clip_base.models.clip import CLIP
+from clip_base.models.clip import CLIP, ImageTower
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError
 from clip_base.training.loop import TrainConfig, TrainingOptions
 from clip_base.training.pretrain import last_loss
-from clip_base.weights.load import load_clip, weight_files
+from clip_base.weights.load import find, load_clip, weight_files
 from regionclip.checkpoints.load import save_detector
-from regionclip.concepts.vocabulary import embed
+from regionclip.concepts.vocabulary import Vocabulary, embed
+from regionclip.data.annotations import CocoDetection
 from regionclip.models.box_head import BOX_HEADS
 from regionclip.models.detector import DELTA_WEIGHTS, Detector
 from regionclip.models.postprocess import DetectorConfig
@@ -39,6 +40,7 @@ from regionclip.proposals.rpn.proposer import load_network
 from regionclip.structures.boxes import encode_deltas, iou
 from regionclip.structures.regions import FeatureMaps, RegionBatch, Regions
 from regionclip.structures.transforms import TrainingResizeConfig
+from regionclip.training.keep import KeepOptions, StartingEmbeddings, with_pseudo_labels
 from regionclip.training.region_text import FreezeOptions, freeze
 from regionclip.training.samples import BaseClassImages, RegionDataset, Sample, fit_on
 
@@ -53,7 +55,7 @@ from regionclip.training.samples import BaseClassImages, RegionDataset, Sample, 
     speed="train.precision train.workers",
 )
 @dataclass
-class TrainDetectorConfig(RegionHeadOptions, BaseClassImages, FreezeOptions, TrainingOptions):
+class TrainDetectorConfig(KeepOptions, RegionHeadOptions, BaseClassImages, FreezeOptions, TrainingOptions):
     """Options of the detector's training. The defaults are the published COCO recipe but for `box_head`."""
 
     weights: str = option(REQUIRED, "CLIP to start from, such as what `regionclip pretrain` wrote")
@@ -68,6 +70,11 @@ class TrainDetectorConfig(RegionHeadOptions, BaseClassImages, FreezeOptions, Tra
     detector: DetectorConfig = option(DetectorConfig(), "scores and suppression; kept in the weights file")
     resize: TrainingResizeConfig = option(TrainingResizeConfig(), "size of the training images")
     templates: list[str] = option(list(DEFAULT_TEMPLATES), "prompts, averaged; {} is the class name")
+    embeddings: str = option(
+        "",
+        "file of the names' embeddings, as `regionclip embed` writes it, for weights without a text tower; "
+        "empty: names are embedded",
+    )
     max_proposals: int = option(
         1000, "proposals per image from which regions are sampled", renamed_from="proposals"
     )
@@ -124,6 +131,7 @@ class TrainDetectorConfig(RegionHeadOptions, BaseClassImages, FreezeOptions, Tra
             )
         if self.smooth_l1_beta < 0:
             raise InputError(f"smooth_l1_beta must be at least 0, found {self.smooth_l1_beta}")
+        self.require_sensible(self.freeze_stages)
 
 
 class DetectorTask(nn.Module):
@@ -133,18 +141,28 @@ class DetectorTask(nn.Module):
         detector: trained in place, but for its text tower and a proposal network with a backbone of its own.
         classifier: [C, D] text embeddings of the base names, frozen.
         config: sampling and weights of the losses.
+        base: how many of the classifier's names are base classes, which come first; None: all. Boxes of the
+            others were mined: they move no box, and count as `pseudo_weight` says.
     """
 
     classifier: Tensor
 
-    def __init__(self, detector: Detector, classifier: Tensor, config: TrainDetectorConfig) -> None:
+    def __init__(
+        self, detector: Detector, classifier: Tensor, config: TrainDetectorConfig, base: int | None = None
+    ) -> None:
         super().__init__()
         self.detector, self.config = detector, config
+        self.base = len(classifier) if base is None else base
+        # Not part of this module: it is not trained, and no checkpoint holds it.
+        self.starting = (
+            StartingEmbeddings(detector, config.distilled_proposals) if config.proposal_distillation else None
+        )
         assert detector.background is not None
         if detector.network is not None:
             detector.network.requires_grad_(detector.shares_trunk)
         detector.background.requires_grad_(config.background_embedding == "learned")
-        detector.clip.text.requires_grad_(False)
+        if not isinstance(detector.clip, ImageTower):
+            detector.clip.text.requires_grad_(False)
         detector.clip.logit_scale.requires_grad_(False)
         freeze(detector.clip.visual, config.freeze_stages, config.freeze_batch_norm)
         self.register_buffer("classifier", classifier, persistent=False)
@@ -167,7 +185,11 @@ class DetectorTask(nn.Module):
             losses["objectness"] = config.objectness_weight * found["objectness"]
             losses["proposal"] = config.proposal_weight * found["box"]
         proposals = detector.propose(maps, config.max_proposals)
-        return losses | self.region_losses(maps, proposals, batch.regions)
+        losses |= self.region_losses(maps, proposals, batch.regions)
+        if self.starting is not None:
+            kept = self.starting.loss(detector, maps, proposals, batch.regions)
+            losses["proposal_distillation"] = config.proposal_distillation * kept
+        return losses
 
     def region_losses(self, maps: FeatureMaps, proposals: Regions, truth: Regions) -> dict[str, Tensor]:
         """Returns the weighted losses `classification` and `box` of regions sampled from proposals.
@@ -185,15 +207,17 @@ class DetectorTask(nn.Module):
         assert deltas is not None
         with torch.autocast(embeddings.device.type, enabled=False):
             logits = detector.logits(embeddings, self.classifier, True)
-            classification = classification_loss(logits, labels, config)
-            objects = labels < len(self.classifier)
+            classification = classification_loss(logits, labels, config, self.base)
+            objects = labels < self.base
             wanted = encode_deltas(regions.boxes[objects], targets[objects], DELTA_WEIGHTS)
             box = F.smooth_l1_loss(deltas[objects], wanted, reduction="sum", beta=config.smooth_l1_beta)
             box = box / _mean_over_processes(float(len(labels)), labels.device).clamp(min=1)
         return {"classification": classification, "box": config.box_weight * box}
 
 
-def classification_loss(logits: Tensor, labels: Tensor, config: TrainDetectorConfig) -> Tensor:
+def classification_loss(
+    logits: Tensor, labels: Tensor, config: TrainDetectorConfig, base: int | None = None
+) -> Tensor:
     """Cross entropy with focal scaling and a weight for the background (arXiv 2112.09106, section 4).
 
     As in the released code, the weights count in the mean's denominator when there is no focal scaling. Over
@@ -202,10 +226,14 @@ def classification_loss(logits: Tensor, labels: Tensor, config: TrainDetectorCon
     Args:
         logits: [N, C + 1]; the last column is the background's.
         labels: [N] int64.
-        config: the weight and the exponent.
+        config: the weights and the exponent.
+        base: how many names are base classes; None: all. The others' boxes were mined.
     """
     losses = F.cross_entropy(logits, labels, reduction="none")
-    weights = torch.where(labels == logits.shape[1] - 1, config.background_weight, 1.0)
+    names = logits.shape[1] - 1
+    weights = torch.where(labels == names, config.background_weight, 1.0)
+    if base is not None and base < names:
+        weights = torch.where((labels >= base) & (labels < names), config.pseudo_weight, weights)
     if not config.focal_gamma:
         total = distributed.mean(weights.sum())
         return (weights * losses).sum() / total.clamp(min=torch.finfo(weights.dtype).tiny)
@@ -248,12 +276,16 @@ def sample_regions(
     else:
         positive = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
         labels, targets = torch.full_like(index, background), boxes
+    gated = torch.zeros_like(positive)
+    if config.background_gate and proposals.scores is not None:
+        gated[: len(proposals)] = proposals.scores >= config.background_gate
     chosen = []
     order = distributed.permutation([len(proposals), len(truth)], boxes.device)
     for image in torch.unique(index).tolist():
         mine = order[index[order] == image]
         objects = mine[positive[mine]][: round(config.rois_per_image * config.positive_fraction)]
-        chosen += [objects, mine[~positive[mine]][: config.rois_per_image - len(objects)]]
+        empty = mine[~(positive | gated)[mine]]
+        chosen += [objects, empty[: config.rois_per_image - len(objects)]]
     picked = torch.cat(chosen) if chosen else order
     return Regions(boxes[picked], index[picked], labels=labels[picked]), targets[picked]
 
@@ -288,15 +320,35 @@ def proposal_network(config: TrainDetectorConfig, clip: CLIP) -> ProposalNetwork
     return ProposalNetwork(sizes, visual).eval()
 
 
+def embeddings_of(config: TrainDetectorConfig, clip: CLIP, names: Sequence[str]) -> Tensor:
+    """Returns [C, D], unit length: names as the options' file or the CLIP's own text tower embeds them.
+
+    Raises:
+        InputError: a name is not in the file, or its embeddings have another size than the CLIP's.
+    """
+    if not config.embeddings:
+        return embed(clip, Tokenizer(clip.config.text.context_length), names, config.templates).embeddings
+    vocabulary = Vocabulary.load(find(config.embeddings), names)
+    vocabulary.require_width(clip.config.embed_dim, config.embeddings)
+    return vocabulary.embeddings
+
+
 def train_detector(config: TrainDetectorConfig) -> None:
     """Trains an open-vocabulary detector on base classes; writes `out/model.safetensors`."""
     inputs = {**weight_files(config, "weights"), **annotation_inputs(config, "annotations")}
-    inputs |= files_of(config, "split", "rpn")
+    inputs |= files_of(config, "split", "rpn", "embeddings")
+    if config.pseudo_labels:
+        inputs |= annotation_inputs(config, "pseudo_labels")
     run = RunFolder(config.out, config, "region-train-detector", inputs)
     if run.finished() is not None:
         print(f"{run.path} is complete: {run.path / 'model.safetensors'}")
         return
     dataset, split = config.read()
+    records, names = list(dataset), list(split.base)
+    if config.pseudo_labels:
+        mined = CocoDetection(config.pseudo_labels, config.images)
+        records, further = with_pseudo_labels(records, mined, split.base)
+        names += further
     clip = load_clip(config.weights)
     torch.manual_seed(config.train.seed)
     network = proposal_network(config, clip)
@@ -304,10 +356,8 @@ def train_detector(config: TrainDetectorConfig) -> None:
     detector = Detector.untrained(
         clip, config.detector, network, config.box_head, config.resize, region_head=head
     )
-    tokenizer = Tokenizer(clip.config.text.context_length)
-    classifier = embed(clip, tokenizer, split.base, config.templates).embeddings
-    task = DetectorTask(detector, classifier, config)
-    data = RegionDataset([Sample.of_record(record) for record in dataset], config.resize, cache=config.cache)
+    task = DetectorTask(detector, embeddings_of(config, clip, names), config, len(split.base))
+    data = RegionDataset([Sample.of_record(record) for record in records], config.resize, cache=config.cache)
     weights = None
     if config.repeat_threshold:
         weights = repeat_factors([record.labels for record in dataset], config.repeat_threshold)

@@ -48,6 +48,8 @@ PARSED = {
     r"^regionclip detect (0|rtsp:)": "needs a camera; test_tracks_and_streams.py has one",
     r"^torchrun ": "several processes; tests/regionclip/test_region_distributed.py runs them",
     r"weights=output/": "reads what tools/train_net.py writes",
+    r"backend\.name=open_clip": "downloads a model; tests/regionclip/models/test_teachers.py has small ones",
+    r"mined=runs/mined_siglip": "reads what that model mines",
     r"proposer\.name=detectron2": "needs a model of detectron2's; tests/regionclip/detectron2 has one",
 }
 NOT_OURS = {

@@ -37,7 +37,7 @@ from regionclip.mining.shards import read_manifest, read_regions
 from regionclip.proposals.base import ImageInfo
 from regionclip.proposals.precomputed import PrecomputedConfig, PrecomputedProposer
 from regionclip.training.mined import MinedSamples
-from regionclip.training.region_text import Teacher
+from regionclip.training.teacher import Teacher
 
 Read = Callable[[Path], object]
 _CACHES = itertools.count()

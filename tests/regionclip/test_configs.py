@@ -141,6 +141,7 @@ WRONG_TYPES = {
     "concepts": "min_count=few",
     "quickstart": "seed=lucky",
     "interpolate": "alpha=[half]",
+    "embed": "backend=clip",
     "serve": "port=high",
 }
 
@@ -227,6 +228,8 @@ PATHS = [
     ("train-detector", "images"),
     ("train-detector", "weights"),
     ("train-detector", "rpn"),
+    ("train-detector", "embeddings"),
+    ("train-detector", "pseudo_labels"),
     ("propose", "annotations"),
     ("propose", "images"),
     ("propose", "proposer.weights"),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clip_base.jobs.config import option
 from clip_base.runtime.errors import InputError
+from regionclip.models.teachers.base import probabilities_of
 
 GROUP = "regionclip.matchers"
 
@@ -25,6 +26,7 @@ class MatchInputs:
         caption_concepts: [P] int64, the vocabulary's rows that the image's captions name, each once.
         temperature: what the cosines are divided by before a softmax.
         boxes: [n, 4] (x1, y1, x2, y2) in pixels.
+        bias: of a teacher that decides about each name by itself, see `probabilities`; None: a softmax.
     """
 
     similarity: Tensor
@@ -32,6 +34,15 @@ class MatchInputs:
     caption_concepts: Tensor
     temperature: float
     boxes: Tensor
+    bias: float | None = None
+
+    def probabilities(self) -> Tensor:
+        """Returns [N, C] probabilities of N regions, as the teacher was trained to give them.
+
+        Rows sum to 1, of a teacher with a bias to at most 1: the rest is what matches no concept. Among
+        concepts that compete the bias, which is the same for all, has no say.
+        """
+        return probabilities_of(self.similarity, self.temperature, self.bias)
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,14 @@ class PoolConfig(MatcherOptions):
 
 
 class PoolMatcher:
-    """Softmax of cosine / temperature over all concepts; captions are not looked at."""
+    """The teacher's probabilities of all concepts, CLIP's by a softmax; captions are not looked at."""
 
     def __init__(self, config: PoolConfig, names: Sequence[str]) -> None:
         self.config = config
 
     def __call__(self, inputs: MatchInputs) -> Matches:
         """Returns the regions whose best concept is probable enough."""
-        probabilities = (inputs.similarity.float() / inputs.temperature).softmax(1)  # [n, C]
+        probabilities = inputs.probabilities()  # [n, C]
         object_like = inputs.objectness >= self.config.min_objectness
         sure = object_like & (probabilities.amax(1) >= self.config.min_probability)
         if self.config.keep_all_if_none and not bool(sure.any()):

@@ -235,7 +235,7 @@ def test_samples_hold_what_the_shards_say(mined: Path, tmp_path: Path) -> None:
     assert all(sample.captions for sample in samples)
 
 
-def test_a_student_of_another_width_is_refused(
+def test_a_new_projection_that_would_stay_as_it_begins_is_refused(
     mined: Path, make_clip: MakeClip, tmp_path: Path, regionclip: Command
 ) -> None:
     save_clip(make_clip(embed_dim=48), tmp_path / "wide.safetensors")
@@ -245,9 +245,12 @@ def test_a_student_of_another_width_is_refused(
         f"weights={tmp_path / 'wide.safetensors'}",
         f"out={tmp_path / 'out'}",
         *OPTIONS,
+        "text_embeddings=teacher",
+        "image_text=0",
+        "freeze_stages=5",
     )
     assert code == 2
-    assert "embeddings of width 32, the model 48" in told
+    assert "embeddings have 32 numbers, the student's 48" in told
 
 
 def test_the_result_loads_as_a_clip(trained: Path) -> None:

@@ -26,8 +26,9 @@ from regionclip.models.region_encoder import RegionEncoder
 from regionclip.structures.regions import RegionBatch, Regions
 from regionclip.structures.transforms import TrainingResizeConfig
 from regionclip.training.mined import MinedSamples
-from regionclip.training.region_text import RegionPretrainConfig, RegionTextTask, Teacher, freeze
+from regionclip.training.region_text import RegionPretrainConfig, RegionTextTask, freeze
 from regionclip.training.samples import RegionDataset
+from regionclip.training.teacher import Teacher
 
 MakeClip = Callable[..., CLIP]
 

@@ -1,0 +1,1 @@
+"""Teachers: frozen image-text models that name regions, of this package or of others."""

@@ -1,0 +1,162 @@
+"""What a detector's training keeps of names without boxes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clip_base.data.batch import ImageBatch
+from clip_base.jobs.cli import main_regionclip
+from clip_base.runtime.errors import InputError
+from clip_base.storage.files import read_json, write_json
+from regionclip.checkpoints.load import read_detector_file
+from regionclip.data.annotations import CocoDetection
+from regionclip.models.detector import Detector
+from regionclip.structures.regions import RegionBatch, Regions
+from regionclip.training.keep import StartingEmbeddings, with_pseudo_labels
+from regionclip.training.train_detector import (
+    DetectorTask,
+    TrainDetectorConfig,
+    classification_loss,
+    sample_regions,
+)
+
+Command = Callable[..., tuple[int, str]]
+
+
+def config(**options: object) -> TrainDetectorConfig:
+    return TrainDetectorConfig(annotations="a", images="i", weights="w", rpn="r", out="o", **options)  # type: ignore[arg-type]
+
+
+def truth() -> Regions:
+    return Regions(torch.tensor([[0.0, 0, 30, 30]]), torch.tensor([0]), labels=torch.tensor([1]))
+
+
+def test_proposals_that_look_like_objects_are_no_background() -> None:
+    boxes = torch.tensor([[0.0, 0, 30, 31], [40, 40, 60, 60], [35, 0, 60, 20]])
+    proposals = Regions(boxes, torch.zeros(3, dtype=torch.int64), scores=torch.tensor([0.9, 0.7, 0.2]))
+    for gate, expected in ((0.0, [1, 1, 9, 9]), (0.5, [1, 1, 9]), (0.2, [1, 1])):
+        found, _ = sample_regions(proposals, truth(), 9, config(background_gate=gate, positive_fraction=1.0))
+        assert found.labels is not None
+        assert sorted(found.labels.tolist()) == expected
+    assert [0.0, 0, 30, 31] in found.boxes.tolist()  # an object is one at any objectness
+
+
+def test_proposals_outside_base_boxes_keep_their_embeddings(make_detector: Callable[..., Detector]) -> None:
+    detector = make_detector()
+    detector.requires_grad_(False)
+    images = ImageBatch.whole(torch.randn(2, 3, 64, 64))
+    boxes = torch.tensor([[0.0, 0, 30, 31], [20, 20, 60, 60], [10, 30, 50, 60]])
+    proposals = Regions(boxes, torch.tensor([0, 0, 1]))
+    starting = StartingEmbeddings(detector, 5)
+    maps = detector.feature_maps(images)
+    assert float(starting.loss(detector, maps, proposals, truth())) == pytest.approx(0, abs=1e-5)
+    with torch.no_grad():
+        detector.clip.visual.attnpool.c_proj.weight.neg_()  # type: ignore[union-attr, operator]
+        detector.clip.visual.attnpool.c_proj.bias.neg_()  # type: ignore[union-attr, operator]
+    maps = detector.feature_maps(images)
+    assert float(starting.loss(detector, maps, proposals, truth())) == pytest.approx(2, abs=1e-5)
+    assert len(starting._sampled(proposals, truth())) == 2  # the first lies on a base box
+    assert len(StartingEmbeddings(detector, 1)._sampled(proposals, truth())) == 2  # one of each image
+
+
+def test_the_distance_is_a_loss_that_moves_the_tower_back(make_detector: Callable[..., Detector]) -> None:
+    torch.manual_seed(0)
+    detector = make_detector()
+    names = F.normalize(torch.randn(3, 32), dim=1)
+    task = DetectorTask(detector, names, config(proposal_distillation=2.0, freeze_stages=0)).train()
+    assert not any(name.startswith("starting") for name, _ in task.named_parameters())
+    batch = RegionBatch(ImageBatch.whole(torch.randn(1, 3, 64, 64)), truth())
+    losses = task(batch)
+    assert set(losses) == {"classification", "box", "proposal_distillation"}
+    assert float(losses["proposal_distillation"].detach()) == pytest.approx(0, abs=1e-4)
+    with torch.no_grad():
+        detector.clip.visual.attnpool.c_proj.weight.mul_(torch.randn(32, 1))  # type: ignore[union-attr, operator]
+    moved = task(batch)["proposal_distillation"]
+    assert float(moved.detach()) > 0.05
+    moved.backward()
+    assert detector.clip.visual.conv1.weight.grad is not None
+
+
+def test_mined_boxes_count_as_they_are_weighted_and_move_no_box(
+    make_detector: Callable[..., Detector],
+) -> None:
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 3, 4])  # a base name, a mined one, background
+    alone = [
+        float(classification_loss(logits[row : row + 1], labels[row : row + 1], config())) for row in range(3)
+    ]
+    found = float(classification_loss(logits, labels, config(pseudo_weight=0.25), base=2))
+    assert found == pytest.approx((alone[0] + 0.25 * alone[1] + alone[2]) / 3, rel=1e-5)
+    boxes = []
+    for base in (2, 1):  # the box of name 1 is a base box, then a mined one
+        torch.manual_seed(0)
+        task = DetectorTask(make_detector(), F.normalize(torch.randn(2, 32), dim=1), config(), base)
+        batch = RegionBatch(ImageBatch.whole(torch.randn(1, 3, 64, 64)), truth())
+        boxes.append(float(task(batch)["box"].detach()))
+    assert boxes[0] > 0
+    assert boxes[1] == 0
+
+
+def test_mined_boxes_on_base_boxes_are_left_out(world: Path, tmp_path: Path) -> None:
+    split = read_json(world / "split.json")
+    everything = CocoDetection(world / "instances_train.json", world / "images")
+    records = list(everything.restrict(split["base"], keep_empty=True))
+    merged, names = with_pseudo_labels(records, everything, split["base"])
+    assert set(names) == set(everything.categories) - set(split["base"])
+    added = sum(len(after.boxes) - len(before.boxes) for before, after in zip(records, merged, strict=True))
+    novel = sum(len(record.boxes) for record in everything.restrict(names, keep_empty=False))
+    assert 0 < added <= novel
+    for before, after in zip(records, merged, strict=True):
+        assert torch.equal(after.boxes[: len(before.boxes)], before.boxes)
+        assert (after.labels[len(before.boxes) :] >= len(split["base"])).all()
+    shifted = [replace(record, boxes=record.boxes + 1) for record in everything]  # of the same objects
+    everything._records = [
+        replace(record, labels=torch.full_like(record.labels, everything.categories.index(names[0])))
+        for record in shifted
+    ]
+    whole = list(CocoDetection(world / "instances_train.json", world / "images"))
+    with pytest.raises(InputError, match="none of their boxes"):
+        with_pseudo_labels(whole, everything, split["base"])
+    with pytest.raises(InputError, match="none of their boxes"):
+        with_pseudo_labels(records, everything.restrict(split["base"]), split["base"])
+
+
+def test_a_detector_learns_of_mined_boxes_and_its_file_names_base_classes_alone(
+    world: Path, clip_file: Path, rpn_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content: dict[str, Any] = read_json(world / "instances_train.json")
+    pseudo = tmp_path / "pseudo.json"
+    write_json(pseudo, content)
+    options = [f"annotations={world / 'instances_train.json'}", f"images={world / 'images'}"]
+    options += [f"split={world / 'split.json'}", f"weights={clip_file}", f"rpn={rpn_file}", "train.steps=1"]
+    options += ["resize.short=[64]", "resize.long=64", "train.batch_size=2", "train.warmup_steps=0"]
+    options += ["max_proposals=8", "rois_per_image=8", "proposal_distillation=1", "background_gate=0.9"]
+    out = tmp_path / "out"
+    assert main_regionclip(["train-detector", *options, f"pseudo_labels={pseudo}", f"out={out}"]) == 0
+    assert "mined boxes of" in capfd.readouterr().out
+    base = read_json(world / "split.json")["base"]
+    assert read_detector_file(out / "model.safetensors")[1] == tuple(base)
+    assert "pseudo_labels" in json.loads((out / ".inputs.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"background_gate": 1.5},
+        {"proposal_distillation": -1.0},
+        {"pseudo_weight": -0.1},
+        {"distilled_proposals": 0},
+        {"proposal_distillation": 1.0, "freeze_stages": 5},
+    ],
+)
+def test_numbers_without_a_meaning_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        config(**options)

@@ -12,10 +12,10 @@ from results_steps import (
     ALPHAS,
     BACKGROUND_WEIGHTS,
     CURVE,
-    STUDENTS,
     Step,
     all_steps,
 )
+from results_students import STUDENTS
 
 from clip_base.storage.tables import read_yaml
 from regionclip.quickstart.stages import shipped
@@ -59,6 +59,7 @@ def trained(key: str, title: str, main: bool = True, table: str = "detectors") -
 ROWS = (
     zero_shot("random", "random weights (chance)"),
     zero_shot("clip", "CLIP"),
+    zero_shot("clip-vit", "the ViT teacher (crops)", main=False),
     Row("clip-as-trained", "CLIP, images at its training size", "students", {"clip-as-trained-truth": TOP1}),
     *(zero_shot(f"student-{name}", one.title, main=one.main) for name, one in STUDENTS.items()),
     *(zero_shot(f"student-{alpha}", f"{alpha} of our best, the rest of CLIP", main=False) for alpha in CURVE),
@@ -74,6 +75,23 @@ ROWS = (
         "weights between detector and student, the factor chosen on held-out base classes",
         main=False,
     ),
+    trained(
+        "detector-published-scale",
+        "initialized from RegionCLIP, as published, `teacher_scale=auto`",
+        main=False,
+    ),
+    trained("detector-vit", "initialized from our best, a ViT as the teacher", main=False),
+    trained("detector-round-2", "initialized from our best, mined again by our best", main=False),
+    trained(
+        "detector-names",
+        "initialized from our best with soft labels, hard negatives, localization",
+        main=False,
+    ),
+    trained("detector-distilled", "our best, proposals outside base boxes distilled", main=False),
+    trained("detector-gated", "our best, object-like regions are no background", main=False),
+    trained("detector-pseudo", "our best, mined boxes of novel names as labels", main=False),
+    trained("detector-kept", "our best, these three together", main=False),
+    trained("detector-kept-ensemble", "the same, probabilities combined with its student's", main=False),
     trained("detector-supervised", "supervised on all classes (upper bound)"),
     *(
         trained(f"detector-background-{weight}", f"our best, background weight {weight}", main=False)
@@ -128,6 +146,18 @@ COMPARISONS = (
         for metric in AP50
     ),
     *(Comparison("detector-best", "student-best", metric) for metric in AP50),
+    *(Comparison("student-published-scale", "student-published", metric) for metric in (*TOP1, *AP50)),
+    *(
+        Comparison(f"student-{name}", "student-best", metric)
+        for name in ("vit", "round-2", "soft", "hard", "localized", "names")
+        for metric in (*TOP1, *AP50)
+    ),
+    *(
+        Comparison(f"detector-{name}", other, metric)
+        for other in ("detector-best", "student-best")
+        for name in ("vit", "round-2", "names", "distilled", "gated", "pseudo", "kept", "kept-ensemble")
+        for metric in AP50
+    ),
 )
 
 

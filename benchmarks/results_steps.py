@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results_students import MINED, STUDENTS, TEACHERS, Student
 
 from clip_base.models.clip import CLIP
 from clip_base.storage.files import read_json, write_json
@@ -20,6 +21,11 @@ ALPHAS = ("0.0", "0.25", "0.75")  # exponents of objectness beside 0.5, the reci
 BACKGROUND_WEIGHTS = ("0.05", "1.0")  # beside 0.2, the recipe's
 CURVE = ("0.25", "0.5", "0.75")  # as configs/region-interpolate/results.yaml has them
 PRETEND_SEED = 1000  # added to the seed for the images on which a factor is chosen
+VIT = (
+    *("tower.vision.kind=vit", "tower.vision.layers=[6]", "tower.vision.width=192", "tower.vision.patch=8"),
+    *("train.lr=1.0e-3", "train.steps=3000"),
+)
+"""A vision transformer as a teacher: options of CLIP's training, beside configs/pretrain/results.yaml."""
 SUPERVISED_STEPS = 500  # twice the others', so that the bound is less one of training time
 
 WORLDS: dict[str, tuple[str, ...]] = {
@@ -46,54 +52,6 @@ class Step:
     needs: tuple[str, ...]
     stage: Stage | None = None
     work: Callable[[Path, int], None] | None = None
-
-
-@dataclass(frozen=True)
-class Student:
-    """How one RegionCLIP is pretrained.
-
-    Attributes:
-        title: for the table.
-        mined: key in MINED.
-        options: `key=value` of `regionclip pretrain`.
-        main: whether its row is run for all seeds.
-    """
-
-    title: str
-    mined: str
-    options: tuple[str, ...] = ()
-    main: bool = False
-
-
-HALF, GATE = ("teacher=roi_align", "teacher_scale=0.5"), "matcher.min_objectness=0.5"
-MINED = {
-    "published": ("matcher.name=pool", "teacher=roi_align"),
-    "pool": ("matcher.name=pool", GATE, *HALF),
-    "hybrid": ("matcher.name=hybrid", GATE, *HALF),
-    "caption": ("matcher.name=caption", GATE, *HALF),
-    "exclusive": ("matcher.name=exclusive", *HALF),
-    "crop": ("matcher.name=exclusive", "teacher=crop", "context=2.2"),
-}
-"""Options of `regionclip mine` by the name of the set of pairs."""
-ONLY = {
-    name: tuple(f"{other}={float(other == name)}" for other in ("distillation", "contrastive", "image_text"))
-    for name in ("distillation", "contrastive", "image_text")
-}
-STUDENTS = {
-    "published": Student("RegionCLIP, as published", "published", main=True),
-    "best": Student("our best: matcher exclusive", "exclusive", main=True),
-    "shared": Student("our best, region_head=shared", "exclusive", ("region_head=shared",), main=True),
-    "dense": Student("our best, region_head=dense", "exclusive", ("region_head=dense",)),
-    "pool": Student("matcher pool", "pool"),
-    "hybrid": Student("matcher hybrid", "hybrid"),
-    "caption": Student("matcher caption", "caption"),
-    "crop": Student("our best, teacher `crop`", "crop"),
-    "distillation": Student("our best, distillation only", "exclusive", ONLY["distillation"]),
-    "contrastive": Student("our best, region-text contrastive loss only", "exclusive", ONLY["contrastive"]),
-    "image_text": Student("our best, image-text contrastive loss only", "exclusive", ONLY["image_text"]),
-    "crops": Student("our best, plus the crop loss", "exclusive", ("crop_distillation=1",)),
-    "temperature": Student("our best, learned temperature", "exclusive", ("learn_temperature=true",)),
-}
 
 
 class Steps:
@@ -149,6 +107,7 @@ class Steps:
         )
 
     def mining(self, name: str) -> None:
+        teacher = TEACHERS.get(name, "clip")
         concepts, file = (
             f"concepts={self.folder}/concepts/concepts.jsonl",
             f"{self.folder}/proposals/proposals.json",
@@ -156,12 +115,13 @@ class Steps:
         proposer = ("proposer.name=precomputed", f"proposer.file={file}")
         options = (
             *self.captions("train"),
-            f"weights={self.model('clip')}",
+            f"weights={self.model(teacher)}",
             concepts,
             *proposer,
             *MINED[name],
         )
-        self.add(f"mined-{name}", "region-mine", 1.5, ("proposals", "concepts"), *options)
+        needs = ("proposals", "concepts", *((teacher,) if name in TEACHERS else ()))
+        self.add(f"mined-{name}", "region-mine", 1.5, needs, *options)
 
     def student(self, name: str, student: Student) -> None:
         """Adds a region pretraining, and its pairs."""
@@ -186,9 +146,17 @@ class Steps:
         self.add(f"{name}-proposals", "region-evaluate", 0.5, ("rpn", *needs), *val, *own)
         self.add(f"{name}-retrieval", "retrieval", 0.2, needs, weights, *self.captions("val"))
 
-    def detector(self, name: str, start: str, *options: str, split: str = "world", rpn: str = "rpn") -> None:
+    def detector(
+        self,
+        name: str,
+        start: str,
+        *options: str,
+        split: str = "world",
+        rpn: str = "rpn",
+        needs: tuple[str, ...] = (),
+    ) -> None:
         """Adds the training of a detector on the base classes of a split, and its evaluation."""
-        self.training(name, start, (), *options, split=split, rpn=rpn)
+        self.training(name, start, needs, *options, split=split, rpn=rpn)
         self.evaluation(f"detector-{name}", self.model(f"detector-{name}"), f"detector-{name}")
 
     def training(
@@ -241,6 +209,7 @@ def all_steps(folder: Path, world: str, seed: int) -> dict[str, Step]:
     steps.evaluation("detector-ensemble", best, "detector-best", student)
     _add_curves(steps)
     _add_choice(steps, world, seed)
+    _add_candidates(steps, world)
     return steps.found
 
 
@@ -253,6 +222,28 @@ def _add_curves(steps: Steps) -> None:
         steps.zero_shot(f"student-{alpha}", steps.folder / "curve-student" / file, "curve-student")
         place = steps.folder / "curve-detector" / file
         steps.evaluation(f"detector-{alpha}", place, "curve-detector")
+
+
+def _add_candidates(steps: Steps, world: str) -> None:
+    """Adds a ViT teacher, students of the later recipes, and detectors that keep what was known before."""
+    pairs = (f"source.{pair}" for pair in steps.captions("train"))
+    options = ("source.name=coco", *pairs, *VIT, *LONGER[world], steps.seed)
+    steps.add("clip-vit", "pretrain", 15, ("world",), *options)
+    steps.zero_shot("clip-vit")
+    for name in ("published-scale", "vit", "names", "round-2"):
+        steps.detector(name, f"student-{name}")
+    mined, file = steps.folder / "mined-exclusive", steps.folder / "pseudo-labels" / "instances.json"
+    classes = f"classes=[{steps.world}/instances_train.json]"
+    stage = Stage("pseudo-labels", "region-export", 0.1, (f"mined={mined}", classes, f"out={file}"))
+    steps.found["pseudo-labels"] = Step("pseudo-labels", ("mined-exclusive",), stage)
+    labels = f"pseudo_labels={file}"
+    steps.detector("distilled", "student-best", "proposal_distillation=1.0")
+    steps.detector("gated", "student-best", "background_gate=0.5")
+    steps.detector("pseudo", "student-best", labels, needs=("pseudo-labels",))
+    together = ("proposal_distillation=1.0", "background_gate=0.5", labels)
+    steps.detector("kept", "student-best", *together, needs=("pseudo-labels",))
+    student = f"student.weights={steps.model('student-best')}"
+    steps.evaluation("detector-kept-ensemble", steps.model("detector-kept"), "detector-kept", student)
 
 
 def _add_choice(steps: Steps, world: str, seed: int) -> None:

@@ -14,7 +14,7 @@ from clip_base.jobs import plugins
 from regionclip.quickstart.stages import Stage, shipped
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-MODULES = ("results", "results_rows", "results_steps", "results_tables", "rounds")
+MODULES = ("results", "results_rows", "results_steps", "results_students", "results_tables", "rounds")
 
 
 @pytest.fixture

@@ -99,3 +99,10 @@ def test_heads_and_layers_are_refused() -> None:
 def test_too_long_a_text_is_refused(model: CLIP) -> None:
     with pytest.raises(InputError, match="at most 8"):
         model.encode_text(torch.tensor([[START, *range(1, 9), END]]))
+
+
+@pytest.mark.slow
+def test_it_is_exported(weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "exported"
+    assert cli.main(["export", str(weights), "towers=[text]", "formats=[onnx]", f"out={out}"]) == 0
+    assert max(json.loads((out / "metrics.json").read_text())["differences"].values()) < 1e-5

@@ -38,7 +38,7 @@ FIGURE = "pretraining_tasks.svg"
 CLASSES, IMAGES_PER_CLASS = 12, 12
 WORLD = ("images=5000", "size=64", f"categories={CLASSES}", "objects_min=1", "objects_max=2")
 WORLD += ("object_min=0.45", "object_max=0.65", "workers=1")
-BATCH, STEPS, EVERY = 64, 600, 50
+BATCH, STEPS, EVERY = 64, 1000, 50
 OPTIONS = (
     "tower.embed_dim=128",
     "tower.vision.layers=[1,1,1,1]",

@@ -103,7 +103,7 @@ def main() -> None:
 def full_sizes() -> str:
     """Returns the table of peak memory per process at the published batch."""
     lines = [
-        "| | | activations at the peak | optimizer `adamw` | `adamw_bf16` | `adamw_bf16`, text weights in "
+        "| | | all else at the peak | optimizer `adamw` | `adamw_bf16` | `adamw_bf16`, text weights in "
         "bfloat16 | `adamw_8bit` |",
         "|---|---|---|---|---|---|---|",
     ]

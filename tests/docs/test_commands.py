@@ -258,6 +258,8 @@ class Shell:
         elif words[0] == "export":
             key, _, value = words[1].partition("=")
             self.patch.setenv(key, os.environ.get(key, value))
+            if key == "PYTHONPATH":  # which only a new process reads
+                self.patch.syspath_prepend(str(Path(value).resolve()))
         for word in words:
             if word.startswith(("tools/", "benchmarks/", "configs/")):
                 assert (ROOT / word).is_file(), f"{word} does not exist"

@@ -20,21 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from rounds import processor
+from worlds import PLAIN, by_class, coco, job, same, training
 
-from clip_base.jobs import plugins
-from clip_base.jobs.config import resolve
-
-TOWER = [
-    "tower.embed_dim=128",
-    "tower.vision.kind=resnet",
-    "tower.vision.layers=[1,1,1,1]",
-    "tower.vision.width=16",
-    "tower.vision.resolution=64",
-    "tower.text.width=64",
-    "tower.text.heads=1",
-    "tower.text.layers=1",
-    "tower.text.context_length=24",
-]
 SETS = ("all pairs", "random subset", "curated subset")
 THIRDS = ("frequent", "middle", "rare")
 Scores = dict[str, float]
@@ -44,21 +31,14 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="for worlds and runs; what is there already is kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=8000, help="training images")
-    parser.add_argument("--categories", type=int, default=24)
+    parser.add_argument("--images", type=int, default=4000, help="training images")
+    parser.add_argument("--categories", type=int, default=12)
     parser.add_argument("--tail", type=float, default=1.5)
-    parser.add_argument("--per-query", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--per-query", type=int, default=200)
+    parser.add_argument("--per-class", type=int, default=40, help="validation images of each category")
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch-size", type=int, default=64)
     return parser.parse_args()
-
-
-def job(name: str, **options: object) -> Path:
-    """Runs a job; returns its folder."""
-    function: Any = plugins.load(plugins.JOBS, name)
-    given = [f"{key.replace('__', '.')}={value}" for key, value in options.items()]
-    function(resolve(plugins.schema_of(function), None, [*given, *(TOWER if name == "pretrain" else [])]))
-    return Path(str(options["out"]))
 
 
 def accuracies(folder: Path, seed: int, options: argparse.Namespace) -> tuple[dict[str, Scores], int]:
@@ -67,25 +47,21 @@ def accuracies(folder: Path, seed: int, options: argparse.Namespace) -> tuple[di
         "scenes",
         out=folder / "world",
         images=options.images,
-        val_images=40 * options.categories,
+        val_images=3 * options.per_class * options.categories,
         seed=seed,
-        size=64,
         categories=options.categories,
-        objects_max=1,
-        object_min=0.35,
-        object_max=0.65,
         tail=options.tail,
+        **PLAIN,
     )
+    if not (folder / "val.done").exists():
+        by_class(world, "val", options.per_class, folder / "val", same)
+        (folder / "val.done").touch()
     content = json.loads((world / "instances_train.json").read_text())
     names = {entry["id"]: entry["name"] for entry in content["categories"]}
     (folder / "names.txt").write_text("".join(f"{name}\n" for name in names.values()))
     count = Counter(names[entry["category_id"]] for entry in content["annotations"])
     order = sorted(names.values(), key=lambda name: -count[name])
-    all_pairs = {
-        "source__name": "coco",
-        "source__captions": world / "captions_train.json",
-        "source__images": world / "images",
-    }
+    all_pairs = coco(world)
     queries = {"queries": folder / "names.txt", "per_query": options.per_query, "seed": seed}
     curated = job("curate", **all_pairs, **queries, out=folder / "curated") / "pairs.jsonl"
     size = len(curated.read_text().splitlines())
@@ -95,26 +71,17 @@ def accuracies(folder: Path, seed: int, options: argparse.Namespace) -> tuple[di
         "curated subset": {"source__name": "jsonl", "source__file": curated},
     }
     runs = {name: folder / name.replace(" ", "_") for name in SETS}
-    return {name: _scores(sources[name], world, runs[name], order, seed, options) for name in SETS}, size
+    return {name: _scores(sources[name], runs[name], order, seed, options) for name in SETS}, size
 
 
 def _scores(
-    source: dict[str, Any], world: Path, run: Path, order: list[str], seed: int, options: argparse.Namespace
+    source: dict[str, Any], run: Path, order: list[str], seed: int, options: argparse.Namespace
 ) -> Scores:
-    """Trains on some pairs; returns the accuracy on validation boxes by third of names."""
-    training = {
-        "train__steps": options.steps,
-        "train__batch_size": options.batch_size,
-        "train__warmup_steps": 50,
-        "train__lr": 2e-3,
-        "train__seed": seed,
-        "train__workers": 0,
-    }
-    clip = job("pretrain", **source, **training, cache="true", out=run)
+    """Trains on some pairs; returns the accuracy on validation images by third of names."""
+    clip = job("pretrain", **source, **training(options.steps, options.batch_size, seed), out=run)
     scored = job(
         "zeroshot",
-        images=world / "images",
-        annotations=world / "instances_val.json",
+        images=run.with_name("val"),
         templates="simple",
         weights=clip / "model.safetensors",
         out=run.with_name(f"{run.name}_zeroshot"),

@@ -93,8 +93,8 @@ class TarUnits:
     def units(self) -> list[Unit]:
         """Returns one unit per tar, named after it."""
         tars = addresses(self.config.shards)
-        sealed = next((tar for tar in tars if address_of(tar) or is_gzipped(Path(tar))), "")
-        if self.index and sealed:
+        sealed = self.index and next((tar for tar in tars if address_of(tar) or is_gzipped(Path(tar))), "")
+        if sealed:
             raise InputError(f"output=index needs uncompressed tars here, of which {sealed} is none: omit it")
         return [Unit(name, tar) for name, tar in zip(unique_stems(tars), tars, strict=True)]
 

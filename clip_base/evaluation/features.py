@@ -129,7 +129,7 @@ class Embedder:
         for path in [self.path, *self.path.glob("*")] if self.path.is_dir() else [self.path]:
             digest.update(_stamp(path).encode())
         for example in examples:
-            place = f"{_identity(example.path)} {example.box} {example.size}\n"
+            place = f"{identity(example.path)} {example.box} {example.size}\n"
             digest.update(place.encode(errors="surrogateescape"))
         return digest.hexdigest()[:24]
 
@@ -190,7 +190,7 @@ def _square(side: int, image: Decoded) -> Tensor:
     return torch.from_numpy(square_view(image, side)).permute(2, 0, 1)  # [3, R, R]
 
 
-def _identity(image: Path | Member) -> str:
+def identity(image: Path | Member) -> str:
     """Returns where an image is and when it was written."""
     if isinstance(image, Member):
         return f"{image.tar.absolute()} {image.offset} {image.size} {_stamp(image.tar)}"

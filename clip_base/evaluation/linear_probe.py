@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +97,21 @@ class LabeledFeatures:
         return LabeledFeatures(self.features[rows], self.labels[rows])
 
 
+@dataclass(frozen=True)
+class FewShotConfig:
+    """Which few-shot probes are fitted.
+
+    Attributes:
+        shots: training images per class.
+        seeds: draws for each number of them.
+        seed: determines the draws.
+    """
+
+    shots: Sequence[int]
+    seeds: int
+    seed: int
+
+
 @dataclass
 class Fits:
     """Counts fits, and those that stopped at the limit of iterations."""
@@ -137,7 +152,7 @@ def linear_probe(config: LinearProbeConfig) -> None:
     if few:
         write_text(run.path / "few_shot.csv", to_csv(few))
     figures |= {"C": c, "train_images": len(train), "skipped": len(skipped), "fits": fits.made}
-    figures |= {"unfinished_fits": fits.unfinished, "few_shot": _by_shots(few)}
+    figures |= {"unfinished_fits": fits.unfinished, "few_shot": by_shots(few)}
     run.finish(figures)
     print_classes("linear probe", figures, classes, len(skipped))
     _print(figures)
@@ -233,7 +248,7 @@ def peak(measure: Callable[[float], float]) -> float:
 
 
 def few_shot(
-    config: LinearProbeConfig,
+    config: LinearProbeConfig | FewShotConfig,
     train: LabeledFeatures,
     validation: LabeledFeatures,
     test: LabeledFeatures,
@@ -262,7 +277,7 @@ def draw(labels: Labels, count: int, chance: np.random.Generator) -> Labels:
     )
 
 
-def _by_shots(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def by_shots(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Returns mean and standard deviation of top1 over the draws, by the number of shots."""
     found = {}
     for shots in sorted({row["shots"] for row in rows}):

@@ -12,6 +12,7 @@ from clip_base.evaluation.datasets import EvaluationImage
 from clip_base.evaluation.features import Embedder, FeatureConfig, note_skipped
 from clip_base.jobs.config import REQUIRED, option
 from clip_base.jobs.everyday import everyday
+from clip_base.search.approximate import build
 from clip_base.search.images import images_of
 from clip_base.search.index import ABOUT, SHARD_ROWS, Index
 from clip_base.storage.hashing import content_hash
@@ -33,6 +34,10 @@ class IndexConfig(FeatureConfig):
         REQUIRED, "folders with all below them, files, quoted patterns, or uncompressed tars", positional=True
     )
     out: str = option(REQUIRED, "folder of the index", runtime_only=True)
+    approximate: bool = option(
+        False,
+        "also sort the images into cells (by faiss): worth it from a few million on, see search probes=",
+    )
 
 
 def build_index(config: IndexConfig) -> None:
@@ -74,4 +79,6 @@ def _update(config: IndexConfig, out: Path) -> None:
         f"{out}: {len(index):,} images; {len(new) - len(skipped):,} new, {len(known):,} kept, "
         f"{dropped:,} dropped, {len(skipped):,} unreadable"
     )
+    if config.approximate:
+        build(index, out)
     note_skipped(skipped, len(new), config.max_skipped, out / "skipped.jsonl")

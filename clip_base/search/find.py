@@ -24,6 +24,7 @@ from clip_base.models.clip import CLIP
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast
+from clip_base.search.approximate import Approximate
 from clip_base.search.gallery import Thumbnail, write_gallery
 from clip_base.search.images import places_of
 from clip_base.search.index import Hit, Index
@@ -39,7 +40,7 @@ PAGE = "search.html"
     input="query minus duplicates",
     output="top_k out",
     model="weights",
-    speed="device",
+    speed="probes device",
 )
 @dataclass
 class SearchConfig(DeviceOptions):
@@ -53,6 +54,7 @@ class SearchConfig(DeviceOptions):
     minus: list[str] = option([], "texts or images that what is found shall be far from")
     duplicates: float = option(0.0, "list pairs of images with at least this cosine instead, in (0, 1]")
     top_k: int = option(20, "images that are found, or pairs that are listed; 0: all pairs")
+    probes: int = option(0, "cells of an approximate index that are searched; 0: the exact search")
     weights: str = option("", "the index's model; empty: as it was named when the index was made")
     activation: str = option("", "activation of weights that do not state it")
     out: str = option("", "folder for a page of thumbnails; empty: none")
@@ -62,6 +64,8 @@ class SearchConfig(DeviceOptions):
             raise InputError(f"duplicates must be a cosine in (0, 1], found {self.duplicates}")
         if self.top_k < (0 if self.duplicates else 1):
             raise InputError(f"top_k must be at least 1, found {self.top_k}")
+        if self.probes < 0 or (self.probes and self.duplicates):
+            raise InputError(f"probes must be 0 or more, and 0 for duplicates, found {self.probes}")
         if not self.duplicates and len(self.query) < 2:
             raise InputError('give the index and what to look for, such as my.index "a dog on a beach"')
         if self.duplicates and len(self.query) > 1:
@@ -76,7 +80,11 @@ def search(config: SearchConfig) -> None:
     if config.duplicates:
         _print_duplicates(config, index)
         return
-    hits = index.search(query_of(config, index), config.top_k)
+    if config.probes:
+        near = Approximate(index, Path(config.query[0]))
+        hits = near.search(query_of(config, index), config.top_k, config.probes)
+    else:
+        hits = index.search(query_of(config, index), config.top_k)
     for hit in hits:
         print(f"{hit.score:.4f}  {hit.key}")
     if config.out:

@@ -100,6 +100,7 @@ SMALL_JOBS: dict[str, dict[str, Any]] = {
         "tower.text.context_length": 24,
     },
     "region-train-rpn": {"network.channels": 16},
+    "benchmark": {"seeds": 1, "shots": "[1,2]"},
 }
 
 

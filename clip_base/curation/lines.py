@@ -16,16 +16,24 @@ from typing import Any
 from clip_base.curation.units import ParquetUnits, Record, TarUnits, Unit, Units
 from clip_base.data.inputs import WEBDATASET, source_root
 from clip_base.data.parquet import ParquetConfig
-from clip_base.data.sources import SOURCES, JsonLinesConfig, Pairs, Source, TableConfig
+from clip_base.data.sources import (
+    SOURCES,
+    JsonLinesConfig,
+    Pairs,
+    Source,
+    TableConfig,
+    columns_in,
+    columns_wanted,
+)
 from clip_base.data.webdataset import WebdatasetConfig
 from clip_base.images.headers import Stored
 from clip_base.images.roots import ImageRoot
 from clip_base.jobs.config import build_plugin, check
-from clip_base.runtime.errors import InputError, quote, shortened
+from clip_base.runtime.errors import InputError, quote
 from clip_base.runtime.progress import track
 from clip_base.storage.files import absolute_path, make_folder, read_json_lines, replacing, write_text
 from clip_base.storage.remote import address_of
-from clip_base.storage.tables import open_table
+from clip_base.storage.tables import Table, open_table
 from clip_base.storage.tars import Member
 
 TABLE, JSONL, PARQUET = "csv", "jsonl", "parquet"
@@ -102,30 +110,36 @@ def write_lines(spec: dict[str, Any], work: Path) -> None:
 
 def _entries(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if spec["name"] == TABLE:
-        table = check(TableConfig, _options(spec), "source")
-        return _of_records(_table_records(table), table.image_column, table.caption_column, table)
+        config = check(TableConfig, _options(spec), "source")
+        table, names = _table(config)
+        rows = itertools.islice(table.rows(), 1, None)
+        found = ((number, dict(zip(table.columns, row, strict=True))) for number, row in rows)
+        return _of_records(found, *names, config)
     if spec["name"] == JSONL:
         lines = check(JsonLinesConfig, _options(spec), "source")
         records = read_json_lines(lines.file, "JSON Lines file", lines.encoding)
-        return _of_records(records, lines.image_key, lines.caption_key, lines)
+        return _of_records(records, *_keys(lines), lines)
     source: Source = build_plugin(SOURCES, spec)
     return _of_pairs(source.pairs(), source_root(spec))
 
 
-def _table_records(config: TableConfig) -> Iterator[tuple[int, dict[str, str]]]:
-    names = (config.image_column, config.caption_column)
-    wanted = [(name,) for name in names]
+def _table(config: TableConfig) -> tuple[Table, tuple[str, str]]:
+    """Returns a table, and its columns of images and of captions."""
+    wanted = columns_wanted(config.image_column, config.caption_column)
     table = open_table(config.file, "table", wanted, config.delimiter, config.encoding)
+    names = columns_in(table.columns, wanted, f"table {config.file}")
     for name in names:
-        if table.index(name) < 0:
-            raise InputError(
-                f"table {config.file} has no column {name!r}; it has {shortened(', '.join(table.columns))}; "
-                "set image_column= and caption_column="
-            )
-    columns = list(table.columns)
-    columns[table.index(names[0])], columns[table.index(names[1])] = names
-    for number, row in itertools.islice(table.rows(), 1, None):
-        yield number, dict(zip(columns, row, strict=True))
+        table.index(name)  # an InputError when two columns have it
+    return table, names
+
+
+def _keys(config: JsonLinesConfig) -> tuple[str, str]:
+    """Returns the keys of images and captions in a file's first record."""
+    wanted = columns_wanted(config.image_key, config.caption_key)
+    for number, record in read_json_lines(config.file, "JSON Lines file", config.encoding):
+        if isinstance(record, dict):
+            return columns_in(list(record), wanted, f"JSON Lines file {config.file}, line {number}", "key")
+    return wanted[0][0], wanted[1][0]
 
 
 def _of_records(

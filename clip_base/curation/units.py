@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from clip_base.data.inputs import told_apart, unique_stems
 from clip_base.data.parquet import DOWNLOADED, STATUS, ParquetConfig, parquet_texts, table_files
+from clip_base.data.sources import columns_in, columns_wanted
 from clip_base.data.webdataset import WebdatasetConfig, records_of, stream_records
-from clip_base.runtime.errors import InputError, shortened
+from clip_base.runtime.errors import InputError
 from clip_base.storage.files import absolute_path, existing, replacing, write_text
 from clip_base.storage.parquet_files import open_parquet
 from clip_base.storage.remote import RemoteError, address_of
@@ -154,20 +155,21 @@ class ParquetUnits:
         units = []
         for name, file in zip(stems, files, strict=True):
             with open_parquet(file) as opened:
-                lacking = {self.config.image_column, self.config.caption_column}
-                lacking -= set(opened.schema_arrow.names)
-                if lacking:
-                    known = shortened(", ".join(opened.schema_arrow.names))
-                    raise InputError(f"{file} has no column {min(lacking)!r}; it has {known}")
+                self._columns(opened.schema_arrow.names, file)
                 sizes = [opened.metadata.row_group(n).num_rows for n in range(opened.num_row_groups)]
             for first, last in _groups(sizes):
                 units.append(Unit(f"{name}-{first:05d}", file, (first, last)))
         return units
 
+    def _columns(self, names: list[str], file: str) -> tuple[str, str]:
+        """Returns the columns of images and of captions."""
+        wanted = columns_wanted(self.config.image_column, self.config.caption_column)
+        return columns_in(names, wanted, f"Parquet table {file}")
+
     def read(self, unit: Unit) -> Iterator[Record]:
         """Yields the rows of a unit without reading images."""
-        columns = [self.config.caption_column]
         with open_parquet(unit.path) as file:
+            columns = [self._columns(file.schema_arrow.names, unit.path)[1]]
             columns += [STATUS] if STATUS in file.schema_arrow.names else []
             number = 0
             for batch in file.iter_batches(row_groups=range(*unit.groups), columns=columns):

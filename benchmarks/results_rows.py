@@ -149,7 +149,7 @@ COMPARISONS = (
     *(Comparison("student-published-scale", "student-published", metric) for metric in (*TOP1, *AP50)),
     *(
         Comparison(f"student-{name}", "student-best", metric)
-        for name in ("vit", "round-2", "soft", "hard", "localized", "names")
+        for name in ("mixed", "vit", "round-2", "soft", "hard", "localized", "names")
         for metric in (*TOP1, *AP50)
     ),
     *(

@@ -31,6 +31,7 @@ MINED = {
     "exclusive": ("matcher.name=exclusive", *HALF),
     "crop": ("matcher.name=exclusive", "teacher=crop", "context=2.2"),
     "published-scale": ("matcher.name=pool", "teacher=roi_align", "teacher_scale=auto"),
+    "mixed": ("matcher.name=exclusive", "teacher=mixed", "teacher_scale=auto", "context=2.2"),
     "vit": ("matcher.name=exclusive", "teacher=crop", "context=2.2"),
     "round-2": ("matcher.name=exclusive", "teacher=roi_align", "teacher_scale=auto"),
 }
@@ -57,6 +58,7 @@ STUDENTS = {
     "crops": Student("our best, plus the crop loss", "exclusive", ("crop_distillation=1",)),
     "temperature": Student("our best, learned temperature", "exclusive", ("learn_temperature=true",)),
     "published-scale": Student("RegionCLIP, as published, `teacher_scale=auto`", "published-scale"),
+    "mixed": Student("our best, teacher `mixed`", "mixed"),
     "vit": Student("our best, a ViT as the teacher", "vit"),
     "round-2": Student("our best, mined again by our best", "round-2"),
     "soft": Student("our best, soft labels", "exclusive", ("region_text.soft_labels=true",)),

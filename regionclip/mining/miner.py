@@ -47,6 +47,7 @@ from regionclip.proposals.base import build_proposer
 from regionclip.structures.transforms import ResizeConfig, ResizeTransform
 
 AUTO = "auto"
+POOLING = ("roi_align", "mixed")  # views that pool a ResNet's map
 CAPTIONED_AT_ONCE = 256  # images whose captions are parsed together, and whose encoded bytes wait in memory
 
 
@@ -74,7 +75,14 @@ class MineConfig(PairOptions, RegionHeadOptions, ComputeOptions):
     out: str = option(REQUIRED, "folder for shards and manifest", runtime_only=True)
     proposer: Plugin = plugin(PROPOSERS, "rpn", "proposer of regions")
     matcher: Plugin = plugin(MATCHERS, "hybrid", "how regions are matched with concepts")
-    teacher: str = option("crop", "how the teacher sees a region", choices=("crop", "roi_align", "dense"))
+    teacher: str = option(
+        "crop",
+        "how the teacher sees a region; mixed: crop below a size, else roi_align",
+        choices=("crop", "roi_align", "dense", "mixed"),
+    )
+    crop_below: float = option(
+        32.0, "teacher=mixed: pixels of the longer side, at the teacher's scale, below which it is cropped"
+    )
     teacher_scale: int | float | str = option(
         1.0,
         "factor on the image size for the teacher (not for crops), which works best near its training "
@@ -119,7 +127,7 @@ class MineConfig(PairOptions, RegionHeadOptions, ComputeOptions):
             raise InputError(f"workers must be at least 0, got {self.workers}")
         if isinstance(self.teacher_scale, str) and self.teacher_scale != AUTO:
             raise InputError(f"teacher_scale must be a number or {AUTO}, found {quote(self.teacher_scale)}")
-        if self.region_head != "auto" and self.teacher != "roi_align":
+        if self.region_head != "auto" and self.teacher not in POOLING:
             raise InputError(
                 f"region_head={self.region_head} is for teacher=roi_align, this is teacher={self.teacher}"
             )
@@ -140,14 +148,15 @@ def teacher_head(config: MineConfig) -> str:
     Raises:
         InputError: the teacher's weights were trained with another one than the options say.
     """
-    if config.teacher != "roi_align" or config.backend["name"] != CLIP_BACKEND:
+    if config.teacher not in POOLING or config.backend["name"] != CLIP_BACKEND:
         return PerRegionHead.kind
     return choose_head(config.region_head, config.weights)
 
 
 def region_view(config: MineConfig) -> RegionView:
     """Returns how the teacher sees regions; `teacher_scale` is a number by now."""
-    return RegionView(config.teacher, config.context, float(config.teacher_scale), teacher_head(config))
+    scale, head = float(config.teacher_scale), teacher_head(config)
+    return RegionView(config.teacher, config.context, scale, head, config.crop_below)
 
 
 @dataclass(frozen=True)

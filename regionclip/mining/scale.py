@@ -55,7 +55,7 @@ def choose_scale(trained: int, image_side: float, box_side: float, cell: int) ->
         trained: short side of the images that the teacher was trained on, in pixels.
         image_side: median short side of the images to mine, in pixels.
         box_side: median of the proposals' longer sides in them, in pixels.
-        cell: side of a cell of the tower's map, in pixels.
+        cell: side of a cell of the tower's map, in pixels; 0: how small proposals are does not matter.
     """
     as_trained, least = trained / image_side, cell / box_side
     # Never larger than the images are, unless the teacher saw larger ones: that would add no detail.
@@ -102,7 +102,8 @@ def _chosen(config: MineConfig, reader: PairReader, units: Sequence[Unit]) -> Sc
     teacher = load_teacher(config.backend, config.weights)
     image_side, box_side = _sizes(config, reader, units)
     trained = trained_at(config.weights, teacher.resolution)
-    return choose_scale(trained, image_side, box_side, teacher.stride or CELL)
+    cell = 0 if config.teacher == "mixed" else teacher.stride or CELL  # small regions are cropped there
+    return choose_scale(trained, image_side, box_side, cell)
 
 
 def trained_at(weights: str, resolution: int) -> int:

@@ -108,7 +108,9 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "synonyms": lambda value: isinstance(value, dict) and all(map(_are_texts, value.values())),
     "config": lambda value: isinstance(value, dict),
     **dict.fromkeys((f"config.{key}" for key in ("captions", "concepts", "weights", "language")), _is_text),
-    **dict.fromkeys((f"config.{key}" for key in ("context", "temperature", "teacher_scale")), _is_number),
+    **dict.fromkeys(
+        (f"config.{key}" for key in ("context", "temperature", "teacher_scale", "crop_below")), _is_number
+    ),
     "config.teacher": _is_text,
 }
 

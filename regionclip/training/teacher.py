@@ -52,7 +52,8 @@ class Teacher:
         backend, mined = require_mined_by(weights, manifest), manifest["config"]
         teacher = load_teacher(backend, weights)
         head = manifest.get(KEY, PerRegionHead.kind)
-        view = RegionView(mined["teacher"], mined["context"], float(mined["teacher_scale"]), head)
+        scale, below = float(mined["teacher_scale"]), float(mined.get("crop_below", RegionView.crop_below))
+        view = RegionView(mined["teacher"], mined["context"], scale, head, below)
         score = teacher.score.with_temperature(mined["temperature"])
         return cls(teacher.region_embedder(view), score, None if pool is None else pool.embeddings)
 

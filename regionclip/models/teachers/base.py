@@ -97,16 +97,19 @@ class RegionView:
     """How a teacher sees regions.
 
     Attributes:
-        mode: "crop", "dense" or "roi_align"; see `regionclip.models.region_encoder`.
+        mode: "crop", "dense" or "roi_align", see `regionclip.models.region_encoder`; or "mixed", see
+            `regionclip.models.teachers.mixed`.
         context: crop: side of the crop as a multiple of the box's longer side.
         scale: factor on the images' size, of modes that look at whole images.
         region_head: roi_align: which head pools a ResNet's map.
+        crop_below: mixed: regions whose longer side is shorter, in pixels of the scaled image, are cropped.
     """
 
     mode: str = "crop"
     context: float = 1.2
     scale: float = 1.0
     region_head: str = "per_region"
+    crop_below: float = 32.0
 
 
 class TeacherModel(nn.Module):

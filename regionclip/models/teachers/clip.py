@@ -13,6 +13,8 @@ from clip_base.models.vit import VisionTransformer
 from clip_base.weights.load import load_clip
 from regionclip.models.region_encoder import RegionEncoder
 from regionclip.models.teachers.base import RegionEmbedder, RegionView, Score, TeacherModel
+from regionclip.models.teachers.mixed import MODE as MIXED
+from regionclip.models.teachers.mixed import MixedRegions
 
 
 @dataclass
@@ -58,7 +60,9 @@ class ClipTeacher(TeacherModel):
         return self.clip.encode_text(tokens)
 
     def region_embedder(self, view: RegionView) -> RegionEmbedder:
-        """Returns the region encoder that students have too: by RoIAlign, by crops, or by a ViT's tokens."""
+        """Returns the region encoder that students have too, or what chooses between two of them."""
+        if view.mode == MIXED:
+            return MixedRegions(self.clip.visual, view)
         return RegionEncoder(
             self.clip.visual, view.mode, view.context, scale=view.scale, region_head=view.region_head
         )

@@ -36,9 +36,9 @@ class TeacherRegions:
     """
 
     def __init__(self, teacher: TeacherModel, view: RegionView) -> None:
-        if view.mode == "roi_align":
+        if view.mode not in ("crop", "dense"):
             raise InputError(
-                "teacher=roi_align is for a ResNet of this package (backend.name=clip); use crop"
+                f"teacher={view.mode} is for a ResNet of this package (backend.name=clip); use crop"
                 + (" or dense" if teacher.stride else "")
             )
         if view.mode == "dense" and not teacher.stride:

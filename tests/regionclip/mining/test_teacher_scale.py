@@ -6,12 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from clip_base.data.batch import ImageBatch
 from clip_base.models.clip import CLIP
+from clip_base.runtime.errors import InputError
 from clip_base.storage.files import read_json
 from clip_base.weights.native import save_clip
 from regionclip.mining.scale import CELL, choose_scale, trained_at
 from regionclip.mining.shards import read_manifest, read_regions
+from regionclip.models.region_encoder import RegionEncoder
+from regionclip.models.teachers.base import RegionView
+from regionclip.models.teachers.mixed import MixedRegions
+from regionclip.structures.regions import Regions
 
 Command = Callable[..., tuple[int, str]]
 Swap = Callable[..., list[str]]
@@ -69,3 +76,34 @@ def test_crops_need_no_scale(
     code, told = regionclip("mine", *options)
     assert code == 0, told
     assert "teacher_scale=auto: 1; crops are resized" in told
+
+
+def test_small_regions_are_cropped_and_large_ones_pooled(make_clip: Callable[..., CLIP]) -> None:
+    visual = make_clip().visual
+    images = ImageBatch.whole(torch.randn(2, 3, 64, 96))
+    boxes = torch.tensor([[0.0, 0, 40, 30], [10, 10, 20, 30], [5, 5, 60, 60], [0, 0, 30, 31]])
+    regions = Regions(boxes, torch.tensor([0, 0, 1, 1]))
+    view = RegionView("mixed", 1.5, 0.5, crop_below=18.0)  # 36 pixels of the images
+    with torch.no_grad():
+        found = MixedRegions(visual, view)(images, regions)
+        crops = RegionEncoder(visual, "crop", 1.5)(images, regions)
+        pooled = RegionEncoder(visual, "roi_align", scale=0.5)(images, regions)
+    small = torch.tensor([False, True, False, True])[:, None]
+    torch.testing.assert_close(found, torch.where(small, crops, pooled), rtol=0, atol=1e-5)
+    assert (crops - pooled).abs().amax(1).min() > 1e-3
+    with pytest.raises(InputError, match="needs a ResNet"):
+        MixedRegions(make_clip(kind="vit").visual, view)
+    with pytest.raises(InputError, match="crop_below"):
+        MixedRegions(visual, RegionView("mixed", crop_below=0))
+
+
+def test_mining_with_both_views_is_that_of_each_for_its_regions(
+    mining_options: list[str], tmp_path: Path, regionclip: Command, swapped: Swap
+) -> None:
+    found = {}
+    for name, more in (("mixed", ("crop_below=1000",)), ("crop", ())):
+        options = swapped(mining_options, teacher=name, out=tmp_path / name)
+        code, told = regionclip("mine", *options, *more)
+        assert code == 0, told
+        found[name] = list(read_regions(tmp_path / name))
+    assert found["mixed"] == found["crop"]

@@ -52,6 +52,8 @@ CHANGED = (
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    numbers = range(len(VARIANTS))
+    parser.add_argument("--rows", type=int, nargs="+", choices=numbers, default=numbers, help="of the table")
     parser.add_argument("--out", type=Path, default=Path("tasks"), help="folder for datasets and weights")
     parser.add_argument("--finished", type=Path, default=FINISHED, help="folder of the finished runs")
     parser.add_argument("--tables", action="store_true", help="make nothing, print what is finished")
@@ -64,10 +66,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if not options.tables:
         for seed in options.seeds:
-            for number, name in enumerate(VARIANTS):
-                make(
-                    name, seed, options.out / f"seed-{seed}", options.finished / f"seed-{seed}-{number}.json"
-                )
+            for number in options.rows:
+                file = options.finished / f"seed-{seed}-{number}.json"
+                make(list(VARIANTS)[number], seed, options.out / f"seed-{seed}", file)
     text = report(options.finished, options.seeds)
     print(text)
     if options.write:

@@ -35,10 +35,10 @@ from clip_base.training.validation import Validation
 
 FINISHED = Path(__file__).parent / "pretraining_tasks"
 FIGURE = "pretraining_tasks.svg"
-CLASSES, IMAGES_PER_CLASS = 12, 12
-WORLD = ("images=5000", "size=64", f"categories={CLASSES}", "objects_min=1", "objects_max=2")
+CLASSES, IMAGES_PER_CLASS = 12, 15
+WORLD = ("images=4000", "size=64", f"categories={CLASSES}", "objects_min=1", "objects_max=1")
 WORLD += ("object_min=0.45", "object_max=0.65", "workers=1")
-BATCH, STEPS, EVERY = 64, 1000, 50
+BATCH, STEPS, EVERY = 64, 500, 50
 OPTIONS = (
     "tower.embed_dim=128",
     "tower.vision.layers=[1,1,1,1]",
@@ -51,9 +51,9 @@ OPTIONS = (
     f"train.steps={STEPS}",
     f"train.batch_size={BATCH}",
     f"train.evaluate_every={EVERY}",
-    "train.lr=1e-3",
+    "train.lr=2e-3",
     "train.weight_decay=0.1",
-    "train.warmup_steps=50",
+    "train.warmup_steps=30",
     "train.schedule=constant",
     "train.precision=fp32",
     "train.save_every=3600",
@@ -78,7 +78,11 @@ class Task:
 
 TASKS = {
     "captioning": Task("captioning", ("objective.name=captioning", *TRANSFORMER), "tab:blue"),
-    "masked_lm": Task("masked language model", ("objective.name=masked_lm", *TRANSFORMER), "tab:purple"),
+    "masked_lm": Task(
+        "masked language model",
+        ("objective.name=masked_lm", "objective.masked=0.5", *TRANSFORMER),
+        "tab:purple",
+    ),
     "bag_of_words": Task("bag of words", ("objective.name=bag_of_words", *TRANSFORMER), "tab:orange"),
     "contrastive_bow": Task("contrastive, bag-of-words text", ("tower.text.kind=bow",), "tab:green"),
     "contrastive": Task("contrastive, text transformer", TRANSFORMER, "tab:red"),
@@ -152,8 +156,8 @@ def world(folder: Path, seed: int) -> None:
     if (folder / "test").exists():
         return
     generate(f"out={folder}/world", *WORLD, "val_images=2", f"seed={seed}")
-    single = [option for option in WORLD if not option.startswith(("images=", "objects_max="))]
-    sizes = ("images=2", f"val_images={2 * CLASSES * IMAGES_PER_CLASS}", "objects_max=1")
+    single = [option for option in WORLD if not option.startswith("images=")]
+    sizes = ("images=2", f"val_images={2 * CLASSES * IMAGES_PER_CLASS}")
     generate(f"out={folder}/single", *single, *sizes, f"seed={seed + 1000}")
     held = json.loads((folder / "single" / "instances_val.json").read_text())
     names = {category["id"]: category["name"] for category in held["categories"]}
@@ -220,16 +224,25 @@ def needed(curve: Curve, accuracy: float, axis: str = "images") -> float | None:
     return None
 
 
-def target_of(curves: Sequence[dict[int, Curve]], seed: int) -> float:
-    """Returns the accuracy at which two tasks are compared: nine tenths of the lower one's best."""
-    return 0.9 * min(max(curve[seed]["accuracy"]) for curve in curves)
+def target_of(curves: Sequence[dict[int, Curve]], seed: int) -> float | None:
+    """Returns the accuracy at which two tasks are compared: nine tenths of the lower one's best.
+
+    None when that one has not learned: its best is below twice what guessing gives.
+    """
+    best = min(max(curve[seed]["accuracy"]) for curve in curves)
+    return 0.9 * best if best >= 2 / CLASSES else None
 
 
 def ratios(found: dict[str, dict[int, Curve]], slow: str, fast: str, axis: str) -> list[float]:
-    """Returns for each seed how many times as much of `axis` the first task needs for an equal accuracy."""
+    """Returns for each seed how many times as much of `axis` the first task needs for an equal accuracy.
+
+    Seeds with which one of them has not learned are left out.
+    """
     values = []
     for seed in sorted(found[slow].keys() & found[fast].keys()):
         target = target_of((found[slow], found[fast]), seed)
+        if target is None:
+            continue
         pair = [needed(found[name][seed], target, axis) for name in (slow, fast)]
         assert pair[0] is not None
         assert pair[1] is not None
@@ -293,8 +306,9 @@ def draw(found: dict[str, dict[int, Curve]], path: Path) -> None:
             place.fill_between(
                 across, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.12
             )
-        place.set_xscale("log")
+        place.set_xlim(left=0)
         place.set_xlabel(label)
+        place.xaxis.set_major_formatter("{x:,.0f}")
         place.grid(alpha=0.3)
     places[0].set_ylabel("zero-shot top-1, %")
     places[0].legend(fontsize=8)

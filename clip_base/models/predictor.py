@@ -40,7 +40,9 @@ class TextObjectiveConfig:
     words: int = option(
         0, "most frequent tokens that are told apart, all others count as one; 0: all that occur"
     )
-    count_from: int = option(100_000, "captions in which tokens are counted, spread over all; 0: all")
+    count_from: int = option(
+        100_000, "pairs whose captions' tokens are counted, spread evenly over all; 0: all"
+    )
 
     def __post_init__(self) -> None:
         if self.weight <= 0:

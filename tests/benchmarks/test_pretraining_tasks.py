@@ -41,5 +41,9 @@ def test_ratios_compare_equal_accuracies_seed_by_seed(tasks: Any) -> None:
     # Nine tenths of 0.4 are reached at 360 and 180 images, and at 90.
     assert tasks.ratios(found, "captioning", "bag_of_words", "images") == pytest.approx([4.0, 2.0])
     assert tasks.ratios(found, "captioning", "bag_of_words", "seconds") == pytest.approx([4.0, 2.0])
+    low = {0: curve(0.1, 0.12), 1: curve(0.1, 0.12), 2: curve(0.1, 0.12)}
+    assert (
+        tasks.ratios({"captioning": low, "bag_of_words": fast}, "captioning", "bag_of_words", "images") == []
+    )
     report = tasks.report(found)
     assert "| captioning, against bag of words | 3 (2 to 4) | 3 (2 to 4) | 3 |" in report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from clip_base.jobs import schema as schemas
@@ -118,9 +118,9 @@ def _everyday(option: Option) -> list[str]:
     left = f"{option.key}={_default(option)}"
     notes = ["required"] if option.required else []
     if option.group:
-        notes.append("|".join(schemas.plugins_of(option.group)))
+        notes.append(_either(schemas.plugins_of(option.group)))
         notes.append(f"{option.key}=NAME --help shows that part's options")
-    notes += ["|".join(option.choices)] if option.choices else []
+    notes += [_either(option.choices)] if option.choices else []
     meaning = option.meaning + (f" ({'; '.join(notes)})" if notes else "")
     lines = _wrapped(meaning, COLUMNS - _KEYS - 2)
     start = f"  {left:<{_KEYS}}"
@@ -179,6 +179,12 @@ def _part(option: Option, name: str) -> Iterator[Option]:
 def _renamed(option: Option, key: str, meaning: str) -> Option:
     values: dict[str, Any] = {**vars(option), "key": key, "meaning": meaning}
     return Option(**values)
+
+
+def _either(names: Iterable[str]) -> str:
+    """Returns names with bars between them; of many, with spaces too, so that a line can end there."""
+    text = "|".join(names)
+    return text if len(text) < COLUMNS // 2 else text.replace("|", " | ")
 
 
 def _wrapped(text: str, width: int = COLUMNS) -> list[str]:

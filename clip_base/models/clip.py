@@ -140,6 +140,10 @@ def make_vision_tower(config: CLIPConfig) -> VisionTower:
     return VisionTransformer(config.vision, config.embed_dim, config.activation)
 
 
+class NoTextTowerError(InputError, AttributeError):
+    """A text tower was asked for where there is none; `hasattr` is then false."""
+
+
 class ImageTower(CLIP):
     """A CLIP whose file has no text tower: it embeds images, in the space of another model's texts."""
 
@@ -184,12 +188,12 @@ class ImageTower(CLIP):
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Raises an InputError that says how to come by embeddings of names."""
-        raise InputError(NO_TEXT_TOWER)
+        raise NoTextTowerError(NO_TEXT_TOWER)
 
     def __getattr__(self, name: str) -> Any:
-        """Returns a part; of the text tower there is none, which is an InputError."""
+        """Returns a part; of the text tower there is none."""
         if name == "text":
-            raise InputError(NO_TEXT_TOWER)
+            raise NoTextTowerError(NO_TEXT_TOWER)
         return super().__getattr__(name)
 
 

@@ -20,7 +20,7 @@ PRIVATE = {"api_visibility": "private"}
 INTRODUCTION = "Drop an image and say what to look for. Nothing leaves the machine that runs this page."
 HINT = "Click a box, or a row of the table, for its nearest names."
 STYLE = """
-.gradio-container {max-width: min(2200px, 100vw) !important; margin: auto}
+.gradio-container {max-width: min(2200px, 100vw) !important; margin: auto; width: 100%}
 .gradio-container main, .gradio-container main :is(.column, .row) {min-width: 0; max-width: 100%}
 .message [role=alert] {border-left: 4px solid #dc2626; padding: .5em .8em; font-weight: 600}
 .result img {cursor: pointer; max-height: 75vh}
@@ -193,7 +193,7 @@ def _search_tab(search: ImageSearch) -> None:
 
     with gr.Row():
         words = gr.Textbox(label="Find", placeholder="a dog on a beach", scale=4, elem_id="find")
-        count = gr.Slider(1, MOST, 24, step=1, label="Images", scale=1, elem_id="count")
+        count = gr.Slider(1, MOST, 24, step=1, label="Images", scale=1, min_width=260, elem_id="count")
     message = gr.HTML(elem_classes="message", visible=False)
     gallery = gr.HTML(elem_id="found")
 

@@ -152,7 +152,7 @@ class DetectorTask(nn.Module):
     ) -> None:
         super().__init__()
         self.detector, self.config = detector, config
-        self.base = len(classifier) if base is None else base
+        self.base = base
         # Not part of this module: it is not trained, and no checkpoint holds it.
         self.starting = (
             StartingEmbeddings(detector, config.distilled_proposals) if config.proposal_distillation else None
@@ -207,8 +207,9 @@ class DetectorTask(nn.Module):
         assert deltas is not None
         with torch.autocast(embeddings.device.type, enabled=False):
             logits = detector.logits(embeddings, self.classifier, True)
-            classification = classification_loss(logits, labels, config, self.base)
-            objects = labels < self.base
+            base = len(self.classifier) if self.base is None else self.base
+            classification = classification_loss(logits, labels, config, base)
+            objects = labels < base
             wanted = encode_deltas(regions.boxes[objects], targets[objects], DELTA_WEIGHTS)
             box = F.smooth_l1_loss(deltas[objects], wanted, reduction="sum", beta=config.smooth_l1_beta)
             box = box / _mean_over_processes(float(len(labels)), labels.device).clamp(min=1)

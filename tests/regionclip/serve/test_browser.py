@@ -268,6 +268,10 @@ def test_a_found_image_leads_to_itself_at_its_own_size(
     other.locator("#find textarea, #find input").fill("a red cup")
     other.locator("#find textarea, #find input").press("Enter")
     thumbnail = other.locator("#found a").first
+    thumbnail.wait_for()
+    box = other.locator("#found").bounding_box()
+    assert box is not None
+    assert box["width"] > 1000  # of 1280: the page's whole width
     with other.expect_popup() as coming:
         thumbnail.click()
     coming.value.wait_for_load_state("load")

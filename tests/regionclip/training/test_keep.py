@@ -105,6 +105,13 @@ def test_mined_boxes_count_as_they_are_weighted_and_move_no_box(
     assert boxes[1] == 0
 
 
+def test_a_classifier_that_is_given_later_is_of_base_names(make_detector: Callable[..., Detector]) -> None:
+    task = DetectorTask(make_detector(), torch.zeros(0, 32), config())
+    task.classifier = F.normalize(torch.randn(2, 32), dim=1)
+    batch = RegionBatch(ImageBatch.whole(torch.randn(1, 3, 64, 64)), truth())
+    assert float(task(batch)["box"].detach()) > 0
+
+
 def test_mined_boxes_on_base_boxes_are_left_out(world: Path, tmp_path: Path) -> None:
     split = read_json(world / "split.json")
     everything = CocoDetection(world / "instances_train.json", world / "images")

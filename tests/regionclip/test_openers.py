@@ -28,6 +28,7 @@ OPENERS: dict[str, dict[str, str]] = {
         "clip_base/synthetic/scenes.py": "parts of the run that has just drawn them",
         "regionclip/serve/server.py": "a request",
         "regionclip/training/region_text.py": "a vocabulary that was read",
+        "regionclip/training/text_space.py": "a vocabulary that was read",
         "regionclip/checkpoints/interpolate.py": "sizes of detectors that were read",
         "regionclip/concepts/phrase_cache.py": "phrases, which are parsed anew",
     },

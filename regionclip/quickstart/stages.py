@@ -23,7 +23,7 @@ class Stage:
     Attributes:
         title: what it does, for the person who waits.
         job: name in the entry-point group `clip_base.jobs`.
-        minutes: what it takes on two cores, for the estimate of the remaining time.
+        minutes: what it takes on the machine of `pace.REFERENCE`, for the estimate of the remaining time.
         overrides: `key=value`, on top of configs/JOB/PRESET.yaml.
     """
 
@@ -46,19 +46,20 @@ def shipped(job: str, name: str) -> Path:
     return path
 
 
-def run_stages(stages: Sequence[Stage], preset: str, path: Path) -> dict[str, float]:
+def run_stages(stages: Sequence[Stage], preset: str, path: Path, pace: float = 1.0) -> dict[str, float]:
     """Runs stages one after another; one that has ended before returns at once.
 
     Args:
         stages: what to run; their titles differ.
         preset: which of configs/JOB/PRESET.yaml the jobs use.
         path: JSON file that keeps how long each stage took, by title; read again by a restarted run.
+        pace: how many times as long as expected stages are taken to need until some have ended.
 
     Returns:
         The seconds of each stage, by title.
     """
     timings: dict[str, float] = read_json(path, "timings") if path.exists() else {}
-    pace = 1.0  # measured minutes over expected ones
+    expected_pace = pace
     for number, stage in enumerate(stages, 1):
         left = sum(later.minutes for later in stages[number - 1 :] if later.title not in timings) * pace * 60
         print(
@@ -71,9 +72,9 @@ def run_stages(stages: Sequence[Stage], preset: str, path: Path) -> dict[str, fl
             timings[stage.title] = round(seconds, 1)
             write_json(path, timings, indent=2)
             known = [one for one in stages if one.title in timings]
-            # Five expected minutes weigh in, so that one short stage does not decide the estimate.
+            # Two expected minutes weigh in, so that one short stage does not decide the estimate.
             measured, expected = sum(timings[one.title] for one in known), sum(one.minutes for one in known)
-            pace = (measured / 60 + 5) / (expected + 5)
+            pace = (measured / 60 + 2 * expected_pace) / (expected + 2)
     return timings
 
 

@@ -369,7 +369,7 @@ def _check_magic(path: Path) -> None:
         raise InputError(f"{path} is empty; copy it again")
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
-    if head.lstrip()[:1] == b"<":
+    if head.lstrip()[:1] == b"<" and not is_safetensors(path):  # whose first byte is a number
         raise InputError(
             f"{path} is a web page, not weights; the download gave an error page: fetch it again"
         )

@@ -157,6 +157,21 @@ def test_a_safetensors_file_is_known_whatever_its_header_is_long(tmp_path: Path,
     assert (report.form, report.notes, found.config) == ("clip_base", (), model.config)
 
 
+def test_a_safetensors_file_whose_headers_length_reads_as_a_tag_is_no_web_page(tmp_path: Path, make: Any):
+    """The length 0x3C20 is a space and "<" on disk."""
+    model, path = make("vit", "gelu"), tmp_path / "w.safetensors"
+    metadata = {"format": "clip_base.clip/1", "config": json.dumps(dataclasses.asdict(model.config))}
+    save_file(model.state_dict(), path, {**metadata, "padding": ""})
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    save_file(model.state_dict(), path, {**metadata, "padding": "x" * (0x3C20 - length)})
+    assert path.read_bytes()[:2] == b" <"
+    found, report = read_clip(path)
+    assert (report.form, report.notes, found.config) == ("clip_base", (), model.config)
+    path.write_bytes(b" <html><body>quota exceeded</body></html>")
+    with pytest.raises(InputError, match="is a web page, not weights"):
+        read_clip(path)
+
+
 def test_the_activation_of_a_bare_file_can_be_given_and_a_known_one_not_changed(
     tmp_path: Path, make: Any, theirs: Any, assert_same: Any
 ):

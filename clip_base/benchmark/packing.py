@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import inspect
 import io
-import json
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torchvision.datasets
-from PIL import Image
 
 from clip_base.jobs.plugins import did_you_mean
 from clip_base.runtime.errors import InputError, quote, shortened
 from clip_base.runtime.progress import track
-from clip_base.storage.files import existing, make_folder, read_text, replacing, write_text
+from clip_base.storage.files import existing, make_folder, parse_json, read_text, replacing, write_text
 from clip_base.storage.parquet_files import open_parquet
 
 _DONE = "packed"
@@ -155,7 +153,8 @@ def _columns(file: Path) -> tuple[str, str, list[str]]:
         schema = opened.schema_arrow
         columns = schema.names
         features: dict[str, Any] = {}
-        about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        written = (schema.metadata or {}).get(b"huggingface", b"{}").decode(errors="replace")
+        about = parse_json(written, f"the metadata `huggingface` of {file}", one_line=True)
         features = about.get("info", {}).get("features", {}) if isinstance(about, dict) else {}
         named = {
             column: feature["names"]
@@ -199,8 +198,6 @@ def _rows(files: list[Path], image: str, label: str, names: list[str]) -> Iterat
 
 def _extension(data: bytes) -> str:
     """Returns the extension of an encoded image; what is none is found out when it is decoded."""
-    try:
-        kind = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")).format
-    except (OSError, ValueError):
-        return "jpg"
-    return {"PNG": "png", "WEBP": "webp"}.get(str(kind), "jpg")
+    if data.startswith(b"\x89PNG"):
+        return "png"
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else "jpg"

@@ -21,6 +21,7 @@ from clip_base.storage.remote_cache import cache_folder
 from clip_base.weights.fetching import download, hub
 from clip_base.weights.reading import PRECISIONS, Report, is_safetensors, read_clip
 
+LONGEST = 1000  # characters of a path that a message has: a path is shown whole
 ENDINGS = (".safetensors", ".pt", ".pth", ".pkl", ".bin", ".ckpt", ".npy")  # of files of weights
 
 
@@ -58,7 +59,7 @@ def find(name_or_path: str | Path, folder: str | Path | None = None) -> Path:
         return existing(path, "weights file")
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     raise InputError(
-        f"there is no weights file {quote(name)} and no published model of that name; "
+        f"there is no weights file {quote(name, LONGEST)} and no published model of that name; "
         + (f"did you mean {close[0]!r}? " if close else "")
         + "`clip-base fetch --list` lists the published ones; open_clip's are named as in "
         "ViT-B-32/laion2b_s34b_b79k, those on the hub hf://owner/name"

@@ -26,6 +26,7 @@ OPENERS: dict[str, dict[str, str]] = {
         "clip_base/storage/kinds.py": "what tells kinds apart: no fault is one",
         "clip_base/search/index.py": "damage is an InputError",
         "clip_base/synthetic/scenes.py": "parts of the run that has just drawn them",
+        "clip_base/curation/sampling.py": "damage is an InputError",
         "regionclip/serve/server.py": "a request",
         "regionclip/training/region_text.py": "a vocabulary that was read",
         "regionclip/training/text_space.py": "a vocabulary that was read",
@@ -50,6 +51,7 @@ OPENERS: dict[str, dict[str, str]] = {
     "safe_open": {
         "clip_base/weights/native.py": "open_safetensors",
         "clip_base/weights/fetching/push.py": "without torch; damage is an InputError",
+        "clip_base/curation/sampling.py": "into NumPy; damage is an InputError",
     },
     "load_file": {"clip_base/training/checkpoint.py": "whatever it raises is an InputError"},
     "torch.load": {
@@ -61,10 +63,13 @@ OPENERS: dict[str, dict[str, str]] = {
     "np.load": {
         "regionclip/concepts/vocabulary.py": "whatever it raises is an InputError",
         "clip_base/storage/tars.py": "an index, which is made anew",
+        "clip_base/curation/curate.py": "what this process has just written",
     },
     "tarfile.open": {
         "clip_base/storage/tars.py": "scan and stream",
         "clip_base/synthetic/scenes.py": "a tar that it writes",
+        "clip_base/curation/units.py": "a tar that it writes",
+        "clip_base/benchmark/packing.py": "a tar that it writes",
     },
     "zipfile.ZipFile": {"clip_base/weights/unpickle.py": "archives of torch"},
     "gzip.decompress": {"clip_base/models/tokenizer.py": "the vocabulary that comes with the package"},

@@ -240,7 +240,8 @@ def test_the_documents_example_needs_no_code_of_ours(
     (tmp_path / "runs" / "detector" / "model.safetensors").write_bytes(detector_file.read_bytes())
     Image.open(photo).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    (command,) = re.findall(r"^regionclip (export-detector .* out=runs/exported)$", DOCS.read_text(), re.M)
+    page = DOCS.read_text().replace("\\\n", "")  # wrapped commands
+    (command,) = re.findall(r"^regionclip (export-detector .* out=runs/exported)$", page, re.M)
     assert regionclip(*shlex.split(command))[0] == 0
     metrics = read_json("runs/exported/metrics.json")
     assert metrics["differences"]["detector.onnx"] < graphs.TOLERANCE

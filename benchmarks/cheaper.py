@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from results_tables import spread
 from rounds import command, machine, put, shown, versions
 from torch import Tensor
 
@@ -67,11 +68,6 @@ def main() -> None:
         used = versions("torch", "onnxruntime")
         facts = f"Machine: {machine(1)}.\nVersions: {used}."
         put(options.write, "cheaper", f"{facts}\n\n    {command()}\n\n{table}")
-
-
-def spread(values: Sequence[float]) -> str:
-    mean = shown(statistics.mean(values))
-    return f"{mean} ± {shown(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
 def ways(folder: Path, embedded: Sequence[int]) -> dict[str, Detect]:

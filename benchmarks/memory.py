@@ -10,7 +10,6 @@ its peak is what the operating system says of it (`ru_maxrss`, in which every pa
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import shutil
@@ -29,6 +28,7 @@ from torch import nn
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.storage.files import read_json, write_json
+from clip_base.storage.tars import add_member
 from clip_base.synthetic.scenes import ScenesConfig, generate
 from clip_base.weights.native import save_clip
 from regionclip.mining.shards import images_path, write_shard
@@ -116,9 +116,7 @@ def as_tars(drawn: Path, folder: Path, count: int) -> list[str]:
         with tarfile.open(path.with_suffix(".part"), "w") as tar:
             for name, source, captions in every[start : start + PER_TAR]:
                 for ending, data in (("jpg", source.read_bytes()), ("txt", "\n".join(captions).encode())):
-                    header = tarfile.TarInfo(f"{name}.{ending}")
-                    header.size = len(data)
-                    tar.addfile(header, io.BytesIO(data))
+                    add_member(tar, f"{name}.{ending}", data)
         path.with_suffix(".part").rename(path)
     return [f"images={folder}/*.tar"]
 

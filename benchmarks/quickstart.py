@@ -8,10 +8,10 @@ python benchmarks/quickstart.py quickstart-0 quickstart-1 --write docs/results.m
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from results_tables import spread
 from rounds import put
 
 from clip_base.storage.files import read_json
@@ -38,7 +38,7 @@ def table(folders: Sequence[Path]) -> str:
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for model, title in MODELS.items():
         cells = [
-            " / ".join(spread([one[model][f"{group.key}_{part}"] for one in found]) for part in PARTS)
+            " / ".join(spread([100 * one[model][f"{group.key}_{part}"] for one in found]) for part in PARTS)
             for group in GROUPS
         ]
         lines.append(f"| {title} | {' | '.join(cells)} |")
@@ -58,11 +58,6 @@ def table(folders: Sequence[Path]) -> str:
             f"Not better than CLIP: {', '.join(lost)}." if lost else won,
         ]
     )
-
-
-def spread(values: Sequence[float]) -> str:
-    mean = f"{100 * statistics.mean(values):.1f}"
-    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 if __name__ == "__main__":

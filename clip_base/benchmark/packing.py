@@ -19,6 +19,7 @@ from clip_base.runtime.errors import InputError, quote, shortened
 from clip_base.runtime.progress import track
 from clip_base.storage.files import existing, make_folder, parse_json, read_text, replacing, write_text
 from clip_base.storage.parquet_files import open_parquet
+from clip_base.storage.tars import add_member
 
 _DONE = "packed"
 _IMAGES = ("image", "img", "picture")
@@ -40,9 +41,7 @@ def pack(folder: Path, stamp: str, names: Iterable[str], parts: Mapping[str, Lab
         with replacing(path) as temporary, tarfile.open(temporary, "w") as tar:
             for number, (data, extension, label) in enumerate(track(examples, f"packing {part} images")):
                 for ending, content in ((extension, data), ("cls", str(label).encode())):
-                    header = tarfile.TarInfo(f"{number:08d}.{ending}")
-                    header.size = len(content)
-                    tar.addfile(header, io.BytesIO(content))
+                    add_member(tar, f"{number:08d}.{ending}", content)
     write_text(folder / "classnames.txt", "".join(f"{name}\n" for name in names))
     write_text(folder / _DONE, stamp)
     return folder

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +18,7 @@ from clip_base.benchmark.datasets import BenchmarkDataset
 from clip_base.benchmark.published import METRICS
 from clip_base.benchmark.robustness import Shift
 from clip_base.evaluation.tables import to_csv
-from clip_base.images.html import page_environment
+from clip_base.images.html import figure_png, page_environment, png_uri
 from clip_base.storage.files import replacing, write_text
 
 PAGE, FIGURE, SCALING, SHIFTS = "report.html", "benchmark.png", "scaling.png", "robustness.png"
@@ -168,7 +166,7 @@ def _picture(path: Path, what: str, drawn: bytes) -> tuple[str, str]:
     """Writes a PNG; returns what it shows, and it as an address for the page."""
     with replacing(path) as temporary:
         temporary.write_bytes(drawn)
-    return what, "data:image/png;base64," + base64.b64encode(drawn).decode("ascii")
+    return what, png_uri(drawn)
 
 
 def _csv_rows(rows: Sequence[Row], compute: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -228,9 +226,7 @@ def draw(rows: Sequence[Row]) -> bytes:
     _bars(panels[0], rows)
     if few:
         _curves(panels[1], few)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()
+    return figure_png(figure)
 
 
 def _bars(axes: Axes, rows: Sequence[Row]) -> None:

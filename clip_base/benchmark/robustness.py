@@ -9,7 +9,6 @@ are compared with them.
 # M models
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from clip_base.images.html import figure_png
 
 LEAST = 2  # baselines through which a line is drawn
 
@@ -99,9 +100,7 @@ def draw(shifts: Sequence[Shift]) -> bytes:
         _panel(axes, pair, [one for one in shifts if one.pair == pair])
     for axes in panels[len(pairs) :]:
         axes.set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()
+    return figure_png(figure)
 
 
 def _panel(axes: Axes, pair: tuple[str, str], shifts: Sequence[Shift]) -> None:

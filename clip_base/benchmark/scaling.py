@@ -3,7 +3,6 @@
 # M models
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
+from clip_base.images.html import figure_png
 from clip_base.models.clip import CLIP
 
 LEAST = 3  # models through which a line is drawn
@@ -112,6 +112,4 @@ def draw(
     axes.set_ylabel("zero-shot error, %")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue(), law
+    return figure_png(figure), law

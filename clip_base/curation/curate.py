@@ -10,7 +10,6 @@ the pairs that are in a query's sample. Processes share the units, and what a un
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,11 +46,11 @@ from clip_base.data.sources import SOURCES
 from clip_base.jobs.config import REQUIRED, Plugin, option, plugin
 from clip_base.jobs.everyday import everyday
 from clip_base.jobs.run import RunFolder, files_of
-from clip_base.jobs.skipped import max_skipped_option, require_share, require_usable
+from clip_base.jobs.skipped import max_skipped_option, require_share, require_usable, write_skipped
 from clip_base.runtime.errors import InputError, JobError
 from clip_base.runtime.progress import track
 from clip_base.runtime.workers import EXECUTOR_HELP, EXECUTORS, Report, run
-from clip_base.storage.files import make_folder, replacing, write_text
+from clip_base.storage.files import make_folder, replacing
 
 TABLE, PAGE, SKIPPED = "per_query.csv", "report.html", "skipped.jsonl"
 _WORK = ".work"
@@ -232,7 +231,7 @@ def _counted(files: Sequence[Path], highest: Integers, counts: Integers, queries
 
 def _finish(config: CurateConfig, folder: RunFolder, curated: Curated) -> None:
     listed = folder.path / SKIPPED
-    write_text(listed, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in curated.skipped))
+    write_skipped(listed, curated.skipped)
     reasons = [entry["reason"] for entry in curated.skipped]
     require_usable(reasons, curated.pairs, config.max_skipped, listed, "pairs")
     write_table(folder.path / TABLE, curated, config.per_query)

@@ -3,8 +3,6 @@
 # Q queries
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +14,7 @@ from matplotlib.figure import Figure
 
 from clip_base.curation.queries import KINDS, Query
 from clip_base.curation.sampling import Integers
-from clip_base.images.html import page_environment
+from clip_base.images.html import figure_png, page_environment, png_uri
 from clip_base.storage.files import replacing, write_text
 from clip_base.storage.tables import TableWriter
 
@@ -103,7 +101,7 @@ def write_page(path: Path, curated: Curated, per_query: int) -> None:
             kinds=_by_kind(curated, per_query),
             head=rows[:_SHOWN],
             tail=rows[_SHOWN:][-_SHOWN:],
-            figure="data:image/png;base64," + base64.b64encode(drawn).decode("ascii"),
+            figure=png_uri(drawn),
         )
     )
     write_text(path, page + "\n")
@@ -157,9 +155,7 @@ def draw(before: Integers, after: Integers, per_query: int) -> bytes:
     axes.set_ylabel("pairs that contain it")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()
+    return figure_png(figure)
 
 
 def _thinned(count: int) -> Integers:

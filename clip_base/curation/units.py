@@ -6,7 +6,6 @@ as they are, whatever their size, and give tars and Parquet.
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from collections.abc import Collection, Iterator
@@ -27,7 +26,7 @@ from clip_base.storage.files import absolute_path, existing, replacing, write_te
 from clip_base.storage.parquet_files import open_parquet
 from clip_base.storage.remote import RemoteError, address_of
 from clip_base.storage.spool import is_gzipped
-from clip_base.storage.tars import Packed, addresses, stream
+from clip_base.storage.tars import Packed, add_member, addresses, stream
 
 ROWS_PER_UNIT = 100_000  # rows that a unit of Parquet has at least; a row group is not divided
 _BATCH = 1024  # rows of Parquet that are copied at once, images included
@@ -120,9 +119,7 @@ class TarUnits:
         with replacing(path) as temporary, tarfile.open(temporary, "w") as tar:
             for number, (_, record) in enumerate(records_of(self._members(unit.path))):
                 for member in record.values() if number in wanted else ():
-                    header = tarfile.TarInfo(member.name)
-                    header.size = member.size
-                    tar.addfile(header, io.BytesIO(member.data or b""))
+                    add_member(tar, member.name, member.data or b"")
 
     def _members(self, tar: str) -> Iterator[tuple[str, Packed]]:
         """Yields a tar's members up to where it is damaged, which `read` has told."""

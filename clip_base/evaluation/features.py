@@ -24,14 +24,14 @@ from clip_base.images.orientation import turned_as_annotated
 from clip_base.images.preprocess import square_view
 from clip_base.jobs.compute import ComputeOptions
 from clip_base.jobs.config import REQUIRED, option
-from clip_base.jobs.skipped import max_skipped_option, require_share, require_usable
+from clip_base.jobs.skipped import max_skipped_option, require_share, require_usable, write_skipped
 from clip_base.models.clip import CLIP
 from clip_base.models.configs import ACTIVATIONS
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast
 from clip_base.runtime.progress import Progress
 from clip_base.runtime.workers import in_turn
-from clip_base.storage.files import replacing, write_text
+from clip_base.storage.files import replacing
 from clip_base.storage.tars import Member
 from clip_base.weights.load import find, load_clip
 from clip_base.weights.native import open_safetensors
@@ -182,7 +182,7 @@ class Embedder:
 
 def note_skipped(skipped: list[dict[str, Any]], total: int, max_skipped: float, path: Path) -> None:
     """Lists unusable images in `path`; JobError when they are too many of `total`."""
-    write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped))
+    write_skipped(path, skipped)
     require_usable([entry["reason"] for entry in skipped], total, max_skipped, path)
 
 

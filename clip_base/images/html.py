@@ -5,9 +5,13 @@ from __future__ import annotations
 import base64
 import io
 from functools import cache
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @cache
@@ -26,4 +30,20 @@ def data_uri(image: Image.Image, quality: int = 84) -> str:
     """Returns an image as a JPEG inside a `data:` address."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "JPEG", quality=quality, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return _address("jpeg", buffer.getvalue())
+
+
+def png_uri(data: bytes) -> str:
+    """Returns the content of a PNG file as a `data:` address."""
+    return _address("png", data)
+
+
+def figure_png(figure: Figure) -> bytes:
+    """Returns a figure of matplotlib as a PNG; equal figures give equal bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _address(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64," + base64.b64encode(data).decode("ascii")

@@ -1,6 +1,6 @@
 """`out=` at an address of an object store: the job works in a folder here, which is copied there.
 
-What is at the address already comes here first, so that any machine goes on with a run. While the job works,
+What is at the address already comes here first, so that any machine resumes a run. While the job works,
 what it has finished is copied every half minute, and all of it when it ends, however it ends; manifests and
 metrics, by which others see that a run is whole, always last. `.NAME.files.json` beside the output lists what
 belongs together: a kill in the middle of copying leaves the list of before. `.NAME.lock.json` keeps a second
@@ -42,7 +42,7 @@ def working_copy(config: Any) -> Iterator[Any]:
 
     Raises:
         InputError: the address cannot be written, or another process writes there.
-        JobError: what was done could not be copied there; it is here, and the same command goes on.
+        JobError: what was done could not be copied there; it is here, and the same command resumes.
     """
     out = getattr(config, "out", "")
     address = address_of(out) if isinstance(out, str) else None

@@ -360,6 +360,13 @@ def stream(address: str, wanted: Callable[[str], bool]) -> Iterator[Packed]:
         yield from _files_of(source, address, wanted)
 
 
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Writes a member without what differs from run to run: its time, owner and mode are fixed."""
+    header = tarfile.TarInfo(name)
+    header.size = len(data)
+    tar.addfile(header, io.BytesIO(data))
+
+
 def open_shard(address: str | Path) -> BinaryIO:
     """Opens a tar for reading from its start; one at an address comes as it is read."""
     place = address_of(address)

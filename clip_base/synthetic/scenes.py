@@ -11,7 +11,6 @@ captions. File names in the annotations are then those of the tars' members.
 from __future__ import annotations
 
 import functools
-import io
 import json
 import shutil
 import tarfile
@@ -32,6 +31,7 @@ from clip_base.runtime.errors import InputError
 from clip_base.runtime.progress import Progress
 from clip_base.runtime.workers import Report, cores, run
 from clip_base.storage.files import make_folder, read_json, replacing, write_json
+from clip_base.storage.tars import add_member
 from clip_base.synthetic.captions import Seen, Style, describe
 from clip_base.synthetic.painting import Painter, Recipe, Scene
 from clip_base.synthetic.pictograms import ATTRIBUTES, TABLE, Category, with_variants
@@ -325,9 +325,7 @@ def _pack(tar: tarfile.TarFile, name: str, encoded: bytes, captions: list[str]) 
     """Adds an image and its captions to a tar, without what would differ from one run to the next."""
     text = "\n".join(captions).encode()
     for member, data in ((name, encoded), (str(Path(name).with_suffix(".txt")), text)):
-        header = tarfile.TarInfo(member)
-        header.size = len(data)
-        tar.addfile(header, io.BytesIO(data))
+        add_member(tar, member, data)
 
 
 def _assemble(folder: Path, split: str, parts: list[Path], config: ScenesConfig) -> None:

@@ -77,7 +77,7 @@ class TensorBoardLog:
 
 
 class WandbLog:
-    """Logs to Weights & Biases; a resumed training goes on in the same run there.
+    """Logs to Weights & Biases; a resumed training continues the same run there.
 
     WANDB_MODE=offline in the environment keeps everything in `folder/wandb`, for `wandb sync` later.
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
-from torchvision.ops import FeaturePyramidNetwork, batched_nms
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from clip_base.data.batch import ImageBatch
@@ -34,7 +34,7 @@ from regionclip.proposals.rpn.backbone import (
     freeze_stages,
 )
 from regionclip.proposals.rpn.config import ProposalNetworkConfig
-from regionclip.structures.boxes import clip_boxes, decode_deltas, encode_deltas, valid_boxes
+from regionclip.structures.boxes import best_survivors, clip_boxes, decode_deltas, encode_deltas, valid_boxes
 from regionclip.structures.regions import FeatureMaps, RegionBatch, Regions
 
 PYRAMID_CHANNELS = 256  # arXiv 1612.03144, section 3
@@ -296,7 +296,7 @@ class ProposalNetwork(nn.Module):
         if self.config.merge_levels:
             levels = torch.zeros_like(levels)
         # By logits: probabilities near 1 are equal in float32 where their logits are not.
-        index = batched_nms(boxes, logits, levels, self.config.nms if nms is None else nms)[:limit]
+        index = best_survivors(boxes, logits, levels, self.config.nms if nms is None else nms, limit)
         return boxes[index], logits[index]
 
 

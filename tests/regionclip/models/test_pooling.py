@@ -60,12 +60,22 @@ def test_half_precision_is_rounded_once():
     torch.testing.assert_close(found.float(), wanted, atol=1e-4, rtol=2**-8)
 
 
-def test_gradients_are_torchvisions():
-    rois = some_rois(6, 8, 10)
-    maps = [some_map(6, 8).requires_grad_() for _ in range(2)]
+@pytest.mark.parametrize("size", [(6, 8), (20, 33)])
+def test_gradients_are_torchvisions(size: tuple[int, int]):
+    rois = some_rois(*size, 10)
+    maps = [some_map(*size).requires_grad_() for _ in range(2)]
     pool_regions(maps[0], rois, 4, 1 / 16).square().sum().backward()
     roi_align(maps[1], rois, 4, 1 / 16, 0, aligned=True).square().sum().backward()
-    torch.testing.assert_close(maps[0].grad, maps[1].grad)
+    torch.testing.assert_close(maps[0].grad, maps[1].grad, atol=1e-4, rtol=1e-4)
+
+
+def test_an_image_without_regions_takes_none():
+    cells, rois = some_map(6, 8, batch=3), some_rois(6, 8, 10, batch=1)
+    rois[::2, 0] = 2
+    found = pool_regions(cells, rois, 4, 1 / 16)
+    torch.testing.assert_close(
+        found, roi_align(cells, rois, 4, 1 / 16, 0, aligned=True), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_the_weights_of_a_bin_within_the_map_sum_to_one():

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from pycocotools import mask
 from torch import Tensor
+from torchvision.ops import batched_nms
 
 from regionclip.structures import boxes as B
 
@@ -106,6 +107,16 @@ def test_nms_equals_a_plain_loop(seed: int, count: int, classes: int, threshold:
         if not rivals or B.iou(boxes[index : index + 1], boxes[rivals]).max() <= threshold:
             kept.append(index)
     assert B.nms(boxes, scores, labels, threshold).tolist() == kept
+
+
+@pytest.mark.parametrize("limit", [1, 7, 40, 1000])
+@pytest.mark.parametrize("threshold", [0.1, 0.7])
+def test_the_best_survivors_are_the_first_of_all(limit: int, threshold: float):
+    generator = torch.Generator().manual_seed(limit)
+    boxes, labels = random_boxes(400, seed=limit), torch.randint(3, (400,), generator=generator)
+    scores = torch.randint(50, (400,), generator=generator) / 50  # some are equal
+    wanted = batched_nms(boxes, scores, labels, threshold)[:limit]
+    assert B.best_survivors(boxes, scores, labels, threshold, limit).equal(wanted)
 
 
 def test_nms_of_many_boxes_is_that_of_few(monkeypatch: pytest.MonkeyPatch):

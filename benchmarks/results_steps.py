@@ -23,17 +23,17 @@ CURVE = ("0.25", "0.5", "0.75")  # as configs/region-interpolate/results.yaml ha
 PRETEND_SEED = 1000  # added to the seed for the images on which a factor is chosen
 VIT = (
     *("tower.vision.kind=vit", "tower.vision.layers=[6]", "tower.vision.width=192", "tower.vision.patch=8"),
-    *("train.lr=1.0e-3", "train.steps=1800"),
+    *("train.steps=900",),
 )
 """A vision transformer as a teacher: options of CLIP's training, beside configs/pretrain/results.yaml."""
-SUPERVISED_STEPS = 240  # twice the others', so that the bound is less one of training time
+SUPERVISED_STEPS = 400  # twice the others', so that the bound is less one of training time
 
 WORLDS: dict[str, tuple[str, ...]] = {
     "fair": (),
     "hard": ("categories=35", "attributes=[striped,tall]", "novel=26", "synonyms=0.3", "images=20000"),
 }
 """Options of `clip-base scenes` beside configs/scenes/results.yaml, by the dataset's name."""
-LONGER: dict[str, tuple[str, ...]] = {"fair": (), "hard": ("train.steps=2400",)}
+LONGER: dict[str, tuple[str, ...]] = {"fair": (), "hard": ("train.steps=1200",)}
 """Options of CLIP's training by dataset: 105 names take longer to learn than 32."""
 
 

@@ -30,8 +30,9 @@ def arguments() -> argparse.Namespace:
         "--per-class", type=int, default=40, help="images of a class that probes see, and that test"
     )
     parser.add_argument("--categories", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3, help="twice as much leaves some widths untrained")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -91,7 +92,7 @@ def main() -> None:
         out = job(
             "pretrain",
             **coco(train),
-            **training(options.steps, options.batch_size, options.seed),
+            **training(options.steps, options.batch_size, options.seed) | {"train__lr": options.lr},
             tower__vision__width=width,
             out=options.folder / f"w{width:02d}",
         )

@@ -48,7 +48,7 @@ class Row:
 def zero_shot(key: str, title: str, table: str = "students", main: bool = True, step: str = "") -> Row:
     """Returns the row of a model without detector training; `step` begins the names of its evaluations."""
     step = step or key
-    measures = {f"{step}-truth": TOP1, f"{step}-proposals": AP50, f"{step}-retrieval": RETRIEVAL}
+    measures = {f"{step}-truth": TOP1, f"{step}-proposals": (*AP50, *AP), f"{step}-retrieval": RETRIEVAL}
     return Row(key, title, table, measures, main)
 
 
@@ -142,10 +142,10 @@ COMPARISONS = (
     *(
         Comparison(detector, other, metric)
         for other in ("detector-best", "student-best")
-        for detector in ("detector-frozen", "detector-chosen", "detector-ensemble")
-        for metric in AP50
+        for detector in ("detector-frozen", "detector-0.5", "detector-chosen", "detector-ensemble")
+        for metric in (*AP50, *AP)
     ),
-    *(Comparison("detector-best", "student-best", metric) for metric in AP50),
+    *(Comparison("detector-best", "student-best", metric) for metric in (*AP50, *AP)),
     *(Comparison("student-published-scale", "student-published", metric) for metric in (*TOP1, *AP50)),
     *(
         Comparison(f"student-{name}", "student-best", metric)
@@ -156,7 +156,7 @@ COMPARISONS = (
         Comparison(f"detector-{name}", other, metric)
         for other in ("detector-best", "student-best")
         for name in ("vit", "round-2", "names", "distilled", "gated", "pseudo", "kept", "kept-ensemble")
-        for metric in AP50
+        for metric in (*AP50, *AP)
     ),
 )
 

@@ -17,6 +17,7 @@ TABLES: dict[str, dict[str, str]] = {
     "students": {
         **dict(zip(TOP1, (f"top-1 {part}" for part in PARTS), strict=True)),
         **dict(zip(AP50, (f"AP50 {part}" for part in PARTS), strict=True)),
+        **dict(zip(AP, ("AP all",), strict=True)),
     },
     "detectors": {
         **dict(zip(AP50, (f"AP50 {part}" for part in PARTS), strict=True)),

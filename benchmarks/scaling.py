@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--categories", type=int, default=12)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3, help="twice as much leaves some widths untrained")
+    parser.add_argument("--lr", type=float, default=5e-4, help="2e-3 leaves some widths untrained")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -55,7 +55,7 @@ def world(
 
 def noisy(pixels: np.ndarray) -> np.ndarray:
     chance = np.random.default_rng(int(pixels.sum()))
-    return np.clip(pixels + chance.normal(0, 40, pixels.shape), 0, 255).astype(np.uint8)
+    return np.clip(pixels + chance.normal(0, 20, pixels.shape), 0, 255).astype(np.uint8)
 
 
 def sketched(pixels: np.ndarray) -> np.ndarray:
@@ -71,7 +71,7 @@ def datasets(options: argparse.Namespace) -> tuple[Path, list[Path]]:
     root, seed = options.folder, options.seed
     main = world(root / "world", options, options.images, seed, 0.5, 0.65)
     other = world(root / "other_textures", options, 1, seed + 1000, 0.5, 0.65)
-    small = world(root / "small_objects", options, 1, seed, 0.35, 0.45)
+    small = world(root / "small_objects", options, 1, seed, 0.42, 0.5)
     folders = [root / "data" / name for name in ("pictograms", *SHIFTS)]
     if not (root / "data" / "done").exists():
         shutil.rmtree(root / "data", ignore_errors=True)

@@ -20,11 +20,11 @@ PRESET = "quickstart"
 SIZES = ("auto", "full", "small")
 LONGEST = 10.0  # minutes that the full size may take, or the small one is made
 SMALL: dict[str, tuple[str, ...]] = {
-    "scenes": ("images=5000", "val_images=250"),
-    "pretrain": ("train.steps=350",),
-    "region-train-rpn": ("train.steps=100",),
-    "region-pretrain": ("train.steps=120",),
-    "region-train-detector": ("train.steps=80",),
+    "scenes": ("images=4000", "val_images=250"),
+    "pretrain": ("train.steps=220",),
+    "region-train-rpn": ("train.steps=80",),
+    "region-pretrain": ("train.steps=90",),
+    "region-train-detector": ("train.steps=60",),
 }
 """What the small size changes, by job."""
 SMALL_SHARE = 0.6  # of the full size's minutes

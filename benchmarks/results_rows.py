@@ -70,6 +70,8 @@ ROWS = (
     trained("detector-dense", "initialized from our best, region_head=dense", main=False),
     trained("detector-frozen", "our best frozen, a trained box head alone", main=False),
     trained("detector-ensemble", "our best, probabilities combined with its student's", main=False),
+    trained("detector-trunk", "our best, trunk frozen", main=False),
+    trained("detector-trunk-ensemble", "the same, probabilities combined with its student's", main=False),
     trained(
         "detector-chosen",
         "weights between detector and student, the factor chosen on held-out base classes",
@@ -142,7 +144,14 @@ COMPARISONS = (
     *(
         Comparison(detector, other, metric)
         for other in ("detector-best", "student-best")
-        for detector in ("detector-frozen", "detector-0.5", "detector-chosen", "detector-ensemble")
+        for detector in (
+            "detector-frozen",
+            "detector-trunk",
+            "detector-0.5",
+            "detector-chosen",
+            "detector-ensemble",
+            "detector-trunk-ensemble",
+        )
         for metric in (*AP50, *AP)
     ),
     *(Comparison("detector-best", "student-best", metric) for metric in (*AP50, *AP)),

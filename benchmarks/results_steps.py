@@ -207,6 +207,8 @@ def all_steps(folder: Path, world: str, seed: int) -> dict[str, Step]:
         )
     student = f"student.weights={steps.model('student-best')}"
     steps.evaluation("detector-ensemble", best, "detector-best", student)
+    steps.detector("trunk", "student-best", "freeze_stages=4")
+    steps.evaluation("detector-trunk-ensemble", steps.model("detector-trunk"), "detector-trunk", student)
     _add_curves(steps)
     _add_choice(steps, world, seed)
     _add_candidates(steps, world)

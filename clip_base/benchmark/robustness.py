@@ -91,7 +91,7 @@ def table(shifts: Sequence[Shift]) -> tuple[list[str], list[list[str]]]:
 def draw(shifts: Sequence[Shift]) -> bytes:
     """Returns a PNG with a panel per pair: shifted accuracy over accuracy, of probes and of zero-shot."""
     pairs = list(dict.fromkeys(one.pair for one in shifts))
-    columns = min(len(pairs), 3)
+    columns = 2 if len(pairs) == 4 else min(len(pairs), 3)
     rows = -(-len(pairs) // columns)
     figure = Figure(figsize=(4 * columns, 3.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)

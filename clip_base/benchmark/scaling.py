@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from torch.utils.flop_counter import FlopCounterMode
 
 from clip_base.images.html import figure_png
@@ -110,6 +111,9 @@ def draw(
     axes.set_yscale("log")
     axes.set_xlabel("GFLOPs per image")
     axes.set_ylabel("zero-shot error, %")
+    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        ticks(LogFormatter(labelOnlyBase=False))  # 60, not 6 × 10¹
+    axes.margins(x=0.1)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=9)
     return figure_png(figure), law

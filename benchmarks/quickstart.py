@@ -51,7 +51,8 @@ def table(folders: Sequence[Path]) -> str:
     won = "RegionCLIP is better than CLIP in every column of every seed."
     return "\n".join(
         [
-            f"{len(folders)} seeds, size {sizes.pop()}; percent, mean ± standard deviation.",
+            f"{'1 seed' if len(folders) == 1 else f'{len(folders)} seeds'}, size {sizes.pop()}; percent, "
+            "mean ± standard deviation.",
             "",
             *lines,
             "",

@@ -93,7 +93,7 @@ def _pool_small(cells: Tensor, image_index: Tensor, down: Tensor, across: Tensor
         flat = cells.float().flatten(1, 2)  # [B, H·W, C]
         pooled = [
             some.flatten(0, 2) @ flat[image]  # [n · s · s, C]
-            for image, some in enumerate(weights[order].split(regions))
+            for image, some in enumerate(torch.split(weights[order], regions))
         ]
         found = torch.cat(pooled).view(count, side, side, cells.shape[3])[order.argsort()]
     return found.permute(0, 3, 1, 2)

@@ -11,7 +11,7 @@ from clip_base.models.clip import CLIP
 from clip_base.models.configs import CLIPConfig, TextConfig, VisionConfig
 from clip_base.runtime.precision import autocast, pick_device
 
-REFERENCE = 0.061
+REFERENCE = 0.08
 """Seconds of a step of `measure_pace` on two idle cores of an AMD EPYC with AVX512-BF16."""
 STEPS = 5
 TOWERS = CLIPConfig(

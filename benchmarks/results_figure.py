@@ -53,15 +53,16 @@ def main() -> None:
 
 
 def from_rows(folder: Path, world: str) -> tuple[list[Point], int]:
-    """Returns the main rows, and the ablations, that all seeds have, and how many seeds there are.
+    """Returns the rows with an AP50 that most seeds have, and how many seeds these are.
 
     Raises:
         SystemExit: no row is finished.
     """
-    found, _ = finished_rows(folder, world, PRESET)
+    rows, _ = finished_rows(folder, world, PRESET)
+    found = {key: seeds for key, seeds in rows.items() if all(BASE in seed for seed in seeds.values())}
     most = max(map(len, found.values()))
     if not most:
-        raise SystemExit(f"{folder}: no row is finished")
+        raise SystemExit(f"{folder}: no row with {BASE} is finished")
 
     def over(key: str, metric: str) -> tuple[float, float]:
         values = [100 * seed[metric] for seed in found[key].values()]
@@ -70,7 +71,7 @@ def from_rows(folder: Path, world: str) -> tuple[list[Point], int]:
     points = [
         Point(row.key, row.title, row.table, over(row.key, BASE), over(row.key, NOVEL))
         for row in ROWS
-        if len(found[row.key]) == most and all(BASE in seed for seed in found[row.key].values())
+        if len(found.get(row.key, ())) == most
     ]
     return points, most
 
@@ -84,24 +85,21 @@ def drawn(points: list[Point], note: str) -> str:
         names.set_axis_off()
         ends = [0.0, max(point.base[0] + point.base[1] for point in points)]
         axis.plot(ends, ends, color="#bdbdbd", linewidth=1, zorder=1)
-        axis.annotate("equal", (ends[1], ends[1]), color="#757575", ha="right", va="bottom")
-        rows: list[tuple[str, str]] = []
+        axis.annotate(" equal", (ends[1] / 2, ends[1] / 2), color="#757575", va="top")
+        numbers = {point.key: str(number) for number, point in enumerate(points, 1)}
+        lines: list[tuple[str, str, str]] = []  # text, color and weight
         for kind, (marker, color, title) in KINDS.items():
-            rows.append((title, color))
+            lines.append((title, color, "bold"))
             for point in (point for point in points if point.table == kind):
-                number = str(sum(text[0].isdigit() for text, _ in rows) + 1)
-                shade = BOUNDS.get(point.key, color)
+                shade, number = BOUNDS.get(point.key, color), numbers[point.key]
                 place = (point.base[0], point.novel[0])
-                axis.errorbar(
-                    *place, xerr=point.base[1], yerr=point.novel[1], color=shade, alpha=0.25, zorder=2
-                )
+                errors = {"xerr": point.base[1], "yerr": point.novel[1]}
+                axis.errorbar(*place, **errors, color=shade, alpha=0.25, zorder=2)
                 axis.plot(*place, marker=marker, markersize=13, color=shade, zorder=3)
                 axis.annotate(number, place, color="white", fontsize=8, ha="center", va="center", zorder=4)
-                rows.append((f"{number}  {point.title.replace('`', '')}", "#212121"))
-        for line, (text, shade) in enumerate(rows):
-            heading = not text[0].isdigit()
-            weight = "bold" if heading else "normal"
-            names.text(0, 1 - line / max(len(rows), 20), text, color=shade, va="top", weight=weight)
+                lines.append((f"{number}  {point.title.replace('`', '')}", "#212121", "normal"))
+        for row, (text, shade, weight) in enumerate(lines):
+            names.text(0, 1 - row / max(len(lines), 20), text, color=shade, va="top", weight=weight)
         axis.set_xlabel("AP50 of base categories, percent")
         axis.set_ylabel("AP50 of novel categories, percent")
         axis.spines[["top", "right"]].set_visible(False)

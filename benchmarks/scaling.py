@@ -92,7 +92,7 @@ def main() -> None:
         out = job(
             "pretrain",
             **coco(train),
-            **training(options.steps, options.batch_size, options.seed) | {"train__lr": options.lr},
+            **training(options.steps, options.batch_size, options.seed, options.lr),
             tower__vision__width=width,
             out=options.folder / f"w{width:02d}",
         )

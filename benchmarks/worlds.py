@@ -51,13 +51,13 @@ def coco(world: Path) -> dict[str, Any]:
     return {"source__name": "coco", "source__captions": captions, "source__images": images}
 
 
-def training(steps: int, batch_size: int, seed: int) -> dict[str, Any]:
+def training(steps: int, batch_size: int, seed: int, lr: float = 2e-3) -> dict[str, Any]:
     """Returns the options of a training."""
     return {
         "train__steps": steps,
         "train__batch_size": batch_size,
         "train__warmup_steps": 50,
-        "train__lr": 2e-3,
+        "train__lr": lr,
         "train__seed": seed,
         "train__workers": 0,
         "cache": "true",

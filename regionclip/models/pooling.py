@@ -28,8 +28,8 @@ def pool_regions(feature_map: Tensor, rois: Tensor, side: int, scale: float) -> 
     Returns:
         [N, C, s, s], channels-last, of the map's type; computed in float32.
     """
-    few = side**2 * feature_map.shape[2] * feature_map.shape[3] <= FEW_PRODUCTS
-    if not (pools_by_products(feature_map) or (few and _on_processor(feature_map))):
+    small = _on_processor(feature_map) and _is_small(side, feature_map.shape[-2:])
+    if not (small or pools_by_products(feature_map)):
         aligned: Tensor = roi_align(feature_map.float(), rois, side, scale, 0, aligned=True)
         return aligned.to(feature_map.dtype).contiguous(memory_format=torch.channels_last)
     down, across = region_weights(rois, side, scale, feature_map.shape[-2:])
@@ -44,6 +44,11 @@ def pools_by_products(feature_map: Tensor) -> bool:
 
 def _on_processor(feature_map: Tensor) -> bool:
     return feature_map.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _is_small(side: int, extent: torch.Size) -> bool:
+    """Whether regions of s by s bins of a map with sides (H, W) are pooled by `_pool_small`."""
+    return side**2 * extent.numel() <= FEW_PRODUCTS
 
 
 def region_weights(rois: Tensor, side: int, scale: float, extent: torch.Size) -> tuple[Tensor, Tensor]:
@@ -72,7 +77,7 @@ def pool_windows(feature_map: Tensor, image_index: Tensor, down: Tensor, across:
     """
     side = down.shape[1]
     cells = feature_map.permute(0, 2, 3, 1)  # [B, H, W, C]
-    if side**2 * cells.shape[1] * cells.shape[2] <= FEW_PRODUCTS:
+    if _is_small(side, feature_map.shape[-2:]):
         return _pool_small(cells, image_index, down, across).to(feature_map.dtype)
     pooled = feature_map.new_empty(len(down), side, side, feature_map.shape[1])  # [N, s, s, C]
     spans = zip(image_index.tolist(), _spans(down), _spans(across), strict=True)

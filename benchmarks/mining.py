@@ -16,9 +16,9 @@ import contextlib
 import cProfile
 import functools
 import io
+import itertools
 import json
 import pstats
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from typing import Any
 import open_clip
 import torch
 from PIL import Image
-from rounds import Row, alternate, command, compare, machine, markdown, put, shown, versions
+from rounds import Row, alternate, command, compare, machine, markdown, put, versions
 from torch import Tensor, nn
 
 from clip_base.images.decode import decode
@@ -47,6 +47,7 @@ from regionclip.structures.transforms import ResizeConfig, resize_shortest_edge,
 DEFAULT, BF16 = "open_clip loop default", "open_clip loop bf16"
 MODEL, SIDE = "RN50", 224
 HEADS = {"": "per_region", " shared": "shared"}  # how a task names a region head
+JOB_HEADS = PER_REGION, SHARED = "per_region", "shared"  # of the whole job
 # Stage -> the functions that do it, as (end of the file's path, name).
 STAGES = {
     "starting: weights, concepts, list of images": [
@@ -73,9 +74,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--short", type=int, nargs="+", default=[480, 800], help="short sides for roi_align")
     parser.add_argument("--job-count", type=int, default=100, help="photographs of the whole job")
     parser.add_argument("--job-short", type=int, default=480, help="short side of the whole job")
-    parser.add_argument(
-        "--region-head", default="per_region", choices=["per_region", "shared"], help="of the job"
-    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="+", choices=["teachers", "job"], default=["teachers", "job"])
@@ -211,7 +209,7 @@ def similarity(encoder: RegionEncoder, model: Any, photos: list[tuple[Path, Tens
 
 
 def job(options: argparse.Namespace) -> str:
-    """Returns how long `regionclip mine` takes on the images, and a table of its stages."""
+    """Returns how fast `regionclip mine` is with either region head, and a table of its stages."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         torch.manual_seed(0)
@@ -223,55 +221,53 @@ def job(options: argparse.Namespace) -> str:
         (out / "captions.json").write_text(json.dumps(captions))
         quiet = io.StringIO()
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            build(ConceptsConfig(str(out / "captions.json"), str(out / "concepts.jsonl"), 2, ["coco65"]))
-            plain, stages, regions = [], dict[str, list[float]](), 0
-            for number in range(options.rounds + 1):
-                for profiled in (False, True):
-                    config = mining(options, out, f"{number}-{profiled}")
-                    seconds, parts = timed(config, profiled)
-                    regions = json.loads((Path(config.out) / "metrics.json").read_text())["regions"]
-                    if number and profiled:
-                        for stage, value in parts.items():
-                            stages.setdefault(stage, []).append(value)
-                    elif number:
-                        plain.append(seconds)
-        return job_table(options, plain, stages, regions)
+            build(
+                ConceptsConfig(
+                    captions=str(out / "captions.json"),
+                    out=str(out / "concepts.jsonl"),
+                    min_count=2,
+                    classes=["coco65"],
+                )
+            )
+            runs = itertools.count()
+            rates = alternate(
+                {head: lambda head=head: mine(mining(options, out, head, next(runs))) for head in JOB_HEADS},
+                options.rounds,
+                warm_up=False,
+            )
+            stages = {head: profiled(mining(options, out, head, next(runs))) for head in JOB_HEADS}
+        return job_table(options, rates, stages)
 
 
-def mining(options: argparse.Namespace, out: Path, name: str) -> MineConfig:
+def mining(options: argparse.Namespace, out: Path, head: str, run: int) -> MineConfig:
     return MineConfig(
         images=str(options.photos),
         captions=str(out / "captions.json"),
         weights=str(out / "clip.safetensors"),
         concepts=str(out / "concepts.jsonl"),
-        out=str(out / name),
+        out=str(out / f"{head}-{run}"),
         proposer={"name": "precomputed", "file": str(options.proposals), "limit": options.boxes},
         matcher={"name": "caption"},
         teacher="roi_align",
-        region_head=options.region_head,
+        region_head=head,
         resize=ResizeConfig(short=[options.job_short], long=1333),
         batch_size=4,
     )
 
 
-def timed(config: MineConfig, profiled: bool) -> tuple[float, dict[str, float]]:
-    """Returns the seconds of a mining run and, when it is profiled, those of its stages."""
+def profiled(config: MineConfig) -> dict[str, float]:
+    """Returns the seconds that each stage of a mining run takes while it is profiled."""
     profile = cProfile.Profile()
     start = time.perf_counter()
-    if profiled:
-        profile.runcall(mine, config)
-    else:
-        mine(config)
+    profile.runcall(mine, config)
     seconds = time.perf_counter() - start
-    if not profiled:
-        return seconds, {}
     rows: Any = vars(pstats.Stats(profile))["stats"]
     cumulative = {(file, name): row[3] for (file, _, name), row in rows.items()}
     stages = {
         stage: sum(_seconds(cumulative, end, name) for end, name in functions)
         for stage, functions in STAGES.items()
     }
-    return seconds, stages | {"everything else": seconds - sum(stages.values())}
+    return stages | {"everything else": seconds - sum(stages.values())}
 
 
 def _seconds(cumulative: dict[tuple[str, str], float], end: str, name: str) -> float:
@@ -285,24 +281,27 @@ def _seconds(cumulative: dict[tuple[str, str], float], end: str, name: str) -> f
 
 
 def job_table(
-    options: argparse.Namespace, plain: list[float], stages: dict[str, list[float]], regions: int
+    options: argparse.Namespace, rates: dict[str, list[float]], stages: dict[str, dict[str, float]]
 ) -> str:
-    seconds = statistics.median(plain)
-    count = options.job_count
-    lines = [
-        f"`regionclip mine teacher=roi_align region_head={options.region_head}` with proposals from a file, "
-        f"{count} images at short side "
-        f"{options.job_short}, up to {options.boxes} boxes each: **{shown(count / seconds)} images/s** "
-        f"({seconds:.1f} s, of {min(plain):.1f} to {max(plain):.1f}; {regions:,} regions kept), starting "
-        "included. Where a profiled run spends its time:",
-        "",
-        "| stage | seconds | share |",
-        "|---|---|---|",
-    ]
-    medians = {stage: statistics.median(values) for stage, values in stages.items()}
-    total = sum(medians.values())
-    lines += [f"| {stage} | {value:.2f} | {value / total:.0%} |" for stage, value in medians.items()]
-    return "\n".join(lines)
+    """Returns the rates of the whole job with both region heads, and where a profiled run spends its time.
+
+    Args:
+        options: the command's.
+        rates: seconds of each round by region head.
+        stages: seconds by region head and stage.
+    """
+    ours = {("ours" if head == SHARED else head): seconds for head, seconds in rates.items()}
+    task = f"`regionclip mine teacher=roi_align`, short side {options.job_short}, `region_head=shared`"
+    note = f"{options.job_count} images, up to {options.boxes} boxes each, starting included"
+    table = markdown(compare(task, "images/s", options.job_count, ours, note))
+    totals = {head: sum(seconds.values()) for head, seconds in stages.items()}
+    lines = [f"| stage, one profiled run | {' | '.join(JOB_HEADS)} |", f"|{'---|' * (len(JOB_HEADS) + 1)}"]
+    for stage in next(iter(stages.values())):
+        cells = (
+            f"{stages[head][stage]:.2f} s, {stages[head][stage] / totals[head]:.0%}" for head in JOB_HEADS
+        )
+        lines.append(f"| {stage} | {' | '.join(cells)} |")
+    return "\n\n".join([table, "\n".join(lines)])
 
 
 if __name__ == "__main__":

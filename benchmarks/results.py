@@ -1,7 +1,7 @@
 """Does it work? The paper's tables on generated datasets: rows of several seeds, with their statistics.
 
     python benchmarks/results.py --world fair --seeds 0 1 2 3 4 --jobs 2 --out results
-    python benchmarks/results.py --tables --write docs/results.md
+    python benchmarks/results.py --tables --write docs/results.md --write-differences docs/results_appendix.md
 
 The first command makes every row that `benchmarks/results/` lacks and leaves a small JSON file there for each
 row and seed, so that a stopped run resumes, also on another machine: a finished row is not made again unless
@@ -47,6 +47,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--preset", default=PRESET, help="which of configs/*/PRESET.yaml the jobs use")
     parser.add_argument("--tables", action="store_true", help="make nothing, print what is finished")
     parser.add_argument("--write", type=Path, help="Markdown page whose results section takes the tables")
+    parser.add_argument(
+        "--write-differences",
+        type=Path,
+        help="Markdown page whose differences section takes the paired differences",
+    )
     return parser.parse_args()
 
 
@@ -58,10 +63,12 @@ def main() -> None:
     elif not options.tables:
         for seed in options.seeds:
             run_seed(options, rows, seed)
-    text = report(options.finished, options.preset)
-    print(text)
+    tables, differences = report(options.finished, options.preset)
+    print(f"{tables}\n\n{differences}")
     if options.write:
-        put(options.write, "results", text)
+        put(options.write, "results", tables)
+    if options.write_differences:
+        put(options.write_differences, "differences", differences)
 
 
 def run_side_by_side(options: argparse.Namespace) -> None:

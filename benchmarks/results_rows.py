@@ -94,6 +94,16 @@ ROWS = (
     trained("detector-pseudo", "our best, mined boxes of novel names as labels", main=False),
     trained("detector-kept", "our best, these three together", main=False),
     trained("detector-kept-ensemble", "the same, probabilities combined with its student's", main=False),
+    trained("detector-longer", "our best, twice as many steps", main=False),
+    trained("detector-longer-ensemble", "the same, probabilities combined with its student's", main=False),
+    *(
+        trained(f"detector-{name}-0.5", f"half of the detector {title}, the rest of its start", main=False)
+        for name, title in (
+            ("clip", "from CLIP"),
+            ("published", "from RegionCLIP as published"),
+            ("longer", "of twice as many steps"),
+        )
+    ),
     trained("detector-supervised", "supervised on all classes (upper bound)"),
     *(
         trained(f"detector-background-{weight}", f"our best, background weight {weight}", main=False)
@@ -151,10 +161,18 @@ COMPARISONS = (
             "detector-chosen",
             "detector-ensemble",
             "detector-trunk-ensemble",
+            "detector-longer",
+            "detector-longer-0.5",
+            "detector-longer-ensemble",
         )
         for metric in (*AP50, *AP)
     ),
     *(Comparison("detector-best", "student-best", metric) for metric in (*AP50, *AP)),
+    *(
+        Comparison(f"detector-{start}-0.5", f"detector-{start}", metric)
+        for start in ("clip", "published")
+        for metric in (*AP50, *AP)
+    ),
     *(Comparison("student-published-scale", "student-published", metric) for metric in (*TOP1, *AP50)),
     *(
         Comparison(f"student-{name}", "student-best", metric)

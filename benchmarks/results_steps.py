@@ -20,6 +20,8 @@ from regionclip.quickstart.stages import Stage
 ALPHAS = ("0.0", "0.25", "0.75")  # exponents of objectness beside 0.5, the recipe's
 BACKGROUND_WEIGHTS = ("0.05", "1.0")  # beside 0.2, the recipe's
 CURVE = ("0.25", "0.5", "0.75")  # as configs/region-interpolate/results.yaml has them
+HALVED = {"clip": "clip", "published": "student-published", "longer": "student-best"}
+"""Detectors beside our best that are interpolated by half with what they began with."""
 PRETEND_SEED = 1000  # added to the seed for the images on which a factor is chosen
 VIT = (
     *("tower.vision.kind=vit", "tower.vision.layers=[6]", "tower.vision.width=192", "tower.vision.patch=8"),
@@ -209,6 +211,8 @@ def all_steps(folder: Path, world: str, seed: int) -> dict[str, Step]:
     steps.evaluation("detector-ensemble", best, "detector-best", student)
     steps.detector("trunk", "student-best", "freeze_stages=4")
     steps.evaluation("detector-trunk-ensemble", steps.model("detector-trunk"), "detector-trunk", student)
+    steps.detector("longer", "student-best", longer)
+    steps.evaluation("detector-longer-ensemble", steps.model("detector-longer"), "detector-longer", student)
     _add_curves(steps)
     _add_choice(steps, world, seed)
     _add_candidates(steps, world)
@@ -216,7 +220,7 @@ def all_steps(folder: Path, world: str, seed: int) -> dict[str, Step]:
 
 
 def _add_curves(steps: Steps) -> None:
-    """Adds the interpolations: from the CLIP to our best student, and from that to its detector."""
+    """Adds the interpolations: from the CLIP to our best student, from it to its detector, and by half."""
     steps.curve("curve-student", "clip", "student-best")
     steps.curve("curve-detector", "student-best", "detector-best")
     for alpha in CURVE:
@@ -224,6 +228,10 @@ def _add_curves(steps: Steps) -> None:
         steps.zero_shot(f"student-{alpha}", steps.folder / "curve-student" / file, "curve-student")
         place = steps.folder / "curve-detector" / file
         steps.evaluation(f"detector-{alpha}", place, "curve-detector")
+    for detector, start in HALVED.items():
+        steps.curve(f"curve-{detector}", start, f"detector-{detector}")
+        place = steps.folder / f"curve-{detector}" / "alpha-0.5.safetensors"
+        steps.evaluation(f"detector-{detector}-0.5", place, f"curve-{detector}")
 
 
 def _add_candidates(steps: Steps, world: str) -> None:

@@ -32,22 +32,23 @@ QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 Found = dict[int, dict[str, float]]  # metrics of a row by seed
 
 
-def report(folder: Path, preset: str) -> str:
-    """Returns the tables and comparisons of all datasets as Markdown.
+def report(folder: Path, preset: str) -> tuple[str, str]:
+    """Returns as Markdown the tables of all datasets, and the comparisons of their rows.
 
     Args:
         folder: of the finished rows: DATASET/seed-N/ROW.json.
         preset: which of configs/*/PRESET.yaml the rows must have been made with. A row that was made with
             other options than today's is left out, and named at the end.
     """
-    parts = []
+    rows, differences = [], []
     for world in WORLDS:
         found, stale = finished_rows(folder / world, world, preset)
         if any(found.values()):
-            parts += [f"### Dataset `{world}`", *tables(found), compared(found)]
+            rows += [f"### Dataset `{world}`", *tables(found)]
+            differences += [f"### Dataset `{world}`", compared(found)]
         if stale:
-            parts.append(f"Left out, as they were made with other options: {', '.join(stale)}.")
-    return "\n\n".join(parts) or "No row is finished."
+            rows.append(f"Left out, as they were made with other options: {', '.join(stale)}.")
+    return "\n\n".join(rows) or "No row is finished.", "\n\n".join(differences)
 
 
 def finished_rows(folder: Path, world: str, preset: str) -> tuple[dict[str, Found], list[str]]:

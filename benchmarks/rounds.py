@@ -7,7 +7,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -43,7 +43,7 @@ class Row:
 
 
 def alternate(
-    rivals: dict[str, Work], rounds: int, wait: Work = lambda: None, warm_up: bool = True
+    rivals: Mapping[str, Work], rounds: int, wait: Work = lambda: None, warm_up: bool = True
 ) -> dict[str, list[float]]:
     """Returns the seconds that each rival took in each round.
 

@@ -40,7 +40,7 @@ from regionclip.proposals.rpn.proposer import load_network
 from regionclip.structures.boxes import encode_deltas, iou
 from regionclip.structures.regions import FeatureMaps, RegionBatch, Regions
 from regionclip.structures.transforms import TrainingResizeConfig
-from regionclip.training.keep import KeepOptions, StartingEmbeddings, with_pseudo_labels
+from regionclip.training.keep import KeepOptions, StartingEmbeddings, StartingWeights, with_pseudo_labels
 from regionclip.training.region_text import FreezeOptions, freeze
 from regionclip.training.samples import BaseClassImages, RegionDataset, Sample, fit_on
 
@@ -56,7 +56,10 @@ from regionclip.training.samples import BaseClassImages, RegionDataset, Sample, 
 )
 @dataclass
 class TrainDetectorConfig(KeepOptions, RegionHeadOptions, BaseClassImages, FreezeOptions, TrainingOptions):
-    """Options of the detector's training. The defaults are the published COCO recipe but for `box_head`."""
+    """Options of the detector's training.
+
+    The defaults are the published COCO recipe but for `box_head` and `starting_share`.
+    """
 
     weights: str = option(REQUIRED, "CLIP to start from, such as what `regionclip pretrain` wrote")
     rpn: str = option(
@@ -362,7 +365,9 @@ def train_detector(config: TrainDetectorConfig) -> None:
     weights = None
     if config.repeat_threshold:
         weights = repeat_factors([record.labels for record in dataset], config.repeat_threshold)
+    start = StartingWeights(clip.visual, config.starting_share)
     steps = fit_on(data, task, config.train, run, weights)
+    start.mix_into(detector.clip.visual)
     save_detector(detector, run.path / "model.safetensors", split.base)
     run.finish({"steps": steps, "images": len(dataset), "loss": last_loss(run.log_path)})
     print(f"{run.path / 'model.safetensors'}: {steps} steps on {len(dataset)} images")

@@ -16,6 +16,7 @@ from clip_base.data.batch import ImageBatch
 from clip_base.jobs.cli import main_regionclip
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import read_json, write_json
+from clip_base.weights.native import read_weights
 from regionclip.checkpoints.load import read_detector_file
 from regionclip.data.annotations import CocoDetection
 from regionclip.models.detector import Detector
@@ -154,9 +155,35 @@ def test_a_detector_learns_of_mined_boxes_and_its_file_names_base_classes_alone(
     assert "pseudo_labels" in json.loads((out / ".inputs.json").read_text())
 
 
+@pytest.mark.parametrize("share", ["0.0", "0.25", "default"])
+def test_finished_weights_lie_between_the_first_and_the_last(
+    world: Path, clip_file: Path, rpn_file: Path, tmp_path: Path, share: str
+) -> None:
+    options = [f"annotations={world / 'instances_train.json'}", f"images={world / 'images'}"]
+    options += [f"split={world / 'split.json'}", f"weights={clip_file}", f"rpn={rpn_file}", "train.steps=2"]
+    options += ["resize.short=[64]", "resize.long=64", "train.batch_size=2", "train.warmup_steps=0"]
+    options += ["max_proposals=8", "rois_per_image=8", "train.lr=0.01", "freeze_batch_norm=false"]
+    options += [] if share == "default" else [f"starting_share={share}"]
+    assert main_regionclip(["train-detector", *options, f"out={tmp_path / 'out'}"]) == 0
+    last = read_weights(tmp_path / "out" / "checkpoints" / "00000002" / "model.safetensors")[0]
+    found, start = read_weights(tmp_path / "out" / "model.safetensors")[0], read_weights(clip_file)[0]
+    kept = 0.5 if share == "default" else float(share)
+    moved = 0
+    for name, value in found.items():
+        ended = last[f"detector.{name}"]
+        begun = start.get(name.removeprefix("clip."), ended) if name.startswith("clip.visual.") else ended
+        moved += int(not torch.equal(begun, ended))
+        wanted = kept * begun.double() + (1 - kept) * ended.double()
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), wanted, rtol=1e-6, atol=1e-7, msg=name)
+    assert moved > 10
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        {"starting_share": 1.0},
+        {"starting_share": -0.1},
         {"background_gate": 1.5},
         {"proposal_distillation": -1.0},
         {"pseudo_weight": -0.1},

@@ -117,6 +117,12 @@ def test_two_processes_have_the_losses_and_gradients_of_one(outs: Path, name: st
         assert float(apart) <= 0.01 * float(moved), root
 
 
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kind in IN_TWO if name != "rpn"])
+def test_the_finished_weights_of_two_processes_are_those_of_one(outs: Path, name: str, kind: str) -> None:
+    one, two = (read_weights(outs / by / name / "model.safetensors")[0] for by in ("one", kind))
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=2e-5)
+
+
 @pytest.mark.parametrize(("name", "kind"), RESUMED)
 def test_a_run_goes_on_with_another_number_of_processes(outs: Path, name: str, kind: str) -> None:
     out, one = outs / f"resumed-{kind}" / name, outs / "one" / name

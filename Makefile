@@ -34,6 +34,7 @@ check: install
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy --no-error-summary
+	@MYPYPATH=benchmarks $(BIN)/mypy --no-error-summary benchmarks
 	@$(BIN)/lint-imports > $(VENV)/lint-imports.log || (cat $(VENV)/lint-imports.log; exit 1)
 
 # The pages, into build/docs; a broken link or a page that the menu lacks is an error. Nothing is fetched.

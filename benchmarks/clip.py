@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import open_clip
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from rates import matrix_rate, operations_of, waiting
-from rounds import Row, alternate, command, compare, machine, markdown, put, versions
+from rounds import Row, Work, alternate, command, compare, machine, markdown, put, versions
 from torch import Tensor, nn
 
 from clip_base.data.batch import ImageBatch, ImageTextBatch
@@ -126,7 +126,8 @@ def towers(name: str, options: argparse.Namespace) -> list[Row]:
         rivals[BF16] = bf16
     fast: nn.Module | None = None
     if device == "cuda":
-        fast = torch.compile(copy.deepcopy(theirs).to(memory_format=torch.channels_last))
+        plain = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
+        fast = cast(nn.Module, torch.compile(plain))
         rivals = {BF16: bf16, FASTEST: bf16}
 
     # A model for each: what one leaves behind shall not change another's work.
@@ -166,7 +167,7 @@ def our_step(model: CLIP, pixels: Tensor, tokens: Tensor, compiled: bool) -> Cal
     def step() -> None:
         with autocast(config.precision, pixels.device):
             loss = torch.stack(list(forward(batch).values())).sum()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         task.after_step()
@@ -193,11 +194,11 @@ def their_step(model: nn.Module, pixels: Tensor, tokens: Tensor, context: Any) -
         with context:
             images, texts, scale = model(pixels, tokens)[:3]
             loss = criterion(images, texts, scale)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         with torch.no_grad():
             inner = getattr(model, "_orig_mod", model)
-            inner.logit_scale.clamp_(0, np.log(100))
+            inner.get_parameter("logit_scale").clamp_(0, np.log(100))
 
     return step
 
@@ -226,7 +227,8 @@ def matrix_share(model: CLIP, pixels: Tensor, tokens: Tensor, seconds: list[floa
     """Returns which share of the device's bf16 matrix rate, measured here, a training step reaches."""
 
     def both_ways() -> None:
-        sum(features.sum() for features in (model.encode_image(pixels), model.encode_text(tokens))).backward()
+        images, texts = model.encode_image(pixels), model.encode_text(tokens)
+        torch.autograd.backward(images.sum() + texts.sum())
 
     operations, rate = operations_of(both_ways), matrix_rate("cuda", "bf16")
     model.zero_grad(set_to_none=True)
@@ -263,7 +265,7 @@ def preprocessing(options: argparse.Namespace) -> list[Row]:
         ("evaluation view of an image", ours_view, view, note),
         ("training crop of an image", ours_training, augmented, ""),
     ):
-        works = {"ours": ours, DEFAULT: functools.partial(theirs, transform)}
+        works: dict[str, Work] = {"ours": ours, DEFAULT: functools.partial(theirs, transform)}
         seconds = alternate(works, options.rounds)
         rows += compare(f"{what}, one thread", "images/s", len(files), seconds, remark)
     torch.set_num_threads(options.threads)
@@ -322,7 +324,7 @@ def loss_peak(kind: str, size: int) -> int:
         loss = contrastive(images, texts, scale)
     else:
         loss = open_clip.ClipLoss()(images, texts, scale)
-    loss.backward()
+    torch.autograd.backward(loss)
     return peak_bytes() - before
 
 

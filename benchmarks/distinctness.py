@@ -89,6 +89,7 @@ def read_boxes(world: Path, part: str) -> tuple[Tensor, Tensor]:
     crops, labels = [], []
     for image in track(content["images"], f"{world.name}, {part}"):
         pixels = cv2.imread(str(world / "images" / image["file_name"]))
+        assert pixels is not None
         for (x, y, width, height), label in boxes[image["id"]]:
             side = max(width, height) * CONTEXT
             scale = SIDE / side
@@ -121,7 +122,7 @@ def fit(network: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None
         some = order[start : start + batch]
         loss = F.cross_entropy(network(images[some]), labels[some])
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
     network.eval()

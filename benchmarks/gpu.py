@@ -124,7 +124,7 @@ def teacher(head: str, options: argparse.Namespace) -> Line:
     device = torch.device(options.device)
     torch.manual_seed(0)
     model = CLIP(zoo.config("RN50")).eval().to(device).to(memory_format=torch.channels_last)
-    encoder = RegionEncoder(model.map_tower, "roi_align", region_head=head)
+    encoder = RegionEncoder(model.visual, "roi_align", region_head=head)
     pixels = torch.randn(options.images, 3, *IMAGE, device=device)
     corners = torch.rand(options.images * BOXES, 2) * torch.tensor([400.0, 300.0])
     boxes = torch.cat([corners, corners + 40 + torch.rand(len(corners), 2) * 130], 1)
@@ -147,7 +147,8 @@ def training(name: str, options: argparse.Namespace) -> list[Line]:
     few = 2  # operations grow with the batch
 
     def both_ways() -> None:
-        sum(x.sum() for x in (mine.encode_image(pixels[:few]), mine.encode_text(tokens[:few]))).backward()
+        images, texts = mine.encode_image(pixels[:few]), mine.encode_text(tokens[:few])
+        torch.autograd.backward(images.sum() + texts.sum())
 
     operations = operations_of(both_ways) / few * options.batch
     mine.zero_grad(set_to_none=True)

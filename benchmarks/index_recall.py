@@ -9,16 +9,18 @@ thing are; queries are such vectors too. One thread.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rounds import processor, versions
 
 from clip_base.search.approximate import Approximate, build, cells_of, recall
-from clip_base.search.index import Index
+from clip_base.search.index import Hit, Index
 
 
 def arguments() -> argparse.Namespace:
@@ -37,15 +39,18 @@ def arguments() -> argparse.Namespace:
 def vectors(centers: torch.Tensor, count: int, noise: float) -> torch.Tensor:
     """Returns [count, D] vectors around centers drawn at random."""
     width = centers.shape[1]
-    return centers[torch.randint(len(centers), (count,))] + noise / width**0.5 * torch.randn(count, width)
+    deviation = float(noise / width**0.5)
+    return centers[torch.randint(len(centers), (count,))] + deviation * torch.randn(count, width)
 
 
-def timed(search: object, queries: torch.Tensor) -> tuple[list[list[object]], float]:
+def timed(
+    search: Callable[[torch.Tensor], list[Hit]], queries: torch.Tensor
+) -> tuple[list[list[Hit]], float]:
     """Returns what each query found, and the median of milliseconds."""
     found, seconds = [], []
     for query in queries:
         start = time.perf_counter()
-        found.append(search(query))  # type: ignore[operator]
+        found.append(search(query))
         seconds.append(time.perf_counter() - start)
     return found, 1000 * statistics.median(seconds)
 
@@ -55,9 +60,9 @@ def main() -> None:
     torch.manual_seed(0)
     centers = torch.nn.functional.normalize(torch.randn(options.centers, options.width), dim=1)
     index = Index(options.width)
-    for start in range(0, options.images, 50_000):
-        count = min(50_000, options.images - start)
-        keys = [str(number) for number in range(start, start + count)]
+    for first in range(0, options.images, 50_000):
+        count = min(50_000, options.images - first)
+        keys = [str(number) for number in range(first, first + count)]
         index.add(keys, vectors(centers, count, options.noise))
     queries = vectors(centers, options.queries, options.noise)
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +71,7 @@ def main() -> None:
         build(index, Path(folder))
         seconds = time.perf_counter() - start
         near = Approximate(index, Path(folder))
-        exact, milliseconds = timed(lambda query: index.search(query, 10), queries)
+        exact, milliseconds = timed(functools.partial(index.search, k=10), queries)
         print(f"{processor()}; {versions('faiss-cpu', 'torch')}; one thread")
         print(
             f"{options.images:,} vectors of {options.width}, {cells_of(options.images):,} cells, "
@@ -75,7 +80,7 @@ def main() -> None:
         print("| probes | recall of the 10 nearest | ms per query |\n|---|---|---|")
         print(f"| exact | 1 | {milliseconds:.1f} |")
         for probes in options.probes:
-            found, milliseconds = timed(lambda query, probes=probes: near.search(query, 10, probes), queries)
+            found, milliseconds = timed(functools.partial(near.search, k=10, probes=probes), queries)
             print(f"| {probes} | {recall(exact, found):.3f} | {milliseconds:.2f} |")
 
 

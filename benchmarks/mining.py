@@ -135,7 +135,7 @@ def teachers(options: argparse.Namespace) -> list[Row]:
     ours, theirs = pair_of_models()
     photos = photographs(options)
     regions = sum(len(boxes) for _, boxes in photos)
-    rivals = {DEFAULT: contextlib.nullcontext()}
+    rivals: dict[str, contextlib.AbstractContextManager[object]] = {DEFAULT: contextlib.nullcontext()}
     if computes_in_bf16(torch.device("cpu")):
         rivals[BF16] = torch.autocast("cpu", torch.bfloat16)
     works = {rival: functools.partial(their_loop, theirs, photos, each) for rival, each in rivals.items()}
@@ -180,15 +180,16 @@ def their_loop(model: Any, photos: list[tuple[Path, Tensor]], context: Any) -> l
         image = Image.open(path).convert("RGB")
         crops = torch.stack([preprocess(image.crop(square)) for square in squares(boxes)])
         with torch.no_grad(), context:
-            features = [model.encode_image(part, normalize=True) for part in crops.split(32)]
+            features = [model.encode_image(part, normalize=True) for part in torch.split(crops, 32)]
         found.append(torch.cat(features).float())
     return found
 
 
-def squares(boxes: Tensor) -> list[tuple[float, ...]]:
+def squares(boxes: Tensor) -> list[tuple[float, float, float, float]]:
     """Returns what the teacher `crop` looks at, in pixels of the image."""
     regions = Regions(boxes, torch.zeros(len(boxes), dtype=torch.int64))
-    return [tuple(map(float, row)) for row in square_rois(regions, 1.2)[:, 1:].round().tolist()]
+    corners = square_rois(regions, 1.2)[:, 1:].round().tolist()
+    return [(left, top, right, bottom) for left, top, right, bottom in corners]
 
 
 @torch.no_grad()
@@ -230,11 +231,12 @@ def job(options: argparse.Namespace) -> str:
                 )
             )
             runs = itertools.count()
-            rates = alternate(
-                {head: lambda head=head: mine(mining(options, out, head, next(runs))) for head in JOB_HEADS},
-                options.rounds,
-                warm_up=False,
-            )
+
+            def mined(head: str) -> None:
+                mine(mining(options, out, head, next(runs)))
+
+            works = {head: functools.partial(mined, head) for head in JOB_HEADS}
+            rates = alternate(works, options.rounds, warm_up=False)
             stages = {head: profiled(mining(options, out, head, next(runs))) for head in JOB_HEADS}
         return job_table(options, rates, stages)
 

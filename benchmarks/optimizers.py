@@ -85,8 +85,8 @@ def make(name: str, seed: int, folder: Path, file: Path) -> None:
     print(f"seed {seed}: {name}", flush=True)
     out = folder / "optimizer"
     shutil.rmtree(out, ignore_errors=True)
-    data = ("source.name=coco", f"source.captions={folder}/world/captions_train.json", f"out={out}")
-    data += (f"source.images={folder}/world/images", f"evaluate.images={folder}/test", f"train.seed={seed}")
+    data = ["source.name=coco", f"source.captions={folder}/world/captions_train.json", f"out={out}"]
+    data += [f"source.images={folder}/world/images", f"evaluate.images={folder}/test", f"train.seed={seed}"]
     pretrain(resolve(PretrainConfig, None, [*words, *data]))
     loss = "captioning" if CAPTIONING in words else "contrastive"
     losses = [entry[loss] for entry in read_log(out / "log.jsonl", "log") if loss in entry]

@@ -36,8 +36,16 @@ from clip_base.training.validation import Validation
 FINISHED = Path(__file__).parent / "pretraining_tasks"
 FIGURE = "pretraining_tasks.svg"
 CLASSES, IMAGES_PER_CLASS = 12, 15
-WORLD = ("images=4000", "size=64", f"categories={CLASSES}", "objects_min=1", "objects_max=1")
-WORLD += ("object_min=0.45", "object_max=0.65", "workers=1")
+WORLD = (
+    "images=4000",
+    "size=64",
+    f"categories={CLASSES}",
+    "objects_min=1",
+    "objects_max=1",
+    "object_min=0.45",
+    "object_max=0.65",
+    "workers=1",
+)
 BATCH, STEPS, EVERY = 64, 500, 50
 OPTIONS = (
     "tower.embed_dim=128",
@@ -142,8 +150,8 @@ def make(name: str, seed: int, folder: Path, finished: Path) -> None:
     print(f"seed {seed}: {TASKS[name].title}", flush=True)
     out = folder / name
     shutil.rmtree(out, ignore_errors=True)
-    data = ("source.name=coco", f"source.captions={folder}/world/captions_train.json")
-    data += (f"source.images={folder}/world/images", f"evaluate.images={folder}/test", f"train.seed={seed}")
+    data = ["source.name=coco", f"source.captions={folder}/world/captions_train.json"]
+    data += [f"source.images={folder}/world/images", f"evaluate.images={folder}/test", f"train.seed={seed}"]
     config = resolve(PretrainConfig, None, [*OPTIONS, *TASKS[name].options, *data, f"out={out}"])
     curve = trained(config)
     write_json(

@@ -93,6 +93,7 @@ class Boxes:
         for image in content["images"]:
             if own[image["id"]]:
                 read = cv2.imread(str(world / "images" / image["file_name"]))
+                assert read is not None
                 pixels.append(cv2.resize(read, (size, size), interpolation=cv2.INTER_LINEAR))
                 boxes.append(torch.tensor([box for box, _ in own[image["id"]]]) * size / image["width"])
                 labels.append(torch.tensor([label for _, label in own[image["id"]]]))
@@ -127,7 +128,7 @@ def fit(data: Boxes, head: str, seed: int, options: argparse.Namespace) -> tuple
         assert regions.labels is not None
         loss = F.cross_entropy(SCALE * embeddings @ names.T, regions.labels)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
     tower.eval()
@@ -142,6 +143,7 @@ def accuracy(encoder: RegionEncoder, names: Tensor, data: Boxes) -> tuple[float,
     for images, regions in data.batches(50):
         with autocast("auto", torch.device("cpu")):
             embeddings = encoder(images, regions)
+        assert regions.labels is not None
         right.append((embeddings @ names.T).argmax(1) == regions.labels)
         width, height = (regions.boxes[:, 2:] - regions.boxes[:, :2]).unbind(1)
         small.append(width * height < (SMALL * side) ** 2)

@@ -78,8 +78,9 @@ def from_rows(folder: Path, world: str) -> tuple[list[Point], int]:
 
 def drawn(points: list[Point], note: str) -> str:
     """Returns the figure as SVG, the same text for the same figures."""
-    style = {"font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": "results", "font.size": 10}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(
+        {"font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": "results", "font.size": 10}
+    ):
         figure = Figure(figsize=(10.5, 5.6), layout="constrained")
         axis, names = figure.subplots(1, 2, width_ratios=(5, 4))
         names.set_axis_off()

@@ -114,6 +114,11 @@ ROWS = (
         trained(f"detector-{alpha}", f"{alpha} of our best, the rest of its student", main=False)
         for alpha in CURVE
     ),
+    trained(
+        "detector-0.5-ensemble",
+        "0.5 of our best, the rest of its student, probabilities combined with its student's",
+        main=False,
+    ),
 )
 
 
@@ -161,6 +166,7 @@ COMPARISONS = (
             "detector-chosen",
             "detector-ensemble",
             "detector-trunk-ensemble",
+            "detector-0.5-ensemble",
             "detector-longer",
             "detector-longer-0.5",
             "detector-longer-ensemble",

@@ -189,8 +189,8 @@ def all_steps(folder: Path, world: str, seed: int) -> dict[str, Step]:
     steps.add(
         "clip-as-trained-truth", "region-evaluate", 0.2, ("clip",), *steps.boxes("val"), weights, *small
     )
-    for name, student in STUDENTS.items():
-        steps.student(name, student)
+    for name, kind in STUDENTS.items():
+        steps.student(name, kind)
     steps.detector("clip", "clip")
     for name in ("published", "best", "shared"):
         steps.detector(name, f"student-{name}")
@@ -232,6 +232,9 @@ def _add_curves(steps: Steps) -> None:
         steps.curve(f"curve-{detector}", start, f"detector-{detector}")
         place = steps.folder / f"curve-{detector}" / "alpha-0.5.safetensors"
         steps.evaluation(f"detector-{detector}-0.5", place, f"curve-{detector}")
+    half = steps.folder / "curve-detector" / "alpha-0.5.safetensors"
+    student = f"student.weights={steps.model('student-best')}"
+    steps.evaluation("detector-0.5-ensemble", half, "curve-detector", student)
 
 
 def _add_candidates(steps: Steps, world: str) -> None:

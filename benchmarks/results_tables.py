@@ -105,7 +105,7 @@ class Difference:
     @property
     def error(self) -> float:
         """The standard error of the mean; needs two seeds."""
-        return statistics.stdev(self.values) / len(self.values) ** 0.5
+        return float(statistics.stdev(self.values) / len(self.values) ** 0.5)
 
     @property
     def holds(self) -> bool:

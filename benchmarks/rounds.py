@@ -110,11 +110,8 @@ def machine(threads: int) -> str:
     name, flags = platform.processor() or platform.machine(), ""
     information = Path("/proc/cpuinfo")
     if information.exists():
-        fields = dict(
-            (part.strip() for part in line.split(":", 1))
-            for line in information.read_text().splitlines()
-            if ":" in line
-        )
+        parts = (line.partition(":") for line in information.read_text().splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, _, value in parts}
         name, flags = fields.get("model name", name), fields.get("flags", "")
     has = [label for flag, label in _ABILITIES.items() if flag in flags.split()]
     return f"{name}, {os.cpu_count()} cores ({', '.join(has) or 'no AVX2'}), {threads} threads"

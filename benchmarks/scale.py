@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import os
 import resource
@@ -137,7 +138,10 @@ def pairs_of(folder: Path, kind: str) -> dict[str, str]:
 
 
 def small_config(folder: Path, kind: str, out: Path) -> MineConfig:
+    pairs = pairs_of(folder / "small", kind)
     return MineConfig(
+        images=pairs["images"],
+        captions=pairs.get("captions", ""),
         weights=str(folder / "small.safetensors"),
         concepts=str(folder / "small" / "concepts.jsonl"),
         out=str(out),
@@ -147,7 +151,6 @@ def small_config(folder: Path, kind: str, out: Path) -> MineConfig:
         resize=ResizeConfig(short=[128], long=128),
         precision="fp32",
         shard_images=50,
-        **pairs_of(folder / "small", kind),
     )
 
 
@@ -169,7 +172,7 @@ def mining_rates(folder: Path, kind: str, rounds: int) -> list[Rate]:
             for unit in units:
                 miner(unit, lambda number, _: seen.append(number))
 
-        rates.append(timed(work, lambda seen=seen: sum(seen)))  # type: ignore[misc]
+        rates.append(timed(work, functools.partial(sum, seen)))
     return rates
 
 
@@ -246,7 +249,7 @@ def training_rate(folder: Path, options: argparse.Namespace) -> Rate:
     steps = {}
     for count in (1, 3):
         words = training_words(folder, options, count)
-        steps[count] = timed(lambda words=words: run("pretrain", *words), lambda: 1)
+        steps[count] = timed(functools.partial(run, "pretrain", *words), lambda: 1)
     seconds = [1 / steps[3][kind] - 1 / steps[1][kind] for kind in (0, 1)]
     return 4 / seconds[0], 4 / seconds[1]
 

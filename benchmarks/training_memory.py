@@ -21,7 +21,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rounds import command, machine, put, versions
@@ -108,12 +107,12 @@ def full_sizes() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name in MODELS:
-        for title, options in (
-            ("plain", {}),
-            ("`objective.name=chunked`", {"chunked": 1024}),
-            ("`chunked`, `train.checkpointing=true`", {"checkpointing": True, "chunked": 1024}),
+        for title, checkpointing, chunked in (
+            ("plain", False, 0),
+            ("`objective.name=chunked`", False, 1024),
+            ("`chunked`, `train.checkpointing=true`", True, 1024),
         ):
-            step = Step(zoo.config(name), BATCH // RANKS, RANKS, **options)
+            step = Step(zoo.config(name), BATCH // RANKS, RANKS, checkpointing, chunked)
             peak, weights, text = traced(step)
             rest = peak - 8 * weights
             cells = [rest + weights * (8 + STATISTICS[kind]) for kind in ("adamw", "adamw_bf16")]
@@ -184,14 +183,14 @@ def as_one_of(ranks: int) -> Iterator[None]:
     """While it lasts, the embeddings of other processes are there, and the similarities to them."""
     gather = distributed.gather
 
-    def gathered(rows: Tensor, counts: Any = None) -> Tensor:
+    def gathered(rows: Tensor, counts: list[int] | None = None) -> Tensor:
         return torch.cat([rows, rows.new_zeros((ranks - 1) * len(rows), *rows.shape[1:])])
 
-    distributed.gather = gathered if ranks > 1 else gather  # type: ignore[assignment]
+    distributed.gather = gathered if ranks > 1 else gather
     try:
         yield
     finally:
-        distributed.gather = gather  # type: ignore[assignment]
+        distributed.gather = gather
 
 
 def make_step(task: ContrastiveTask, batch: ImageTextBatch, step: Step) -> None:
@@ -199,7 +198,7 @@ def make_step(task: ContrastiveTask, batch: ImageTextBatch, step: Step) -> None:
     with as_one_of(step.ranks):
         with torch.autocast("cpu", torch.bfloat16, enabled=step.bf16):
             loss = torch.stack(list(task(batch).values())).sum()
-        loss.backward()
+        torch.autograd.backward(loss)
 
 
 def traced(step: Step) -> tuple[int, int, int]:

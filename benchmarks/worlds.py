@@ -82,5 +82,6 @@ def by_class(
             found[name] += 1
             (out / name).mkdir(parents=True, exist_ok=True)
             pixels = cv2.imread(str(world / "images" / files[entry["image_id"]]))
+            assert pixels is not None
             cv2.imwrite(str(out / name / f"{found[name]:04d}.png"), change(pixels))
     assert min(found.values()) == count, found

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_base.models.transformer import all_untouched
+from clip_base.runtime.distributed import is_shard
 
 M = TypeVar("M", bound=nn.Module)
 EXPANSION = 4  # output channels of a block per inner channel
@@ -138,11 +139,16 @@ class Bottleneck(nn.Module):
         return convolve(out, self.conv3, self.bn3).add_(shortcut).relu_()
 
     def splits(self) -> bool:
-        """Whether `linear_parts` and `from_linear_parts` may be used: no batch norm takes statistics."""
+        """Whether `linear_parts` and `from_linear_parts` may be used.
+
+        Not where a batch norm takes statistics, nor where FSDP holds the weights in shards, which it makes
+        whole only while the block is called.
+        """
         norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
         return (
             self.downsample is not None
             and not any(norm.training for norm in norms)
+            and not is_shard(self.conv1.weight)
             and all_untouched(*self._modules.values())
         )
 

@@ -79,7 +79,9 @@ def to_regionclip(path: Path, out: Path) -> str:
             network = _network(detector.network, path)
             state |= {f"{OFFLINE}{name}": value for name, value in network.items()}
         _save({"model": state}, out)
-        return f"{out}, for MODEL.WEIGHTS; how it scores and the names of its classes have no place there"
+        beside = "" if detector.student is None else ", the frozen student beside it"
+        lost = f"how it scores{beside} and the names of its classes"
+        return f"{out}, for MODEL.WEIGHTS; {lost} have no place there"
     _require_published_head(path)
     _save({"model": _clip(load_clip(path), path)}, out)
     return f"{out}, for MODEL.WEIGHTS"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clip_base.jobs import config as configs
 from clip_base.models import zoo
-from clip_base.models.clip import CLIP, ImageTower
+from clip_base.models.clip import CLIP, ImageTower, make_vision_tower
 from clip_base.models.configs import CLIPConfig, TextConfig
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.announce import announced
@@ -40,6 +40,7 @@ from regionclip.data.categories import parse_names
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
 from regionclip.models.region_heads import KEY, REGION_HEADS, PerRegionHead, choose_head
+from regionclip.models.student import NONE, FrozenStudent, StudentConfig, load_student
 from regionclip.proposals.rpn.config import ProposalNetworkConfig
 from regionclip.proposals.rpn.detectron2_names import NETWORK
 from regionclip.proposals.rpn.network import ProposalNetwork
@@ -70,6 +71,7 @@ SETTINGS = {48: _COCO, 65: _COCO, 80: _COCO, 866: _LVIS, 1203: _LVIS}
 HEAD_NAMES = ("bbox_pred.weight", "bbox_pred.bias", "cls_bg_score.weight")
 _LISTS = ("coco", "coco65", "coco_base", "coco_novel")
 FORMAT = "regionclip.detector/1"
+STUDENT = "student"  # in the metadata: the region head of the frozen tower beside, if there is one
 
 
 def check_published(content: Content, path: Path) -> None:
@@ -299,7 +301,7 @@ def _counters(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def save_detector(detector: Detector, path: str | Path, base: Sequence[str]) -> None:
-    """Writes a trained detector whole: towers, proposal network, box head, and the base names it learned."""
+    """Writes a trained detector whole: towers, proposal network, box head, student, base names."""
     if detector.network is None or detector.box_head is None:
         raise ValueError("a detector without proposal network or box head cannot be used from a file")
     proposals = {**dataclasses.asdict(detector.network.config), "backbone_weights": ""}
@@ -314,6 +316,8 @@ def save_detector(detector: Detector, path: str | Path, base: Sequence[str]) -> 
         "base": json.dumps(list(base)),
         **towers_note(detector.clip),
     }
+    if detector.student is not None:
+        metadata[STUDENT] = detector.student.encoder.region_head
     write_weights(path, detector.state_dict(), metadata)
 
 
@@ -353,6 +357,10 @@ def read_detector_file(
         )
     try:
         detector = Detector.untrained(clip, settings, network, kind, size, region_head=head)
+        if STUDENT in metadata:
+            scale = float(weights["clip.logit_scale"].exp())
+            tower = make_vision_tower(clip.config)
+            detector = detector.with_student(FrozenStudent(tower, scale, region_head=metadata[STUDENT]))
     except InputError as error:
         raise InputError(
             f"{path} was trained with box_head={quote(kind)}, which is not installed ({error}); install "
@@ -363,6 +371,7 @@ def read_detector_file(
     base = sizes_in(metadata, "base", path)
     if not isinstance(base, list) or not all(isinstance(name, str) for name in base):
         raise InputError(f"base in the metadata of {path} must be a list of names, found {quote(base)}")
+    detector.base = tuple(base)
     return detector, tuple(base)
 
 
@@ -373,6 +382,7 @@ def load_detector(
     use_checkpoint_config: bool = True,
     text_weights: str = "",
     region_head: str = "auto",
+    student: StudentConfig | None = None,
 ) -> Detector:
     """Returns a detector from a detector's file, ours or RegionCLIP's, or a zero-shot one from a CLIP's.
 
@@ -383,10 +393,30 @@ def load_detector(
         use_checkpoint_config: a detector keeps its own; `config` and `resize` are for a CLIP.
         text_weights: a CLIP whose text tower embeds names, for RegionCLIP's detectors, which have none.
         region_head: how a ResNet embeds regions, see `choose_head`.
+        student: which frozen CLIP is combined with it; None: the one in its file, if there is one.
 
     Raises:
         InputError: a file is missing, damaged or does not fit.
     """
+    detector = _loaded(weights, config, resize, use_checkpoint_config, text_weights, region_head)
+    if student is None:
+        return detector
+    if student.file:
+        return detector.with_student(load_student(student, detector.clip)).eval()
+    if detector.student is None:
+        return detector
+    kept = None if student.weights == NONE else detector.student.with_config(student)
+    return detector.with_student(kept).eval()
+
+
+def _loaded(
+    weights: str,
+    config: DetectorConfig | None,
+    resize: ResizeConfig | None,
+    use_checkpoint_config: bool,
+    text_weights: str,
+    region_head: str,
+) -> Detector:
     weights = local_copy(weights)
     head = choose_head(region_head, weights)
     settings, size = (None, None) if use_checkpoint_config else (config, resize)

@@ -14,13 +14,14 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
 from clip_base.models.bottleneck import EXPANSION
-from clip_base.models.clip import CLIP
+from clip_base.models.clip import CLIP, make_vision_tower
 from clip_base.models.resnet import ModifiedResNet
 from clip_base.runtime.errors import InputError
 from clip_base.weights.native import load_exactly
 from regionclip.checkpoints.load import load_detector
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
+from regionclip.models.student import FrozenStudent
 from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.structures.transforms import ResizeConfig
 from regionclip.training.region_text import freeze
@@ -110,6 +111,11 @@ def to_detector(model: nn.Module, resize: ResizeConfig | None = None) -> Detecto
         whole = Detector(clip, half.config, own, resize=resize, region_head=head)
     else:
         whole = Detector.untrained(clip, half.config, own, half.box_head.kind, resize, region_head=head)
+    if half.student is not None:
+        tower, beside = make_vision_tower(clip.config), half.student
+        whole = whole.with_student(
+            FrozenStudent(tower, beside.scale, beside.config, beside.encoder.region_head)
+        )
     load_exactly(whole, to_our_names(model.state_dict()), "of the model's parts")
     return whole.eval()
 

@@ -151,7 +151,8 @@ class OpenVocabularyROIHeads(nn.Module):
             raise InputError(f"{weights} is a trained detector; set MODEL.REGIONCLIP.TRAINED to True")
         head_of(whole.clip.visual)
         parts = (whole.box_head, whole.background, whole.resize)
-        half = Detector(whole.clip, detector, None, *parts, region_head=whole.encoder.region_head)
+        head, beside = whole.encoder.region_head, whole.student
+        half = Detector(whole.clip, detector, None, *parts, region_head=head, student=beside, base=whole.base)
         self.detector, self.templates = half, training.templates
         # In a tuple, because the detector that it trains is registered already.
         self.tasks = (DetectorTask(half, half.classifier, training),) if trained else ()

@@ -31,7 +31,7 @@ from regionclip.data.categories import Split, load_split, parse_names
 from regionclip.data.results import Results, numbered_by, read_results
 from regionclip.evaluation.report_page import write_page
 from regionclip.evaluation.results_checks import Measure, box_note, order_note
-from regionclip.inference.options import EnsembleOptions
+from regionclip.inference.options import DetectorOptions
 from regionclip.metrics.average_precision import (
     Evaluation,
     Protocol,
@@ -64,7 +64,7 @@ _RENUMBER = (
     speed="batch_size device",
 )
 @dataclass(kw_only=True)
-class EvaluateConfig(AnnotatedImages, EnsembleOptions):
+class EvaluateConfig(AnnotatedImages, DetectorOptions):
     """Options of the evaluation."""
 
     out: str = option(
@@ -123,7 +123,7 @@ class EvaluateConfig(AnnotatedImages, EnsembleOptions):
                 "give either results=FILE (to evaluate it) or weights=FILE images=DIR (to detect first)"
             )
         require_share(self.max_skipped)
-        if self.results and self.student.weights:
+        if self.results and self.student.file:
             raise InputError("student.weights= is combined with weights=; results= are detections already")
         if self.weights and not self.images:
             raise InputError("weights= needs images=DIR, the folder of the annotated images")

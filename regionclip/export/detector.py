@@ -112,6 +112,12 @@ def export_detector(config: ExportDetectorConfig) -> None:
         print(f"{config.out} already exists and was made with the same options")
         return
     detector = load(config)
+    if detector.student is not None and config.dynamic_vocabulary:
+        raise InputError(
+            "a graph whose vocabulary can be exchanged cannot know which names are novel, which decides how "
+            "much the frozen student counts; leave it out (student.weights=none), or set "
+            "dynamic_vocabulary=false"
+        )
     vocabulary = vocabulary_for(detector, names, names, config.templates, embeddings=config.embeddings)
     look_for(detector, vocabulary, config.templates, own_words=True, source=config.weights)
     images = comparison_images(config, detector)

@@ -37,6 +37,7 @@ class DetectorGraph(nn.Module):
     negatives: Tensor
     background: Tensor | None
     alpha: Tensor
+    exponents: Tensor | None
 
     def __init__(self, detector: Detector, suppress: bool = True) -> None:
         super().__init__()
@@ -65,6 +66,8 @@ class DetectorGraph(nn.Module):
         elif detector.config.allow_background:
             background = torch.zeros(detector.clip.config.embed_dim)
         self.register_buffer("background", background)
+        student = detector.student
+        self.register_buffer("exponents", None if student is None else student.exponents(detector.novel))
 
     def forward(
         self,
@@ -104,6 +107,10 @@ class DetectorGraph(nn.Module):
         boxes = clip_boxes(boxes, seen.sizes)
         # The negatives and the background, rows like names' here, take their share and go.
         probabilities = self.detector.logits(found, rows, False).softmax(1)[:, :count]  # [P, C]
+        if self.detector.student is not None and self.exponents is not None:
+            names = rows if none is None else rows[:-1]
+            known = self.detector.student.probabilities(images, regions, names)[:, :count]
+            probabilities = probabilities ** (1 - self.exponents) * known**self.exponents
         config = self.detector.config
         scores = score(regions, probabilities, alpha, config.fusion)
         usable = there & valid_boxes(boxes) & scores.isfinite().all(1)

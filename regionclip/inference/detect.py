@@ -32,7 +32,7 @@ from regionclip.data.batches import DecodedImage, LoadedBatch, read_batches, rea
 from regionclip.data.categories import parse_names
 from regionclip.inference.datasets import planned_datasets, write_datasets
 from regionclip.inference.detection_files import is_moving, targets_of, write_detections
-from regionclip.inference.options import VOCABULARY_HELP, EnsembleOptions
+from regionclip.inference.options import VOCABULARY_HELP, DetectorOptions
 from regionclip.inference.predictor import Predictor
 from regionclip.inference.region_query import QUERY_HELP, parse_queries, vocabulary_of
 from regionclip.inference.tracking import Tracker
@@ -50,10 +50,9 @@ Likely = list[list[tuple[str, float]]]
     model="weights proposer.name",
     quality="score_threshold top_k",
     speed="batch_size device",
-    unused="detector.alpha_novel",
 )
 @dataclass
-class DetectConfig(EnsembleOptions):
+class DetectConfig(DetectorOptions):
     """Options of detection in images and videos."""
 
     images: list[str] = option(

@@ -17,7 +17,7 @@ from regionclip.inference.predictor import Predictor
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
 from regionclip.models.region_heads import RegionHeadOptions
-from regionclip.models.student import StudentConfig, load_student
+from regionclip.models.student import StudentConfig
 from regionclip.proposals.base import GROUP as PROPOSERS
 from regionclip.proposals.base import build_proposer
 from regionclip.structures.transforms import ResizeConfig
@@ -57,9 +57,19 @@ class DetectorSource(RegionHeadOptions, DetectorFile):
         ResizeConfig(), "size of the images, for a CLIP or with use_checkpoint_config=false"
     )
 
+    student: StudentConfig = option(StudentConfig(), "frozen CLIP whose probabilities are combined")
+
     def inputs(self) -> dict[str, Path | str]:
         """Returns the files and folders that decide the result besides the options."""
-        return {**weight_files(self, "weights", "text_weights"), **files_of(self, "embeddings")}
+        return {
+            **weight_files(self, "weights", "text_weights"),
+            **files_of(self, "embeddings"),
+            **self.student_file(),
+        }
+
+    def student_file(self) -> dict[str, Path | str]:
+        """Returns the frozen CLIP's file by its option, or nothing."""
+        return {"student.weights": find(self.student.file)} if self.student.file else {}
 
     def load(self) -> Detector:
         """Returns the detector, without a vocabulary.
@@ -74,6 +84,7 @@ class DetectorSource(RegionHeadOptions, DetectorFile):
             self.use_checkpoint_config,
             self.text_weights,
             self.region_head,
+            self.student,
         )
         self._note_unused(detector)
         return detector
@@ -140,25 +151,3 @@ class DetectorOptions(DetectorSource, ComputeOptions):
         if self.compile:
             detector.encoder.compile()
         return Predictor(detector, proposer, self.precision, self.templates, multi_label)
-
-
-@dataclass(kw_only=True)
-class EnsembleOptions(DetectorOptions):
-    """A detector that may be combined with the frozen CLIP it was trained from."""
-
-    student: StudentConfig = option(StudentConfig(), "frozen CLIP whose probabilities are combined")
-
-    def inputs(self) -> dict[str, Path | str]:
-        """See `DetectorOptions`; and the frozen CLIP's file."""
-        return super().inputs() | self.student_file()
-
-    def student_file(self) -> dict[str, Path | str]:
-        """Returns the frozen CLIP's file by its option, or nothing."""
-        return {"student.weights": find(self.student.weights)} if self.student.weights else {}
-
-    def load(self) -> Detector:
-        """Returns the detector, combined with the frozen CLIP when there is one; see `DetectorSource`."""
-        detector = super().load()
-        if not self.student.weights:
-            return detector
-        return detector.with_student(load_student(self.student, detector.clip)).eval()

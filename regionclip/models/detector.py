@@ -38,8 +38,8 @@ DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # Faster R-CNN's second stage
 class Detector(nn.Module):
     """Detects what a vocabulary names.
 
-    It is whole when it is made: only its vocabulary changes afterwards. `clip`, `network`, `box_head` and
-    `background` are keys of saved files.
+    It is whole when it is made: only its vocabulary changes afterwards. `clip`, `network`, `box_head`,
+    `background` and `student` are keys of saved files.
 
     Args:
         clip: both towers; the text tower embeds new names.
@@ -55,6 +55,8 @@ class Detector(nn.Module):
         region_head: how a ResNet tower embeds regions, one of `REGION_HEADS`: the one that the weights were
             trained with.
         student: a frozen CLIP whose probabilities are combined with the detector's; see `with_student`.
+        base: the names that it was trained on; names of a vocabulary that does not say which are novel count
+            as novel if they are not among these. Empty: not known, none counts as novel.
 
     Attributes:
         encoder: embeds regions with the CLIP's vision tower.
@@ -85,6 +87,7 @@ class Detector(nn.Module):
         class_embeddings: Tensor | None = None,
         region_head: str = PerRegionHead.kind,
         student: FrozenStudent | None = None,
+        base: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.encoder = RegionEncoder.of_maps(clip.visual, otherwise="crop", region_head=region_head)
@@ -99,6 +102,7 @@ class Detector(nn.Module):
             raise ValueError("a box head needs a ResNet tower")
         self.clip, self.config, self.network = clip, config, network
         self.box_head, self.background, self.student = box_head, background, student
+        self.base = tuple(base)
         self.resize = resize or ResizeConfig()
         self.encoder.check_padding(self.resize.multiple)
         self.class_embeddings = class_embeddings
@@ -148,11 +152,11 @@ class Detector(nn.Module):
         """
         return self._of_parts(self.network, self.student, clip)
 
-    def with_student(self, student: FrozenStudent) -> Detector:
+    def with_student(self, student: FrozenStudent | None) -> Detector:
         """Returns a detector of the same parts that combines its probabilities with a frozen CLIP's.
 
         Args:
-            student: the frozen CLIP, with the same text tower; see `load_student`.
+            student: the frozen CLIP, with the same text tower; see `load_student`. None: it stands alone.
         """
         return self._of_parts(self.network, student)
 
@@ -160,7 +164,7 @@ class Detector(nn.Module):
         self, network: ProposalNetwork | None, student: FrozenStudent | None, clip: CLIP | None = None
     ) -> Detector:
         head = (self.box_head, self.background, self.resize, self.class_embeddings, self.encoder.region_head)
-        return Detector(clip or self.clip, self.config, network, *head, student)
+        return Detector(clip or self.clip, self.config, network, *head, student, self.base)
 
     @property
     def trained(self) -> bool:
@@ -203,11 +207,9 @@ class Detector(nn.Module):
         self.classifier = vocabulary.embeddings.to(self.classifier.device)
         beside = self.classifier.new_zeros(0, self.classifier.shape[1]) if negatives is None else negatives
         self.negatives = beside.to(self.classifier.device)
-        novel = (
-            torch.zeros(len(vocabulary.names), dtype=torch.bool)
-            if vocabulary.novel is None
-            else vocabulary.novel
-        )
+        novel = vocabulary.novel
+        if novel is None:
+            novel = torch.tensor([bool(self.base) and name not in self.base for name in vocabulary.names])
         self.novel = novel.to(self.classifier.device)
         alphas = torch.where(novel, self.config.alpha_novel, self.config.alpha_base)
         self.alpha = alphas.to(self.classifier.device)

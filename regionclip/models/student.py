@@ -14,13 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clip_base.data.batch import ImageBatch
 from clip_base.jobs.config import option
 from clip_base.models.clip import CLIP
+from clip_base.models.resnet import ModifiedResNet
+from clip_base.models.vit import VisionTransformer
 from clip_base.runtime.errors import InputError
 from clip_base.weights.load import load_clip
 from regionclip.models.region_encoder import RegionEncoder
 from regionclip.models.region_heads import PerRegionHead, choose_head
 from regionclip.structures.regions import FeatureMaps, Regions
+
+OWN, NONE = "auto", "none"
 
 
 @dataclass
@@ -28,37 +33,51 @@ class StudentConfig:
     """Which frozen CLIP is combined with a detector, and how much it counts. The exponents are F-VLM's."""
 
     weights: str = option(
-        "",
-        "CLIP that the detector was trained from, as `regionclip pretrain` wrote it: its probabilities "
-        "are combined with the detector's; takes a second pass of the tower. Empty: none",
+        OWN,
+        "CLIP whose probabilities are combined with the detector's, by a second pass of the tower: auto: the "
+        "one in the detector's file, if training kept it there; none; or the file of the CLIP that the "
+        "detector was trained from",
     )
-    base: float = option(
-        0.35, "exponent of its probability for base names, and where none is novel, in [0, 1]"
-    )
-    novel: float = option(0.65, "the same for novel names")
+    base: float = option(0.35, "exponent of its probability for base names, in [0, 1]")
+    novel: float = option(0.65, "the same for names that the detector was not trained on")
 
     def __post_init__(self) -> None:
         for name in ("base", "novel"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"student.{name} must be in [0, 1], found {getattr(self, name)}")
 
+    @property
+    def file(self) -> str:
+        """The file that is named; "" for none."""
+        return "" if self.weights in (OWN, NONE) else self.weights
+
 
 class FrozenStudent(nn.Module):
     """Names regions with a frozen CLIP's vision tower and a detector's text embeddings.
 
     Args:
-        clip: its vision tower is kept; its text tower must be the detector's.
+        visual: the vision tower; its text tower must be the detector's.
+        scale: the factor on cosines.
         config: the exponents.
-        region_head: how its ResNet embeds regions, one of `REGION_HEADS`.
+        region_head: how a ResNet embeds regions, one of `REGION_HEADS`.
     """
 
-    def __init__(self, clip: CLIP, config: StudentConfig, region_head: str = PerRegionHead.kind) -> None:
+    def __init__(
+        self,
+        visual: ModifiedResNet | VisionTransformer,
+        scale: float,
+        config: StudentConfig | None = None,
+        region_head: str = PerRegionHead.kind,
+    ) -> None:
         super().__init__()
-        self.visual = clip.visual.requires_grad_(False).eval()
-        self.scale = float(clip.logit_scale.detach().exp())
-        self.config = config
+        self.visual = visual.requires_grad_(False).eval()
+        self.scale, self.config = scale, config or StudentConfig()
         self.encoder = RegionEncoder.of_maps(self.visual, otherwise="crop", region_head=region_head)
         super().train(False)
+
+    def with_config(self, config: StudentConfig) -> FrozenStudent:
+        """Returns the same tower with other exponents."""
+        return FrozenStudent(self.visual, self.scale, config, self.encoder.region_head)
 
     def train(self, mode: bool = True) -> FrozenStudent:
         """Does nothing: it is frozen."""
@@ -77,25 +96,37 @@ class FrozenStudent(nn.Module):
             names: [C + M, D], unit length: embeddings of the names, then of negatives.
             novel: [C] bool.
         """
-        embeddings = self.encoder(maps.images, regions)
+        known = self.probabilities(maps.images, regions, names)[:, : probabilities.shape[1]]
+        with torch.autocast(known.device.type, enabled=False):
+            exponents = self.exponents(novel)
+            return probabilities ** (1 - exponents) * known**exponents
+
+    def probabilities(self, images: ImageBatch, regions: Regions, names: Tensor) -> Tensor:
+        """Returns [N, C + M], its probabilities of names ([C + M, D], unit length) at N regions of images."""
+        if self.encoder.pools_maps:
+            embeddings, _ = self.encoder.roi_heads(self.encoder.feature_maps(images), regions)
+        else:
+            embeddings = self.encoder(images, regions)
         with torch.autocast(embeddings.device.type, enabled=False):
             cosines = F.normalize(embeddings.float(), dim=-1) @ names.T
-            known = (self.scale * cosines).softmax(1)[:, : probabilities.shape[1]]
-            exponents = torch.where(novel, self.config.novel, self.config.base)  # [C]
-            return probabilities ** (1 - exponents) * known**exponents
+            return (self.scale * cosines).softmax(1)
+
+    def exponents(self, novel: Tensor) -> Tensor:
+        """Returns [C], how much its probability of each name counts, given which are novel: [C] bool."""
+        return torch.where(novel, self.config.novel, self.config.base)
 
 
 def load_student(config: StudentConfig, detector: CLIP) -> FrozenStudent:
     """Returns the frozen CLIP of a file, to be combined with a detector.
 
     Args:
-        config: the file and the exponents.
+        config: a file and the exponents.
         detector: the detector's CLIP, whose text tower embeds the names for both.
 
     Raises:
         InputError: the file is missing, damaged or no CLIP, or its text tower is another.
     """
-    clip = load_clip(config.weights)
+    clip = load_clip(config.file)
     own, other = (
         {name: value for name, value in model.state_dict().items() if name.startswith("text.")}
         for model in (clip, detector)
@@ -105,4 +136,5 @@ def load_student(config: StudentConfig, detector: CLIP) -> FrozenStudent:
             f"student.weights={config.weights} has another text tower than the detector, so that their "
             "probabilities are not of the same names; give the CLIP that the detector was trained from"
         )
-    return FrozenStudent(clip, config, choose_head("auto", config.weights))
+    scale = float(clip.logit_scale.detach().exp())
+    return FrozenStudent(clip.visual, scale, config, choose_head("auto", config.file))

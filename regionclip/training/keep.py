@@ -1,8 +1,10 @@
 """What a detector's training does so that names without boxes are not forgotten.
 
 Training on base classes alone teaches a detector that everything else is background, and moves its embeddings
-to where the base classes are told apart. Four remedies, of which the first is on by default:
+to where the base classes are told apart. Five remedies, of which the first is the default:
 
+- The tower that training began with stays beside the trained one, and their probabilities are combined; see
+  `regionclip.models.student`.
 - The finished weights lie between those that training began with and those that it reached (WiSE-FT, arXiv
   2109.01903).
 - Proposals that overlap no base box keep the embeddings that the starting CLIP gives them (ViLD, arXiv
@@ -25,6 +27,9 @@ from torch import Tensor, nn
 from clip_base.jobs.config import option
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError
+from clip_base.runtime.precision import autocast, pick_device
+from clip_base.storage.remote import RemoteError
+from clip_base.training.loop import TrainConfig
 from regionclip.checkpoints.interpolate import mix
 from regionclip.data.annotations import CocoDetection, ImageAnnotations
 from regionclip.models.detector import Detector
@@ -32,19 +37,35 @@ from regionclip.models.region_encoder import RegionEncoder
 from regionclip.structures.boxes import iou
 from regionclip.structures.regions import FeatureMaps, Regions
 from regionclip.training.losses import cosine_distance
+from regionclip.training.samples import RegionDataset
 from regionclip.training.teacher import frozen, seen_by
 
 SAME_OBJECT = 0.5  # IoU with a base box above which a mined box is left out
+WORTH_KEEPING = 1 / 3  # of the base classes' boxes that the tower must name right before training
+LOOKED_AT = 64  # images in which it has to
 
 
 @dataclass(kw_only=True)
 class KeepOptions:
     """What training does so that names without boxes are not forgotten."""
 
+    keep_student: str = option(
+        "auto",
+        "whether the file also holds the vision tower that training began with, whose probabilities are "
+        "combined with the trained ones: novel names are kept, and all names gain, for up to twice the time "
+        "per image (student.weights=none leaves it out); auto: where it names a third of the base classes' "
+        "boxes right before training; never: as published",
+        choices=("auto", "always", "never"),
+    )
     starting_share: float = option(
-        0.5,
-        "share of the vision tower's weights before training in the finished ones, in [0, 1): novel names "
-        "are kept better, at no cost (WiSE-FT); 0: trained weights alone, as published",
+        0.0,
+        "share of the vision tower's weights before training in the finished ones, in [0, 1): keeps novel "
+        "names at no cost, though less than keep_student does (WiSE-FT)",
+    )
+    refit: float = option(
+        0.25,
+        "with a starting share: steps, as a share of the training's, in which the box head (and that of the "
+        "proposals, on a shared trunk) learns the maps of the finished tower; 0: none",
     )
     proposal_distillation: float = option(
         0.0,
@@ -72,6 +93,8 @@ class KeepOptions:
         """
         if not 0 <= self.starting_share < 1:
             raise InputError(f"starting_share must be in [0, 1), found {self.starting_share:g}")
+        if not 0 <= self.refit <= 1:
+            raise InputError(f"refit must be in [0, 1], found {self.refit:g}")
         if min(self.proposal_distillation, self.pseudo_weight) < 0 or self.distilled_proposals < 1:
             raise InputError(
                 f"proposal_distillation={self.proposal_distillation:g} and pseudo_weight="
@@ -85,6 +108,67 @@ class KeepOptions:
                 f"proposal_distillation has nothing to keep where freeze_stages={freeze_stages} freezes the "
                 "whole tower; set it to 0"
             )
+
+
+def keeps_student(
+    config: KeepOptions, detector: Detector, classifier: Tensor, data: RegionDataset, train: TrainConfig
+) -> bool:
+    """Whether the tower that training begins with shall stay beside the trained one; says how `auto` chose.
+
+    A tower that cannot name the base classes yet has little to keep: its probabilities then cost a detector
+    more than they bring.
+
+    Args:
+        config: the options.
+        detector: as it is before training.
+        classifier: [C, D], unit length: the base names.
+        data: the training images.
+        train: device and precision.
+    """
+    if config.keep_student != "auto":
+        return config.keep_student == "always"
+    right, boxes = named_right(detector, classifier, data, train)
+    kept = bool(boxes) and right >= WORTH_KEEPING * boxes
+    if distributed.is_first():
+        known = f"before training the tower names {right:.0f} of {boxes:.0f} boxes of base classes right"
+        print(f"keep_student=auto: {'yes' if kept else 'no'}; {known}")
+    return kept
+
+
+@torch.no_grad()
+def named_right(
+    detector: Detector, classifier: Tensor, data: RegionDataset, train: TrainConfig
+) -> tuple[float, float]:
+    """Returns how many true boxes of base classes a detector names right, and of how many.
+
+    The images lie evenly in the dataset. Of several processes each looks at all of them; the mean counts.
+
+    Args:
+        detector: moved to the device of the training, and into evaluation mode.
+        classifier: [C, D], unit length: the base names.
+        data: images whose labels below C are of base names; the others do not count.
+        train: device, precision and seed.
+    """
+    device = pick_device(train.device)
+    detector.to(device).eval()
+    generator = torch.Generator().manual_seed(train.seed)
+    counts = torch.zeros(2, device=device)
+    for index in torch.linspace(0, len(data) - 1, min(LOOKED_AT, len(data))).long().tolist():
+        try:
+            item = data.item(index, generator)
+        except RemoteError:  # says nothing about the image
+            raise
+        except InputError:  # training skips it, and says so
+            continue
+        batch = data.collate([item]).to(device)
+        assert batch.regions.labels is not None
+        base = batch.regions.labels < len(classifier)
+        with autocast(train.precision, device):
+            embeddings, _ = detector.roi_heads(detector.feature_maps(batch.images), batch.regions)
+        found = (embeddings.float() @ classifier.to(device).T).argmax(1)
+        counts += torch.stack([(found == batch.regions.labels)[base].sum(), base.sum()])
+    right, boxes = distributed.mean(counts).tolist()
+    return right, boxes
 
 
 class StartingWeights:

@@ -8,7 +8,8 @@ is trained with the detector.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +35,20 @@ from regionclip.models.box_head import BOX_HEADS
 from regionclip.models.detector import DELTA_WEIGHTS, Detector
 from regionclip.models.postprocess import DetectorConfig
 from regionclip.models.region_heads import RegionHeadOptions, choose_head
+from regionclip.models.student import FrozenStudent
 from regionclip.proposals.rpn.config import ProposalHeadConfig, ProposalNetworkConfig
 from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.proposals.rpn.proposer import load_network
 from regionclip.structures.boxes import encode_deltas, iou
 from regionclip.structures.regions import FeatureMaps, RegionBatch, Regions
 from regionclip.structures.transforms import TrainingResizeConfig
-from regionclip.training.keep import KeepOptions, StartingEmbeddings, StartingWeights, with_pseudo_labels
+from regionclip.training.keep import (
+    KeepOptions,
+    StartingEmbeddings,
+    StartingWeights,
+    keeps_student,
+    with_pseudo_labels,
+)
 from regionclip.training.region_text import FreezeOptions, freeze
 from regionclip.training.samples import BaseClassImages, RegionDataset, Sample, fit_on
 
@@ -58,7 +66,7 @@ from regionclip.training.samples import BaseClassImages, RegionDataset, Sample, 
 class TrainDetectorConfig(KeepOptions, RegionHeadOptions, BaseClassImages, FreezeOptions, TrainingOptions):
     """Options of the detector's training.
 
-    The defaults are the published COCO recipe but for `box_head` and `starting_share`.
+    The defaults are the published COCO recipe but for `box_head` and `keep_student`.
     """
 
     weights: str = option(REQUIRED, "CLIP to start from, such as what `regionclip pretrain` wrote")
@@ -337,6 +345,52 @@ def embeddings_of(config: TrainDetectorConfig, clip: CLIP, names: Sequence[str])
     return vocabulary.embeddings
 
 
+def untrained(config: TrainDetectorConfig, names: Sequence[str], base: int) -> DetectorTask:
+    """Returns the training of a detector as the options begin it.
+
+    Args:
+        config: the options.
+        names: of the classifier, the base classes first.
+        base: how many of them are base classes.
+    """
+    clip = load_clip(config.weights)
+    torch.manual_seed(config.train.seed)
+    network = proposal_network(config, clip)
+    head = choose_head(config.region_head, config.weights)
+    detector = Detector.untrained(
+        clip, config.detector, network, config.box_head, config.resize, region_head=head
+    )
+    return DetectorTask(detector, embeddings_of(config, clip, names), config, base)
+
+
+def student_of(config: TrainDetectorConfig) -> FrozenStudent:
+    """Returns the CLIP that training begins with, frozen."""
+    clip = load_clip(config.weights)
+    head = choose_head(config.region_head, config.weights)
+    return FrozenStudent(clip.visual, float(clip.logit_scale.detach().exp()), region_head=head)
+
+
+def refit(config: TrainDetectorConfig, steps: int, out: Path) -> TrainDetectorConfig:
+    """Returns the options with which the heads learn the maps of a finished tower, which does not move.
+
+    Args:
+        config: of the training before.
+        steps: how many that made.
+        out: the folder of this training.
+    """
+    count = round(config.refit * steps)
+    warmup = min(config.train.warmup_steps, count // 10)
+    train = replace(config.train, steps=count, epochs=0.0, warmup_steps=warmup)
+    frozen = replace(config, freeze_stages=5, freeze_batch_norm=True, proposal_distillation=0.0)
+    return replace(frozen, out=str(out), train=train)
+
+
+def with_weights(task: DetectorTask, trained: DetectorTask) -> DetectorTask:
+    """Returns `task` with the weights of another training's detector, which may be sharded."""
+    task.detector.load_state_dict(distributed.full(trained.detector.state_dict()))
+    return task
+
+
 def train_detector(config: TrainDetectorConfig) -> None:
     """Trains an open-vocabulary detector on base classes; writes `out/model.safetensors`."""
     inputs = {**weight_files(config, "weights"), **annotation_inputs(config, "annotations")}
@@ -353,21 +407,24 @@ def train_detector(config: TrainDetectorConfig) -> None:
         mined = CocoDetection(config.pseudo_labels, config.images)
         records, further = with_pseudo_labels(records, mined, split.base)
         names += further
-    clip = load_clip(config.weights)
-    torch.manual_seed(config.train.seed)
-    network = proposal_network(config, clip)
-    head = choose_head(config.region_head, config.weights)
-    detector = Detector.untrained(
-        clip, config.detector, network, config.box_head, config.resize, region_head=head
-    )
-    task = DetectorTask(detector, embeddings_of(config, clip, names), config, len(split.base))
+    task = untrained(config, names, len(split.base))
     data = RegionDataset([Sample.of_record(record) for record in records], config.resize, cache=config.cache)
     weights = None
     if config.repeat_threshold:
         weights = repeat_factors([record.labels for record in dataset], config.repeat_threshold)
-    start = StartingWeights(clip.visual, config.starting_share)
+    distributed.start()
+    kept = keeps_student(config, task.detector, task.classifier[: len(split.base)], data, config.train)
+    start = StartingWeights(task.detector.clip.visual, config.starting_share)
     steps = fit_on(data, task, config.train, run, weights)
-    start.mix_into(detector.clip.visual)
+    if config.starting_share:
+        start.mix_into(task.detector.clip.visual)
+        again = refit(config, steps, run.path / "heads")
+        task = with_weights(untrained(again, names, len(split.base)), task)
+        if again.train.steps:
+            job = RunFolder(again.out, again, "region-train-detector")
+            fit_on(data, task, again.train, job, weights)
+    detector = task.detector.with_student(student_of(config) if kept else None)
     save_detector(detector, run.path / "model.safetensors", split.base)
-    run.finish({"steps": steps, "images": len(dataset), "loss": last_loss(run.log_path)})
+    last = last_loss(run.log_path)
+    run.finish({"steps": steps, "images": len(dataset), "loss": last, "student": kept})
     print(f"{run.path / 'model.safetensors'}: {steps} steps on {len(dataset)} images")

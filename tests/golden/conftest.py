@@ -168,7 +168,7 @@ def train_detector(
 ) -> Callable[..., Path]:
     """Trains the detector: train_detector(name, options of training) returns the run's folder."""
     options: Options = {"weights": clip_file, "rpn": proposal_network / "model.safetensors"}
-    options["starting_share"] = 0
+    options["keep_student"] = "never"
     options |= {"max_proposals": 30, "rois_per_image": 16, "detector.max_proposals": 20}
     folder = tmp_path_factory.mktemp("golden")
 

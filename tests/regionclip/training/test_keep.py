@@ -11,17 +11,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from clip_base.data.batch import ImageBatch
 from clip_base.jobs.cli import main_regionclip
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import read_json, write_json
+from clip_base.training.loop import TrainConfig
 from clip_base.weights.native import read_weights
 from regionclip.checkpoints.load import read_detector_file
 from regionclip.data.annotations import CocoDetection
 from regionclip.models.detector import Detector
 from regionclip.structures.regions import RegionBatch, Regions
-from regionclip.training.keep import StartingEmbeddings, with_pseudo_labels
+from regionclip.structures.transforms import TrainingResizeConfig
+from regionclip.training.keep import StartingEmbeddings, keeps_student, named_right, with_pseudo_labels
+from regionclip.training.samples import RegionDataset, Sample
 from regionclip.training.train_detector import (
     DetectorTask,
     TrainDetectorConfig,
@@ -155,34 +159,102 @@ def test_a_detector_learns_of_mined_boxes_and_its_file_names_base_classes_alone(
     assert "pseudo_labels" in json.loads((out / ".inputs.json").read_text())
 
 
-@pytest.mark.parametrize("share", ["0.0", "0.25", "default"])
+@pytest.mark.parametrize(
+    ("share", "refit", "rpn"),
+    [("0.0", "0.5", ""), ("0.25", "0", ""), ("0.25", "0.5", ""), ("0.5", "1", "shared")],
+)
 def test_finished_weights_lie_between_the_first_and_the_last(
-    world: Path, clip_file: Path, rpn_file: Path, tmp_path: Path, share: str
+    world: Path, clip_file: Path, rpn_file: Path, tmp_path: Path, share: str, refit: str, rpn: str
 ) -> None:
     options = [f"annotations={world / 'instances_train.json'}", f"images={world / 'images'}"]
-    options += [f"split={world / 'split.json'}", f"weights={clip_file}", f"rpn={rpn_file}", "train.steps=2"]
+    options += [f"split={world / 'split.json'}", f"weights={clip_file}", f"rpn={rpn or rpn_file}"]
     options += ["resize.short=[64]", "resize.long=64", "train.batch_size=2", "train.warmup_steps=0"]
     options += ["max_proposals=8", "rois_per_image=8", "train.lr=0.01", "freeze_batch_norm=false"]
-    options += [] if share == "default" else [f"starting_share={share}"]
-    assert main_regionclip(["train-detector", *options, f"out={tmp_path / 'out'}"]) == 0
-    last = read_weights(tmp_path / "out" / "checkpoints" / "00000002" / "model.safetensors")[0]
-    found, start = read_weights(tmp_path / "out" / "model.safetensors")[0], read_weights(clip_file)[0]
-    kept = 0.5 if share == "default" else float(share)
-    moved = 0
+    options += ["train.steps=2", "network.channels=16", f"starting_share={share}", f"refit={refit}"]
+    options += ["keep_student=never"]
+    out = tmp_path / "out"
+    assert main_regionclip(["train-detector", *options, f"out={out}"]) == 0
+    last = read_weights(out / "checkpoints" / "00000002" / "model.safetensors")[0]
+    found, start = read_weights(out / "model.safetensors")[0], read_weights(clip_file)[0]
+    refitted = round(2 * float(refit)) if float(share) else 0
+    assert (out / "heads" / "log.jsonl").exists() == bool(refitted)
+    moved = refit_moved = 0
     for name, value in found.items():
         ended = last[f"detector.{name}"]
-        begun = start.get(name.removeprefix("clip."), ended) if name.startswith("clip.visual.") else ended
+        begun = start[name.removeprefix("clip.")] if name.startswith("clip.visual.") else ended
         moved += int(not torch.equal(begun, ended))
-        wanted = kept * begun.double() + (1 - kept) * ended.double()
-        if value.is_floating_point():
+        wanted = float(share) * begun.double() + (1 - float(share)) * ended.double()
+        if refitted and name.startswith(("box_head.", *(["network."] if rpn else []))):
+            refit_moved += int(not torch.equal(value, ended))
+        elif value.is_floating_point():
             torch.testing.assert_close(value.double(), wanted, rtol=1e-6, atol=1e-7, msg=name)
     assert moved > 10
+    assert bool(refit_moved) == bool(refitted)
+    assert not json.loads((out / "metrics.json").read_text())["student"]
+    assert not any(name.startswith("student.") for name in found)
+
+
+def test_the_tower_that_training_began_with_is_in_the_file(
+    world: Path, clip_file: Path, rpn_file: Path, tmp_path: Path
+) -> None:
+    options = [f"annotations={world / 'instances_train.json'}", f"images={world / 'images'}"]
+    options += [f"split={world / 'split.json'}", f"weights={clip_file}", f"rpn={rpn_file}", "train.steps=1"]
+    options += ["resize.short=[64]", "resize.long=64", "train.batch_size=2", "train.warmup_steps=0"]
+    options += ["max_proposals=8", "rois_per_image=8", "keep_student=always"]
+    assert main_regionclip(["train-detector", *options, f"out={tmp_path / 'out'}"]) == 0
+    found, start = read_weights(tmp_path / "out" / "model.safetensors")[0], read_weights(clip_file)[0]
+    held = {
+        name.removeprefix("student."): value for name, value in found.items() if name.startswith("student.")
+    }
+    assert held.keys() == {name for name in start if name.startswith("visual.")}
+    assert all(torch.equal(value, start[name]) for name, value in held.items())
+    detector, _ = read_detector_file(tmp_path / "out" / "model.safetensors")
+    assert detector.student is not None
+    assert detector.student.scale == pytest.approx(float(start["logit_scale"].exp()))
+
+
+@pytest.mark.parametrize(("named", "kept"), [(10, True), (4, True), (3, False)])
+def test_a_tower_that_names_base_classes_is_kept(
+    make_detector: Callable[..., Detector], world: Path, named: int, kept: bool
+) -> None:
+    detector = make_detector().eval()
+    image = next((world / "images" / "train").iterdir())
+    boxes = torch.arange(10.0)[:, None] * 3 + torch.tensor([2.0, 2, 30, 30])
+    train = TrainConfig(precision="fp32", device="cpu")
+
+    def labeled(labels: Tensor) -> RegionDataset:
+        return RegionDataset([Sample(image, boxes, labels)], TrainingResizeConfig([64], 64, flip=False))
+
+    rows = torch.arange(10)
+    data = labeled(rows)
+    batch = data.collate([data.item(0, torch.Generator())])
+    with torch.no_grad():
+        embeddings, _ = detector.roi_heads(detector.feature_maps(batch.images), batch.regions)
+    names = F.normalize(embeddings, dim=1)  # every box is nearest to a name of its own
+    data = labeled(torch.where(rows < named, rows, (rows + 1) % 10))
+    assert named_right(detector, names, data, train) == (named, 10)
+    assert keeps_student(config(), detector, names, data, train) == kept
+    for told, wanted in (("always", True), ("never", False)):
+        assert keeps_student(config(keep_student=told), detector, names, data, train) == wanted
+    # Names beyond the base classes do not count, and where nothing counts nothing is kept.
+    assert named_right(detector, names[:2], labeled(rows), train) == (2, 2)
+    assert not keeps_student(config(), detector, names, labeled(rows + 10), train)
+
+
+def test_an_unreadable_image_does_not_choose(make_detector: Callable[..., Detector], tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    sample = Sample(tmp_path / "broken.jpg", torch.tensor([[0.0, 0, 9, 9]]), torch.tensor([0]))
+    data = RegionDataset([sample], TrainingResizeConfig([64], 64))
+    found = named_right(make_detector(), torch.eye(32)[:2], data, TrainConfig(device="cpu"))
+    assert found == (0, 0)
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {"starting_share": 1.0},
+        {"refit": -0.5},
+        {"refit": 2.0},
         {"starting_share": -0.1},
         {"background_gate": 1.5},
         {"proposal_distillation": -1.0},

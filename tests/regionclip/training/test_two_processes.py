@@ -55,6 +55,8 @@ def commands(world: Path, clip_file: Path, rpn_file: Path, mined: Path) -> dict[
         f"weights={clip_file}",
         "max_proposals=30",
         "rois_per_image=16",
+        "starting_share=0.5",
+        "refit=0.4",
     ]
     pretrain = [f"mined={mined}", f"captions={world / 'captions_train.json'}", f"weights={clip_file}"]
     return {

@@ -105,9 +105,12 @@ def to_detectron2(path: Path, out: Path) -> str:
         return f"{out}, for MODEL.WEIGHTS of a {kind} model on ResNet-50"
     if form == load.FORMAT:
         _require_published_head(path)
-        state = {part_of(name): value for name, value in read_weights(path)[0].items()}
-        _save({"model": state}, out)
-        return f"{out}, for MODEL.WEIGHTS of an OpenVocabularyRCNN"
+        weights = read_weights(path)[0]
+        _save({"model": {part_of(name): value for name, value in weights.items()}}, out)
+        told = f"{out}, for MODEL.WEIGHTS of an OpenVocabularyRCNN"
+        if any(name.startswith("student.") for name in weights):
+            told += f"; its student counts only in a model with MODEL.REGIONCLIP.WEIGHTS={path}"
+        return told
     raise InputError(
         f"{path} holds {shortened(form or 'no form of ours')}; detectron2's format is for proposal networks "
         f"({proposals.FORMAT}) and detectors ({load.FORMAT})"

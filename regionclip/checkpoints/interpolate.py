@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from clip_base.jobs.config import REQUIRED, option
@@ -20,6 +21,7 @@ from regionclip.checkpoints.load import FORMAT as DETECTOR
 from regionclip.models.region_heads import KEY
 
 PREFIX = "clip."  # of a CLIP's weights in a detector's file
+STUDENT = "student."  # of the frozen student's there
 
 
 @everyday(
@@ -91,7 +93,7 @@ def mix(first: Tensor, second: Tensor, alpha: float) -> Tensor:
 
 
 def between(first: Weights, second: Weights, alpha: float) -> dict[str, Tensor]:
-    """Returns the mixed tensors; what only a detector has beside a CLIP is as it is there.
+    """Returns the mixed tensors; what only a detector has beside a CLIP is as it is there, as is a student.
 
     Raises:
         InputError: the models have other sizes, or tensors that do not fit each other.
@@ -101,8 +103,14 @@ def between(first: Weights, second: Weights, alpha: float) -> dict[str, Tensor]:
             f"{first.path} and {second.path} are CLIPs of different sizes ({first.clip}; {second.clip}); "
             "only weights of the same architecture can be interpolated"
         )
-    shared = first.tensors.keys() & second.tensors.keys()
-    alone = sorted(first.tensors.keys() ^ second.tensors.keys())
+    one, other = (_students(weights) for weights in (first, second))
+    if first.is_detector and second.is_detector and not _equal(one, other):
+        raise InputError(
+            f"{first.path} and {second.path} keep different students, or one keeps none; a mix of two would "
+            "be none that a detector was trained from. Give detectors of one student, or part=clip"
+        )
+    shared = (first.tensors.keys() & second.tensors.keys()) - one.keys()
+    alone = sorted((first.tensors.keys() ^ second.tensors.keys()) - one.keys() - other.keys())
     if first.is_detector != second.is_detector:
         alone = [name for name in alone if name.startswith(PREFIX)]
     shapes = {
@@ -118,6 +126,14 @@ def between(first: Weights, second: Weights, alpha: float) -> dict[str, Tensor]:
         )
     mixed = {name: mix(first.tensors[name], second.tensors[name], alpha) for name in shared}
     return {**first.tensors, **second.tensors, **mixed}
+
+
+def _students(weights: Weights) -> dict[str, Tensor]:
+    return {name: value for name, value in weights.tensors.items() if name.startswith(STUDENT)}
+
+
+def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def region_head_of(first: Weights, second: Weights) -> dict[str, str]:

@@ -19,7 +19,7 @@ from clip_base.models.clip import CLIP, ImageTower, make_vision_tower
 from clip_base.models.configs import CLIPConfig, TextConfig
 from clip_base.models.tokenizer import Tokenizer
 from clip_base.runtime.announce import announced
-from clip_base.runtime.errors import InputError, quote
+from clip_base.runtime.errors import InputError, note, quote
 from clip_base.weights import infer_config
 from clip_base.weights.formats import Content, group_of
 from clip_base.weights.load import find, is_published, load_clip, local_copy
@@ -71,7 +71,7 @@ SETTINGS = {48: _COCO, 65: _COCO, 80: _COCO, 866: _LVIS, 1203: _LVIS}
 HEAD_NAMES = ("bbox_pred.weight", "bbox_pred.bias", "cls_bg_score.weight")
 _LISTS = ("coco", "coco65", "coco_base", "coco_novel")
 FORMAT = "regionclip.detector/1"
-STUDENT = "student"  # in the metadata: the region head of the frozen tower beside, if there is one
+STUDENT = "student_region_head"  # in the metadata, if there is a frozen tower beside
 
 
 def check_published(content: Content, path: Path) -> None:
@@ -213,7 +213,8 @@ def look_for(
     """Sets a detector's vocabulary, the negatives beside it, and whether a region keeps its best name alone.
 
     Args:
-        detector: a trained one has its background, and takes no negatives unless they are asked for.
+        detector: a trained one has its background, and takes no negatives unless they are asked for; its
+            student, which has none, takes them beside a user's own words.
         vocabulary: what to look for.
         templates: prompts for the negatives.
         own_words: whether the names are a user's own words; else they are all that a dataset annotates.
@@ -225,14 +226,21 @@ def look_for(
         InputError: the embeddings do not have the detector's width.
     """
     vocabulary.require_width(detector.clip.config.embed_dim, source)
-    wanted = detector.config.negatives
-    beside = vocabulary.negatives  # of regions, which no word competes with
-    has_words = not isinstance(detector.clip, ImageTower)  # else the names came without generic ones
-    automatic = wanted == "auto" and own_words and not detector.trained and has_words
-    if beside is None and (wanted == "generic" or automatic):
-        tokenizer = Tokenizer(detector.clip.config.text.context_length)
-        beside = embed_negatives(detector.clip, tokenizer, vocabulary, templates)
-    detector.set_vocabulary(vocabulary, source, beside, one_name=own_words and not multi_label)
+    wanted, beside, for_student = detector.config.negatives, vocabulary.negatives, None
+    if beside is None:  # else they are regions, which no word competes with
+        has_words = not isinstance(detector.clip, ImageTower)  # else the names came without generic ones
+        automatic = wanted == "auto" and own_words and has_words
+        if wanted == "generic" or (automatic and not detector.trained):
+            beside = _generic(detector, vocabulary, templates)
+        elif automatic and detector.student is not None:
+            for_student = _generic(detector, vocabulary, templates)
+    one_name = own_words and not multi_label
+    detector.set_vocabulary(vocabulary, source, beside, one_name, for_student)
+
+
+def _generic(detector: Detector, vocabulary: Vocabulary, templates: Sequence[str]) -> Tensor:
+    tokenizer = Tokenizer(detector.clip.config.text.context_length)
+    return embed_negatives(detector.clip, tokenizer, vocabulary, templates)
 
 
 def _rows(path: Path) -> Tensor:
@@ -350,29 +358,38 @@ def read_detector_file(
     size = resize or trained.as_seen()
     network = sized(lambda sizes: ProposalNetwork(sizes, shared), proposals, weights, path)
     kind = metadata.get("box_head") or metadata.get("boxes", "")  # its name in files of earlier versions
-    head = metadata.get(KEY, PerRegionHead.kind)  # files of earlier versions do not say it
-    if head not in REGION_HEADS:
-        raise InputError(
-            f"{path} was trained with region_head={quote(head)}; this version knows {', '.join(REGION_HEADS)}"
-        )
+    head = _head_in(metadata, KEY, path)
     try:
         detector = Detector.untrained(clip, settings, network, kind, size, region_head=head)
-        if STUDENT in metadata:
-            scale = float(weights["clip.logit_scale"].exp())
-            tower = make_vision_tower(clip.config)
-            detector = detector.with_student(FrozenStudent(tower, scale, region_head=metadata[STUDENT]))
     except InputError as error:
         raise InputError(
             f"{path} was trained with box_head={quote(kind)}, which is not installed ({error}); install "
             "the package that declares it"
         ) from None
+    if STUDENT in metadata:
+        beside = _head_in(metadata, STUDENT, path)
+        detector = detector.with_student(
+            FrozenStudent(make_vision_tower(clip.config), 1.0, region_head=beside)
+        )
     load_exactly(detector, weights, path)
+    if detector.student is not None:
+        detector.student.scale = float(detector.clip.logit_scale.detach().exp())
     detector.eval().to(memory_format=torch.channels_last)
     base = sizes_in(metadata, "base", path)
     if not isinstance(base, list) or not all(isinstance(name, str) for name in base):
         raise InputError(f"base in the metadata of {path} must be a list of names, found {quote(base)}")
     detector.base = tuple(base)
     return detector, tuple(base)
+
+
+def _head_in(metadata: dict[str, str], key: str, path: str | Path) -> str:
+    """Returns a region head that metadata name; files of earlier versions do not."""
+    head = metadata.get(key, PerRegionHead.kind)
+    if head not in REGION_HEADS:
+        raise InputError(
+            f"{path} was trained with region_head={quote(head)}; this version knows {', '.join(REGION_HEADS)}"
+        )
+    return head
 
 
 def load_detector(
@@ -402,8 +419,11 @@ def load_detector(
     if student is None:
         return detector
     if student.file:
-        return detector.with_student(load_student(student, detector.clip)).eval()
+        beside = load_student(student, detector.clip, detector.encoder.region_head)
+        return detector.with_student(beside).eval()
     if detector.student is None:
+        if (student.base, student.novel) != (StudentConfig().base, StudentConfig().novel):
+            note(f"student.base and student.novel are not used: {weights} holds no student")
         return detector
     kept = None if student.weights == NONE else detector.student.with_config(student)
     return detector.with_student(kept).eval()

@@ -108,9 +108,10 @@ def to_detector(model: nn.Module, resize: ResizeConfig | None = None) -> Detecto
     own = ProposalNetwork(network.config, clip.map_tower if network.config.share_trunk else None)
     head = half.encoder.region_head
     if half.box_head is None:
-        whole = Detector(clip, half.config, own, resize=resize, region_head=head)
+        whole = Detector(clip, half.config, own, resize=resize, region_head=head, base=half.base)
     else:
         whole = Detector.untrained(clip, half.config, own, half.box_head.kind, resize, region_head=head)
+        whole.base = half.base
     if half.student is not None:
         tower, beside = make_vision_tower(clip.config), half.student
         whole = whole.with_student(

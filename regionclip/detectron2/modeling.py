@@ -247,7 +247,8 @@ class OpenVocabularyROIHeads(nn.Module):
 
     def _embed(self, names: Sequence[str], novel: Sequence[str]) -> Vocabulary:
         clip = self.detector.clip
-        is_novel = torch.tensor([name in set(novel) for name in names])
+        # Without a split, the names that a detector's file says it was trained on are what is known.
+        is_novel = torch.tensor([name in set(novel) for name in names]) if novel else None
         tokenizer = Tokenizer(clip.config.text.context_length)
         return embed(clip, tokenizer, names, self.templates, is_novel)
 

@@ -290,7 +290,7 @@ def _detect(
         raise InputError(
             f"{config.weights} is a CLIP without a proposal network; give, for example, proposer.name=rpn"
         )
-    novel = torch.tensor(split.is_novel(names) if split else [False] * len(names))
+    novel = torch.tensor(split.is_novel(names)) if split else None
     vocabulary = vocabulary_for(detector, names, whole.categories, config.templates, novel, config.embeddings)
     look_for(detector, vocabulary, config.templates, own_words=False, source=config.weights)
     entries: list[dict[str, Any]] = []
@@ -331,7 +331,7 @@ def _detect(
         )
     if named:
         probabilities, labels = (torch.cat(column) for column in zip(*named, strict=True))
-        metrics |= classification_accuracy(probabilities, labels, novel if config.split else None)
+        metrics |= classification_accuracy(probabilities, labels, novel)
     return metrics
 
 

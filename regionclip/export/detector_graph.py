@@ -38,6 +38,7 @@ class DetectorGraph(nn.Module):
     background: Tensor | None
     alpha: Tensor
     exponents: Tensor | None
+    student_negatives: Tensor
 
     def __init__(self, detector: Detector, suppress: bool = True) -> None:
         super().__init__()
@@ -66,8 +67,9 @@ class DetectorGraph(nn.Module):
         elif detector.config.allow_background:
             background = torch.zeros(detector.clip.config.embed_dim)
         self.register_buffer("background", background)
-        student = detector.student
+        student = detector.student if detector.asks_student else None
         self.register_buffer("exponents", None if student is None else student.exponents(detector.novel))
+        self.register_buffer("student_negatives", detector.student_negatives.clone())
 
     def forward(
         self,
@@ -109,6 +111,7 @@ class DetectorGraph(nn.Module):
         probabilities = self.detector.logits(found, rows, False).softmax(1)[:, :count]  # [P, C]
         if self.detector.student is not None and self.exponents is not None:
             names = rows if none is None else rows[:-1]
+            names = torch.cat([names, self.student_negatives])
             known = self.detector.student.probabilities(images, regions, names)[:, :count]
             probabilities = probabilities ** (1 - self.exponents) * known**self.exponents
         config = self.detector.config

@@ -352,8 +352,8 @@ class DetectionRunner:
         entries = found.to_coco(image_id, range(1, len(found.names) + 1))
         likely: Likely = []
         if self.config.top_k and len(found):
-            features = self.predictor.region_features(pixels, found.resized(pixels.shape[:2]).boxes)
-            likely = self.predictor.classify_embeddings(features, self.config.top_k)
+            boxes = found.resized(pixels.shape[:2]).boxes
+            likely = self.predictor.classify_regions(pixels, boxes, self.config.top_k)
         for index, entry in enumerate(entries):
             extra: dict[str, Any] = {"category_name": found.names[entry["category_id"] - 1], **where}
             if tracks and tracks[index] is not None:

@@ -52,7 +52,8 @@ _NONE = torch.zeros(0, dtype=torch.int64)
     speed="batch_size device",
     unused="detector.allow_background detector.alpha_base detector.alpha_novel detector.fusion "
     "detector.max_detections detector.max_embedded detector.max_proposals detector.min_score "
-    "detector.negatives detector.nms detector.nms_type detector.soft_nms_min_score detector.soft_nms_sigma",
+    "detector.negatives detector.nms detector.nms_type detector.soft_nms_min_score detector.soft_nms_sigma "
+    "student.base student.novel student.weights",
 )
 @dataclass
 class FeaturesConfig(DetectorOptions):

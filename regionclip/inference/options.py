@@ -149,5 +149,5 @@ class DetectorOptions(DetectorSource, ComputeOptions):
             )
         proposer = build_proposer(self.proposer, device) if named else None
         if self.compile:
-            detector.encoder.compile()
+            detector.compile_trunks()
         return Predictor(detector, proposer, self.precision, self.templates, multi_label)

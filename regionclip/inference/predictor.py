@@ -40,6 +40,7 @@ from regionclip.inference.arguments import (
 )
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
+from regionclip.models.student import StudentConfig
 from regionclip.proposals.base import Proposer, build_proposer
 from regionclip.structures.detections import Detections
 from regionclip.structures.regions import Regions, whole_images
@@ -63,6 +64,7 @@ def load(
     region_head: str = "auto",
     compile: bool = False,
     multi_label: bool = False,
+    student: str = "auto",
 ) -> Predictor:
     """Loads a detector, or a CLIP to detect with, ready for images.
 
@@ -83,6 +85,8 @@ def load(
             as the weights were trained, else per_region.
         compile: compiles a ResNet's trunk with torch.compile; pays off for many images of one size.
         multi_label: returns a region under every name that it scores with, not under its best alone.
+        student: the frozen CLIP that is combined with a detector: "auto", the one in its file if training
+            kept it there; "none"; or the file of the CLIP that the detector was trained from.
 
     Raises:
         InputError: a file is missing, damaged or does not fit; there is no such device or precision, or no
@@ -96,13 +100,14 @@ def load(
         use_checkpoint_config=False,
         text_weights=text_weights,
         region_head=region_head,
+        student=StudentConfig(student),
     ).to(place_)
     source: Proposer | None = None
     if proposer is not None:
         spec = proposer if isinstance(proposer, dict) else {"name": "rpn", "weights": str(proposer)}
         source = build_proposer(spec, place_)
     if compile:
-        detector.encoder.compile()
+        detector.compile_trunks()
     predictor = Predictor(detector, source, precision, templates, multi_label)
     if vocabulary is not None:
         predictor.set_vocabulary(vocabulary, embeddings)
@@ -295,12 +300,15 @@ class Predictor:
         Raises:
             InputError: the image does not decode, or a box covers nothing of it.
         """
+        return self._embed(*self._regions(image, boxes))
+
+    def _regions(self, image: ImageLike, boxes: Boxes) -> tuple[ImageBatch, Regions]:
         pixels, size = read_image(image)
         given = boxes_in(boxes, size)
         batch = batch_of([DecodedImage(0, pixels, size)], self.resize, self.device)
         index = torch.zeros(len(given), dtype=torch.int64)
         regions = Regions(batch.transforms[0].apply_boxes(given), index)
-        return self._embed(batch.images, regions.to(self.device))
+        return batch.images, regions.to(self.device)
 
     def image_features(self, images: ImageLike | Images, batch_size: int = 8) -> Tensor:
         """Returns [B, D] float32 unit-length embeddings of whole images: one row for each, also of one image.
@@ -324,7 +332,7 @@ class Predictor:
     def classify_regions(self, image: ImageLike, boxes: Boxes, k: int = 5) -> list[list[tuple[str, float]]]:
         """Returns for each region its k most probable names with their probabilities, best first.
 
-        `region_features` and `classify_embeddings` in one.
+        With a student, its probabilities are combined with the detector's, and all of them sum to 1 again.
 
         Args:
             image: one image.
@@ -334,10 +342,18 @@ class Predictor:
         Raises:
             InputError: the image does not decode, a box covers nothing of it, or no vocabulary is set.
         """
-        return self.classify_embeddings(self.region_features(image, boxes), k)
+        images, regions = self._regions(image, boxes)
+        probabilities = self._probabilities(self._embed(images, regions))
+        if self.detector.asks_student and len(probabilities):
+            with torch.no_grad(), autocast(self.precision, self.device):
+                found = self.detector.combined(probabilities.to(self.device), images, regions).float().cpu()
+            probabilities = found / found.sum(1, keepdim=True).clamp(min=torch.finfo(found.dtype).tiny)
+        return self._best(probabilities, k)
 
     def classify_embeddings(self, features: Tensor, k: int = 5) -> list[list[tuple[str, float]]]:
         """Returns for each embedding its k most probable names with their probabilities, best first.
+
+        A student, which would need the image, is not asked; see `classify_regions`.
 
         Args:
             features: [N, D], or [D] of one, as `region_features` and `image_features` return them.
@@ -347,15 +363,21 @@ class Predictor:
             InputError: no vocabulary is set.
             ValueError: features of another width, or k below 1.
         """
+        return self._best(self._probabilities(features), k)
+
+    def _probabilities(self, features: Tensor) -> Tensor:
+        """Returns [N, C] for [N, D] or [D] embeddings: the detector's own, without a background."""
         if self.detector.vocabulary is None:
             raise InputError("no names to choose from; give vocabulary= or call set_vocabulary first")
         width = self.detector.clip.config.embed_dim
-        if features.ndim not in (1, 2) or features.shape[-1] != width or k < 1:
-            raise ValueError(
-                f"features must be [N, {width}] and k above 0, got {list(features.shape)} and {k}"
-            )
-        detector, features = self.detector, features.reshape(-1, width).cpu()
-        probabilities = detector.logits(features, detector.classifier.cpu(), False).softmax(1)  # [N, C]
+        if features.ndim not in (1, 2) or features.shape[-1] != width:
+            raise ValueError(f"features must be [N, {width}], got {list(features.shape)}")
+        features = features.reshape(-1, width).cpu()
+        return self.detector.logits(features, self.detector.classifier.cpu(), False).softmax(1)
+
+    def _best(self, probabilities: Tensor, k: int) -> list[list[tuple[str, float]]]:
+        if k < 1:
+            raise ValueError(f"k must be above 0, got {k}")
         values, labels = probabilities.topk(min(k, len(self.names)), dim=1)
         return [
             [(self.names[label], value) for label, value in zip(row, scores, strict=True)]

@@ -73,6 +73,7 @@ class Detector(nn.Module):
 
     classifier: Tensor
     negatives: Tensor
+    student_negatives: Tensor
     alpha: Tensor
     novel: Tensor
 
@@ -105,12 +106,15 @@ class Detector(nn.Module):
         self.base = tuple(base)
         self.resize = resize or ResizeConfig()
         self.encoder.check_padding(self.resize.multiple)
+        if student is not None:
+            student.encoder.check_padding(self.resize.multiple)
         self.class_embeddings = class_embeddings
         self.vocabulary: Vocabulary | None = None
         self.one_name = False
         width = clip.config.embed_dim
         self.register_buffer("classifier", torch.zeros(0, width), persistent=False)
         self.register_buffer("negatives", torch.zeros(0, width), persistent=False)
+        self.register_buffer("student_negatives", torch.zeros(0, width), persistent=False)
         self.register_buffer("alpha", torch.zeros(0), persistent=False)
         self.register_buffer("novel", torch.zeros(0, dtype=torch.bool), persistent=False)
 
@@ -166,6 +170,12 @@ class Detector(nn.Module):
         head = (self.box_head, self.background, self.resize, self.class_embeddings, self.encoder.region_head)
         return Detector(clip or self.clip, self.config, network, *head, student, self.base)
 
+    def compile_trunks(self) -> None:
+        """Compiles the trunks of a ResNet and of its student with torch.compile."""
+        self.encoder.compile()
+        if self.student is not None:
+            self.student.encoder.compile()
+
     @property
     def trained(self) -> bool:
         """Whether it has a box head and a background, as training makes them; else it is zero-shot."""
@@ -189,6 +199,7 @@ class Detector(nn.Module):
         source: str = "the detector",
         negatives: Tensor | None = None,
         one_name: bool = False,
+        student_negatives: Tensor | None = None,
     ) -> None:
         """Makes the detector look for these names from now on.
 
@@ -198,6 +209,7 @@ class Detector(nn.Module):
             negatives: [M, D], unit length, names that share the probabilities and are not reported; see
                 `regionclip.concepts.negatives`. None: there are none.
             one_name: whether a region is returned under its best name alone.
+            student_negatives: [M, D], the same for the student alone, which has no background of its own.
 
         Raises:
             InputError: the embeddings do not have the detector's width.
@@ -205,11 +217,15 @@ class Detector(nn.Module):
         vocabulary.require_width(self.clip.config.embed_dim, source)
         self.vocabulary, self.one_name = vocabulary, one_name
         self.classifier = vocabulary.embeddings.to(self.classifier.device)
-        beside = self.classifier.new_zeros(0, self.classifier.shape[1]) if negatives is None else negatives
-        self.negatives = beside.to(self.classifier.device)
+        none = self.classifier.new_zeros(0, self.classifier.shape[1])
+        self.negatives = none if negatives is None else negatives.to(self.classifier.device)
+        self.student_negatives = (
+            none if student_negatives is None else student_negatives.to(self.classifier.device)
+        )
         novel = vocabulary.novel
         if novel is None:
-            novel = torch.tensor([bool(self.base) and name not in self.base for name in vocabulary.names])
+            known = {_spelled(name) for name in self.base}
+            novel = torch.tensor([bool(known) and _spelled(name) not in known for name in vocabulary.names])
         self.novel = novel.to(self.classifier.device)
         alphas = torch.where(novel, self.config.alpha_novel, self.config.alpha_base)
         self.alpha = alphas.to(self.classifier.device)
@@ -234,6 +250,19 @@ class Detector(nn.Module):
     def _all_names(self) -> Tensor:
         """Returns [C + M, D], the names that are looked for and the negatives."""
         return torch.cat([self.classifier, self.negatives.to(self.classifier.dtype)])
+
+    @property
+    def asks_student(self) -> bool:
+        """Whether there is a student that knows this vocabulary; regions that were shown are of one tower."""
+        shown = self.vocabulary is not None and self.vocabulary.negatives is not None
+        return self.student is not None and not shown
+
+    def combined(self, probabilities: Tensor, images: ImageBatch, regions: Regions) -> Tensor:
+        """Returns [N, C], probabilities of names at regions, combined with the student's if it is asked."""
+        if self.student is None or not self.asks_student:
+            return probabilities
+        names = torch.cat([self._all_names(), self.student_negatives.to(self.classifier.dtype)])
+        return self.student.combine(probabilities, images, regions, names, self.novel)
 
     def feature_maps(self, images: ImageBatch) -> FeatureMaps:
         """Returns the images with the maps that proposals and regions need."""
@@ -286,9 +315,7 @@ class Detector(nn.Module):
             if deltas is not None:
                 boxes = decode_deltas(boxes, deltas, DELTA_WEIGHTS)
         probabilities = probabilities[:, : len(self.classifier)]
-        if self.student is not None:
-            probabilities = self.student.combine(probabilities, maps, regions, self._all_names(), self.novel)
-        return probabilities, boxes
+        return self.combined(probabilities, maps.images, regions), boxes
 
     @torch.no_grad()
     def shortlist(self, maps: FeatureMaps, regions: Regions, background: bool) -> Regions:
@@ -354,3 +381,8 @@ class Detector(nn.Module):
         originals = clip_boxes(frame.invert_boxes(boxes), frame.original)
         values = to_unit_interval(values, self.config.fusion)
         return Detections(originals, values, labels, self.vocabulary.names, frame.original)
+
+
+def _spelled(name: str) -> str:
+    """Returns a name as prompts read it, whatever its case: underscores are spaces."""
+    return " ".join(name.replace("_", " ").split()).casefold()

@@ -319,6 +319,12 @@ def _halved(weights: Tensor) -> Tensor:
     return (weights[:, 0::2] + weights[:, 1::2]) / 2
 
 
+def is_recorded(weights: str) -> bool:
+    """Whether a file says with which region head its weights were trained."""
+    path = find(weights)
+    return path.is_file() and is_safetensors(path) and KEY in read_notes(path)
+
+
 def choose_head(wanted: str, weights: str) -> str:
     """Returns the region head to use with the weights of a file.
 

@@ -22,8 +22,8 @@ from clip_base.models.vit import VisionTransformer
 from clip_base.runtime.errors import InputError
 from clip_base.weights.load import load_clip
 from regionclip.models.region_encoder import RegionEncoder
-from regionclip.models.region_heads import PerRegionHead, choose_head
-from regionclip.structures.regions import FeatureMaps, Regions
+from regionclip.models.region_heads import PerRegionHead, choose_head, is_recorded
+from regionclip.structures.regions import Regions
 
 OWN, NONE = "auto", "none"
 
@@ -42,6 +42,8 @@ class StudentConfig:
     novel: float = option(0.65, "the same for names that the detector was not trained on")
 
     def __post_init__(self) -> None:
+        if not self.weights:
+            raise InputError(f"student.weights is empty; give {OWN}, {NONE} or a file")
         for name in ("base", "novel"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"student.{name} must be in [0, 1], found {getattr(self, name)}")
@@ -85,18 +87,18 @@ class FrozenStudent(nn.Module):
 
     @torch.no_grad()
     def combine(
-        self, probabilities: Tensor, maps: FeatureMaps, regions: Regions, names: Tensor, novel: Tensor
+        self, probabilities: Tensor, images: ImageBatch, regions: Regions, names: Tensor, novel: Tensor
     ) -> Tensor:
         """Returns [N, C]: the detector's probabilities^(1 − e) times the frozen CLIP's^e, e by name.
 
         Args:
             probabilities: [N, C], the detector's.
-            maps: holds the images; the detector's maps are not read.
+            images: B images.
             regions: N regions.
-            names: [C + M, D], unit length: embeddings of the names, then of negatives.
+            names: [C + M, D], unit length: embeddings of the names, then of what competes with them.
             novel: [C] bool.
         """
-        known = self.probabilities(maps.images, regions, names)[:, : probabilities.shape[1]]
+        known = self.probabilities(images, regions, names)[:, : probabilities.shape[1]]
         with torch.autocast(known.device.type, enabled=False):
             exponents = self.exponents(novel)
             return probabilities ** (1 - exponents) * known**exponents
@@ -116,12 +118,13 @@ class FrozenStudent(nn.Module):
         return torch.where(novel, self.config.novel, self.config.base)
 
 
-def load_student(config: StudentConfig, detector: CLIP) -> FrozenStudent:
+def load_student(config: StudentConfig, detector: CLIP, region_head: str) -> FrozenStudent:
     """Returns the frozen CLIP of a file, to be combined with a detector.
 
     Args:
         config: a file and the exponents.
         detector: the detector's CLIP, whose text tower embeds the names for both.
+        region_head: the detector's, which the frozen CLIP is given too if its file does not say its own.
 
     Raises:
         InputError: the file is missing, damaged or no CLIP, or its text tower is another.
@@ -137,4 +140,7 @@ def load_student(config: StudentConfig, detector: CLIP) -> FrozenStudent:
             "probabilities are not of the same names; give the CLIP that the detector was trained from"
         )
     scale = float(clip.logit_scale.detach().exp())
-    return FrozenStudent(clip.visual, scale, config, choose_head("auto", config.file))
+    own_head = choose_head("auto", config.file)
+    if own_head == PerRegionHead.kind and clip.map_tower is not None and not is_recorded(config.file):
+        own_head = region_head
+    return FrozenStudent(clip.visual, scale, config, own_head)

@@ -22,7 +22,7 @@ LONGEST = 10.0  # minutes that the full size may take, or the small one is made
 SMALL: dict[str, tuple[str, ...]] = {
     "scenes": ("images=4000", "val_images=250"),
     "pretrain": ("train.steps=220",),
-    "region-train-rpn": ("train.steps=80",),
+    "region-train-rpn": ("train.steps=100",),
     "region-pretrain": ("train.steps=90",),
     "region-train-detector": ("train.steps=60",),
 }

@@ -47,6 +47,11 @@ class ServeConfig(DetectorFile, DeviceOptions):
     index: str = option("", "index of `clip-base index`: a second tab searches its images; empty: none")
     examples: str = option("", "folder of example images; empty: generated ones")
     score_threshold: float = option(0.3, "initial minimum score of a box, 0 to 1", renamed_from="score")
+    student: str = option(
+        "auto",
+        "frozen CLIP that is combined with a detector: auto: the one in its file; none, which takes half of "
+        "the time; or the file of the CLIP that it was trained from",
+    )
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: reachable from other machines")
     port: int = option(7860, "port to listen on; 0: a free one")
     max_upload_mb: float = option(
@@ -109,7 +114,13 @@ def make_server(config: ServeConfig, folder: Path) -> Any:
 def load_model(file: str, config: ServeConfig) -> LoadedModel:
     """Loads one of the models; its title has the file's folder, as many share a name."""
     print(f"loading {file}", flush=True)
-    predictor = load(file, text_weights=config.text_weights, precision=config.precision, device=config.device)
+    predictor = load(
+        file,
+        text_weights=config.text_weights,
+        precision=config.precision,
+        device=config.device,
+        student=config.student,
+    )
     if predictor.detector.network is None:
         if config.proposer["name"] == "none":
             raise InputError(f"{file} has no proposal network; give proposer.name=grid, for example")

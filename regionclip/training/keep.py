@@ -25,9 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from clip_base.jobs.config import option
+from clip_base.jobs.run import RunFolder
 from clip_base.runtime import distributed
 from clip_base.runtime.errors import InputError
 from clip_base.runtime.precision import autocast, pick_device
+from clip_base.storage.files import read_json, write_json
 from clip_base.storage.remote import RemoteError
 from clip_base.training.loop import TrainConfig
 from regionclip.checkpoints.interpolate import mix
@@ -43,6 +45,7 @@ from regionclip.training.teacher import frozen, seen_by
 SAME_OBJECT = 0.5  # IoU with a base box above which a mined box is left out
 WORTH_KEEPING = 1 / 3  # of the base classes' boxes that the tower must name right before training
 LOOKED_AT = 64  # images in which it has to
+CHOICE = "keep_student.json"
 
 
 @dataclass(kw_only=True)
@@ -52,15 +55,15 @@ class KeepOptions:
     keep_student: str = option(
         "auto",
         "whether the file also holds the vision tower that training began with, whose probabilities are "
-        "combined with the trained ones: novel names are kept, and all names gain, for up to twice the time "
-        "per image (student.weights=none leaves it out); auto: where it names a third of the base classes' "
-        "boxes right before training; never: as published",
+        "combined with the trained ones: novel names are kept, for up to twice the time per image "
+        "(student.weights=none leaves it out); auto: where it names a third of the base classes' boxes right "
+        "before training; never: as published",
         choices=("auto", "always", "never"),
     )
     starting_share: float = option(
         0.0,
         "share of the vision tower's weights before training in the finished ones, in [0, 1): keeps novel "
-        "names at no cost, though less than keep_student does (WiSE-FT)",
+        "names too, though less than keep_student does, and detection takes no longer (WiSE-FT)",
     )
     refit: float = option(
         0.25,
@@ -93,6 +96,11 @@ class KeepOptions:
         """
         if not 0 <= self.starting_share < 1:
             raise InputError(f"starting_share must be in [0, 1), found {self.starting_share:g}")
+        if freeze_stages > 4 and (self.starting_share or self.keep_student == "always"):
+            raise InputError(
+                f"freeze_stages={freeze_stages} freezes the whole tower, which is its own student then: "
+                "leave out starting_share and keep_student=always"
+            )
         if not 0 <= self.refit <= 1:
             raise InputError(f"refit must be in [0, 1], found {self.refit:g}")
         if min(self.proposal_distillation, self.pseudo_weight) < 0 or self.distilled_proposals < 1:
@@ -111,12 +119,18 @@ class KeepOptions:
 
 
 def keeps_student(
-    config: KeepOptions, detector: Detector, classifier: Tensor, data: RegionDataset, train: TrainConfig
+    config: KeepOptions,
+    detector: Detector,
+    classifier: Tensor,
+    data: RegionDataset,
+    train: TrainConfig,
+    run: RunFolder,
 ) -> bool:
     """Whether the tower that training begins with shall stay beside the trained one; says how `auto` chose.
 
     A tower that cannot name the base classes yet has little to keep: its probabilities then cost a detector
-    more than they bring.
+    more than they bring. The choice stays in the run's folder, so that a resumed run takes the same; a run
+    that began before there was a choice keeps none.
 
     Args:
         config: the options.
@@ -124,14 +138,22 @@ def keeps_student(
         classifier: [C, D], unit length: the base names.
         data: the training images.
         train: device and precision.
+        run: the run's folder.
     """
     if config.keep_student != "auto":
         return config.keep_student == "always"
+    file = run.path / CHOICE
+    chosen, begun = distributed.any_of(file.exists(), (run.path / "checkpoints").exists())
+    if chosen:
+        return bool(read_json(file, "choice of keep_student")["kept"])
+    if begun:
+        return False
     right, boxes = named_right(detector, classifier, data, train)
     kept = bool(boxes) and right >= WORTH_KEEPING * boxes
     if distributed.is_first():
-        known = f"before training the tower names {right:.0f} of {boxes:.0f} boxes of base classes right"
-        print(f"keep_student=auto: {'yes' if kept else 'no'}; {known}")
+        write_json(file, {"kept": kept, "right": right, "boxes": boxes})
+        answer = f"before training the tower names {right:.0f} of {boxes:.0f} boxes of base classes right"
+        print(f"keep_student=auto: {'yes' if kept else 'no'}; {answer}")
     return kept
 
 

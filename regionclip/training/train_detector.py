@@ -345,7 +345,7 @@ def embeddings_of(config: TrainDetectorConfig, clip: CLIP, names: Sequence[str])
     return vocabulary.embeddings
 
 
-def untrained(config: TrainDetectorConfig, names: Sequence[str], base: int) -> DetectorTask:
+def new_task(config: TrainDetectorConfig, names: Sequence[str], base: int) -> DetectorTask:
     """Returns the training of a detector as the options begin it.
 
     Args:
@@ -381,8 +381,16 @@ def refit(config: TrainDetectorConfig, steps: int, out: Path) -> TrainDetectorCo
     count = round(config.refit * steps)
     warmup = min(config.train.warmup_steps, count // 10)
     train = replace(config.train, steps=count, epochs=0.0, warmup_steps=warmup)
-    frozen = replace(config, freeze_stages=5, freeze_batch_norm=True, proposal_distillation=0.0)
-    return replace(frozen, out=str(out), train=train)
+    return replace(
+        config,
+        out=str(out),
+        freeze_stages=5,
+        freeze_batch_norm=True,
+        proposal_distillation=0.0,
+        keep_student="never",
+        starting_share=0.0,
+        train=train,
+    )
 
 
 def with_weights(task: DetectorTask, trained: DetectorTask) -> DetectorTask:
@@ -407,24 +415,28 @@ def train_detector(config: TrainDetectorConfig) -> None:
         mined = CocoDetection(config.pseudo_labels, config.images)
         records, further = with_pseudo_labels(records, mined, split.base)
         names += further
-    task = untrained(config, names, len(split.base))
+    task = new_task(config, names, len(split.base))
     data = RegionDataset([Sample.of_record(record) for record in records], config.resize, cache=config.cache)
     weights = None
     if config.repeat_threshold:
         weights = repeat_factors([record.labels for record in dataset], config.repeat_threshold)
     distributed.start()
-    kept = keeps_student(config, task.detector, task.classifier[: len(split.base)], data, config.train)
+    student = None
+    base = task.classifier[: len(split.base)]
+    if config.freeze_stages < 5 and keeps_student(config, task.detector, base, data, config.train, run):
+        student = student_of(config)
     start = StartingWeights(task.detector.clip.visual, config.starting_share)
     steps = fit_on(data, task, config.train, run, weights)
     if config.starting_share:
         start.mix_into(task.detector.clip.visual)
         again = refit(config, steps, run.path / "heads")
-        task = with_weights(untrained(again, names, len(split.base)), task)
         if again.train.steps:
+            task = with_weights(new_task(again, names, len(split.base)), task)
             job = RunFolder(again.out, again, "region-train-detector")
-            fit_on(data, task, again.train, job, weights)
-    detector = task.detector.with_student(student_of(config) if kept else None)
+            made = fit_on(data, task, again.train, job, weights)
+            job.finish({"steps": made, "loss": last_loss(job.log_path)})
+    detector = task.detector.with_student(student)
     save_detector(detector, run.path / "model.safetensors", split.base)
     last = last_loss(run.log_path)
-    run.finish({"steps": steps, "images": len(dataset), "loss": last, "student": kept})
+    run.finish({"steps": steps, "images": len(dataset), "loss": last, "student": student is not None})
     print(f"{run.path / 'model.safetensors'}: {steps} steps on {len(dataset)} images")

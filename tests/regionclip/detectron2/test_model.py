@@ -22,6 +22,7 @@ from regionclip.data.batches import read_batches, read_record
 from regionclip.data.categories import load_split
 from regionclip.models.detector import Detector
 from regionclip.models.postprocess import DetectorConfig
+from regionclip.models.student import FrozenStudent
 from regionclip.proposals.rpn.config import ProposalNetworkConfig
 from regionclip.proposals.rpn.network import ProposalNetwork
 from regionclip.structures.detections import Detections
@@ -72,6 +73,16 @@ def shared_file(make_clip: Callable[..., CLIP], tmp_path: Path) -> Path:
     return save(detector, tmp_path / "shared.safetensors")
 
 
+@pytest.fixture
+def student_file(
+    make_detector: Callable[..., Detector], make_clip: Callable[..., CLIP], tmp_path: Path
+) -> Path:
+    """A detector that keeps a student beside it."""
+    other = make_clip(seed=5)
+    student = FrozenStudent(other.visual, float(other.logit_scale.detach().exp()))
+    return save(make_detector().with_student(student).eval(), tmp_path / "student.safetensors")
+
+
 def ours(file: Path, world: Path, config: DetectorConfig) -> dict[int, Detections]:
     """Returns what our detector finds in the validation scenes, by image id."""
     detector = read_detector_file(file, config)[0]
@@ -105,6 +116,12 @@ def test_detections_on_one_backbone_are_those_of_our_detector(
     shared_file: Path, world: Path, make_cfg: MakeCfg, settings: dict[str, Any]
 ) -> None:
     compare({}, shared_file, world, make_cfg, settings)
+
+
+def test_detections_with_a_student_are_those_of_our_detector(
+    student_file: Path, world: Path, make_cfg: MakeCfg, settings: dict[str, Any]
+) -> None:
+    compare({}, student_file, world, make_cfg, settings)
 
 
 def compare(
@@ -218,10 +235,17 @@ def test_new_weights_are_embedded_anew(moved_file: Path, make_cfg: MakeCfg) -> N
     assert before != scores()
 
 
-def test_the_parts_make_our_detector_again(moved_file: Path, make_cfg: MakeCfg) -> None:
-    whole = to_detector(build_model(make_cfg(moved_file)))
-    wanted = read_detector_file(moved_file)[0].state_dict()
-    found = whole.state_dict()
+@pytest.mark.parametrize("kind", ["moved_file", "student_file"])
+def test_the_parts_make_our_detector_again(
+    kind: str, request: pytest.FixtureRequest, make_cfg: MakeCfg
+) -> None:
+    file = request.getfixturevalue(kind)
+    whole, detector = to_detector(build_model(make_cfg(file))), read_detector_file(file)[0]
+    assert whole.base == detector.base == ("cup",)
+    assert (whole.student is None) == (detector.student is None) == (kind == "moved_file")
+    if whole.student is not None and detector.student is not None:
+        assert whole.student.scale == pytest.approx(detector.student.scale)
+    wanted, found = detector.state_dict(), whole.state_dict()
     assert set(found) == set(wanted)
     for key, value in wanted.items():
         assert found[key].equal(value), key

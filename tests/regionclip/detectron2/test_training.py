@@ -239,6 +239,9 @@ ELSEWHERE = {
 # What keeps a detector's knowledge of names without boxes is for this package's own job, as its page says.
 OURS_ALONE = {
     "embeddings",
+    "keep_student",
+    "starting_share",
+    "refit",
     "proposal_distillation",
     "distilled_proposals",
     "background_gate",

@@ -147,6 +147,7 @@ def test_one_name_is_enough(make_detector: MakeDetector, scene: Scene) -> None:
 
 def test_a_saved_detector_finds_the_same(make_detector: MakeDetector, scene: Scene, tmp_path: Path) -> None:
     detector = make_detector(temperature=0.05, alpha_novel=0.3)
+    detector.base = ("cup", "star")
     save_detector(detector, tmp_path / "model.safetensors", ["cup", "star"])
     loaded, base = read_detector_file(tmp_path / "model.safetensors")
     assert base == ("cup", "star")

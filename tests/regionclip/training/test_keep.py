@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from clip_base.data.batch import ImageBatch
 from clip_base.jobs.cli import main_regionclip
+from clip_base.jobs.run import RunFolder
 from clip_base.runtime.errors import InputError
 from clip_base.storage.files import read_json, write_json
 from clip_base.training.loop import TrainConfig
@@ -215,9 +217,14 @@ def test_the_tower_that_training_began_with_is_in_the_file(
 
 @pytest.mark.parametrize(("named", "kept"), [(10, True), (4, True), (3, False)])
 def test_a_tower_that_names_base_classes_is_kept(
-    make_detector: Callable[..., Detector], world: Path, named: int, kept: bool
+    make_detector: Callable[..., Detector], world: Path, tmp_path: Path, named: int, kept: bool
 ) -> None:
     detector = make_detector().eval()
+    folders = (RunFolder(tmp_path / str(number), config(), "job") for number in count())
+
+    def keeps(data: RegionDataset, **options: object) -> bool:
+        return keeps_student(config(**options), detector, names, data, train, next(folders))
+
     image = next((world / "images" / "train").iterdir())
     boxes = torch.arange(10.0)[:, None] * 3 + torch.tensor([2.0, 2, 30, 30])
     train = TrainConfig(precision="fp32", device="cpu")
@@ -233,12 +240,19 @@ def test_a_tower_that_names_base_classes_is_kept(
     names = F.normalize(embeddings, dim=1)  # every box is nearest to a name of its own
     data = labeled(torch.where(rows < named, rows, (rows + 1) % 10))
     assert named_right(detector, names, data, train) == (named, 10)
-    assert keeps_student(config(), detector, names, data, train) == kept
-    for told, wanted in (("always", True), ("never", False)):
-        assert keeps_student(config(keep_student=told), detector, names, data, train) == wanted
+    assert keeps(data) == kept
+    assert keeps(data, keep_student="always")
+    assert not keeps(data, keep_student="never")
     # Names beyond the base classes do not count, and where nothing counts nothing is kept.
     assert named_right(detector, names[:2], labeled(rows), train) == (2, 2)
-    assert not keeps_student(config(), detector, names, labeled(rows + 10), train)
+    assert not keeps(labeled(rows + 10))
+    # What was chosen stays; a run that began without a choice keeps none.
+    run = RunFolder(tmp_path / "resumed", config(), "job")
+    for known in (data, labeled(rows + 10)):
+        assert keeps_student(config(), detector, names, known, train, run) == kept
+    (tmp_path / "resumed" / "keep_student.json").unlink()
+    (tmp_path / "resumed" / "checkpoints").mkdir()
+    assert not keeps_student(config(), detector, names, data, train, run)
 
 
 def test_an_unreadable_image_does_not_choose(make_detector: Callable[..., Detector], tmp_path: Path) -> None:
@@ -252,6 +266,8 @@ def test_an_unreadable_image_does_not_choose(make_detector: Callable[..., Detect
 @pytest.mark.parametrize(
     "options",
     [
+        {"starting_share": 0.5, "freeze_stages": 5},
+        {"keep_student": "always", "freeze_stages": 5},
         {"starting_share": 1.0},
         {"refit": -0.5},
         {"refit": 2.0},

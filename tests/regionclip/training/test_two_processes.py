@@ -57,6 +57,7 @@ def commands(world: Path, clip_file: Path, rpn_file: Path, mined: Path) -> dict[
         "rois_per_image=16",
         "starting_share=0.5",
         "refit=0.4",
+        "keep_student=always",
     ]
     pretrain = [f"mined={mined}", f"captions={world / 'captions_train.json'}", f"weights={clip_file}"]
     return {

@@ -72,13 +72,13 @@ def stages(config: QuickstartConfig, size: str = "full") -> list[Stage]:
         Stage(
             "pretrain CLIP on image-text pairs",
             "pretrain",
-            1.8,
+            1.7,
             (f"out={out}/clip", "source.name=coco", *(f"source.{pair}" for pair in captions), seed),
         ),
         Stage(
             "train the proposal network on boxes of base classes",
             "region-train-rpn",
-            0.4,
+            0.48,
             (
                 *train,
                 f"val_annotations={world}/instances_val.json",
@@ -90,19 +90,19 @@ def stages(config: QuickstartConfig, size: str = "full") -> list[Stage]:
         Stage(
             "collect concepts from the captions",
             "region-concepts",
-            0.17,
+            0.16,
             (captions[0], f"out={out}/concepts.jsonl"),
         ),
         Stage(
             "mine region-phrase pairs",
             "region-mine",
-            0.6,
+            0.58,
             (*captions, f"weights={clip}", f"concepts={out}/concepts.jsonl", *own, f"out={out}/mined"),
         ),
         Stage(
             "pretrain regions",
             "region-pretrain",
-            1.5,
+            1.08,
             (f"mined={out}/mined", f"weights={clip}", f"out={out}/regionclip", seed),
         ),
     ]
@@ -134,25 +134,25 @@ def _detectors(
             Stage(
                 f"name true boxes with {name}",
                 "region-evaluate",
-                0.05,
+                0.035,
                 (*tested, "boxes=truth", f"out={out}/evaluation/{name}-truth"),
             ),
             Stage(
                 f"detect with {name}, zero-shot",
                 "region-evaluate",
-                0.16,
+                0.13,
                 (*tested, *own, f"out={out}/evaluation/{name}-proposals"),
             ),
             Stage(
                 f"train the detector from {name} on base classes",
                 "region-train-detector",
-                0.55,
+                0.37,
                 (*train, f"weights={weights}", f"rpn={rpn}", f"out={out}/{detector}", seed),
             ),
             Stage(
                 f"detect with the detector from {name}",
                 "region-evaluate",
-                0.16,
+                0.13,
                 (*val, f"weights={out}/{detector}/model.safetensors", f"out={out}/evaluation/{detector}"),
             ),
         ]

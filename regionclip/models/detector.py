@@ -258,7 +258,13 @@ class Detector(nn.Module):
         return self.student is not None and not shown
 
     def combined(self, probabilities: Tensor, images: ImageBatch, regions: Regions) -> Tensor:
-        """Returns [N, C], probabilities of names at regions, combined with the student's if it is asked."""
+        """Returns [N, C], probabilities of names at regions, combined with the student's if it is asked.
+
+        Args:
+            probabilities: [N, C], the detector's own.
+            images: B images.
+            regions: N regions in their frame.
+        """
         if self.student is None or not self.asks_student:
             return probabilities
         names = torch.cat([self._all_names(), self.student_negatives.to(self.classifier.dtype)])

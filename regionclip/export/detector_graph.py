@@ -20,6 +20,7 @@ from clip_base.images.decode import normalize
 from clip_base.runtime.errors import InputError
 from regionclip.models.detector import DELTA_WEIGHTS, Detector
 from regionclip.models.postprocess import best_names, score, to_unit_interval
+from regionclip.models.student import geometric_mean
 from regionclip.structures.boxes import clip_boxes, decode_deltas, iou, valid_boxes
 from regionclip.structures.regions import FeatureMaps, Regions
 
@@ -113,7 +114,7 @@ class DetectorGraph(nn.Module):
             names = rows if none is None else rows[:-1]
             names = torch.cat([names, self.student_negatives])
             known = self.detector.student.probabilities(images, regions, names)[:, :count]
-            probabilities = probabilities ** (1 - self.exponents) * known**self.exponents
+            probabilities = geometric_mean(probabilities, known, self.exponents)
         config = self.detector.config
         scores = score(regions, probabilities, alpha, config.fusion)
         usable = there & valid_boxes(boxes) & scores.isfinite().all(1)

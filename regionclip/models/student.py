@@ -100,8 +100,7 @@ class FrozenStudent(nn.Module):
         """
         known = self.probabilities(images, regions, names)[:, : probabilities.shape[1]]
         with torch.autocast(known.device.type, enabled=False):
-            exponents = self.exponents(novel)
-            return probabilities ** (1 - exponents) * known**exponents
+            return geometric_mean(probabilities, known, self.exponents(novel))
 
     def probabilities(self, images: ImageBatch, regions: Regions, names: Tensor) -> Tensor:
         """Returns [N, C + M], its probabilities of names ([C + M, D], unit length) at N regions of images."""
@@ -116,6 +115,11 @@ class FrozenStudent(nn.Module):
     def exponents(self, novel: Tensor) -> Tensor:
         """Returns [C], how much its probability of each name counts, given which are novel: [C] bool."""
         return torch.where(novel, self.config.novel, self.config.base)
+
+
+def geometric_mean(probabilities: Tensor, known: Tensor, exponents: Tensor) -> Tensor:
+    """Returns [N, C]: probabilities^(1 − e) · known^e, with the exponents e, [C], of the second ones."""
+    return probabilities ** (1 - exponents) * known**exponents
 
 
 def load_student(config: StudentConfig, detector: CLIP, region_head: str) -> FrozenStudent:

@@ -7,6 +7,7 @@ is trained with the detector.
 # B images, N sampled regions of a batch, C base names, D embedding size
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -363,11 +364,11 @@ def new_task(config: TrainDetectorConfig, names: Sequence[str], base: int) -> De
     return DetectorTask(detector, embeddings_of(config, clip, names), config, base)
 
 
-def student_of(config: TrainDetectorConfig) -> FrozenStudent:
-    """Returns the CLIP that training begins with, frozen."""
-    clip = load_clip(config.weights)
-    head = choose_head(config.region_head, config.weights)
-    return FrozenStudent(clip.visual, float(clip.logit_scale.detach().exp()), region_head=head)
+def student_of(detector: Detector) -> FrozenStudent:
+    """Returns a frozen copy, on the CPU, of the CLIP of a detector that is not trained yet."""
+    tower = copy.deepcopy(detector.clip.visual).cpu()
+    scale = float(detector.clip.logit_scale.detach().exp())
+    return FrozenStudent(tower, scale, region_head=detector.encoder.region_head)
 
 
 def refit(config: TrainDetectorConfig, steps: int, out: Path) -> TrainDetectorConfig:
@@ -424,7 +425,7 @@ def train_detector(config: TrainDetectorConfig) -> None:
     student = None
     base = task.classifier[: len(split.base)]
     if config.freeze_stages < 5 and keeps_student(config, task.detector, base, data, config.train, run):
-        student = student_of(config)
+        student = student_of(task.detector)
     start = StartingWeights(task.detector.clip.visual, config.starting_share)
     steps = fit_on(data, task, config.train, run, weights)
     if config.starting_share:

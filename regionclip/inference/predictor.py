@@ -343,7 +343,7 @@ class Predictor:
             InputError: the image does not decode, a box covers nothing of it, or no vocabulary is set.
         """
         images, regions = self._regions(image, boxes)
-        probabilities = self._probabilities(self._embed(images, regions))
+        probabilities = self._probabilities(self._embed(images, regions), k)
         if self.detector.asks_student and len(probabilities):
             with torch.no_grad(), autocast(self.precision, self.device):
                 found = self.detector.combined(probabilities.to(self.device), images, regions).float().cpu()
@@ -363,21 +363,21 @@ class Predictor:
             InputError: no vocabulary is set.
             ValueError: features of another width, or k below 1.
         """
-        return self._best(self._probabilities(features), k)
+        return self._best(self._probabilities(features, k), k)
 
-    def _probabilities(self, features: Tensor) -> Tensor:
-        """Returns [N, C] for [N, D] or [D] embeddings: the detector's own, without a background."""
+    def _probabilities(self, features: Tensor, k: int) -> Tensor:
+        """Returns [N, C], the detector's own, without a background, for [N, D] or [D] embeddings."""
         if self.detector.vocabulary is None:
             raise InputError("no names to choose from; give vocabulary= or call set_vocabulary first")
         width = self.detector.clip.config.embed_dim
-        if features.ndim not in (1, 2) or features.shape[-1] != width:
-            raise ValueError(f"features must be [N, {width}], got {list(features.shape)}")
+        if features.ndim not in (1, 2) or features.shape[-1] != width or k < 1:
+            raise ValueError(
+                f"features must be [N, {width}] and k above 0, got {list(features.shape)} and {k}"
+            )
         features = features.reshape(-1, width).cpu()
         return self.detector.logits(features, self.detector.classifier.cpu(), False).softmax(1)
 
     def _best(self, probabilities: Tensor, k: int) -> list[list[tuple[str, float]]]:
-        if k < 1:
-            raise ValueError(f"k must be above 0, got {k}")
         values, labels = probabilities.topk(min(k, len(self.names)), dim=1)
         return [
             [(self.names[label], value) for label, value in zip(row, scores, strict=True)]

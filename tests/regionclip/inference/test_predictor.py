@@ -218,7 +218,7 @@ def test_the_nearest_names_of_a_name_begin_with_itself(predictor: Predictor) -> 
     (alone,) = predictor.classify_embeddings(vocabulary.embeddings[0], k=9)
     assert [name for name, _ in alone] == ["cup", "star"]
     assert alone[0][1] == pytest.approx(first[0][1], abs=1e-5)
-    with pytest.raises(ValueError, match=r"got \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"got \[2, 3\] and 1"):
         predictor.classify_embeddings(torch.zeros(2, 3), k=1)
 
 
